@@ -1,0 +1,49 @@
+"""Plain-torch outlier clamping (OCC, arXiv 2501.17116 §3.2): x = clamped + residual, exactly.
+
+The bounds are order statistics, so at most ⌊(1 − α)n⌋ elements lie below and n − 1 − ⌊αn⌋ above them: the residual has a
+fixed size known before the data is, and its positions come out of the same top-k that finds the bounds. No sort, no host sync.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.ops import clamped_counts, index_dtype
+from qcompile.ir.recipe import OutlierClamp
+
+__all__ = ["clamp_outliers", "restore_outliers"]
+
+
+def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clamped tensor (layout of x), residual values ``[..., R, m]`` in x's dtype and their positions along ``axis``.
+
+    With ``per=tensor`` the residual is ``[m]`` and positions count through the flattened tensor (``axis`` moved last).
+    Entries that the bounds do not cut (ties) carry the value 0.
+    """
+    spec = OutlierClamp.parse(clamp)
+    rows = x.movedim(axis, -1)
+    if spec.per == "tensor":
+        rows = rows.reshape(-1)
+    size = rows.shape[-1]
+    low, high = clamped_counts(spec, size)
+    if x.numel() == 0:
+        return x.clone(), rows[..., :0], rows[..., :0].to(index_dtype(size))
+    below, below_at = rows.topk(low + 1, largest=False)
+    above, above_at = rows.topk(high + 1)
+    lower, upper = below[..., -1:], above[..., -1:]
+    values = torch.cat([below[..., :-1] - lower, above[..., :-1] - upper], -1)
+    positions = torch.cat([below_at[..., :-1], above_at[..., :-1]], -1)
+    if spec.per == "row":
+        lower, upper = lower.movedim(-1, axis), upper.movedim(-1, axis)
+    return x.clamp(lower, upper), values, positions.to(index_dtype(size))
+
+
+def restore_outliers(x: Tensor, values: Tensor, positions: Tensor, clamp: str, axis: int) -> Tensor:
+    """``x`` plus the residual, in x's layout."""
+    rows = x.movedim(axis, -1)
+    shape = rows.shape
+    if OutlierClamp.parse(clamp).per == "tensor":
+        rows = rows.reshape(-1)
+    restored = rows.scatter_add(-1, positions.to(torch.int64), values.to(x.dtype))
+    return torch.empty_like(x).copy_(restored.view(shape).movedim(-1, axis))

@@ -1,0 +1,220 @@
+"""Plain-torch quantize and dequantize: the definition every other provider must match bit for bit.
+
+All arithmetic is float32. For the elements that share a scale, with M the format's largest magnitude::
+
+    amax = max(|x|, 2^-120)          (NaN and infinity pass through: such a row dequantizes to NaN)
+    s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
+    y    = x · γ
+    code = nearest level of min(|y|, M), sign kept
+    x̂    = s · level
+
+Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.formats import Format
+from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+
+__all__ = ["decode", "dequantize", "encode", "pack", "quantize", "scale_pair", "scaled_input", "unpack"]
+
+
+def quantize(
+    x: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes ``[..., R, packed(K)]`` uint8 and scales (see :class:`Granularity`); x floating point, any strides."""
+    q = Quantizer.parse(quantizer)
+    x = x.movedim(axis, -1).float().contiguous()
+    amax = group_amax(x, q)
+    stored, _, reciprocal = scale_pair(amax, q, global_scale)
+    codes = encode(x * spread(reciprocal, x.shape, q), q, seed)
+    return pack(codes, q.format.bits), stored
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    quantizer: str,
+    axis: int,
+    size: int,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """Tensor in ``dtype`` with the quantization axis, of length ``size``, back at ``axis``."""
+    q = Quantizer.parse(quantizer)
+    levels = decode(unpack(codes, q.format.bits, size), q.format)
+    scale = load_scale(scales, q, global_scale)
+    return (levels * spread(scale, levels.shape, q)).to(dtype).movedim(-1, axis)
+
+
+def scaled_input(
+    x: Tensor, scales: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``y = x / s`` in grid units (float32, axis last) and the level each element is rounded to."""
+    q = Quantizer.parse(quantizer)
+    x = x.movedim(axis, -1).float().contiguous()
+    _, _, reciprocal = scale_pair(group_amax(x, q), q, global_scale)
+    y = x * spread(reciprocal, x.shape, q)
+    return y, decode(encode(y, q), q.format)
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def group_amax(x: Tensor, q: Quantizer) -> Tensor:
+    """Absolute maximum of every group that shares a scale, in the shape of the scales; never below 2^-120."""
+    magnitude, n = x.abs(), q.granularity.size
+    shape = q.scale_shape(tuple(x.shape))
+    if x.numel() == 0:
+        return x.new_full(shape, AMAX_FLOOR)
+    match q.granularity.kind:
+        case "tensor":
+            amax = magnitude.amax().reshape(shape)
+        case "row":
+            amax = magnitude.amax(-1, keepdim=True)
+        case "block":
+            amax = _blocks(magnitude, -1, n).amax(-1)
+        case _:
+            amax = _blocks(_blocks(magnitude, -1, n).amax(-1), -2, n).amax(-1)
+    return amax.clamp(min=AMAX_FLOOR)
+
+
+def _blocks(x: Tensor, dim: int, n: int) -> Tensor:
+    """Cut ``dim`` into ⌈size/n⌉ blocks (zero-padded); the elements of a block become the last axis."""
+    x = x.movedim(dim, -1)
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % n))
+    return x.unflatten(-1, (-1, n)).movedim(-2, dim - 1)
+
+
+def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
+    """Expand per-group ``values`` so that they broadcast against a tensor of ``shape``."""
+    n = q.granularity.size
+    if q.granularity.kind in ("block", "tile"):
+        values = values.repeat_interleave(n, -1)[..., : shape[-1]]
+    if q.granularity.kind == "tile":
+        values = values.repeat_interleave(n, -2)[..., : shape[-2], :]
+    return values
+
+
+def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32)."""
+    largest = q.format.max
+    match q.scale.name:
+        case "absmax":
+            return amax / largest, amax / largest, largest / amax
+        case "absmax_pow2":
+            # γ = 2^⌊log2(M / amax)⌋; frexp's exponent is exact where a float32 log2 is not.
+            exponent = torch.frexp(largest / amax).exponent - 1
+            scale = _finite_or_nan(_power_of_two(-exponent), amax)
+            return scale, scale, _power_of_two(exponent)
+        case "e8m0":
+            exponent = (torch.frexp(amax).exponent - 1 - q.format.max_exponent).clamp(-127, 127)
+            byte = torch.where(amax.isfinite(), exponent + 127, 255).to(torch.uint8)
+            return byte, load_scale(byte, q), _power_of_two(-exponent)
+    assert global_scale is not None, "two-level scale rules need the global scale"
+    stored = (amax / largest / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
+    scale = load_scale(stored, q, global_scale)
+    return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
+
+
+def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
+    """The float32 scale that stored scales stand for."""
+    if q.scale.name == "e8m0":
+        exponent = stored.to(torch.int32) - 127
+        return torch.where(stored == 255, float("nan"), _power_of_two(exponent))
+    return stored.float() if global_scale is None else stored.float() * global_scale
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Exact float32 2^exponent, built from its bits; exponents of normal numbers."""
+    return ((exponent.to(torch.int32).clamp(-126, 127) + 127) << 23).view(torch.float32)
+
+
+def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:
+    return torch.where(amax.isfinite(), scale, float("nan"))
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None) -> Tensor:
+    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude."""
+    fmt = q.format
+    negative = torch.signbit(y) if fmt.has_zero else y < 0
+    magnitude = y.abs().nan_to_num(fmt.max).clamp(max=fmt.max)
+    if q.rounding == "stochastic":
+        index = _stochastic_index(magnitude, fmt, seed)
+    elif fmt.torch_dtype:
+        index = magnitude.to(getattr(torch, fmt.torch_dtype)).view(torch.uint8).to(torch.int32)
+    else:
+        index = _nearest_index(magnitude, negative, fmt, q.rounding)
+    return (index + (negative.to(torch.int32) << (fmt.bits - 1))).to(torch.uint8)
+
+
+def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: str) -> Tensor:
+    """Index of the nearest magnitude. Ties: to the even index, or toward +∞ (up when positive, down when negative)."""
+    thresholds = torch.tensor(fmt.thresholds, device=magnitude.device)
+    below = torch.bucketize(magnitude, thresholds, right=False).to(torch.int32)  # ties down
+    above = torch.bucketize(magnitude, thresholds, right=True).to(torch.int32)  # ties up
+    if rounding == "up":
+        return torch.where(negative, below, above)
+    return torch.where(below % 2 == 0, below, above)
+
+
+def _stochastic_index(magnitude: Tensor, fmt: Format, seed: Tensor | None) -> Tensor:
+    assert seed is not None, "stochastic rounding needs a seed tensor"
+    levels = torch.tensor(fmt.magnitudes, device=magnitude.device)
+    if not fmt.has_zero:
+        # Between −m0 and m0 the sign is what is drawn; sign-magnitude codes keep it, so such elements stay at m0.
+        magnitude = magnitude.clamp(min=fmt.magnitudes[0])
+    low = (torch.bucketize(magnitude, levels, right=True) - 1).clamp(max=max(len(fmt.magnitudes) - 2, 0))
+    if len(fmt.magnitudes) == 1:
+        return low.to(torch.int32)
+    fraction = (magnitude - levels[low]) / (levels[low + 1] - levels[low])
+    return (low + (uniform(magnitude, seed) < fraction)).to(torch.int32)
+
+
+def uniform(like: Tensor, seed: Tensor) -> Tensor:
+    """One float32 in [0, 1) per element of ``like``, a hash of (seed, element index): the same on every device."""
+    state = torch.arange(like.numel(), dtype=torch.int64, device=like.device).view(like.shape)
+    state = (state + seed.to(torch.int64) * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):  # Wellons' "lowbias32" finalizer
+        state = ((state ^ (state >> shift)) * factor) & 0xFFFFFFFF
+    state = state ^ (state >> 15)
+    return (state >> 8).float() * 2.0**-24
+
+
+def decode(codes: Tensor, fmt: Format) -> Tensor:
+    """Float32 levels of unpacked codes."""
+    if fmt.torch_dtype:
+        return codes.to(torch.uint8).view(getattr(torch, fmt.torch_dtype)).float()
+    magnitudes = torch.tensor(fmt.magnitudes, device=codes.device)
+    levels = torch.cat([magnitudes, -magnitudes])
+    return levels[codes.to(torch.int64)]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes along the last axis, lower index in the lower bits; a short last byte is filled with zeros."""
+    per_byte = 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
+    if per_byte == 1:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    width = 8 // per_byte
+    packed = codes[..., 0]
+    for i in range(1, per_byte):
+        packed = packed | (codes[..., i] << (width * i))
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
+    """Inverse of :func:`pack` for ``size`` codes a row."""
+    per_byte = 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
+    if per_byte == 1:
+        return packed
+    width = 8 // per_byte
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * width
+    codes = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
+    return codes.flatten(-2)[..., :size]

@@ -1,0 +1,1 @@
+"""Text shipped for the demo."""

@@ -1,0 +1,128 @@
+"""Element formats: the values a low-bit code can stand for.
+
+A format is data. Everything the compiler needs follows from the magnitudes a format can represent: its largest
+value, the decision thresholds of nearest rounding, the width of a code, how many codes share a byte, and
+which tensor-core type holds every value exactly. Adding a format is one entry in :data:`FORMATS`.
+
+All formats here are symmetric and stored as sign and magnitude: ``code = index | sign << (bits - 1)`` where
+``magnitudes[index]`` is the absolute value. Codes are packed lower index first, low bits first, along the last axis.
+
+======== ==================================================== ======================================
+name     magnitudes                                           source
+======== ==================================================== ======================================
+e2m1     0 .5 1 1.5 2 3 4 6                                   OCP MX v1.0; arXiv 2501.17116 Table 4
+e1m2     0 .5 1 1.5 2 2.5 3 3.5                               arXiv 2501.17116 Table 4
+e3m0     0 .25 .5 1 2 4 8 16                                  arXiv 2501.17116 Table 4
+e4m3     2**-9 … 448 (the ``fn`` variant: no infinities)      OCP FP8 v1.0
+e5m2     2**-16 … 57344                                       OCP FP8 v1.0
+int1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count    arXiv 2502.05003 §3 (QuEST)
+int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid
+======== ==================================================== ======================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["FORMATS", "Format", "get_format"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A symmetric grid of representable values.
+
+    Attributes:
+        name: key in :data:`FORMATS`.
+        bits: width of one code, sign included.
+        magnitudes: representable absolute values, ascending; the index is the magnitude part of the code.
+        has_zero: whether 0 is a level. Where it is, the sign bit of a zero input is kept (IEEE −0); where it is
+            not (half-integer grids) zero belongs to the positive side.
+        step: distance between levels if the grid is uniform, else ``None``. Uniform grids round by arithmetic, the
+            others by comparison with :attr:`thresholds`.
+        torch_dtype: name of the torch dtype with the same encoding, where there is one; its cast is then the rounding.
+    """
+
+    name: str
+    bits: int
+    magnitudes: tuple[float, ...]
+    has_zero: bool = True
+    step: float | None = None
+    torch_dtype: str | None = None
+
+    @property
+    def max(self) -> float:
+        """Largest representable magnitude."""
+        return self.magnitudes[-1]
+
+    @cached_property
+    def max_exponent(self) -> int:
+        """⌊log2 max⌋, called ``emax`` in the OCP MX specification."""
+        return _floor_log2(self.max)
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """Midpoints between neighbouring magnitudes; ``thresholds[i]`` separates index ``i`` from ``i + 1``."""
+        return tuple((lo + hi) / 2 for lo, hi in zip(self.magnitudes, self.magnitudes[1:], strict=False))
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Codes that share a byte: 8, 4, 2 or 1."""
+        return 8 if self.bits == 1 else 4 if self.bits == 2 else 2 if self.bits <= 4 else 1
+
+    @cached_property
+    def tensor_core_type(self) -> str | None:
+        """Narrowest tensor-core type that holds every value exactly, up to one common factor of two.
+
+        ``"e4m3"`` for every 4-bit grid (odd numerators 2k+1 ≤ 15 fit its four significant bits), ``"int8"`` for the
+        integer grids up to 7 bits (numerators ≤ 127), ``None`` for the rest.
+        """
+        for candidate, values in (("e4m3", _E4M3_VALUES), ("int8", _INT8_VALUES)):
+            if any(all(m * factor in values for m in self.magnitudes) for factor in (1, 2)):
+                return candidate
+        return None
+
+
+def _floor_log2(value: float) -> int:
+    exponent = 0
+    while 2.0 ** (exponent + 1) <= value:
+        exponent += 1
+    while 2.0**exponent > value:
+        exponent -= 1
+    return exponent
+
+
+def _float_magnitudes(exponent_bits: int, mantissa_bits: int, reserved: int = 0) -> tuple[float, ...]:
+    """Values of an IEEE-like minifloat with bias 2**(E−1) − 1; the top ``reserved`` codes are NaN or infinity."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for code in range(2 ** (exponent_bits + mantissa_bits) - reserved):
+        exponent, mantissa = divmod(code, 2**mantissa_bits)
+        significand = mantissa / 2**mantissa_bits + (exponent > 0)
+        values.append(significand * 2.0 ** (max(exponent, 1) - bias))
+    return tuple(values)
+
+
+_E4M3_VALUES = frozenset(_float_magnitudes(4, 3, reserved=1))
+_INT8_VALUES = frozenset(float(i) for i in range(128))
+
+_ALL = (
+    Format("e2m1", 4, _float_magnitudes(2, 1)),
+    Format("e1m2", 4, _float_magnitudes(1, 2), step=0.5),
+    Format("e3m0", 4, _float_magnitudes(3, 0)),
+    Format("e4m3", 8, _float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
+    Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
+    *(Format(f"int{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0) for b in range(1, 9)),
+    *(Format(f"int{b}z", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
+)
+
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
+
+
+def get_format(name: str) -> Format:
+    """Look a format up by name. Raises ``ValueError`` listing the known names."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        msg = f"unknown format {name!r}; known formats: {', '.join(FORMATS)}"
+        raise ValueError(msg) from None

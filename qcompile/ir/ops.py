@@ -1,0 +1,202 @@
+"""The ``qcompile::`` dialect: schemas, shapes and autograd of the ops that passes insert.
+
+Layout: an operand is quantized along ``axis``, the contraction axis of the GEMM that reads it. Codes and scales are stored
+with that axis **last** ("K-major", what 8-bit tensor cores read), so with x of shape ``[..., R, K]`` after moving ``axis``
+to the end: codes are uint8 ``[..., R, packed(K)]``, scales ``[..., R, 1]`` (see :class:`Granularity` for the others).
+
+Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay equal so
+that common-subexpression elimination lets q, k and v share one quantize.
+
+Only :func:`fake_quantize` is differentiable; it is a composite whose autograd *is* the estimator, so AOTAutograd traces
+through it and the joint graph shows the ops below. Their kernels are registered by :mod:`qcompile.kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quantizer import Quantizer
+from .recipe import Operand, OutlierClamp
+
+__all__ = ["LIB", "clamped_counts", "index_dtype"]
+
+LIB = torch.library.Library("qcompile", "FRAGMENT")
+
+_SCHEMAS = (
+    # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
+    "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
+    # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
+    "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None) -> (Tensor, Tensor)",
+    # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis` again.
+    "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
+    "Tensor? global_scale=None) -> Tensor",
+    # x = clamped + residual; the residual as values and positions along `axis` (moved last): [..., R, m] each.
+    "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
+    # x + residual.
+    "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
+    # Which elements let their gradient pass, one bit each, packed along `axis` (moved last): uint8 [..., R, ceil(K/8)].
+    "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, Tensor? global_scale=None) -> Tensor",
+    # grad where the mask is set, else 0.
+    "mask_gradient(Tensor grad, Tensor mask, int axis) -> Tensor",
+    # grad ⊙ slope(x / scales): the estimators that need their input again.
+    "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
+    "Tensor? global_scale=None) -> Tensor",
+    # a @ b on quantized operands, see kernels/matmul. Operand tensors: [dense] | [codes, scales(, values, positions)].
+    "scaled_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
+    "bool b_transposed, ScalarType dtype) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fake(name: str):
+    return torch.library.register_fake(f"qcompile::{name}", lib=LIB)
+
+
+def moved_shape(shape, axis: int) -> list:
+    """``shape`` with ``axis`` moved last."""
+    sizes = list(shape)
+    sizes.append(sizes.pop(axis))
+    return sizes
+
+
+def index_dtype(extent) -> torch.dtype:
+    """Narrowest dtype that holds positions below ``extent``. Extents only known at run time get int32."""
+    known = extent if isinstance(extent, int) else extent.node.maybe_as_int()
+    if known is None or known > 2**31 - 1:
+        return torch.int32 if known is None else torch.int64
+    return torch.uint8 if known <= 256 else torch.int16 if known <= 2**15 else torch.int32
+
+
+def clamped_counts(clamp: OutlierClamp, extent):
+    """How many elements out of ``extent`` can lie below the lower and above the upper quantile (order statistics).
+
+    The bounds are the elements of rank ⌊(1 − α)n⌋ and ⌊αn⌋ of the sorted row, as in the released code of arXiv 2501.17116.
+    Integer arithmetic, so that ``extent`` may be symbolic.
+    """
+    parts = 10**6
+    upper = round(clamp.alpha * parts)
+    return (parts - upper) * extent // parts, extent - 1 - upper * extent // parts
+
+
+def storage_dtype(quantizer: Quantizer) -> torch.dtype:
+    return getattr(torch, quantizer.scale.storage)
+
+
+@register_fake("quantize")
+def _(x, quantizer, axis, global_scale=None, seed=None):
+    q = Quantizer.parse(quantizer)
+    shape = moved_shape(x.shape, axis)
+    codes = x.new_empty([*shape[:-1], q.packed_size(shape[-1])], dtype=torch.uint8)
+    return codes, x.new_empty(q.scale_shape(tuple(shape)), dtype=storage_dtype(q))
+
+
+@register_fake("dequantize")
+def _(codes, scales, quantizer, axis, size, dtype, global_scale=None):
+    moved = codes.new_empty([*codes.shape[:-1], size], dtype=dtype)
+    return moved.movedim(-1, axis)
+
+
+@register_fake("clamp_outliers")
+def _(x, clamp, axis):
+    spec = OutlierClamp.parse(clamp)
+    shape = moved_shape(x.shape, axis)
+    if spec.per == "tensor":
+        shape = [x.numel()]
+    low, high = clamped_counts(spec, shape[-1])
+    values = x.new_empty([*shape[:-1], low + high])
+    return torch.empty_like(x), values, values.new_empty(values.shape, dtype=index_dtype(shape[-1]))
+
+
+@register_fake("restore_outliers")
+def _(x, values, positions, clamp, axis):
+    return torch.empty_like(x)
+
+
+@register_fake("estimator_mask")
+def _(x, scales, quantizer, estimator, axis, global_scale=None):
+    shape = moved_shape(x.shape, axis)
+    return x.new_empty([*shape[:-1], (shape[-1] + 7) // 8], dtype=torch.uint8)
+
+
+@register_fake("mask_gradient")
+def _(grad, mask, axis):
+    return torch.empty_like(grad)
+
+
+@register_fake("scale_gradient")
+def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
+    return torch.empty_like(grad)
+
+
+@register_fake("scaled_mm")
+def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype):
+    def stored(tensors, operand, size):
+        shape = tensors[0].shape
+        return shape if operand == "dense" else (*shape[:-1], size)
+
+    a_shape, b_shape = stored(a, a_operand, a_size), stored(b, b_operand, b_size)
+    rows = a_shape[-1] if a_transposed else a_shape[-2]
+    columns = b_shape[-2] if b_transposed else b_shape[-1]
+    return a[0].new_empty([*a_shape[:-2], rows, columns], dtype=dtype)
+
+
+def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
+    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``."""
+    if not quantizer.scale.two_level:
+        return None
+    amax = x.detach().abs().amax().float()
+    return torch.where(amax == 0, 1.0, amax / (448.0 * quantizer.format.max))
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """quantize → dequantize forward, the operand's estimator backward."""
+
+    @staticmethod
+    def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):  # type: ignore[override]
+        ops = torch.ops.qcompile
+        spec = Operand.parse(operand)
+        quantizer, clamp = str(spec.quantizer), spec.outliers and str(spec.outliers)
+        values = positions = mask = None
+        clamped = x
+        if clamp:
+            clamped, values, positions = ops.clamp_outliers(x, clamp, axis)
+        global_scale = global_scale_of(clamped, spec.quantizer)
+        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed)
+        y = ops.dequantize(codes, scales, quantizer, axis, x.shape[axis], x.dtype, global_scale)
+        if clamp and spec.outliers.compensate:  # type: ignore[union-attr]
+            y = ops.restore_outliers(y, values, positions, clamp, axis)
+        if spec.estimator.kind.mask:
+            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale)
+        return y, scales, mask, global_scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.operand, ctx.axis, _ = inputs
+        _, scales, mask, global_scale = output
+        ctx.mark_non_differentiable(*(t for t in (scales, mask, global_scale) if t is not None))
+        kind = Operand.parse(ctx.operand).estimator.kind
+        ctx.save_for_backward(*((x, scales, global_scale) if kind.slope else (mask,) if kind.mask else ()))
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        ops = torch.ops.qcompile
+        spec = Operand.parse(ctx.operand)
+        if spec.estimator.kind.slope:
+            x, scales, global_scale = ctx.saved_tensors
+            grad = ops.scale_gradient(
+                grad, x, scales, str(spec.quantizer), str(spec.estimator), ctx.axis, global_scale
+            )
+        elif spec.estimator.kind.mask:
+            grad = ops.mask_gradient(grad, ctx.saved_tensors[0], ctx.axis)
+        return grad, None, None, None
+
+
+def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
+    # Autocast is on inside a Function's forward, eager and traced; the formulas here choose their own precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return _FakeQuantize.apply(x, operand, axis, seed)[0]
+
+
+LIB.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")

@@ -1,0 +1,143 @@
+"""Quantizers: format × granularity × scale rule × rounding, as one value object with a readable name.
+
+A quantizer is what an IR node carries. It travels through graphs as its text form, for example
+``"e2m1 row absmax even"``: plain data, so equal quantizers make equal nodes (common-subexpression elimination shares
+them) and a dumped graph can be read. :func:`Quantizer.parse` and ``str()`` are inverse to each other.
+
+The *quantization axis* is not part of a quantizer: it belongs to the node (`axis`, always the contraction axis of the
+GEMM that reads the result). Shapes below are given with that axis moved last: x is ``[..., R, K]``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .formats import Format, get_format
+
+__all__ = ["ROUNDINGS", "SCALE_RULES", "Granularity", "Quantizer", "ScaleRule"]
+
+#: Smallest absolute maximum a scale is derived from. Rows below it (all-zero rows above all) get this scale, so that
+#: neither the scale nor its reciprocal leaves the range of float32; their elements round to zero.
+AMAX_FLOOR = 2.0**-120
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share a scale.
+
+    ``tensor``: all of them, scales ``[1, …, 1]``. ``row``: one token or output channel, scales ``[..., R, 1]``.
+    ``block`` of n: n neighbours along K, scales ``[..., R, ⌈K/n⌉]``. ``tile`` of n: n×n elements,
+    scales ``[..., ⌈R/n⌉, ⌈K/n⌉]``. A last block may be short.
+    """
+
+    kind: str
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.size or ''}"
+
+    @staticmethod
+    def parse(text: str) -> Granularity:
+        match = re.fullmatch(r"(tensor|row)|(block|tile)(\d+)", text)
+        if match is None or match[3] == "0":
+            msg = f"unknown granularity {text!r}; use tensor, row, block<n> or tile<n>, for example block16"
+            raise ValueError(msg)
+        return Granularity(match[1]) if match[1] else Granularity(match[2], int(match[3]))
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """How a scale s (x̂ = s · level) follows from the absolute maximum of the elements that share it.
+
+    Attributes:
+        name: key in :data:`SCALE_RULES`.
+        storage: dtype the scale is stored in.
+        two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
+        source: where it is defined.
+    """
+
+    name: str
+    storage: str
+    two_level: bool = False
+    source: str = ""
+
+
+SCALE_RULES: dict[str, ScaleRule] = {
+    rule.name: rule
+    for rule in (
+        ScaleRule("absmax", "float32", source="s = amax / max; arXiv 2501.17116 eq. 1"),
+        ScaleRule("absmax_pow2", "float32", source="1/s = 2^⌊log2(max / amax)⌋; the released code of arXiv 2501.17116"),
+        ScaleRule("e8m0", "uint8", source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3"),
+        ScaleRule("e4m3", "float8_e4m3fn", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
+    )
+}
+
+ROUNDINGS: dict[str, str] = {
+    "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
+    "up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on half-integer grids)",
+    "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
+}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Format, granularity, scale rule and rounding of one quantized operand."""
+
+    format: Format
+    granularity: Granularity = Granularity("row")
+    scale: ScaleRule = SCALE_RULES["absmax"]
+    rounding: str = "even"
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
+            raise ValueError(msg)
+        if self.format.torch_dtype and self.rounding == "up":
+            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for grids up to 8 bits only"
+            raise ValueError(msg)
+        if self.scale.two_level and self.granularity.kind not in ("block", "tile"):
+            msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+
+    def __str__(self) -> str:
+        return f"{self.format.name} {self.granularity} {self.scale.name} {self.rounding}"
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(text: str) -> Quantizer:
+        """Inverse of ``str()``; the granularity, scale rule and rounding may be left out from the right.
+
+        Raises ``ValueError`` naming the part that is not understood.
+        """
+        parts = text.split()
+        if not 1 <= len(parts) <= 4:
+            msg = f"quantizer {text!r} is not '<format> [<granularity> [<scale rule> [<rounding>]]]'"
+            raise ValueError(msg)
+        parts += ["row", "absmax", "even"][len(parts) - 1 :]
+        name, granularity, scale, rounding = parts
+        if scale not in SCALE_RULES:
+            msg = f"unknown scale rule {scale!r}; known: {', '.join(SCALE_RULES)}"
+            raise ValueError(msg)
+        return Quantizer(get_format(name), Granularity.parse(granularity), SCALE_RULES[scale], rounding)
+
+    def packed_size(self, size: int) -> int:
+        """Bytes that hold ``size`` codes of one row."""
+        per_byte = self.format.codes_per_byte
+        return (size + per_byte - 1) // per_byte
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales for a tensor of ``shape`` (quantization axis last)."""
+        n = self.granularity.size
+        match self.granularity.kind:
+            case "tensor":
+                return (1,) * len(shape)
+            case "row":
+                return (*shape[:-1], 1)
+            case "block":
+                return (*shape[:-1], (shape[-1] + n - 1) // n)
+        if len(shape) < 2:
+            msg = f"granularity {self.granularity} needs a matrix, got shape {tuple(shape)}"
+            raise ValueError(msg)
+        return (*shape[:-2], (shape[-2] + n - 1) // n, (shape[-1] + n - 1) // n)

@@ -1,0 +1,298 @@
+"""Recipes: what to quantize, where, and how. A recipe is data; a backend is a recipe with a name.
+
+``torch.compile(model, backend="qcompile_fp4", options={...})``: every option is a field of :class:`Recipe`, given as plain
+data. Operands are given whole, as text, or in part, as a dictionary of the fields to change::
+
+    options={"activation": "e2m1 row absmax even; ste; occ(alpha=0.99,compensate=1)"}      # whole
+    options={"activation": {"format": "e1m2"}, "weight": {"scale": "absmax_pow2"}}          # in part
+    options={"gradient": "fp8", "skip": ["lm_head", "layers.0"]}
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+from .estimators import Estimator
+from .formats import get_format
+from .quantizer import SCALE_RULES, Granularity, Quantizer
+
+__all__ = ["Operand", "OutlierClamp", "Recipe", "Rule"]
+
+STE = Estimator("ste")
+
+
+@dataclass(frozen=True)
+class OutlierClamp:
+    """Outlier clamping and compensation (OCC), arXiv 2501.17116 §3.2.
+
+    ``x = clamped + residual`` exactly, with ``clamped`` inside the (1 − α, α) quantiles. ``per="row"`` takes the quantiles of
+    each token (the released code), ``per="tensor"`` those of the whole tensor. Without ``compensate`` the residual is
+    dropped (the released wiring).
+    """
+
+    alpha: float = 0.99
+    per: str = "row"
+    compensate: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.5 < self.alpha < 1:
+            msg = f"occ: alpha must lie in (0.5, 1), got {self.alpha}"
+            raise ValueError(msg)
+        if self.per not in ("row", "tensor"):
+            msg = f"occ: per must be 'row' or 'tensor', got {self.per!r}"
+            raise ValueError(msg)
+
+    def __str__(self) -> str:
+        return f"occ(alpha={self.alpha:g},per={self.per},compensate={int(self.compensate)})"
+
+    @staticmethod
+    def parse(text: str) -> OutlierClamp:
+        match = re.fullmatch(r"occ(?:\(([^()]*)\))?", text.replace(" ", ""))
+        if match is None:
+            msg = f"outlier clamp {text!r} is not 'occ(alpha=0.99,per=row,compensate=1)'"
+            raise ValueError(msg)
+        values = dict(part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(",")))
+        _reject_unknown("occ", values, ("alpha", "per", "compensate"))
+        try:
+            return OutlierClamp(
+                alpha=float(values.get("alpha", 0.99)),
+                per=values.get("per", "row"),
+                compensate=bool(int(values.get("compensate", 1))),
+            )
+        except ValueError as error:
+            msg = f"outlier clamp {text!r}: {error}"
+            raise ValueError(msg) from None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a GEMM is quantized: transform (optional) → quantizer → estimator for the way back."""
+
+    quantizer: Quantizer
+    estimator: Estimator = STE
+    outliers: OutlierClamp | None = None
+
+    def __post_init__(self) -> None:
+        if self.outliers and self.estimator.kind.slope:
+            msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust with it"
+            raise ValueError(msg)
+
+    def __str__(self) -> str:
+        parts = [str(self.quantizer), str(self.estimator), *([str(self.outliers)] if self.outliers else [])]
+        return "; ".join(parts)
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(text: str) -> Operand:
+        """``"<quantizer>[; <estimator>][; occ(...)]"``; inverse of ``str()``."""
+        head, *rest = (part.strip() for part in text.split(";"))
+        estimator, outliers = STE, None
+        for part in rest:
+            if part.startswith("occ"):
+                outliers = OutlierClamp.parse(part)
+            else:
+                estimator = Estimator.parse(part)
+        return Operand(Quantizer.parse(head), estimator, outliers)
+
+    def override(self, changes: Mapping[str, Any]) -> Operand:
+        """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers."""
+        known = ("format", "granularity", "scale", "rounding", "estimator", "outliers")
+        _reject_unknown("operand", changes, known)
+        quantizer = self.quantizer
+        if "format" in changes:
+            quantizer = replace(quantizer, format=get_format(changes["format"]))
+        if "granularity" in changes:
+            quantizer = replace(quantizer, granularity=Granularity.parse(changes["granularity"]))
+        if "scale" in changes:
+            if changes["scale"] not in SCALE_RULES:
+                msg = f"unknown scale rule {changes['scale']!r}; known: {', '.join(SCALE_RULES)}"
+                raise ValueError(msg)
+            quantizer = replace(quantizer, scale=SCALE_RULES[changes["scale"]])
+        if "rounding" in changes:
+            quantizer = replace(quantizer, rounding=changes["rounding"])
+        estimator = Estimator.parse(changes["estimator"]) if "estimator" in changes else self.estimator
+        outliers = self.outliers
+        if "outliers" in changes:
+            outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
+        return Operand(quantizer, estimator, outliers)
+
+
+#: Short names for the gradient operand. "fp8" is per-tensor E5M2, as published (arXiv 2501.17116 §4.1).
+GRADIENT_ALIASES: dict[str, str | None] = {"bf16": None, "fp8": "e5m2 tensor absmax even"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Changes the treatment of the sites it matches; later rules win over earlier ones.
+
+    Attributes:
+        name: glob over whole dotted segments of the layer name: ``"lm_head"`` matches ``model.lm_head``, ``"layers.0"``
+            everything under it, ``"layers.*.q_proj"`` one projection of every layer.
+        op: op kind as the report names it (``linear``, ``matmul``, ``conv2d`` …), or ``*``.
+        min_size, max_size: bounds on the number of elements of the weight operand.
+        roles: for ``gradient``: the backward GEMMs whose gradient operand this rule changes.
+        quantize: ``False`` keeps the site in high precision, ``True`` undoes an earlier skip.
+        activation, weight, gradient: operand overrides, as in :class:`Recipe`; ``"off"`` keeps that operand in high precision.
+    """
+
+    name: str = "*"
+    op: str = "*"
+    min_size: int = 0
+    max_size: int | None = None
+    roles: tuple[str, ...] = ("dgrad", "wgrad")
+    quantize: bool | None = None
+    activation: Any = None
+    weight: Any = None
+    gradient: Any = None
+
+    def __post_init__(self) -> None:
+        for role in self.roles:
+            if role not in ("dgrad", "wgrad"):
+                msg = f"rule {self.name!r}: role {role!r} is not 'dgrad' or 'wgrad'"
+                raise ValueError(msg)
+
+    def matches(self, name: str, op: str, size: int | None) -> bool:
+        """Whether a site with this layer name, op kind and weight size (``None`` if unknown) falls under the rule."""
+        if not fnmatchcase(op, self.op) or not matches_name(name, self.name):
+            return False
+        if size is None:
+            return self.min_size == 0 and self.max_size is None
+        return self.min_size <= size and (self.max_size is None or size <= self.max_size)
+
+    @staticmethod
+    def from_data(data: Rule | Mapping[str, Any]) -> Rule:
+        if isinstance(data, Rule):
+            return data
+        _reject_unknown("rule", data, [f.name for f in fields(Rule)])
+        values = dict(data)
+        if "roles" in values:
+            values["roles"] = (values["roles"],) if isinstance(values["roles"], str) else tuple(values["roles"])
+        return Rule(**values)
+
+
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether a glob matches a run of whole dotted segments of ``name``."""
+    return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers a compiled model produces, and the switches around it.
+
+    Attributes:
+        name, source: the backend's name, and where the recipe is published.
+        activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
+        gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
+        skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``.
+        rules: further rules, applied in order after ``skip``.
+        attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
+        saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident anyway;
+            ``"codes"`` saves its codes (½ byte an element) instead of the work.
+        save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3) or ``"4bit"``
+            (E2M1), both with one scale a row. Lossy; off by default.
+        enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.
+        fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
+        disable_passes: names of passes to leave out.
+        strict: unmatched rules raise instead of warning.
+        debug: verify the graph after every pass.
+    """
+
+    name: str
+    source: str = ""
+    activation: Operand | None = None
+    weight: Operand | None = None
+    gradient: Operand | None = None
+    skip: tuple[str, ...] = ("lm_head",)
+    rules: tuple[Rule, ...] = ()
+    attention: bool = False
+    saved_weights: str = "recompute"
+    save: str = "exact"
+    enabled: bool = True
+    fuel: int | None = None
+    disable_passes: tuple[str, ...] = ()
+    strict: bool = False
+    debug: bool = False
+    user_patterns: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("saved_weights", ("recompute", "codes")), ("save", ("exact", "8bit", "4bit"))):
+            if getattr(self, name) not in allowed:
+                msg = f"option {name!r}: {getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                raise ValueError(msg)
+
+    @staticmethod
+    def option_names() -> list[str]:
+        """The options a backend takes, besides Inductor's own."""
+        return [f.name for f in fields(Recipe) if f.name not in ("name", "source", "user_patterns")]
+
+    def override(self, options: Mapping[str, Any]) -> Recipe:
+        """A copy with options applied. Raises ``ValueError`` naming the option, its value and what would be accepted."""
+        _reject_unknown("option", options, self.option_names())
+        changes: dict[str, Any] = {}
+        for key, value in options.items():
+            if key in ("activation", "weight", "gradient"):
+                changes[key] = override_operand(getattr(self, key), value, key)
+            elif key == "skip":
+                changes[key] = _strings(key, value)
+                changes["user_patterns"] = changes[key]
+            elif key == "rules":
+                changes[key] = tuple(Rule.from_data(rule) for rule in value)
+            elif key == "disable_passes":
+                changes[key] = _strings(key, value)
+            else:
+                changes[key] = _checked(key, value)
+        return replace(self, **changes)
+
+
+def override_operand(base: Operand | None, value: Any, name: str) -> Operand | None:
+    """Apply an operand option: ``None``/"off", a whole operand as text, or a dictionary of changed fields."""
+    if value is None or value == "off":
+        return None
+    if isinstance(value, Operand):
+        return value
+    try:
+        if isinstance(value, str):
+            text = GRADIENT_ALIASES.get(value, value) if name == "gradient" else value
+            return None if text is None else Operand.parse(text)
+        if isinstance(value, Mapping):
+            if base is None:
+                msg = "there is nothing to change in part; give the whole operand as text"
+                raise ValueError(msg)
+            return base.override(value)
+    except ValueError as error:
+        msg = f"option {name!r}: {error}"
+        raise ValueError(msg) from None
+    msg = f"option {name!r} takes text, a dictionary or None, got {type(value).__name__} {value!r}"
+    raise ValueError(msg)
+
+
+def _checked(key: str, value: Any) -> Any:
+    expected: type | tuple[type, ...] = {"fuel": (int, type(None)), "saved_weights": str, "save": str}.get(key, bool)
+    if not isinstance(value, expected) or (key == "fuel" and isinstance(value, bool)):
+        msg = f"option {key!r}: unexpected value {value!r}"
+        raise ValueError(msg)
+    return value
+
+
+def _strings(key: str, value: Any) -> tuple[str, ...]:
+    names = () if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if isinstance(value, str) or names != tuple(n for n in names if isinstance(n, str)):
+        msg = f"option {key!r} takes a list of names, got {value!r}"
+        raise ValueError(msg)
+    return names
+
+
+def _reject_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            msg = f"unknown {kind} {key!r}{hint} Known: {', '.join(known)}"
+            raise ValueError(msg)

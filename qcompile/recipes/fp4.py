@@ -1,0 +1,33 @@
+"""``qcompile_fp4``: *Optimizing Large Language Model Training Using FP4 Quantization*, arXiv 2501.17116 (ICML 2025).
+
+As the paper prints it: activations E2M1, one scale a token, after clamping the outliers beyond the 1 % and 99 % quantiles
+of the token and compensating them by an exact residual; weights E2M1, one scale an output channel, with the
+differentiable gradient estimator (k = 5, factor capped at 3); exact 6/amax scales; dY in high precision (``gradient="fp8"``
+for the paper's per-tensor E5M2). Head, embeddings, norms and attention stay as they are.
+
+Where the authors' released code departs from their text, the difference is one option:
+
+=================================== ===============================================================================
+departure                           options
+=================================== ===============================================================================
+power-of-two scales                 ``{"activation": {"scale": "absmax_pow2"}, "weight": {"scale": "absmax_pow2"}}``
+no compensation of the residual     ``{"activation": {"outliers": "occ(compensate=0)"}}``
+quantile over the whole tensor      ``{"activation": {"outliers": "occ(per=tensor)"}}``
+E1M2 activations (fork ``pai``)     ``{"activation": {"format": "e1m2", "outliers": "occ(alpha=0.97)"}}``
+ties toward +∞ (look-up kernel)     ``{"activation": {"rounding": "up"}, "weight": {"rounding": "up"}}``
+tensor-wise scales (ablations)      ``{"activation": {"granularity": "tensor"}, "weight": {"granularity": "tensor"}}``
+DGE off                             ``{"weight": {"estimator": "ste"}}``
+OCC off                             ``{"activation": {"outliers": None}}``
+=================================== ===============================================================================
+"""
+
+from ..ir.recipe import Operand, Recipe
+
+FP4 = Recipe(
+    name="qcompile_fp4",
+    source="arXiv 2501.17116",
+    activation=Operand.parse("e2m1 row absmax even; ste; occ(alpha=0.99,per=row,compensate=1)"),
+    weight=Operand.parse("e2m1 row absmax even; dge(k=5,cap=3)"),
+    gradient=None,
+    skip=("lm_head",),
+)
