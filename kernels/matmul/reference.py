@@ -1,7 +1,8 @@
 """Plain-torch ``scaled_mm``: decode both operands to the output dtype and multiply.
 
-An operand is ``[dense]``, ``[codes, scales]`` or ``[codes, scales, values, positions]`` (an outlier residual to add), stored
-``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed`` swaps the two: fprop reads W transposed,
+An operand is text and tensors. ``"dense"``: ``[tensor]``. Otherwise the text of an :class:`Operand` and ``[codes, scales]``,
+followed by ``global_scale`` if its scale rule has two levels and by ``values, positions`` if its outlier residual is
+compensated. It is stored ``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed`` swaps the two: fprop reads W transposed,
 dgrad reads it as stored, wgrad reads X transposed; the same codes serve all three.
 """
 
@@ -20,10 +21,11 @@ def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.
     if operand == "dense":
         return tensors[0]
     spec = Operand.parse(operand)
-    codes, scales, *residual = tensors
-    dense = torch.ops.qcompile.dequantize(codes, scales, str(spec.quantizer), -1, size, dtype)
-    if residual:
-        dense = torch.ops.qcompile.restore_outliers(dense, *residual, str(spec.outliers), -1)
+    codes, scales, *rest = tensors
+    global_scale = rest.pop(0) if spec.quantizer.scale.two_level else None
+    dense = torch.ops.qcompile.dequantize(codes, scales, str(spec.quantizer), -1, size, dtype, global_scale)
+    if rest:
+        dense = torch.ops.qcompile.restore_outliers(dense, *rest, str(spec.outliers), -1)
     return dense
 
 
@@ -37,8 +39,10 @@ def scaled_mm(
     b_size: int,
     b_transposed: bool,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``op(a) @ op(b)`` in ``dtype``; 2-D, or 3-D with a common batch."""
+    """``op(a) @ op(b)`` in ``dtype``, 2-D or 3-D with a common batch; plus ``bias`` broadcast over the rows (2-D only)."""
     left = decode_operand(a, a_operand, a_size, dtype)
     right = decode_operand(b, b_operand, b_size, dtype)
-    return (left.mT if a_transposed else left) @ (right.mT if b_transposed else right)
+    left, right = left.mT if a_transposed else left, right.mT if b_transposed else right
+    return left @ right if bias is None else torch.addmm(bias, left, right)

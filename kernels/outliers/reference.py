@@ -9,14 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.ops import clamped_counts, index_dtype
+from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
 from qcompile.ir.recipe import OutlierClamp
 
 __all__ = ["clamp_outliers", "restore_outliers"]
 
 
 def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Clamped tensor (layout of x), residual values ``[..., R, m]`` in x's dtype and their positions along ``axis``.
+    """Clamped tensor (layout of x), residual values ``[..., R, m]`` and their positions along ``axis``.
+
+    The residual is float32 for 16-bit inputs, so that ``clamped + residual`` rounds back to x: a difference of two bfloat16
+    numbers is no bfloat16 number.
 
     With ``per=tensor`` the residual is ``[m]`` and positions count through the flattened tensor (``axis`` moved last).
     Entries that the bounds do not cut (ties) carry the value 0.
@@ -28,11 +31,13 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
     size = rows.shape[-1]
     low, high = clamped_counts(spec, size)
     if x.numel() == 0:
-        return x.clone(), rows[..., :0], rows[..., :0].to(index_dtype(size))
+        empty = rows.new_empty([*rows.shape[:-1], low + high])
+        return x.clone(), empty.to(residual_dtype(x.dtype)), empty.to(index_dtype(size))
     below, below_at = rows.topk(low + 1, largest=False)
     above, above_at = rows.topk(high + 1)
     lower, upper = below[..., -1:], above[..., -1:]
-    values = torch.cat([below[..., :-1] - lower, above[..., :-1] - upper], -1)
+    wide = residual_dtype(x.dtype)
+    values = torch.cat([below[..., :-1].to(wide) - lower, above[..., :-1].to(wide) - upper], -1)
     positions = torch.cat([below_at[..., :-1], above_at[..., :-1]], -1)
     if spec.per == "row":
         lower, upper = lower.movedim(-1, axis), upper.movedim(-1, axis)
@@ -45,5 +50,5 @@ def restore_outliers(x: Tensor, values: Tensor, positions: Tensor, clamp: str, a
     shape = rows.shape
     if OutlierClamp.parse(clamp).per == "tensor":
         rows = rows.reshape(-1)
-    restored = rows.scatter_add(-1, positions.to(torch.int64), values.to(x.dtype))
+    restored = rows.to(values.dtype).scatter_add(-1, positions.to(torch.int64), values).to(x.dtype)
     return torch.empty_like(x).copy_(restored.view(shape).movedim(-1, axis))

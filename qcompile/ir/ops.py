@@ -42,9 +42,9 @@ _SCHEMAS = (
     # grad ⊙ slope(x / scales): the estimators that need their input again.
     "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
-    # a @ b on quantized operands, see kernels/matmul. Operand tensors: [dense] | [codes, scales(, values, positions)].
+    # a @ b (+ bias) on quantized operands, see kernels/matmul for the operands' tensors and text.
     "scaled_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
-    "bool b_transposed, ScalarType dtype) -> Tensor",
+    "bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,6 +67,11 @@ def index_dtype(extent) -> torch.dtype:
     if known is None or known > 2**31 - 1:
         return torch.int32 if known is None else torch.int64
     return torch.uint8 if known <= 256 else torch.int16 if known <= 2**15 else torch.int32
+
+
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype that holds the difference of two values of ``dtype`` (see :mod:`qcompile.kernels.outliers.reference`)."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def clamped_counts(clamp: OutlierClamp, extent):
@@ -105,7 +110,7 @@ def _(x, clamp, axis):
     if spec.per == "tensor":
         shape = [x.numel()]
     low, high = clamped_counts(spec, shape[-1])
-    values = x.new_empty([*shape[:-1], low + high])
+    values = x.new_empty([*shape[:-1], low + high], dtype=residual_dtype(x.dtype))
     return torch.empty_like(x), values, values.new_empty(values.shape, dtype=index_dtype(shape[-1]))
 
 
@@ -131,7 +136,7 @@ def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
 
 
 @register_fake("scaled_mm")
-def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype):
+def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape
         return shape if operand == "dense" else (*shape[:-1], size)

@@ -1,0 +1,164 @@
+"""C++ on CPU: source text → shared library → ``ctypes`` function.
+
+A kernel is one small C++ file without torch headers, generated from the data of a format or an estimator, built in about
+half a second and kept on disk in Inductor's cache. The library is called through ``ctypes`` with data pointers and sizes,
+so the same function serves eager mode, Inductor's extern calls and every site of a model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["ELEMENT_TYPES", "PRELUDE", "find_compiler", "float_literal", "load", "rows_of", "thread_count"]
+
+#: C++ structs of :data:`PRELUDE` by torch dtype. All arithmetic is float32, so float64 is left to the references.
+ELEMENT_TYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+
+#: Fewer elements than this are not worth a second thread (at::internal::GRAIN_SIZE).
+GRAIN_SIZE = 32768
+
+#: Inductor's own flags switch the loop vectorizer off, because its code is vectorized by hand, and allow the sign of a zero to
+#: be lost. Ours is the opposite case on both counts. A later flag wins.
+COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fsigned-zeros")
+
+#: Element types as bits with conversions from and to float32 that vectorize, and rounding to small floating-point formats.
+PRELUDE = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+template <class To, class From> static inline To bits_as(From from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from));
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+static constexpr uint32_t MAGNITUDE = 0x7fffffff;
+static constexpr uint32_t INFINITY_BITS = 0x7f800000;
+
+static inline float power_of_two(int exponent) {  // exact; exponents of normal numbers
+  return bits_as<float>(uint32_t(exponent + 127) << 23);
+}
+
+// Code of the magnitude `bits` (float32, not NaN) in an IEEE-like minifloat, ties to even, no saturation. Normal numbers are
+// rounded as integers; below 2^min_exponent the levels are uniform, and adding a power of two rounds to their distance.
+template <int mantissa, int min_exponent> static inline uint32_t round_to_minifloat(uint32_t bits) {
+  constexpr int shift = 23 - mantissa;
+  uint32_t normal = bits - (uint32_t(min_exponent - 1 + 127) << 23);
+  normal = (normal + ((1u << (shift - 1)) - 1) + ((normal >> shift) & 1)) >> shift;
+  const float magic = power_of_two(min_exponent - mantissa + 23);
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(bits) + magic) - bits_as<uint32_t>(magic);
+  return bits < (uint32_t(min_exponent + 127) << 23) ? subnormal : normal;
+}
+
+struct Float32 {
+  uint32_t bits;
+  static constexpr uint32_t magnitude = MAGNITUDE;
+  operator float() const { return bits_as<float>(bits); }
+  static Float32 from(float value) { return {bits_as<uint32_t>(value)}; }
+};
+
+struct BFloat16 {
+  uint16_t bits;
+  static constexpr uint16_t magnitude = 0x7fff;
+  operator float() const { return bits_as<float>(uint32_t(bits) << 16); }
+  static BFloat16 from(float value) {
+    const uint32_t wide = bits_as<uint32_t>(value);
+    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    return {uint16_t((wide & MAGNITUDE) > INFINITY_BITS ? 0x7fc0 : rounded)};
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+  static constexpr uint16_t magnitude = 0x7fff;
+  operator float() const {
+    const uint32_t narrow = bits & magnitude;
+    // Read as a float32 the exponent is 112 too small, for subnormal numbers too; infinity and NaN keep the top exponent.
+    const uint32_t wide = bits_as<uint32_t>(bits_as<float>(narrow << 13) * power_of_two(112));
+    return bits_as<float>((narrow >= 0x7c00 ? wide | INFINITY_BITS : wide) | uint32_t(bits & 0x8000) << 16);
+  }
+  static Float16 from(float value) {
+    const uint32_t wide = bits_as<uint32_t>(value), size = wide & MAGNITUDE;
+    uint32_t narrow = round_to_minifloat<10, -14>(size);
+    narrow = size >= 0x47800000 || narrow > 0x7c00 ? 0x7c00 : narrow;  // 2^16 and above
+    narrow = size > INFINITY_BITS ? 0x7e00 : narrow;
+    return {uint16_t(narrow | (wide >> 16 & 0x8000))};
+  }
+};
+
+// max |x| of n elements; bits of magnitudes order like their values with NaN above infinity, so NaN propagates.
+template <class Element> static inline float absolute_maximum(const Element* x, int64_t n) {
+  decltype(x->bits) top = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const decltype(top) size = x[k].bits & Element::magnitude;
+    top = size > top ? size : top;
+  }
+  return Element{top};
+}
+"""
+
+
+@lru_cache(maxsize=1)
+def find_compiler() -> tuple[bool, str]:
+    """Whether there is a C++ compiler, and if not, why. Warns once, since everything then runs many times slower."""
+    # Private torch API (2.11 … 2.13): the search Inductor itself does, so that CXX and its config mean the same to both.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        message = "qcompile: no C++ compiler found, so CPU kernels fall back to plain torch (slow). Install g++ or set CXX."
+        warnings.warn(message, UserWarning, stacklevel=2)
+        return False, "no C++ compiler found; install g++ or set CXX"
+    return True, ""
+
+
+def _build(source: str) -> ctypes.CDLL:
+    """Compile ``source`` unless the library is on disk, and load it.
+
+    The only private torch API here besides the compiler search: ``CppCodeCache`` hashes source and command line, locks between
+    processes, and keeps the library in Inductor's cache directory (2.11 … 2.13).
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(PRELUDE + source, extra_flags=COMPILER_FLAGS)
+
+
+def load(source: str, pointers: int, integers: int) -> Callable[..., None]:
+    """The function ``extern "C" void run(pointer × pointers, int64_t × integers)`` of ``source`` (after the prelude).
+
+    Pass ``Tensor.data_ptr()`` and ``int``. Raises Inductor's ``CppCompileError`` if the source does not compile.
+    """
+    run = _build(source).run
+    run.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
+    run.restype = None
+    return run
+
+
+def float_literal(value: float) -> str:
+    """A C++ float32 literal with exactly the float32 value nearest to ``value``."""
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    return f"{torch.tensor(value, dtype=torch.float32).item().hex()}f"
+
+
+def rows_of(x: Tensor, axis: int) -> Tensor:
+    """``x`` with ``axis`` last, contiguous; a copy only where the layout differs."""
+    return x.movedim(axis, -1).contiguous()
+
+
+def thread_count(elements: int) -> int:
+    """Threads worth starting for ``elements``, at most ``torch.get_num_threads()``."""
+    return max(1, min(torch.get_num_threads(), elements // GRAIN_SIZE))

@@ -1,0 +1,65 @@
+"""The table of Inductor lowerings, and what it says about a device.
+
+Where Inductor generates Triton (CUDA), the ops below become loop bodies that fuse with their neighbours. Elsewhere, and for
+arguments that are not supported, a lowering calls the op's own kernel: on CPU one compiled kernel serves all sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._inductor.lowering import lowerings, register_lowering
+
+from qcompile.ir.estimators import Estimator
+from qcompile.ir.quantizer import Quantizer
+
+from .estimate import inductor as estimate
+from .outliers import inductor as outliers
+from .quantize import inductor as quantize
+
+__all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How an op is lowered, and ``supports(*parsed texts) -> (ok, reason)`` for the texts that its node carries."""
+
+    lower: Callable
+    supports: Callable[..., tuple[bool, str]]
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
+    "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
+    "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask),
+    "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient),
+    "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient),
+    "clamp_outliers": Lowering(outliers.lower_clamp_outliers, outliers.supports_clamp_outliers),
+    "restore_outliers": Lowering(outliers.lower_restore_outliers, outliers.supports_restore_outliers),
+}
+
+
+def register_lowerings() -> None:
+    """Tell Inductor about the lowerings. Calling it again does nothing."""
+    for name, entry in LOWERINGS.items():
+        op = getattr(torch.ops.qcompile, name).default
+        if op not in lowerings:
+            register_lowering(op, type_promotion_kind=None)(entry.lower)
+
+
+def cuda_provider(op: str, quantizer: str | None = None, estimator: str | None = None) -> tuple[str, str]:
+    """What runs ``qcompile::<op>`` on CUDA, for the report: provider and, where it is the reference, the reason.
+
+    ``quantizer`` and ``estimator`` are the texts the node carries, ``None`` for an op that has none.
+    """
+    if op not in LOWERINGS:
+        return "reference", f"{op} has no lowering"
+    texts: list[Quantizer | Estimator] = []
+    if quantizer is not None:
+        texts.append(Quantizer.parse(quantizer))
+    if estimator is not None:
+        texts.append(Estimator.parse(estimator))
+    supported, reason = LOWERINGS[op].supports(*texts)
+    return ("triton (inductor)", "") if supported else ("reference", reason)

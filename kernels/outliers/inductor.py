@@ -1,0 +1,90 @@
+"""Outlier clamping for Inductor: top-k stays aten's kernel, everything around it is lowered and fuses.
+
+The residual's positions are distinct wherever its values are not zero (an element below the lower bound is not above the upper
+one), so restoring is a gather, an addition and a plain scatter instead of atomic additions: deterministic, and the read of
+x fuses with what made x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings
+
+from qcompile.ir.ops import clamped_counts, index_dtype
+from qcompile.ir.recipe import OutlierClamp
+from qcompile.kernels.quantize.inductor import axis_last, is_empty, run_reference
+
+__all__ = ["lower_clamp_outliers", "lower_restore_outliers", "supports_clamp_outliers", "supports_restore_outliers"]
+
+aten = torch.ops.aten
+
+
+def supports_clamp_outliers() -> tuple[bool, str]:
+    """Code is always generated."""
+    return True, ""
+
+
+def supports_restore_outliers() -> tuple[bool, str]:
+    """Code is always generated."""
+    return True, ""
+
+
+def lower_clamp_outliers(x, clamp: str, axis: int):
+    """``qcompile::clamp_outliers``: two extern top-k, then loops for the clamped tensor and the residual."""
+    if not ir.is_triton(x) or is_empty(x):
+        return run_reference(torch.ops.qcompile.clamp_outliers.default, x, clamp, axis)
+    spec, axis = OutlierClamp.parse(clamp), axis % len(x.get_size())
+    rows = axis_last(x, axis)
+    if spec.per == "tensor":
+        rows = _call(aten.reshape.default, rows, [-1])
+    size = rows.get_size()[-1]
+    low, high = clamped_counts(spec, size)
+    last = len(rows.get_size()) - 1
+    below, below_at = _call(aten.topk.default, rows, low + 1, last, False, True)
+    above, above_at = _call(aten.topk.default, rows, high + 1, last, True, True)
+    lower, upper = (_call(aten.slice.Tensor, t, last, n, n + 1) for t, n in ((below, low), (above, high)))
+    below, below_at = (_call(aten.slice.Tensor, t, last, 0, low) for t in (below, below_at))
+    above, above_at = (_call(aten.slice.Tensor, t, last, 0, high) for t in (above, above_at))
+    residual = [_call(aten.sub.Tensor, below, lower), _call(aten.sub.Tensor, above, upper)]
+    positions = _call(aten.cat.default, [below_at, above_at], last)
+    if spec.per == "row":
+        lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
+    clamped = _call(aten.minimum.default, _call(aten.maximum.default, x, lower), upper)
+    narrow = _call(torch.ops.prims.convert_element_type.default, positions, _index_dtype(size))
+    return clamped, _call(aten.cat.default, residual, last), narrow
+
+
+def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
+    """``qcompile::restore_outliers``: x with the residual added at its positions."""
+    if not ir.is_triton(x) or is_empty(x, values):
+        op = torch.ops.qcompile.restore_outliers.default
+        return run_reference(op, x, values, positions, clamp, axis)
+    axis %= len(x.get_size())
+    rows = axis_last(x, axis)
+    shape = rows.get_size()
+    if OutlierClamp.parse(clamp).per == "tensor":
+        rows = _call(aten.reshape.default, rows, [-1])
+    last = len(rows.get_size()) - 1
+    at = _call(torch.ops.prims.convert_element_type.default, positions, torch.int64)
+    residual = _call(torch.ops.prims.convert_element_type.default, values, x.get_dtype())
+    raised = _call(aten.add.Tensor, _call(aten.gather.default, rows, last, at), residual)
+    restored = _call(aten.scatter.src, rows, last, at, raised)
+    return axis_back(_call(aten.reshape.default, restored, shape), axis)
+
+
+def axis_back(x, axis: int):
+    """View of ``x`` with its last axis moved to ``axis``."""
+    order = list(range(len(x.get_size()) - 1))
+    order.insert(axis, len(order))
+    return _call(aten.permute.default, x, order)
+
+
+def _call(op: torch._ops.OpOverload, *args):
+    return lowerings[op](*args)
+
+
+def _index_dtype(extent) -> torch.dtype:
+    """:func:`index_dtype` of an Inductor size; one known only at run time gets int32 there too."""
+    known = extent if isinstance(extent, int) else int(extent) if extent.is_number else None
+    return torch.int32 if known is None else index_dtype(known)

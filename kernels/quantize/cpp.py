@@ -1,0 +1,376 @@
+"""C++ quantize and dequantize, generated from a format's magnitudes; bit for bit equal to the references.
+
+A row is read twice while it is in cache: once for the absolute maximum, once for the codes. Rounding takes one of three
+forms, chosen from the data of the format:
+
+* up to 8 magnitudes: the number of decision thresholds below the magnitude, compared as integers, ties by ±1;
+* a uniform grid: float32 arithmetic;
+* a minifloat with a torch dtype: the integer rounding of :data:`qcompile.kernels.cpp.PRELUDE`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.formats import Format
+from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.kernels.cpp import ELEMENT_TYPES, find_compiler, float_literal, load, rows_of, thread_count
+
+__all__ = ["dequantize", "quantize", "scaled_rows_source", "supports_dequantize", "supports_quantize"]
+
+Support = tuple[bool, str]
+
+#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule. The operations and their order are those of
+#: ``scale_pair`` in the reference; torch computes ``M / amax`` as ``(1 / amax) * M``.
+_SCALE_RULES = {
+    "absmax": """
+  *reciprocal = (1.0f / amax) * LARGEST;
+  return amax / LARGEST;""",
+    "absmax_pow2": """
+  const int exponent = clamp_exponent(floor_log2((1.0f / amax) * LARGEST));
+  *reciprocal = power_of_two(exponent);
+  return std::isfinite(amax) ? power_of_two(clamp_exponent(-exponent)) : NAN;""",
+    "e8m0": """
+  int exponent = floor_log2(amax) - MAX_EXPONENT;
+  exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+  *reciprocal = power_of_two(clamp_exponent(-exponent));
+  return std::isfinite(amax) ? exponent + 127 : 255;""",
+}
+
+#: C++ type of a stored scale by dtype name.
+_STORED_TYPES = {"float32": "float", "uint8": "uint8_t"}
+
+_SCALES = r"""
+// ⌊log2 x⌋, and −1 for 0, infinity and NaN, where frexp leaves an exponent of 0.
+static inline int floor_log2(float x) {
+  int exponent = 0;
+  if (std::isfinite(x)) std::frexp(x, &exponent);
+  return exponent - 1;
+}
+
+static inline int clamp_exponent(int exponent) { return exponent < -126 ? -126 : exponent > 127 ? 127 : exponent; }
+
+static inline Stored scale_of(float amax, float* reciprocal) {%(rule)s
+}
+"""
+
+# The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers SEGMENT elements.
+_ROWS = r"""
+static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline float at_least_floor(float amax) { return amax < AMAX_FLOOR ? AMAX_FLOOR : amax; }  // keeps NaN
+
+template <class Element>
+static float maximum_of_all(const Element* x, int64_t rows, int64_t size, int64_t threads) {
+  uint32_t top = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : top)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint32_t amax = bits_as<uint32_t>(absolute_maximum(x + row * size, size));
+    top = amax > top ? amax : top;
+  }
+  return bits_as<float>(top);
+}
+
+// visit(row, reciprocals, buffer) for all rows: one reciprocal a segment; a zeroed byte buffer of one row, a multiple of 8.
+template <class Element, class Visit>
+static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size, int64_t threads,
+                         Visit visit) {
+  const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
+  const int64_t segments = SEGMENT ? (size + SEGMENT - 1) / SEGMENT : 1;
+  const int64_t bands = (rows + BAND - 1) / BAND;
+  float whole = 0;
+  if (WHOLE) {
+    const Stored scale = scale_of(at_least_floor(maximum_of_all(x, matrices * rows, size, threads)), &whole);
+    if (scales) scales[0] = scale;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    uint8_t* buffer = new uint8_t[size / 8 * 8 + 8]();
+    float* reciprocals = new float[segments + 1];
+    reciprocals[0] = whole;
+#pragma omp for
+    for (int64_t band = 0; band < matrices * bands; ++band) {
+      const int64_t first = band / bands * rows + band % bands * BAND;
+      const int64_t last = lesser(first + BAND, (band / bands + 1) * rows);
+      for (int64_t s = 0; s < (WHOLE ? 0 : segments); ++s) {
+        uint32_t top = 0;
+        for (int64_t row = first; row < last; ++row) {
+          const Element* start = x + row * size + s * segment;
+          const uint32_t amax = bits_as<uint32_t>(absolute_maximum(start, lesser(segment, size - s * segment)));
+          top = amax > top ? amax : top;
+        }
+        const Stored scale = scale_of(at_least_floor(bits_as<float>(top)), reciprocals + s);
+        if (scales) scales[band * segments + s] = scale;
+      }
+      for (int64_t row = first; row < last; ++row) visit(row, reciprocals, buffer);
+    }
+    delete[] buffer;
+    delete[] reciprocals;
+  }
+}
+
+// y = x · γ. If both are NaN, that of x (its sign reaches the code) wins, as in torch; the hardware takes the operand that
+// the compiler happened to put first.
+static inline float scaled(float x, float reciprocal) { return x != x ? x : x * reciprocal; }
+
+// visit(k, γ) for the elements of a row.
+template <class Visit> static inline void for_each_element(int64_t size, const float* reciprocals, Visit visit) {
+  const int64_t segment = SEGMENT ? SEGMENT : size;
+  for (int64_t begin = 0, s = 0; begin < size; begin += segment, ++s) {
+    const float reciprocal = reciprocals[s];
+    const int64_t end = lesser(begin + segment, size);
+    for (int64_t k = begin; k < end; ++k) visit(k, reciprocal);
+  }
+}
+
+// Packs one row of values of BITS_PER_CODE bits, lower index in the lower bits. The buffer is padded with zeros.
+template <int codes_per_byte> static inline void pack(const uint8_t* codes, uint8_t* packed, int64_t size) {
+  const int64_t bytes = (size + codes_per_byte - 1) / codes_per_byte;
+  for (int64_t j = 0; j < bytes; ++j) {
+    uint8_t byte = 0;
+    for (int i = 0; i < codes_per_byte; ++i) byte |= uint8_t(codes[j * codes_per_byte + i] << (8 / codes_per_byte * i));
+    packed[j] = byte;
+  }
+}
+"""
+
+_QUANTIZE = r"""
+extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t matrices, int64_t rows, int64_t size,
+                    int64_t threads) {
+  const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
+  for_each_row(x, scales, matrices, rows, size, threads, [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
+    const ELEMENT* values = x + row * size;
+    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(scaled(values[k], reciprocal)); });
+    pack<CODES_PER_BYTE>(buffer, codes + row * packed_size, size);
+  });
+}
+"""
+
+_ENCODE = r"""
+static inline bool is_negative(float y) { return HAS_ZERO ? bits_as<uint32_t>(y) >> 31 : y < 0; }
+
+static inline uint8_t encode(float y) {
+  const bool negative = is_negative(y);
+  return uint8_t(nearest(bits_as<uint32_t>(y) & MAGNITUDE, negative) | uint32_t(negative) << (BITS - 1));
+}
+"""
+
+# A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look levels up.
+_DEQUANTIZE = r"""
+extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, int64_t matrices, int64_t rows, int64_t size,
+                    int64_t threads) {
+  constexpr int width = 8 / CODES_PER_BYTE, mask = (1 << width) - 1;
+  const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
+  const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
+  const int64_t segments = (size + segment - 1) / segment;
+  const int64_t bands = (rows + BAND - 1) / BAND;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < matrices * rows; ++row) {
+    const uint8_t* packed = codes + row * packed_size;
+    ELEMENT* values = out + row * size;
+    const int64_t band = row / rows * bands + row % rows / BAND;
+    for (int64_t s = 0; s < segments; ++s) {
+      const float scale = load_scale(scales[WHOLE ? 0 : band * segments + s]);
+      const int64_t begin = s * segment, end = lesser(begin + segment, size);
+      if constexpr (CODES_PER_BYTE == 1) {
+        for (int64_t k = begin; k < end; ++k) values[k] = ELEMENT::from(LEVELS[packed[k]] * scale);
+      } else {
+        ELEMENT products[1 << width];
+        for (int i = 0; i <= mask; ++i) products[i] = ELEMENT::from(LEVELS[i] * scale);
+        for (int64_t k = begin; k < end; ++k) {
+          values[k] = products[packed[k / CODES_PER_BYTE] >> (k % CODES_PER_BYTE * width) & mask];
+        }
+      }
+    }
+  }
+}
+"""
+
+_LOAD_SCALE = {
+    "float32": "static inline float load_scale(float stored) { return stored; }",
+    "uint8": "static inline float load_scale(uint8_t stored) {\n"
+    "  return stored == 255 ? NAN : power_of_two(stored < 1 ? -126 : stored - 127);\n}",
+}
+
+
+# --- what is supported ----------------------------------------------------------------------------------------------
+
+
+def _supports(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
+    q = Quantizer.parse(quantizer)
+    for dtype in dtypes:
+        if dtype not in ELEMENT_TYPES:
+            return False, f"the C++ kernels compute in float32, the tensor is {dtype}".replace("torch.", "")
+    if q.scale.name not in _SCALE_RULES:
+        return False, f"scale rule {q.scale.name} has no C++ formula"
+    return find_compiler()
+
+
+def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
+    """Whether :func:`quantize` handles ``quantizer`` on these dtypes, and if not, why."""
+    q = Quantizer.parse(quantizer)
+    if q.rounding == "stochastic":
+        return False, "stochastic rounding has no C++ kernel"
+    if rounding_source(q.format, q.rounding) is None:
+        return False, f"{q.format.name} is neither a small, a uniform nor a torch format"
+    return _supports(dtypes, quantizer)
+
+
+def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
+    """Whether :func:`dequantize` handles ``quantizer`` with this output dtype, and if not, why."""
+    return _supports(dtypes, quantizer)
+
+
+# --- source text ----------------------------------------------------------------------------------------------------
+
+
+def _table(name: str, values: list[float]) -> str:
+    return f"static const float {name}[] = {{{', '.join(map(float_literal, values))}}};"
+
+
+def _geometry(q: Quantizer) -> str:
+    """Constants that say which elements share a scale."""
+    kind, n = q.granularity.kind, q.granularity.size
+    return "\n".join(
+        (
+            f"using Stored = {_STORED_TYPES[q.scale.storage]};",
+            f"static constexpr bool WHOLE = {int(kind == 'tensor')};",
+            f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'tile' else 1};",
+            f"static constexpr int CODES_PER_BYTE = {q.format.codes_per_byte}, BITS = {q.format.bits};",
+            f"static constexpr bool HAS_ZERO = {int(q.format.has_zero)};",
+            f"static constexpr int MAX_EXPONENT = {q.format.max_exponent};",
+            f"static constexpr float LARGEST = {float_literal(q.format.max)};",
+            f"static constexpr float AMAX_FLOOR = {float_literal(AMAX_FLOOR)};",
+        )
+    )
+
+
+def scaled_rows_source(q: Quantizer) -> str:
+    """C++ that scales every row as the reference does (``for_each_row``) and rounds (``nearest``, ``MAGNITUDES``, ``encode``)."""
+    rounding = rounding_source(q.format, q.rounding)
+    assert rounding is not None
+    magnitudes = _table("MAGNITUDES", list(q.format.magnitudes))
+    return "\n".join(
+        (_geometry(q), _SCALES % {"rule": _SCALE_RULES[q.scale.name]}, _ROWS, magnitudes, rounding, _ENCODE)
+    )
+
+
+def rounding_source(fmt: Format, rounding: str) -> str | None:
+    """``uint32_t nearest(bits of |y|, negative)``: index of the nearest magnitude, saturating, NaN to the largest."""
+    if fmt.torch_dtype:
+        body = _minifloat_rounding(fmt)
+    elif len(fmt.magnitudes) <= 8:
+        body = _threshold_rounding(fmt, rounding)
+    elif fmt.step and math.frexp(fmt.step)[0] == 0.5:
+        body = _uniform_rounding(fmt, rounding)
+    else:
+        return None
+    return f"static inline uint32_t nearest(uint32_t magnitude, bool negative) {{\n{body}\n}}\n"
+
+
+def _threshold_rounding(fmt: Format, rounding: str) -> str:
+    """Counts thresholds below the magnitude. A tie counts if ``reached`` allows it: to even codes, or toward +∞."""
+    lines = ["  uint32_t index = 0;"]
+    if rounding == "up":
+        lines.append("  magnitude += !negative;  // a tie counts where up is away from zero")
+    for i, threshold in enumerate(fmt.thresholds):
+        bits = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32))
+        tie_counts = rounding == "even" and i % 2 == 1
+        lines.append(f"  index += magnitude > {bits - tie_counts}u;  // {threshold}")
+    return "\n".join([*lines, "  return index;"])
+
+
+def _uniform_rounding(fmt: Format, rounding: str) -> str:
+    """⌊·⌉ of the position on a uniform grid whose step is a power of two, so that only exact operations precede it."""
+    assert fmt.step is not None
+    tie = "int(below) & 1" if rounding == "even" else "!negative"
+    return f"""
+  const float size = magnitude > {_bits(fmt.max)}u ? LARGEST : bits_as<float>(magnitude);
+  const float position = (size - {float_literal(fmt.magnitudes[0])}) * {float_literal(1 / fmt.step)};
+  const float below = std::floor(position), fraction = position - below;
+  const int index = int(below) + (fraction > 0.5f || (fraction == 0.5f && ({tie})));
+  return index < 0 ? 0 : index;"""
+
+
+def _minifloat_rounding(fmt: Format) -> str:
+    info = torch.finfo(getattr(torch, str(fmt.torch_dtype)))
+    mantissa, min_exponent = -round(math.log2(info.eps)), round(math.log2(info.smallest_normal))
+    return f"""
+  magnitude = magnitude > {_bits(fmt.max)}u ? {_bits(fmt.max)}u : magnitude;
+  return round_to_minifloat<{mantissa}, {min_exponent}>(magnitude);"""
+
+
+def _bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def _quantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
+    source = scaled_rows_source(Quantizer.parse(quantizer)) + _QUANTIZE
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
+
+
+@lru_cache(maxsize=None)
+def _dequantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
+    q = Quantizer.parse(quantizer)
+    levels = [*q.format.magnitudes, *(-m for m in q.format.magnitudes)]
+    if q.format.torch_dtype:  # every byte has a level here, NaN codes included
+        levels = torch.arange(256, dtype=torch.uint8).view(getattr(torch, q.format.torch_dtype)).tolist()
+    levels += [0.0] * (2 ** (8 // q.format.codes_per_byte) - len(levels))  # 3-bit codes in 4-bit fields
+    load_scale = _LOAD_SCALE[q.scale.storage]
+    helpers = "static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }"
+    source = "\n".join((_geometry(q), _table("LEVELS", levels), load_scale, helpers, _DEQUANTIZE))
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
+
+
+def matrix_count(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
+    """``[..., R, K]`` as (number of matrices, R, K); a vector is one row."""
+    return math.prod(shape[:-2]), (shape[-2] if len(shape) > 1 else 1), shape[-1]
+
+
+def quantize(
+    x: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`qcompile.kernels.quantize.reference.quantize`; float32, bfloat16 or float16."""
+    q = Quantizer.parse(quantizer)
+    x = rows_of(x, axis)
+    codes = x.new_empty((*x.shape[:-1], q.packed_size(x.shape[-1])), dtype=torch.uint8)
+    scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=getattr(torch, q.scale.storage))
+    kernel = _quantize_kernel(quantizer, x.dtype)
+    kernel(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), *matrix_count(x.shape), thread_count(x.numel()))
+    return codes, scales
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    quantizer: str,
+    axis: int,
+    size: int,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """As :func:`qcompile.kernels.quantize.reference.dequantize`; ``dtype`` float32, bfloat16 or float16.
+
+    Raises ``ValueError`` if codes or scales do not have the shapes that go with ``size``.
+    """
+    q = Quantizer.parse(quantizer)
+    shape = (*codes.shape[:-1], size)
+    if codes.shape[-1] != q.packed_size(size) or tuple(scales.shape) != q.scale_shape(shape):
+        msg = f"dequantize: codes {tuple(codes.shape)} and scales {tuple(scales.shape)} do not fit {size} elements, {q}"
+        raise ValueError(msg)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    out = codes.new_empty(shape, dtype=dtype)
+    kernel = _dequantize_kernel(quantizer, dtype)
+    kernel(
+        codes.data_ptr(), scales.data_ptr(), out.data_ptr(), *matrix_count(out.shape), thread_count(out.numel())
+    )
+    return out.movedim(-1, axis)

@@ -1,0 +1,76 @@
+"""Joint graph: list every product, its role and what it reads, for the report. Changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from qcompile.ir.recipe import Operand
+
+from .dialect import GEMMS, decode_root, gemm_operands, is_call, quantized_operand
+from .pass_base import Context
+from .plan import site_index
+from .quantize_gradients import depends_on_tangents, gemm_role
+
+__all__ = ["audit"]
+
+aten, ops = torch.ops.aten, torch.ops.qcompile
+
+
+def audit(graph: Graph, context: Context) -> int:
+    """Records one row a product in the context's observations; returns 0, since nothing is rewritten."""
+    if context.observe is None:
+        return 0
+    backward = depends_on_tangents(graph)
+    for node in graph.nodes:
+        if is_call(node, ops.scaled_mm.default):
+            operands, fused = [node.args[1], node.args[5]], True
+            role = "fprop" if node not in backward else _fused_role(node, backward)
+        elif is_call(node, *GEMMS) or is_call(node, aten.convolution_backward.default):
+            operands, fused = _operand_texts(node), False
+            role = _unfused_role(node, backward)
+        else:
+            continue
+        context.observe.gemms.append(
+            {
+                "node": node.name,
+                "site": site_index(node),
+                "role": role,
+                "operands": operands,
+                "fused": fused,
+                "dtype": str(_output_dtype(node)).removeprefix("torch."),
+            }
+        )
+    return 0
+
+
+def _fused_role(node: Node, backward: set[Node]) -> str:
+    """By which operand is the gradient: the other one is the weight (dgrad) or the input (wgrad)."""
+    for tensors in (node.args[0], node.args[4]):
+        first = tensors[0]  # type: ignore[index]
+        if first not in backward:
+            kind = (first.meta.get("custom") or {}).get("qcompile_kind", "")
+            return "dgrad" if kind == "weight" else "wgrad"
+    return "backward"
+
+
+def _unfused_role(node: Node, backward: set[Node]) -> str:
+    if is_call(node, aten.convolution_backward.default):
+        return "dgrad+wgrad"
+    return gemm_role(node, backward)
+
+
+def _operand_texts(node: Node) -> list[str]:
+    operands = node.args[:3] if is_call(node, aten.convolution_backward.default) else gemm_operands(node)
+    texts = []
+    for operand in operands:
+        root = decode_root(operand)  # type: ignore[arg-type]
+        texts.append("dense" if root is None else str(Operand.parse(quantized_operand(root).text)))
+    return texts
+
+
+def _output_dtype(node: Node) -> Any:
+    value = node.meta["val"]
+    return (value[0] if isinstance(value, (tuple, list)) else value).dtype

@@ -1,0 +1,167 @@
+"""Put an explicit ``fake_quantize`` on every operand the plan quantizes: the only pass that changes numbers.
+
+Before::
+
+    x ──────────► linear(x, w)          x ──────────► linear(x, v)
+
+After::
+
+    x ─► fake_quantize ─┬─► linear(·, ·)   ◄─ fake_quantize ◄─ w
+                        └─► linear(·, ·)   ◄─ fake_quantize ◄─ v
+
+The GEMM stays what it was, so a spelling that later passes cannot fuse is still right, only slower. One quantization
+serves all consumers of an operand (q, k, v) as long as nothing between them can change its value or its meaning:
+an in-place op, or a boundary of no_grad, autocast or torch.func, starts afresh.
+
+Under autocast the graph shows float32 operands for a GEMM that runs in 16 bits; the cast is made explicit first, so that what
+is quantized is what the GEMM really reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile import compat
+from qcompile.ir.recipe import Operand
+
+from .find_gemms import Frame, Slot
+from .plan import KIND_KEY, SITE_KEY, Decision, Plan
+
+__all__ = ["insert"]
+
+_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
+
+
+def insert(gm: GraphModule, plan: Plan) -> int:
+    """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
+    by_node = {decision.site.node: decision for decision in plan.quantized}
+    for decision in plan.decisions:
+        _stamp(decision)
+    return sum(_insert_in(module, by_node) for module in _graph_modules(gm))
+
+
+def _graph_modules(gm: GraphModule) -> list[GraphModule]:
+    children = [child for _, child in gm.named_children() if isinstance(child, GraphModule)]
+    return [gm, *(module for child in children for module in _graph_modules(child))]
+
+
+def _stamp(decision: Decision) -> None:
+    """Leave the site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
+    node = decision.site.node
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+
+
+def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
+    shared: dict[Any, Node] = {}
+    wrapped = 0
+    for node in list(gm.graph.nodes):
+        if decision := by_node.get(node):
+            for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
+                if operand is not None:
+                    _replace_argument(node, slot, _wrap(gm.graph, node, slot, operand, shared))
+                    wrapped += 1
+        if _is_barrier(node):
+            shared.clear()
+    if wrapped:
+        gm.graph.lint()
+        gm.recompile()
+    return wrapped
+
+
+def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[Any, Node]) -> Node:
+    """The quantized operand, made once per (source, dtype, frame, axis, operand)."""
+    source = slot.of(gemm)
+    dtype = _gemm_dtype(gemm, source)
+    axis = slot.axis if slot.axis < 0 or slot.frame else slot.axis - _value(source).dim()
+    key = (source, dtype, slot.frame, axis, str(operand))
+    if key not in shared:
+        with graph.inserting_before(gemm):
+            shared[key] = _build(_Builder(graph, gemm, slot.kind), source, dtype, slot.frame, axis, operand)
+    return shared[key]
+
+
+def _build(
+    build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand
+) -> Node:
+    x = source if _value(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
+    seed = ()
+    if operand.quantizer.rounding == "stochastic":
+        seed = (build(torch.randint, 0, 2**31 - 1, (1,), device=_value(source).device),)
+    fake_quantize = torch.ops.qcompile.fake_quantize.default
+    if frame is None:
+        return build(fake_quantize, x, str(operand), axis, *seed)
+    if frame.flatten is not None:
+        flat = build(torch.flatten, x, frame.flatten)
+        return build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), x)
+    assert frame.patch is not None
+    return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
+
+
+def _per_patch(build: _Builder, x: Node, patch: tuple[int, ...], quantize: Any) -> Node:
+    """[B, C, H, W] → [B, H/p, W/p, C·p·p] → quantize rows → back."""
+    dims = len(patch)
+    split = x
+    for i, extent in enumerate(patch):
+        split = build(torch.unflatten, split, 2 + 2 * i, (-1, extent))
+    order = (0, *(2 + 2 * i for i in range(dims)), 1, *(3 + 2 * i for i in range(dims)))
+    windows = build(torch.permute, split, order)
+    rows = build(torch.flatten, windows, 1 + dims)
+    restored = build(torch.Tensor.view_as, quantize(rows), windows)
+    inverse = tuple(order.index(axis) for axis in range(len(order)))
+    return build(torch.Tensor.reshape, build(torch.permute, restored, inverse), _value(x).shape)
+
+
+class _Builder:
+    """Adds nodes that carry the metadata of the GEMM they serve, and the fake value AOTAutograd's cache asks for."""
+
+    def __init__(self, graph: Graph, gemm: Node, kind: str) -> None:
+        self.graph, self.gemm, self.kind = graph, gemm, kind
+        self.fake_mode = compat.fake_mode_of(graph)
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        method = target.__name__ if target in (torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.reshape) else None
+        node = self.graph.call_method(method, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
+        node.meta.update({key: self.gemm.meta[key] for key in _KEPT_META if key in self.gemm.meta})
+        node.meta["custom"] = {**self.gemm.meta["custom"], KIND_KEY: self.kind}
+        values = [_value(a) for a in args]
+        with self.fake_mode, torch.no_grad():
+            node.meta["example_value"] = target(*values, **kwargs)
+        return node
+
+
+def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
+    """The dtype the GEMM reads its operand in: its output's, where autocast narrows on the way."""
+    operand, result = _value(source).dtype, _value(gemm).dtype
+    return result if result.itemsize < operand.itemsize else operand
+
+
+def _replace_argument(node: Node, slot: Slot, value: Node) -> None:
+    if slot.position < len(node.args):
+        node.update_arg(slot.position, value)
+    else:
+        node.update_kwarg(slot.keyword, value)
+
+
+def _is_barrier(node: Node) -> bool:
+    """Whether a quantized operand from before this node must not be reused after it."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    name = getattr(target, "__name__", str(target))
+    if node.op == "call_method" or getattr(target, "__module__", "") in ("_operator", "torch._C"):
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "imatmul"):
+            return True
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        return True
+    return "out" in node.kwargs or any(mark in name for mark in _MODE_CHANGES)
+
+
+_MODE_CHANGES = ("set_grad_enabled", "inference_mode", "_enter_autocast", "_exit_autocast", "_nesting")
+
+
+def _value(node: Any) -> Any:
+    return node.meta["example_value"] if isinstance(node, Node) else node

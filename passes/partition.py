@@ -1,0 +1,173 @@
+"""What the backward is given: hints to the partitioner, and an option to narrow what else it keeps.
+
+Hints, on nodes of the joint graph that no checkpoint region has tagged already:
+
+* codes, scales, residuals and masks of activations are saved;
+* a decoded wide tensor is never saved but decoded again;
+* a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes instead).
+
+``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates and
+attention inputs remain. :class:`Partitioner` narrows those too, after the min-cut has chosen them: the forward returns codes
+and scales in place of the wide tensor and the backward decodes them. Lossy, and off by default.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile import compat
+from qcompile.ir.ops import storage_dtype
+from qcompile.ir.quantizer import Quantizer
+
+from .dialect import is_call, operand_kind, through_views
+from .find_gemms import static_size
+from .pass_base import Context, emit
+
+__all__ = ["Partitioner", "hints"]
+
+aten, ops = torch.ops.aten, torch.ops.qcompile
+_SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
+
+_ENCODERS = (ops.quantize.default, ops.clamp_outliers.default)
+_DECODERS = (ops.dequantize.default, ops.restore_outliers.default)
+
+#: ``save=`` option → quantizer of the tensors it narrows.
+SAVE_QUANTIZERS = {"8bit": "e4m3 row absmax even", "4bit": "e2m1 block32 absmax even"}
+
+
+def hints(graph: Graph, context: Context) -> int:
+    """Returns how many nodes were tagged."""
+    tags: dict[Node, Any] = {}
+    recompute_weights = context.recipe.saved_weights == "recompute"
+    for node in graph.nodes:
+        weight = operand_kind(node) == "weight" and recompute_weights
+        if is_call(node, *_DECODERS):
+            tags[node] = _RECOMPUTE
+        elif is_call(node, ops.estimator_mask.default):
+            tags[node] = _RECOMPUTE if weight else _SAVE
+        elif is_call(node, *_ENCODERS) and weight:
+            # The tuple itself has no size to weigh; its elements carry the choice.
+            tags[node] = _RECOMPUTE
+        elif is_call(node, operator.getitem) and is_call(node.args[0], *_ENCODERS):
+            if weight:
+                tags[node] = _RECOMPUTE
+            elif not (is_call(node.args[0], ops.clamp_outliers.default) and node.args[1] == 0):
+                tags[node] = _SAVE
+    for node, tag in tags.items():
+        node.meta.setdefault("recompute", tag)
+    return 0 if not tags else len(tags)
+
+
+class Partitioner(compat.CustomPartitionerFn):
+    """Min-cut, then narrow what it saved (``save``) and note what is saved (`explain`)."""
+
+    def __init__(self, context: Context, identity: str, chained: Any = None) -> None:
+        self.context, self.identity, self.chained = context, identity, chained
+
+    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        if self.chained is not None:
+            forward, backward = self.chained(gm, joint_inputs, **kwargs)
+        else:
+            kwargs.setdefault("compiler", "inductor")
+            forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
+        kept_outputs = kwargs["num_fwd_outputs"]
+        if self.context.recipe.save != "exact":
+            narrow_saved(forward, backward, kept_outputs, Quantizer.parse(SAVE_QUANTIZERS[self.context.recipe.save]))
+        if self.context.observe is not None:
+            self.context.observe.saved.extend(saved_tensors(forward, kept_outputs))
+        return forward, backward
+
+    def uuid(self) -> Any:
+        chained = self.chained.uuid() if self.chained is not None else None
+        return ("qcompile.partitioner", self.identity, chained)
+
+
+def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any]]:
+    """One row for each tensor the forward hands to the backward, graph inputs left out: they are alive anyway."""
+    rows = []
+    for node in forward.graph.find_nodes(op="output")[0].args[0][kept_outputs:]:
+        if not isinstance(node, Node) or through_views(node).op == "placeholder":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            rows.append(
+                {
+                    "node": node.name,
+                    "shape": [int(n) if isinstance(n, int) else str(n) for n in value.shape],
+                    "dtype": str(value.dtype).removeprefix("torch."),
+                    "bytes": size_hint(value.numel()) * value.dtype.itemsize,
+                    "codes": _is_encoded(node),
+                    "custom": dict(node.meta.get("custom") or {}),
+                }
+            )
+    return rows
+
+
+def size_hint(size: Any) -> int:
+    """A symbolic size by its example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _is_encoded(node: Node) -> bool:
+    source = through_views(node)
+    return is_call(source, ops.estimator_mask.default) or (
+        is_call(source, operator.getitem) and is_call(source.args[0], *_ENCODERS)
+    )
+
+
+def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int, quantizer: Quantizer) -> int:
+    """Replace wide saved activations by codes and scales in both graphs; returns how many were narrowed."""
+    output = forward.graph.find_nodes(op="output")[0]
+    results = list(output.args[0])
+    placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    narrowed = 0
+    for node in dict.fromkeys(results[kept_outputs:]):
+        if not _can_narrow(node, results[:kept_outputs], quantizer):
+            continue
+        placeholder = placeholders.get(node.name)
+        if placeholder is None:
+            continue
+        position = results.index(node, kept_outputs)
+        with forward.graph.inserting_before(output):
+            pair = emit(forward.graph, node, ops.quantize.default, node, str(quantizer), -1)
+            parts = [emit(forward.graph, node, operator.getitem, pair, i) for i in range(2)]
+        value = node.meta["val"]
+        with backward.graph.inserting_before(placeholder):
+            received = [backward.graph.placeholder(part.name) for part in parts]
+        for new, part in zip(received, parts, strict=True):
+            new.meta["val"] = part.meta["val"]
+        first_use = next(n for n in backward.graph.nodes if n.op != "placeholder")
+        with backward.graph.inserting_before(first_use):
+            decoded = emit(
+                backward.graph, placeholder, ops.dequantize.default, *received, str(quantizer), -1, value.shape[-1], value.dtype
+            )
+        placeholder.replace_all_uses_with(decoded)
+        backward.graph.erase_node(placeholder)
+        results[position : position + 1] = parts
+        narrowed += 1
+    output.args = (tuple(results),)
+    for gm in (forward, backward):
+        gm.graph.lint()
+        gm.recompile()
+    return narrowed
+
+
+def _can_narrow(node: Any, kept: list[Any], quantizer: Quantizer) -> bool:
+    """Wide, computed, row-shaped floating-point activations; never a result of the user's, a mask, or what is codes already."""
+    if not isinstance(node, Node) or node in kept or through_views(node).op == "placeholder" or _is_encoded(node):
+        return False
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    width = static_size(value.shape[-1]) if value.dim() >= 2 else None
+    if width is None or width < 32 or not value.is_contiguous():
+        return False
+    # −inf masks and per-row statistics (log-sum-exp, reciprocal norms) lose their meaning in few bits.
+    additive_mask = any("scaled_dot_product" in str(user.target) and user.args.index(node) > 2 for user in node.users
+                        if user.op == "call_function" and node in user.args)
+    saved = value.dtype.itemsize - quantizer.format.bits / 8 - storage_dtype(quantizer).itemsize / width
+    return not additive_mask and saved > 0

@@ -1,0 +1,128 @@
+"""What every pass over an ATen graph has in common: a name, a match count, timing, dumps and an op-count diff.
+
+A pass is a function ``(graph, context) -> matches``. The runner below does the rest, so that a pass file holds only its rewrite.
+Set ``QCOMPILE_LOGS=debug`` (or the level of the standard logger ``qcompile``) to see, per pass, the matches, the milliseconds
+and which ops came and went.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile import compat
+from qcompile.ir.recipe import Recipe
+
+from .plan import Plan
+from .verify import verify
+
+__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes"]
+
+log = logging.getLogger("qcompile")
+if _level := os.environ.get("QCOMPILE_LOGS"):
+    log.setLevel(_level.upper())
+    log.addHandler(logging.StreamHandler())
+
+
+@dataclass
+class Observations:
+    """What the passes saw of one compiled graph; kept for `explain`, empty otherwise.
+
+    Attributes:
+        programs: readable program after each pass, by stage and pass name.
+        gemms: rows the joint audit and the lowering leave: one a GEMM of the joint graph.
+        saved: tensors the partitioner keeps for the backward.
+    """
+
+    programs: dict[str, str] = field(default_factory=dict)
+    gemms: list[dict[str, Any]] = field(default_factory=list)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What a pass may look at: the recipe and the plan, never the user's model. ``observe`` is set under `explain`."""
+
+    recipe: Recipe
+    plan: Plan
+    observe: Observations | None = None
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """A named rewrite of one graph; ``run`` returns how many places it changed."""
+
+    name: str
+    run: Callable[[Graph, Context], int]
+
+
+def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: Context) -> None:
+    """Run ``passes`` in order, leaving out those the recipe disables."""
+    for graph_pass in passes:
+        if graph_pass.name in context.recipe.disable_passes:
+            continue
+        before, start = count_ops(graph), time.perf_counter()
+        matches = graph_pass.run(graph, context)
+        if matches:
+            graph.eliminate_dead_code()
+            graph.lint()
+        if log.isEnabledFor(logging.DEBUG):
+            elapsed = (time.perf_counter() - start) * 1e3
+            diff = op_diff(before, count_ops(graph))
+            log.debug("%s/%s: %d matches in %.1f ms%s", stage, graph_pass.name, matches, elapsed, diff)
+        dump(f"{stage}_{graph_pass.name}", graph, context)
+        if context.recipe.debug:
+            verify(graph, stage=f"{stage}/{graph_pass.name}")
+
+
+def dump(name: str, graph: Graph, context: Context) -> None:
+    """Record the program for the report and for tlparse."""
+    compat.log_artifact(name, lambda: program_text(graph))
+    if context.observe is not None:
+        key, n = name, 1
+        while key in context.observe.programs:  # one joint graph a sub-graph module, two post-grad graphs
+            n += 1
+            key = f"{name}_{n}"
+        context.observe.programs[key] = program_text(graph)
+
+
+def program_text(graph: Graph) -> str:
+    """The graph as Python source, with shapes, strides and devices."""
+    owner = graph.owning_module if graph.owning_module is not None else torch.nn.Module()
+    module = GraphModule(owner, graph, class_name="Program")
+    return module.print_readable(print_output=False, include_stride=True, include_device=True)
+
+
+def count_ops(graph: Graph) -> Counter[str]:
+    return Counter(str(n.target) for n in graph.nodes if n.op in ("call_function", "call_method"))
+
+
+def op_diff(before: Counter[str], after: Counter[str]) -> str:
+    """Text like ``; aten.mm.default 5 → 0, qcompile.scaled_mm.default 0 → 5``; empty if nothing changed."""
+    changed = [op for op in sorted({*before, *after}) if before[op] != after[op]]
+    return "".join(f"{', ' if i else '; '}{op} {before[op]} → {after[op]}" for i, op in enumerate(changed))
+
+
+#: Metadata a new node takes over: recomputation and checkpoint tags above all, else checkpointing silently saves more.
+_INHERITED = (
+    "recompute", "ac_graph_id", "partitioner_tag", "seq_nr", "autograd_backward", "custom", "stack_trace",
+    "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack",
+)  # fmt: skip
+
+
+def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """Add a call before the insertion point, with the metadata of the node it serves and its own fake value."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta.update({key: serves.meta[key] for key in _INHERITED if key in serves.meta})
+    values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with compat.fake_mode_of(graph):
+        node.meta["val"] = target(*values[0], **values[1])
+    return node

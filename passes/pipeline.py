@@ -1,0 +1,125 @@
+"""The whole pipeline, in order, and its hooks into Inductor. Start reading here.
+
+============== ================================================= ======================= =============================
+stage          graph                                             pass                    changes numbers?
+============== ================================================= ======================= =============================
+dynamo         Dynamo FX graph, one a sub-graph                  find_gemms → plan       no
+dynamo                                                           insert                  **yes, by the recipe**
+joint          forward and backward in ATen, before partitioning quantize_gradients      **yes, if gradient= is set**
+joint                                                            fuse                    no
+joint                                                            hints                   no
+joint                                                            audit                   no (records what is left)
+partition      joint → forward, backward                         narrow_saved            **yes, if save= is set**
+post_grad      forward, then backward                            lower                   no
+============== ================================================= ======================= =============================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from qcompile import compat
+from qcompile.ir.recipe import Recipe
+
+from .audit import audit
+from .find_gemms import find_gemms
+from .fuse import fuse
+from .insert import insert
+from .lower import lower
+from .partition import Partitioner, hints
+from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
+from .plan import Plan, make_plan
+from .quantize_gradients import quantize_gradients
+
+__all__ = ["PASS_NAMES", "hooks", "rewrite"]
+
+JOINT = (
+    GraphPass("quantize_gradients", quantize_gradients),
+    GraphPass("fuse", fuse),
+    GraphPass("hints", hints),
+    GraphPass("audit", audit),
+)
+POST_GRAD = (GraphPass("lower", lower),)
+
+#: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
+PASS_NAMES = ("insert", *(p.name for p in (*JOINT, *POST_GRAD)))
+
+
+def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None) -> Context:
+    """Stage one: find, plan and insert on a Dynamo graph, in place."""
+    plan = make_plan(find_gemms(gm), recipe)
+    context = Context(recipe, plan, observe)
+    dump("dynamo_captured", gm.graph, context)
+    if plan.quantized and "insert" not in recipe.disable_passes:
+        wrapped = insert(gm, plan)
+        log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))
+        dump("dynamo_insert", gm.graph, context)
+    return context
+
+
+def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
+    """Inductor config that runs the later stages. Hooks the user has set already run first."""
+    identity = cache_identity(context.recipe, context.plan)
+    config: dict[str, Any] = {
+        "joint_custom_pre_pass": Stage("joint", JOINT, context, identity, compat.user_hook("joint_custom_pre_pass", patches)),
+        "post_grad_custom_pre_pass": Stage(
+            "post_grad", POST_GRAD, context, identity, compat.user_hook("post_grad_custom_pre_pass", patches)
+        ),
+    }
+    if context.recipe.save != "exact" or context.observe is not None:
+        chained = compat.user_hook("custom_partitioner_fn", patches)
+        config["custom_partitioner_fn"] = Partitioner(context, identity, chained)
+    return config
+
+
+class Stage(compat.CustomGraphPass):
+    """One hook: the user's pass, if any, then ours."""
+
+    def __init__(self, name: str, passes: tuple[GraphPass, ...], context: Context, identity: str, chained: Any) -> None:
+        self.name, self.passes, self.context, self.identity = name, passes, context, identity
+        self.chained = chained if isinstance(chained, (list, tuple)) else [chained] if chained is not None else []
+
+    def __call__(self, graph: Graph) -> None:
+        for user_pass in self.chained:
+            user_pass(graph)
+        run_passes(self.name, self.passes, graph, self.context)
+
+    def uuid(self) -> Any:
+        return ("qcompile", self.name, self.identity, [p.uuid() for p in self.chained])
+
+
+def cache_identity(recipe: Recipe, plan: Plan) -> str:
+    """What compiled code depends on besides the graph: every source file of this package, the recipe and the plan.
+
+    Torch hashes neither the bodies of registered ops nor of lowerings, so all sources count, formats and estimators included.
+    """
+    text = "\n".join([source_digest(), package_version(), repr(recipe), plan.digest()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """SHA-256 over the package's Python sources, wherever the three folders are installed."""
+    import qcompile.kernels
+    import qcompile.passes
+
+    digest = hashlib.sha256()
+    for package in (qcompile, qcompile.passes, qcompile.kernels):
+        for folder in package.__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def package_version() -> str:
+    try:
+        return version("qcompile")
+    except PackageNotFoundError:
+        return "source"

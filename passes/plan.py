@@ -1,0 +1,132 @@
+"""Decide what happens to every site: quantized how, or left alone and why. Numbers are changed by `insert`, never here.
+
+The plan is the single record of these decisions. Reports, tests and the later passes read it; a node carries only the index of
+its site, in ``node.meta["custom"]``, which AOTAutograd hands on to the forward and backward nodes it traces.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from qcompile.ir.recipe import Operand, Recipe, Rule, override_operand
+
+from .find_gemms import Site
+
+__all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index"]
+
+SITE_KEY = "qcompile_site"
+KIND_KEY = "qcompile_kind"
+
+
+@dataclass
+class Decision:
+    """What one site gets. ``operands`` follow the site's slots; ``gradients`` are keyed by role (dgrad, wgrad)."""
+
+    site: Site
+    quantized: bool
+    reason: str
+    operands: tuple[Operand | None, ...] = ()
+    gradients: dict[str, Operand | None] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """Decisions for one graph, indexed by site, and how often each rule of the user's matched."""
+
+    decisions: list[Decision]
+    matched: Counter[str]
+
+    def digest(self) -> str:
+        """Everything of the plan that later passes act on, for the hooks' cache identity. Layer names are not among it."""
+        return repr([
+            (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients))
+            for d in self.decisions
+        ])  # fmt: skip
+
+    def summary(self, recipe: str) -> str:
+        """One line, whatever the size of the model."""
+        reasons = Counter(d.reason for d in self.decisions if not d.quantized)
+        left = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(3))
+        text = f"{recipe}: {len(self.quantized)} of {len(self.decisions)} GEMM sites quantized"
+        return f"{text} (left alone: {left})" if left else text
+
+    @property
+    def quantized(self) -> list[Decision]:
+        return [d for d in self.decisions if d.quantized]
+
+
+def site_index(node: Node) -> int | None:
+    """Which site a node serves, in the Dynamo, joint or post-grad graph."""
+    return (node.meta.get("custom") or {}).get(SITE_KEY)
+
+
+def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
+    """One decision a site. Skips come first, then rules in order (later ones win), then fuel."""
+    matched: Counter[str] = Counter({describe(rule): 0 for rule in user_rules(recipe)})
+    decisions = []
+    fuel = recipe.fuel
+    for site in sites:
+        decision = _decide(site, recipe, matched)
+        if decision.quantized and fuel is not None:
+            fuel -= 1
+            if fuel < 0:
+                decision = Decision(site, False, f"out of fuel (fuel={recipe.fuel})")
+        decisions.append(decision)
+    return Plan(decisions, matched)
+
+
+def all_rules(recipe: Recipe) -> list[Rule]:
+    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.skip), *recipe.rules]
+
+
+def user_rules(recipe: Recipe) -> list[Rule]:
+    """The rules a user wrote, which are expected to match something; the default skips are not."""
+    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.user_patterns), *recipe.rules]
+
+
+def describe(rule: Rule) -> str:
+    """Short text of a rule, the same for equal rules."""
+    changes = {k: v for k, v in vars(rule).items() if v != Rule.__dataclass_fields__[k].default and k != "name"}
+    if changes == {"quantize": False}:
+        return f"skip={rule.name!r}"
+    return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
+
+
+def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
+    applicable = [r for r in all_rules(recipe) if r.matches(site.name, site.op, site.weight_size)]
+    for rule in applicable:
+        if (text := describe(rule)) in matched:
+            matched[text] += 1
+    if site.obstacle:
+        return Decision(site, False, site.obstacle)
+    if not recipe.enabled:
+        return Decision(site, False, "quantization is off (enabled=False)")
+    verdict = next((r for r in reversed(applicable) if r.quantize is not None), None)
+    if verdict is not None and not verdict.quantize:
+        return Decision(site, False, describe(verdict))
+    kinds = [slot.kind for slot in site.slots]
+    if "weight" not in kinds and not recipe.attention and verdict is None:
+        return Decision(site, False, "no weight operand (attention-like product); attention=True quantizes these")
+    chosen = {key: _resolve(recipe, applicable, key) for key in ("activation", "weight")}
+    operands = tuple(chosen[kind] for kind in kinds)
+    if not any(operands):
+        return Decision(site, False, "the recipe quantizes none of its operands")
+    gradients = {
+        role: _resolve(recipe, [r for r in applicable if role in r.roles], "gradient") for role in ("dgrad", "wgrad")
+    }
+    notes = "; ".join(dict.fromkeys(slot.note for slot in site.slots if slot.note))
+    return Decision(site, True, notes, operands, gradients)
+
+
+def _resolve(recipe: Recipe, rules: list[Rule], key: str) -> Operand | None:
+    operand: Any = getattr(recipe, key)
+    for rule in rules:
+        change = getattr(rule, key)
+        if change is not None:
+            operand = override_operand(operand, change, key)
+    return operand

@@ -1,0 +1,95 @@
+"""The ``torch.compile`` backends: options → recipe → graph rewriting → Inductor.
+
+One function a recipe (``pyproject.toml`` names them in the entry-point group ``torch_dynamo_backends``), all of them
+:func:`compile_with`. Everything after the rewriting is Inductor's ``compile_fx`` with our passes in its hooks, which is how both
+caches, CUDA graphs, ``max-autotune``, inference and dynamic shapes come along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
+from qcompile.kernels.lowerings import register_lowerings
+from qcompile.passes.pass_base import Observations, log
+from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
+
+from . import compat
+from .ir.recipe import Recipe
+from .recipes import RECIPES
+from .session import session_for
+
+__all__ = ["compile_with", "qcompile_fp4", "split_options"]
+
+Compiled = Callable[..., Any]
+
+
+def qcompile_fp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_fp4")``: :mod:`qcompile.recipes.fp4`."""
+    return compile_with(RECIPES["qcompile_fp4"], gm, example_inputs, **kwargs)
+
+
+def compile_with(
+    recipe: Recipe,
+    gm: GraphModule,
+    example_inputs: list[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    observe: Observations | None = None,
+    inner_compile: Callable[..., Any] | None = None,
+) -> Compiled:
+    """Compile one Dynamo sub-graph.
+
+    Args:
+        recipe: the backend's recipe, before ``options``.
+        mode: any of ``torch.compile``'s modes; torch passes it on. ``options["mode"]`` works beside other options.
+        options: fields of :class:`Recipe` and Inductor's own options, mixed.
+        observe: where to record programs, products and saved tensors (`explain`).
+        inner_compile: replaces Inductor's code generation, e.g. by :func:`compat.eager_inner_compile`.
+
+    Raises ``ValueError`` for an unknown or contradictory option of ours, ``RuntimeError`` for one of Inductor's. They reach the user
+    wrapped in ``BackendCompilerFailed``.
+    """
+    ours, inductor = split_options(mode, options)
+    recipe = recipe.override(ours)
+    for name in recipe.disable_passes:
+        if name not in PASS_NAMES:
+            msg = f"option 'disable_passes': there is no pass {name!r}; passes: {', '.join(PASS_NAMES)}"
+            raise ValueError(msg)
+    patches = dict(inductor)
+    session = session_for(recipe, options)
+    if not compat.in_compiled_autograd():
+        context = rewrite(gm, recipe, observe)
+        session.add(context.plan)
+        log.info("%s", context.plan.summary(recipe.name))
+        if context.plan.quantized:
+            register_lowerings()
+            patches.update(hooks(context, patches))
+    if inner_compile is not None:
+        patches["fx_graph_cache"] = False
+        compiled = compat.compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
+    else:
+        compiled = compat.compile_fx(gm, example_inputs, config_patches=patches)
+    return session.watch(compiled)
+
+
+def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part ``options`` into recipe fields and Inductor's, the latter checked and with ``mode`` expanded.
+
+    A name that neither side knows raises ``ValueError`` with the closest of ours.
+    """
+    given = dict(options or {})
+    mode = given.pop("mode", mode)
+    names = Recipe.option_names()
+    ours = {key: given.pop(key) for key in list(given) if key in names}
+    unknown = [key for key in given if not compat.is_inductor_option(key)]
+    if unknown:
+        Recipe(name="").override({unknown[0]: None})  # raises, with the closest name
+    inductor = compat.inductor_options(mode, None)
+    inductor.update(compat.inductor_options(None, given))
+    return ours, inductor

@@ -1,0 +1,106 @@
+"""Every private torch API the project touches, in one place. Tried with torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo.compiled_autograd
+import torch._dynamo.utils
+import torch._functorch.partitioners
+import torch._guards
+import torch._inductor.compile_fx
+import torch._logging._internal
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "CheckpointPolicy",
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "compile_fx",
+    "eager_inner_compile",
+    "fake_mode_of",
+    "in_compiled_autograd",
+    "inductor_options",
+    "log_artifact",
+    "min_cut_partition",
+    "user_hook",
+]
+
+compile_fx = torch._inductor.compile_fx.compile_fx
+min_cut_partition = torch._functorch.partitioners.min_cut_rematerialization_partition
+
+
+def in_compiled_autograd() -> bool:
+    """Whether compiled autograd is tracing: the graph at hand is then a backward, whose GEMMs are not the user's."""
+    return bool(torch._dynamo.compiled_autograd.in_compiled_autograd_region)
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Expand ``mode=`` and check Inductor's own ``options=``. Raises ``RuntimeError`` for unknown or ill-typed ones."""
+    return dict(torch._TorchCompileInductorWrapper(mode, dict(options) if options else None, None).config)
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether Inductor's config has this entry (dashes allowed, as torch allows them)."""
+    return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+
+
+def user_hook(name: str, patches: Mapping[str, Any]) -> Any:
+    """What the user's Inductor config has in a hook already; ours is chained behind it."""
+    return patches[name] if name in patches else getattr(torch._inductor.config, name, None)
+
+
+def fake_mode_of(graph: Graph) -> Any:
+    """The FakeTensorMode of a graph's values, or ``None`` for a graph without tensors."""
+    for node in graph.nodes:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def log_artifact(name: str, text: Callable[[], str]) -> None:
+    """Write a program as a tlparse artifact (``TORCH_TRACE``)."""
+    torch._logging._internal.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"qcompile_{name}", "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
+    """An ``inner_compile`` for :data:`compile_fx` that runs every graph pass of Inductor and then executes the graph eagerly.
+
+    Same rewriting, partitioning and saved tensors as a real compilation, in seconds. ``explain()`` and most tests use it.
+    """
+    mode = torch._guards.detect_fake_mode(example_inputs) or fake_mode_of(gm.graph)
+    inference = bool(kwargs.get("is_inference", False))
+    with torch._inductor.virtualized.V.set_fake_mode(mode):
+        torch._inductor.compile_fx.view_to_reshape(gm)
+        torch._inductor.compile_fx._recursive_post_grad_passes(gm, inference)
+
+    def run(args: list[Any]) -> Any:
+        result = torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
+        return result
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def is_parameter(value: Any) -> bool:
+    """Whether a placeholder's example value stands for a parameter; Dynamo's fake copies keep the class."""
+    return isinstance(value, torch.nn.Parameter)
+
+
+def source_name(node: Node) -> str:
+    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if unknown."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name

@@ -1,0 +1,64 @@
+"""What every test runs under: one Inductor cache a run, few threads, a fixed seed, and no memory that happens to be zero."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Read by Inductor when it is imported, so it has to be set before torch is. A run has a directory of its own: kernels
+# that an older checkout compiled are not reused, and all tests of the run share what they compile.
+_OWN_CACHE = None
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _OWN_CACHE = tempfile.mkdtemp(prefix="qcompile_inductor_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _OWN_CACHE
+
+import numpy as np
+import torch
+
+import qcompile.kernels.register  # noqa: F401  (kernels of the qcompile:: ops)
+
+
+def _fill_fresh_memory_with_junk() -> None:
+    """Make torch's CPU allocator fill what it hands out with ``0x7fedbeef``, which reads as NaN in float32 and bfloat16.
+
+    This is c10's own debugging flag. It reaches every allocation: ``empty`` in Python and C++, ``new_empty``, and the
+    buffers of compiled graphs, at the price of one ``memset``.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `pyproject.toml` turns warnings raised inside qcompile into errors; with a `stacklevel` they carry the name of the
+    # caller's module, so ours are also recognized by their text.
+    config.addinivalue_line("filterwarnings", "error:.*qcompile:UserWarning")
+    torch.set_num_threads(2)
+    _fill_fresh_memory_with_junk()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _OWN_CACHE:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers whichever tests ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator of the test's own, for data that must not depend on what else draws numbers."""
+    return torch.Generator().manual_seed(20250117)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20250117)
