@@ -40,11 +40,13 @@ class Observations:
         programs: readable program after each pass, by stage and pass name.
         gemms: rows the joint audit and the lowering leave: one a GEMM of the joint graph.
         saved: tensors the partitioner keeps for the backward.
+        plan: the decisions about the graph.
     """
 
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
+    plan: Plan | None = None
 
 
 @dataclass

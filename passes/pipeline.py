@@ -55,6 +55,8 @@ def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None
     """Stage one: find, plan and insert on a Dynamo graph, in place."""
     plan = make_plan(find_gemms(gm), recipe)
     context = Context(recipe, plan, observe)
+    if observe is not None:
+        observe.plan = plan
     dump("dynamo_captured", gm.graph, context)
     if plan.quantized and "insert" not in recipe.disable_passes:
         wrapped = insert(gm, plan)

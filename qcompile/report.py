@@ -1,0 +1,360 @@
+"""What was quantized, how, by which kernel, and why the rest was not.
+
+``print(qcompile.explain(model, *args))`` compiles the model's graphs through every pass without generating code (seconds), runs its
+forward once, and prints one row a GEMM and role. Parameters, buffers, gradients and random state are left as they were.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from qcompile.ir.recipe import Operand
+from qcompile.kernels.register import provider_of
+from qcompile.passes import lower
+from qcompile.passes.pass_base import Observations
+from qcompile.passes.plan import SITE_KEY, Decision
+
+from . import compat
+from .backends import compile_with
+from .recipes import RECIPES
+from .session import Session, UnmatchedRuleError, session_for, unmatched_message
+
+__all__ = ["Report", "Row", "SavedBytes", "explain", "saved_bytes"]
+
+ROLES = ("fprop", "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One GEMM in one role (or one site that was left alone).
+
+    Attributes:
+        layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left alone.
+        shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
+        formats: what each operand is read as, e.g. ``"e2m1 row + outliers × e2m1 row"``.
+        estimator: backward estimators of the two operands (fprop rows).
+        provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
+        decision: "quantized" or "skipped". reason: why, or a remark about granularity.
+    """
+
+    layer: str
+    op: str
+    role: str
+    shape: str
+    formats: str
+    estimator: str
+    provider: str
+    saved_bytes: int
+    decision: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """The plan of a whole model, with what the later passes made of it.
+
+    Attributes:
+        backend: recipe name. rows: see :class:`Row`. programs: program text after each pass, keyed by graph, stage and pass.
+        saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
+        graphs: number of sub-graphs Dynamo handed over (1 if it found no graph break).
+    """
+
+    backend: str
+    rows: list[Row]
+    programs: dict[str, str] = field(default_factory=dict)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    graphs: int = 0
+
+    @property
+    def sites(self) -> int:
+        return sum(row.role in ("fprop", "-") for row in self.rows)
+
+    @property
+    def quantized_sites(self) -> int:
+        return sum(row.role == "fprop" for row in self.rows)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept for the backward, parameters and inputs excluded."""
+        return sum(tensor["bytes"] for tensor in self.saved)
+
+    @property
+    def code_bytes(self) -> int:
+        """The part of :attr:`saved_bytes` that is codes, scales, residuals and masks."""
+        return sum(tensor["bytes"] for tensor in self.saved if tensor["codes"])
+
+    def summary(self) -> str:
+        text = f"{self.backend}: {self.quantized_sites} of {self.sites} GEMM sites quantized in {self.graphs} graph(s)"
+        if self.saved:
+            text += f"; {_size(self.saved_bytes)} kept for the backward, {_size(self.code_bytes)} of it as codes"
+        return text
+
+    def to_json(self) -> str:
+        """Rows, saved tensors and totals as JSON; programs are left out (see :attr:`programs`)."""
+        totals = {
+            "backend": self.backend,
+            "graphs": self.graphs,
+            "sites": self.sites,
+            "quantized_sites": self.quantized_sites,
+            "saved_bytes": self.saved_bytes,
+            "code_bytes": self.code_bytes,
+        }
+        return json.dumps({**totals, "rows": [asdict(row) for row in self.rows], "saved": self.saved}, indent=1)
+
+    def to_html(self) -> str:
+        """A stand-alone HTML page with the table."""
+        console = Console(record=True, width=220, file=io.StringIO())
+        console.print(self)
+        return console.export_html()
+
+    def table(self, compact: bool = False) -> Table:
+        """A rich table. ``compact`` folds rows that differ only in numbers in the layer name (``layers.*``) into one."""
+        table = Table(title=self.summary(), title_justify="left", header_style="bold")
+        table.add_column("layer", no_wrap=True)
+        for column in ("op", "role", "shape", "formats", "estimator", "provider"):
+            table.add_column(column, overflow="fold")
+        table.add_column("saved", justify="right")
+        table.add_column("decision / reason", overflow="fold")
+        for row, count in _folded(self.rows) if compact else [(row, 1) for row in self.rows]:
+            layer = f"{row.layer} [dim]×{count}[/dim]" if count > 1 else row.layer
+            style = "" if row.decision == "quantized" else "yellow"
+            verdict = row.decision + (f": {row.reason}" if row.reason else "")
+            saved = _size(row.saved_bytes) if row.saved_bytes else ""
+            table.add_row(
+                layer, row.op, row.role, row.shape, row.formats, row.estimator, row.provider, saved, verdict, style=style
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table(compact=len(self.rows) > 60)
+
+    def __str__(self) -> str:
+        console = Console(width=200, file=io.StringIO())
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    backend: str = "qcompile_fp4",
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Report what ``torch.compile(model, backend=backend, options=options)(*args, **kwargs)`` would do.
+
+    Args:
+        model: module or function, compiled or not. Its forward runs once, on the device and in the mode it is in.
+        args, kwargs: inputs of the forward.
+        backend: name of a recipe. options: as for ``torch.compile``.
+
+    Raises ``ValueError`` for an unknown backend or option, :class:`UnmatchedRuleError` (a ``ValueError``) for a rule of the user's
+    that matches no GEMM of the model.
+    """
+    if backend not in RECIPES:
+        msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
+        raise ValueError(msg)
+    model = getattr(model, "_orig_mod", model)
+    options = dict(options or {})
+    graphs: list[Observations] = []
+
+    def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:
+        graphs.append(Observations())
+        return compile_with(
+            RECIPES[backend],
+            gm,
+            example_inputs,
+            options=options,
+            observe=graphs[-1],
+            inner_compile=compat.eager_inner_compile,
+        )
+
+    with _unchanged(model):
+        _run(torch.compile(model, backend=observing), model, args, kwargs)
+    report = _make_report(backend, graphs)
+    session: Session = session_for(RECIPES[backend].override({k: v for k, v in options.items() if k in _fields()}), options)
+    session.settled = True
+    if unmatched := session.unmatched():
+        raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
+    return report
+
+
+def _fields() -> list[str]:
+    return RECIPES["qcompile_fp4"].option_names()
+
+
+def _run(compiled: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> None:
+    """Run the forward, and the backward where there is one (it compiles lazily); surface our errors without Dynamo's wrapping."""
+    try:
+        outputs = torch.utils._pytree.tree_leaves(compiled(*args, **kwargs))
+        parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+        losses = [o.sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+        if losses and parameters:
+            torch.autograd.grad(losses, parameters, allow_unused=True)  # leaves .grad alone
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            inner = getattr(cause, "inner_exception", None) or cause.__cause__
+            if isinstance(inner, ValueError):
+                raise inner from None
+            cause = inner
+        raise
+
+
+@contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Buffers and random state are put back; a model compiled in place runs uncompiled meanwhile."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
+    in_place = getattr(model, "_compiled_call_impl", None)
+    devices = sorted({b.device.index or 0 for b, _ in buffers if b.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if in_place is not None:
+                model._compiled_call_impl = None
+            yield
+        finally:
+            if in_place is not None:
+                model._compiled_call_impl = in_place
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _make_report(backend: str, graphs: list[Observations]) -> Report:
+    report = Report(backend, [], graphs=len(graphs))
+    for number, observed in enumerate(graphs):
+        prefix = f"graph{number}_" if len(graphs) > 1 else ""
+        report.programs.update({prefix + name: text for name, text in observed.programs.items()})
+        report.saved += observed.saved
+        for decision in observed.plan.decisions if observed.plan else []:
+            report.rows += _rows_of(decision, observed)
+    return report
+
+
+def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
+    site = decision.site
+    shape = " · ".join("×".join(str(n) for n in operand) for operand in site.shape)
+    base = {"layer": site.name, "op": site.op, "shape": shape}
+    if not decision.quantized:
+        empty = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
+        return [Row(**base, **empty, role="-", decision="skipped", reason=decision.reason)]
+    saved = sum(t["bytes"] for t in observed.saved if t["codes"] and t["custom"].get(SITE_KEY) == site.index)
+    products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
+    rows = []
+    for role in ROLES:
+        product = products.get(role) or products.get("dgrad+wgrad" if role != "fprop" else role) or products.get("backward")
+        if product is None and role != "fprop":
+            if site.training:
+                rows.append(_uncomputed(base, role))
+            continue
+        rows.append(
+            Row(
+                **base,
+                role=role,
+                formats=_formats(decision, product, role),
+                estimator=" × ".join(str(o.estimator) if o else "-" for o in decision.operands) if role == "fprop" else "",
+                provider=_provider(decision, product, role),
+                saved_bytes=saved if role == "fprop" else 0,
+                decision="quantized",
+                reason=decision.reason if role == "fprop" else "",
+            )
+        )
+    return rows
+
+
+def _uncomputed(base: dict[str, str], role: str) -> Row:
+    empty = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
+    return Row(**base, **empty, role=role, decision="not computed", reason="nothing upstream needs this gradient")
+
+
+def _formats(decision: Decision, product: dict[str, Any] | None, role: str) -> str:
+    if product is None:  # the joint graph merged it with an equal product
+        return " × ".join(_format(str(o) if o else "dense", "") for o in decision.operands)
+    return " × ".join(_format(text, product["dtype"]) for text in product["operands"])
+
+
+def _format(text: str, dense: str) -> str:
+    if text == "dense":
+        return dense or "high precision"
+    operand = Operand.parse(text)
+    quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
+    return quantizer + (" + residual" if operand.outliers and operand.outliers.compensate else "")
+
+
+def _provider(decision: Decision, product: dict[str, Any] | None, role: str) -> str:
+    product_by = lower.PROVIDER if product is None or product["fused"] else f"dequantize + aten {decision.site.op}"
+    if role != "fprop":
+        return product_by
+    value = decision.site.node.meta["example_value"]
+    quantizers = [provider_of("quantize", value.device.type, str(o.quantizer), value.dtype) for o in decision.operands if o]
+    names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
+    return f"{', '.join(names)} quantize; {product_by}"
+
+
+def _folded(rows: list[Row]) -> list[tuple[Row, int]]:
+    counts: dict[Row, int] = {}
+    for row in rows:
+        folded = Row(**{**asdict(row), "layer": re.sub(r"\b\d+\b", "*", row.layer), "saved_bytes": row.saved_bytes})
+        counts[folded] = counts.get(folded, 0) + 1
+    return list(counts.items())
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+# --- measured bytes -------------------------------------------------------------------------------------------------
+
+
+class SavedBytes:
+    """Filled by :func:`saved_bytes`: ``total`` bytes, and one ``(shape, dtype, bytes)`` a distinct tensor storage."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[tuple[int, ...], torch.dtype, int]] = []
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, _, size in self.tensors)
+
+
+@contextmanager
+def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedBytes]:
+    """Measure what autograd saves for the backward inside the ``with`` block, compiled or eager.
+
+    Parameters and buffers of ``model`` and the given inputs are not counted: they live whether or not they are saved. A storage
+    that several saved tensors share counts once.
+    """
+    owners = [*model.parameters(), *model.buffers()] if model is not None else []
+    owners += [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    seen = {tensor.untyped_storage().data_ptr() for tensor in owners}
+    saved = SavedBytes()
+    keep: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            keep.append(tensor.detach())  # alive until the end, so that no address is used twice
+            saved.tensors.append((tuple(tensor.shape), tensor.dtype, min(storage.nbytes(), tensor.nbytes)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
