@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ ELEMENT_TYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.flo
 #: Fewer elements than this are not worth a second thread (at::internal::GRAIN_SIZE).
 GRAIN_SIZE = 32768
 
-#: Inductor's own flags switch the loop vectorizer off, because its code is vectorized by hand, and allow the sign of a zero to
-#: be lost. Ours is the opposite case on both counts. A later flag wins.
-COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fsigned-zeros")
+#: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of refusing value-changing
+#: float optimizations brings back trapping math, which keeps comparisons scalar, and leaves the sign of a zero in doubt. A
+#: later flag wins.
+COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros")
 
 #: Element types as bits with conversions from and to float32 that vectorize, and rounding to small floating-point formats.
 PRELUDE = r"""
@@ -134,14 +136,14 @@ def _build(source: str) -> ctypes.CDLL:
     return CppCodeCache.load(PRELUDE + source, extra_flags=COMPILER_FLAGS)
 
 
-def load(source: str, pointers: int, integers: int) -> Callable[..., None]:
-    """The function ``extern "C" void run(pointer × pointers, int64_t × integers)`` of ``source`` (after the prelude).
+def load(source: str, pointers: int, integers: int, returns: Any = None) -> Callable[..., Any]:
+    """The function ``extern "C" run(pointer × pointers, int64_t × integers)`` of ``source``, which follows the prelude.
 
-    Pass ``Tensor.data_ptr()`` and ``int``. Raises Inductor's ``CppCompileError`` if the source does not compile.
+    Pass ``Tensor.data_ptr()`` and ``int``; ``returns`` is the ctypes type of the result, ``None`` for void. Raises Inductor's ``CppCompileError`` if the source does not compile.
     """
     run = _build(source).run
     run.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
-    run.restype = None
+    run.restype = returns
     return run
 
 

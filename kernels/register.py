@@ -1,19 +1,32 @@
 """Registers the kernels of the ``qcompile::`` ops with the dispatcher.
 
-Every op runs its plain-torch reference wherever no faster provider supports the arguments. :func:`provider_of` says which one
-that is and why; the report prints it.
+An op has a list of providers per device type, best first; a call runs the first that supports its dtypes, quantizer and estimator.
+The last provider is always the plain-torch reference, which also is the default of every device not listed. :func:`provider_of`
+says which one runs and why; the report prints it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
 from qcompile.ir.ops import LIB
 
+from .estimate import cpp as estimate_cpp
 from .estimate import reference as estimate
 from .matmul import reference as matmul
+from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
+from .quantize import cpp as quantize_cpp
 from .quantize import reference as quantize
 
-REFERENCES = {
+__all__ = ["REFERENCES", "Provider", "provider_of"]
+
+REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "dequantize": quantize.dequantize,
     "clamp_outliers": outliers.clamp_outliers,
@@ -24,5 +37,116 @@ REFERENCES = {
     "scaled_mm": matmul.scaled_mm,
 }
 
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of one op on one device type.
+
+    Attributes:
+        name: what the report calls it.
+        run: the kernel, with the signature of the op.
+        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the op
+            takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
+        key: the arguments of ``supports`` out of the arguments of the op.
+        texts: how many texts ``supports`` takes.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., tuple[bool, str]]
+    key: Callable[..., tuple[Any, ...]]
+    texts: int
+
+
+def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None):
+    return (x.dtype,), quantizer
+
+
+def _key_of_dequantize(codes, scales, quantizer, axis, size, dtype, global_scale=None):
+    return (dtype,), quantizer
+
+
+def _key_of_restore(x, values, positions, clamp, axis):
+    return ((x.dtype,),)
+
+
+def _key_of_mask(x, scales, quantizer, estimator, axis, global_scale=None):
+    return (x.dtype,), quantizer, estimator
+
+
+def _key_of_mask_gradient(grad, mask, axis):
+    return ((grad.dtype,),)
+
+
+def _key_of_slope(grad, x, scales, quantizer, estimator, axis, global_scale=None):
+    return (x.dtype, grad.dtype), quantizer, estimator
+
+
+#: Providers that are tried before the reference, best first, by device type and op.
+PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
+    "cpu": {
+        "quantize": (
+            Provider("cpp", quantize_cpp.quantize, quantize_cpp.supports_quantize, _key_of_quantize, 1),
+        ),
+        "dequantize": (
+            Provider("cpp", quantize_cpp.dequantize, quantize_cpp.supports_dequantize, _key_of_dequantize, 1),
+        ),
+        "restore_outliers": (
+            Provider("cpp", outliers_cpp.restore_outliers, outliers_cpp.supports_restore, _key_of_restore, 0),
+        ),
+        "estimator_mask": (
+            Provider("cpp", estimate_cpp.estimator_mask, estimate_cpp.supports_mask, _key_of_mask, 2),
+        ),
+        "mask_gradient": (
+            Provider(
+                "cpp", estimate_cpp.mask_gradient, estimate_cpp.supports_mask_gradient, _key_of_mask_gradient, 0
+            ),
+        ),
+        "scale_gradient": (
+            Provider("cpp", estimate_cpp.scale_gradient, estimate_cpp.supports_slope, _key_of_slope, 2),
+        ),
+    },
+}
+
+
+def provider_of(
+    op_name: str, device_type: str, quantizer_text: str, dtype: torch.dtype, estimator: str = "ste"
+) -> tuple[str, str]:
+    """Name of the provider that runs an op, and why not a faster one (empty for the first choice).
+
+    ``dtype`` is that of the floating-point tensors, inputs or outputs, of the op. Raises ``KeyError`` for an unknown op.
+    """
+    if op_name not in REFERENCES:
+        msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
+        raise KeyError(msg)
+    if op_name not in PROVIDERS.get(device_type, {}):
+        return "reference", f"no other provider of {op_name} on {device_type}"
+    reasons = []
+    for provider in PROVIDERS[device_type][op_name]:
+        supported, reason = provider.supports((dtype,), *(quantizer_text, estimator)[: provider.texts])
+        if supported:
+            return provider.name, "; ".join(reasons)
+        reasons.append(reason)
+    return "reference", "; ".join(reasons)
+
+
+def _dispatcher(op_name: str, providers: tuple[Provider, ...]) -> Callable[..., Any]:
+    """A kernel that runs the first provider that supports its arguments; the choice is remembered by their key."""
+    key_of = providers[0].key
+
+    @lru_cache(maxsize=None)
+    def choose(*key: Any) -> Callable[..., Any]:
+        supporting = (provider.run for provider in providers if provider.supports(*key)[0])
+        return next(supporting, REFERENCES[op_name])
+
+    def kernel(*arguments: Any) -> Any:
+        return choose(*key_of(*arguments))(*arguments)
+
+    return kernel
+
+
 for _name, _reference in REFERENCES.items():
     LIB.impl(_name, _reference, "CompositeExplicitAutograd")
+for _device_type, _table in PROVIDERS.items():
+    for _name, _providers in _table.items():
+        LIB.impl(_name, _dispatcher(_name, _providers), _device_type.upper())

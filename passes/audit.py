@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from qcompile.ir.recipe import Operand
 
-from .dialect import GEMMS, decode_root, gemm_operands, is_call, quantized_operand
+from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
 from .pass_base import Context
 from .plan import site_index
 from .quantize_gradients import depends_on_tangents, gemm_role
@@ -51,8 +51,7 @@ def _fused_role(node: Node, backward: set[Node]) -> str:
     for tensors in (node.args[0], node.args[4]):
         first = tensors[0]  # type: ignore[index]
         if first not in backward:
-            kind = (first.meta.get("custom") or {}).get("qcompile_kind", "")
-            return "dgrad" if kind == "weight" else "wgrad"
+            return "dgrad" if operand_kind(through_views(first)) == "weight" else "wgrad"
     return "backward"
 
 

@@ -47,9 +47,12 @@ class Slot:
     frame: Frame | None = None
     kind: str = "activation"
     note: str = ""
+    item: int | None = None
+    """Index into the argument where it is a list of operands (einsum)."""
 
     def of(self, node: Node) -> Any:
-        return node.args[self.position] if self.position < len(node.args) else node.kwargs.get(self.keyword)
+        argument = node.args[self.position] if self.position < len(node.args) else node.kwargs.get(self.keyword)
+        return argument if self.item is None else argument[self.item]  # type: ignore[index]
 
 
 @dataclass
@@ -78,6 +81,9 @@ Locate = Callable[[Node], tuple[Slot, Slot]]
 # --- spellings ------------------------------------------------------------------------------------------------------
 
 
+_VECTORS = "a product of two vectors"
+
+
 def _fixed(a: tuple[int, str, int], b: tuple[int, str, int]) -> Locate:
     slots = (Slot(*a), Slot(*b))
     return lambda node: slots
@@ -85,9 +91,11 @@ def _fixed(a: tuple[int, str, int], b: tuple[int, str, int]) -> Locate:
 
 def _matmul(left: int, right: int, right_name: str) -> Locate:
     def locate(node: Node) -> tuple[Slot, Slot]:
-        right_value = node.args[right] if right < len(node.args) else node.kwargs.get(right_name)
-        vector = _value(right_value).dim() == 1
-        return Slot(left, "input", -1), Slot(right, right_name, -1 if vector else -2)
+        slots = Slot(left, "input", -1), Slot(right, right_name, -2)
+        dims = [_value(slot.of(node)).dim() for slot in slots]
+        if dims == [1, 1]:
+            raise Unsupported(_VECTORS)
+        return slots if dims[1] > 1 else (slots[0], replace(slots[1], axis=-1))
 
     return locate
 
@@ -128,8 +136,7 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
         raise Unsupported(msg)
     axes = [_letter_axis(term, contracted[0]) for term in terms]
     if nested:
-        msg = "einsum with its operands in one list; pass them one by one"
-        raise Unsupported(msg)
+        return Slot(1, "operands", axes[0], item=0), Slot(1, "operands", axes[1], item=1)
     return Slot(1, "operands", axes[0]), Slot(2, "operands", axes[1])
 
 
@@ -191,6 +198,7 @@ SPELLINGS: dict[Any, tuple[str, Locate]] = {
     operator.imatmul: ("matmul", _MATMUL),
     torch.mm: ("mm", _MM),
     torch.mv: ("mv", _fixed((0, "input", -1), (1, "vec", -1))),
+    torch.addmv: ("addmv", _fixed((1, "mat", -1), (2, "vec", -1))),
     torch.bmm: ("bmm", _MM),
     torch.addmm: ("addmm", _ADDMM),
     torch.addbmm: ("addbmm", _ADDBMM),
@@ -205,14 +213,14 @@ SPELLINGS: dict[Any, tuple[str, Locate]] = {
 }
 
 #: Tensor methods with the signature of the function of the same name; in-place forms read the same operands.
-for _name in ("matmul", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm", "inner"):
+for _name in ("matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner"):
     SPELLINGS[_name] = SPELLINGS[getattr(torch, _name)]
     SPELLINGS[f"{_name}_"] = SPELLINGS[getattr(torch, _name)]
 SPELLINGS["__matmul__"] = SPELLINGS["__imatmul__"] = ("matmul", _MATMUL)
 SPELLINGS["__rmatmul__"] = ("matmul", _fixed((1, "other", -1), (0, "self", -2)))
 
 #: ATen packets; an overload is looked up by its packet.
-for _name in ("linear", "matmul", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm", "inner", "conv1d", "conv2d", "conv3d", "_grouped_mm"):
+for _name in ("linear", "matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner", "conv1d", "conv2d", "conv3d", "_grouped_mm"):
     _function = F.linear if _name == "linear" else getattr(torch, _name)
     SPELLINGS[getattr(torch.ops.aten, _name)] = SPELLINGS[_function]
 if hasattr(F, "grouped_mm"):
@@ -233,14 +241,12 @@ OUT_OF_SCOPE: dict[Any, tuple[str, str]] = {
     F.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
     torch.chain_matmul: ("chain_matmul", "the order of products is chosen at run time"),
     torch.linalg.multi_dot: ("multi_dot", "the order of products is chosen at run time"),
-    torch.dot: ("dot", "a product of two vectors"),
-    torch.addmv: ("addmv", "a matrix-vector product bound by memory, not by arithmetic"),
+    torch.dot: ("dot", _VECTORS),
     torch.conv_transpose1d: ("conv_transpose1d", "output windows overlap; its operands have no exact scale per row"),
     torch.conv_transpose2d: ("conv_transpose2d", "output windows overlap; its operands have no exact scale per row"),
     torch.conv_transpose3d: ("conv_transpose3d", "output windows overlap; its operands have no exact scale per row"),
     torch.cdist: ("cdist", "a distance, not a product"),
-    "dot": ("dot", "a product of two vectors"),
-    "addmv": ("addmv", "a matrix-vector product bound by memory, not by arithmetic"),
+    "dot": ("dot", _VECTORS),
     **{rnn: (rnn.__name__, _OPAQUE) for rnn in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 _HIGHER_ORDER_ATTENTION = ("flex_attention", "flex_attention_backward")
@@ -329,9 +335,11 @@ def _describe(site: Site) -> None:
         site.obstacle = site.obstacle or "its operands are not plain tensors"
         return
     origins = [origin(slot.of(node)) for slot in site.slots]
+    weights = [is_weight(source) for source in origins]
+    if not any(weights):
+        weights[1] = origins[0] is not origins[1] and is_functional_weight(origins[1], site.op)
     site.slots = tuple(
-        replace(slot, kind="weight" if is_weight(source, right=slot is site.slots[1]) else "activation")
-        for slot, source in zip(site.slots, origins, strict=True)
+        replace(slot, kind="weight" if weight else "activation") for slot, weight in zip(site.slots, weights, strict=True)
     )
     contraction = static_size(_contraction_size(values[1], site.slots[1]))
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
@@ -397,16 +405,24 @@ def origin(node: Any) -> Any:
     return node
 
 
-def is_weight(node: Any, right: bool) -> bool:
-    """A parameter, a buffer, or, on the right, a leaf input that requires grad: functional code passes weights that way."""
+def is_weight(node: Any) -> bool:
+    """A parameter or a buffer."""
+    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
+        return False
+    return compat.is_parameter(_value(node)) or (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
+
+
+def is_functional_weight(node: Any, op: str) -> bool:
+    """A leaf input that requires grad and stands where a weight does: functional code passes weights that way.
+
+    Of products that attention uses as well only matrices count: there, leaves of higher rank are queries, keys and values.
+    """
     if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
         return False
     value = _value(node)
-    if compat.is_parameter(value):
-        return True
-    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
-    leaf = isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf and value.dim() >= 2
-    return static or (right and leaf)
+    if not isinstance(value, torch.Tensor) or not (value.requires_grad and value.is_leaf):
+        return False
+    return value.dim() == 2 or (value.dim() > 2 and op.startswith(("conv", "grouped")))
 
 
 def parameter_name(node: Any) -> str:

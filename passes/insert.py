@@ -138,7 +138,11 @@ def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
     return result if result.itemsize < operand.itemsize else operand
 
 
-def _replace_argument(node: Node, slot: Slot, value: Node) -> None:
+def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
+    if slot.item is not None:
+        operands = list(node.args[slot.position])  # type: ignore[arg-type]
+        operands[slot.item] = value
+        value = operands
     if slot.position < len(node.args):
         node.update_arg(slot.position, value)
     else:

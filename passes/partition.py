@@ -4,7 +4,8 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
 * a decoded wide tensor is never saved but decoded again;
-* a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes instead).
+* a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes instead);
+* a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
 
 ``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates and
 attention inputs remain. :class:`Partitioner` narrows those too, after the min-cut has chosen them: the forward returns codes
@@ -29,7 +30,7 @@ from .pass_base import Context, emit
 
 __all__ = ["Partitioner", "hints"]
 
-aten, ops = torch.ops.aten, torch.ops.qcompile
+aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qcompile
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
 
 _ENCODERS = (ops.quantize.default, ops.clamp_outliers.default)
@@ -45,6 +46,8 @@ def hints(graph: Graph, context: Context) -> int:
     recompute_weights = context.recipe.saved_weights == "recompute"
     for node in graph.nodes:
         weight = operand_kind(node) == "weight" and recompute_weights
+        if is_call(node, ops.quantize.default) and operand_kind(node) == "weight":
+            tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))
         if is_call(node, *_DECODERS):
             tags[node] = _RECOMPUTE
         elif is_call(node, ops.estimator_mask.default):
@@ -60,6 +63,15 @@ def hints(graph: Graph, context: Context) -> int:
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
     return 0 if not tags else len(tags)
+
+
+def _casts(source: Any) -> list[Node]:
+    """The casts between a weight's quantize and the parameter."""
+    casts = []
+    while is_call(source := through_views(source), prims.convert_element_type.default, aten._to_copy.default):
+        casts.append(source)
+        source = source.args[0]
+    return casts
 
 
 class Partitioner(compat.CustomPartitionerFn):
@@ -80,6 +92,9 @@ class Partitioner(compat.CustomPartitionerFn):
         if self.context.observe is not None:
             self.context.observe.saved.extend(saved_tensors(forward, kept_outputs))
         return forward, backward
+
+    def __deepcopy__(self, memo: Any) -> Partitioner:
+        return self  # as in pipeline.Stage
 
     def uuid(self) -> Any:
         chained = self.chained.uuid() if self.chained is not None else None

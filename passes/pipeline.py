@@ -92,6 +92,9 @@ class Stage(compat.CustomGraphPass):
             user_pass(graph)
         run_passes(self.name, self.passes, graph, self.context)
 
+    def __deepcopy__(self, memo: Any) -> Stage:
+        return self  # Inductor copies its config; a plan and its graph's fake tensors are neither copyable nor to be copied
+
     def uuid(self) -> Any:
         return ("qcompile", self.name, self.identity, [p.uuid() for p in self.chained])
 

@@ -1,4 +1,6 @@
-"""What every test runs under: one Inductor cache a run, few threads, a fixed seed, and no memory that happens to be zero."""
+"""What every test runs under: one Inductor cache a run, few threads, a fixed seed, and no memory that happens
+to be zero.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +12,33 @@ from pathlib import Path
 
 import pytest
 
-# Read by Inductor when it is imported, so it has to be set before torch is. A run has a directory of its own: kernels
+# Read by Inductor when it is imported, so it has to be set before torch is. A run has a directory of its own:
+# kernels
 # that an older checkout compiled are not reused, and all tests of the run share what they compile.
 _OWN_CACHE = None
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     _OWN_CACHE = tempfile.mkdtemp(prefix="qcompile_inductor_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _OWN_CACHE
 
-import numpy as np
-import torch
-
-import qcompile.kernels.register  # noqa: F401  (kernels of the qcompile:: ops)
+import numpy as np  # noqa: E402
+import qcompile.kernels.register  # noqa: E402, F401  (kernels of the qcompile:: ops)
+import torch  # noqa: E402
 
 
 def _fill_fresh_memory_with_junk() -> None:
-    """Make torch's CPU allocator fill what it hands out with ``0x7fedbeef``, which reads as NaN in float32 and bfloat16.
+    """Make torch's CPU allocator fill what it hands out with ``0x7fedbeef``, which reads as NaN in float32
+    and bfloat16.
 
-    This is c10's own debugging flag. It reaches every allocation: ``empty`` in Python and C++, ``new_empty``, and the
-    buffers of compiled graphs, at the price of one ``memset``.
+    This is c10's own debugging flag. It reaches every allocation: ``empty`` in Python and C++,
+    ``new_empty``, and the buffers of compiled graphs, at the price of one ``memset``.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # `pyproject.toml` turns warnings raised inside qcompile into errors; with a `stacklevel` they carry the name of the
+    # `pyproject.toml` turns warnings raised inside qcompile into errors; with a `stacklevel` they carry the
+    # name of the
     # caller's module, so ours are also recognized by their text.
     config.addinivalue_line("filterwarnings", "error:.*qcompile:UserWarning")
     torch.set_num_threads(2)

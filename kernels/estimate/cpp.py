@@ -43,7 +43,7 @@ extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t r
                [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
     const ELEMENT* values = x + row * size;
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      const float y = scaled(values[k], reciprocal);
+      const float y = values[k] * reciprocal;
       const uint32_t bits = bits_as<uint32_t>(y) & MAGNITUDE;
       const float size = bits_as<float>(bits);
       [[maybe_unused]] const bool negative = is_negative(y);
@@ -78,12 +78,11 @@ static inline float power(float base) {
   const int32_t exponent = int32_t(bits - 0x3f3504f3) >> 23;
   const double m = bits_as<float>(bits - (uint32_t(exponent) << 23));
   const double s = (m - 1) / (m + 1), z = s * s;
-  const double series = 1 + z * (1. / 3 + z * (1. / 5 + z * (1. / 7 + z * (1. / 9 + z * (1. / 11 + z * (1. / 13 + z / 15))))));
+  const double series = HORNER_ARTANH;
   double t = EXPONENT * (exponent + s * series * 2.8853900817779268);
   t = t < -1000 ? -1000 : t;
   const double whole = (t + 0x1.8p52) - 0x1.8p52, r = (t - whole) * 0.6931471805599453;
-  const double small = 1 + r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7 * (1 + r / 8 *
-                       (1 + r / 9 * (1 + r / 10)))))))));
+  const double small = HORNER_EXP;
   const double result = small * bits_as<double>(int64_t(int32_t(whole) + 1023) << 52);
   return base == 0 ? POWER_OF_ZERO : base != base ? base : float(result);
 }
@@ -109,7 +108,7 @@ extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64
     const GRADIENT* from = grad + row * size;
     GRADIENT* to = out + row * size;
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      to[k] = GRADIENT::from(from[k] * slope(scaled(values[k], reciprocal)));
+      to[k] = GRADIENT::from(from[k] * slope(values[k] * reciprocal));
     });
   });
 }
@@ -155,6 +154,14 @@ def _edges(fmt: Format) -> tuple[float, ...]:
     return fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
 
 
+def _horner(variable: str, coefficients: list[float]) -> str:
+    """C++ for the float64 polynomial with these coefficients, lowest degree first."""
+    text = repr(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        text = f"({coefficient!r} + {variable} * {text})"
+    return text
+
+
 def _slope_source(fmt: Format, k: float, cap: float) -> str:
     edges = [float_literal(edge) for edge in _edges(fmt)]
     gaps = [float_literal(hi - lo) for lo, hi in zip(_edges(fmt), _edges(fmt)[1:], strict=False)]
@@ -163,8 +170,11 @@ def _slope_source(fmt: Format, k: float, cap: float) -> str:
         for edge, gap in zip(edges[1:-1], gaps[1:], strict=True)
     )
     exponent = torch.tensor(1 / k - 1, dtype=torch.float32).item()  # the precision torch's pow takes it in
+    artanh = [1 / (2 * n + 1) for n in range(8)]  # in s², after the factor s
+    exp = [1 / math.factorial(n) for n in range(11)]
     at_zero = math.inf if exponent < 0 else 1.0 if exponent == 0 else 0.0
     constants = {"EXPONENT": repr(exponent), "POWER_OF_ZERO": float_literal(at_zero), "BINS": bins, "CAP": float_literal(cap)}
+    constants |= {"HORNER_ARTANH": _horner("z", artanh), "HORNER_EXP": _horner("r", exp)}
     constants |= {"FIRST_LOW": edges[0], "FIRST_GAP": gaps[0], "/ K": f"/ {float_literal(k)}"}
     source = _POWER + _DGE_SLOPE
     for name, text in constants.items():

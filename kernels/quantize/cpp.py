@@ -81,7 +81,7 @@ template <class Element, class Visit>
 static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size, int64_t threads,
                          Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
-  const int64_t segments = SEGMENT ? (size + SEGMENT - 1) / SEGMENT : 1;
+  const int64_t segments = SEGMENT ? (size + segment - 1) / segment : 1;
   const int64_t bands = (rows + BAND - 1) / BAND;
   float whole = 0;
   if (WHOLE) {
@@ -114,10 +114,6 @@ static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int
   }
 }
 
-// y = x · γ. If both are NaN, that of x (its sign reaches the code) wins, as in torch; the hardware takes the operand that
-// the compiler happened to put first.
-static inline float scaled(float x, float reciprocal) { return x != x ? x : x * reciprocal; }
-
 // visit(k, γ) for the elements of a row.
 template <class Visit> static inline void for_each_element(int64_t size, const float* reciprocals, Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size;
@@ -145,14 +141,15 @@ extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t ma
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   for_each_row(x, scales, matrices, rows, size, threads, [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
     const ELEMENT* values = x + row * size;
-    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(scaled(values[k], reciprocal)); });
+    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(values[k] * reciprocal); });
     pack<CODES_PER_BYTE>(buffer, codes + row * packed_size, size);
   });
 }
 """
 
 _ENCODE = r"""
-static inline bool is_negative(float y) { return HAS_ZERO ? bits_as<uint32_t>(y) >> 31 : y < 0; }
+// IEEE 754 leaves the sign of a NaN result open, and the code of a NaN is positive here. −0 is negative where 0 is a level.
+static inline bool is_negative(float y) { return HAS_ZERO ? (bits_as<int32_t>(y) < 0) & (y == y) : y < 0; }
 
 static inline uint8_t encode(float y) {
   const bool negative = is_negative(y);
@@ -182,9 +179,15 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
       } else {
         ELEMENT products[1 << width];
         for (int i = 0; i <= mask; ++i) products[i] = ELEMENT::from(LEVELS[i] * scale);
-        for (int64_t k = begin; k < end; ++k) {
-          values[k] = products[packed[k / CODES_PER_BYTE] >> (k % CODES_PER_BYTE * width) & mask];
+        const auto product = [&](int64_t k) { return products[packed[k / CODES_PER_BYTE] >> k % CODES_PER_BYTE * width & mask]; };
+        int64_t k = begin;
+        if constexpr (SEGMENT % CODES_PER_BYTE == 0) {  // whole bytes, with constant shifts
+          for (; k + CODES_PER_BYTE <= end; k += CODES_PER_BYTE) {
+            const uint32_t byte = packed[k / CODES_PER_BYTE];
+            for (int i = 0; i < CODES_PER_BYTE; ++i) values[k + i] = products[byte >> i * width & mask];
+          }
         }
+        for (; k < end; ++k) values[k] = product(k);
       }
     }
   }
@@ -288,12 +291,15 @@ def _threshold_rounding(fmt: Format, rounding: str) -> str:
 def _uniform_rounding(fmt: Format, rounding: str) -> str:
     """⌊·⌉ of the position on a uniform grid whose step is a power of two, so that only exact operations precede it."""
     assert fmt.step is not None
-    tie = "int(below) & 1" if rounding == "even" else "!negative"
+    rounded = {
+        "even": "std::rint(position)",
+        "up": "below + ((fraction > 0.5f) | ((fraction == 0.5f) & !negative))",
+    }
     return f"""
   const float size = magnitude > {_bits(fmt.max)}u ? LARGEST : bits_as<float>(magnitude);
   const float position = (size - {float_literal(fmt.magnitudes[0])}) * {float_literal(1 / fmt.step)};
-  const float below = std::floor(position), fraction = position - below;
-  const int index = int(below) + (fraction > 0.5f || (fraction == 0.5f && ({tie})));
+  [[maybe_unused]] const float below = std::floor(position), fraction = position - below;
+  const int index = int({rounded[rounding]});
   return index < 0 ? 0 : index;"""
 
 

@@ -280,7 +280,8 @@ class GridUnits:
             largest = None
             for i in range(step):
                 k = step * j + i + (n * group[-1] if n else 0)
-                in_row = [] if _divides(n or step, size) else [(k, size)]
+                inside = _divides(n or step, size) or (not n and i == 0)
+                in_row = [] if inside else [(k, size)]
                 value = guarded([*bounds, *in_row], partial(self._magnitude, [*lead, k]))
                 largest = value if largest is None else ops.maximum(largest, value)
             return largest

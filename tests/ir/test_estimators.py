@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcompile.kernels.quantize.reference import decode, encode
 
 from qcompile.ir.estimators import ESTIMATORS, Estimator, dge_surrogate, widest_half_gap
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import Quantizer
-from qcompile.kernels.quantize.reference import decode, encode
 
 E2M1 = FORMATS["e2m1"]
 DGE = Estimator.parse("dge")
 
-# --- DGE ------------------------------------------------------------------------------------------------------------
+# --- DGE
+# ------------------------------------------------------------------------------------------------------------
 
 # Unit test of the released code: x = linspace(−6, 6, 20), k = 5, cap 3, computed and printed in bfloat16.
 PUBLISHED_HALF = [0.2002, 0.4375, 0.6055, 0.2168, 1.8359, 0.2695, 0.3027, 0.2695, 0.2402, 0.5781]
 
 
 def test_dge_reproduces_the_published_vector():
-    """The inputs are rounded to bfloat16 as published; then one bfloat16 rounding of the result, 2^-8, separates the two."""
+    """The inputs are rounded to bfloat16 as published; then one bfloat16 rounding of the result, 2^-8,
+    separates the two.
+    """
     slope = DGE.slope(torch.linspace(-6, 6, 20).bfloat16().float(), E2M1)
     expected = torch.tensor(PUBLISHED_HALF + PUBLISHED_HALF[::-1])
     torch.testing.assert_close(slope, expected, rtol=2.0**-8, atol=0)
@@ -63,7 +67,7 @@ def test_dge_slope_is_the_derivative_of_its_surrogate(name, k):
     """Central difference in float64, away from the levels (a kink) and from the thresholds (the cap)."""
     fmt, points = FORMATS[name], []
     edges = (*fmt.magnitudes,) if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         points += [low + (high - low) * share for share in (0.06, 0.31, 0.43, 0.58, 0.71, 0.97)]
     y = torch.tensor(points, dtype=torch.float64)
     y = torch.cat([y, -y])
@@ -75,7 +79,9 @@ def test_dge_slope_is_the_derivative_of_its_surrogate(name, k):
 
 @pytest.mark.parametrize("name", ["e2m1", "e3m0", "int4", "int1"])
 def test_dge_surrogate_meets_the_staircase(name):
-    """f(level) = level and f(threshold) = threshold, increasing in between: else f is no surrogate of this grid's rounding."""
+    """f(level) = level and f(threshold) = threshold, increasing in between: else f is no surrogate of this
+    grid's rounding.
+    """
     fmt = FORMATS[name]
     fixed = torch.tensor([*fmt.magnitudes, *fmt.thresholds], dtype=torch.float64)
     fixed = torch.cat([fixed, -fixed])
@@ -86,7 +92,9 @@ def test_dge_surrogate_meets_the_staircase(name):
 
 @pytest.mark.parametrize("cap", [1.0, 3.0, 7.5])
 def test_dge_cap_holds_where_the_paper_says(cap):
-    """The cap is reached exactly for |v| < (k·cap)^(−k/(k−1)) (0.0339 at k = 5, cap 3), and at thresholds, where f' is infinite."""
+    """The cap is reached exactly for |v| < (k·cap)^(−k/(k−1)) (0.0339 at k = 5, cap 3), and at thresholds,
+    where f' is infinite.
+    """
     estimator = Estimator.parse(f"dge(k=5,cap={cap:g})")
     edge = (5 * cap) ** (-5 / 4)
     v = torch.tensor([0.0, 0.5 * edge, 0.99 * edge, 1.01 * edge, 2 * edge], dtype=torch.float64)
@@ -99,27 +107,44 @@ def test_dge_cap_holds_where_the_paper_says(cap):
 
 @pytest.mark.parametrize(("k", "mean"), [(5, 0.593), (3, 0.778), (10, 0.383)])
 def test_dge_mean_slope(k, mean):
-    """Average over a uniform position, notes/fp4_training.md §1.2: how much DGE shrinks the average weight gradient."""
+    """Average over a uniform position, notes/fp4_training.md §1.2: how much DGE shrinks the average weight
+    gradient.
+    """
     y = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 100_000 + 4  # the bin [4, 6]
     assert Estimator.parse(f"dge(k={k},cap=3)").slope(y, E2M1).mean().item() == pytest.approx(mean, abs=5e-4)
 
 
 def test_dge_beyond_the_last_level_keeps_the_last_slope():
-    """Rounding noise of the scale puts the largest element at 6.0000005: it gets 1/k, neither 0 nor a growing factor."""
+    """Rounding noise of the scale puts the largest element at 6.0000005: it gets 1/k, neither 0 nor a growing
+    factor.
+    """
     y = torch.tensor([6.0, 6.0000005, 6.4, 7.99, 100.0, math.inf])
     torch.testing.assert_close(DGE.slope(torch.cat([y, -y]), E2M1), torch.full((12,), 0.2))
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- masks
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "int4", "int1", "int4z", "e4m3"])
 def test_masks_by_definition(name):
-    """clip: inside the grid, edges included. trust: less than half the widest gap from the level taken. Checked point by point."""
+    """clip: inside the grid, edges included. trust: less than half the widest gap from the level taken.
+    Checked point by point.
+    """
     fmt = FORMATS[name]
-    half = {"e2m1": 1.0, "e1m2": 0.25, "e3m0": 4.0, "int4": 0.5, "int1": 0.5, "int4z": 0.5, "e4m3": 16.0}[name]
+    half = {"e2m1": 1.0, "e1m2": 0.25, "e3m0": 4.0, "int4": 0.5, "int1": 0.5, "int4z": 0.5, "e4m3": 16.0}[
+        name
+    ]
     assert widest_half_gap(fmt) == half
-    points = [0.0, 0.3, fmt.max, math.nextafter(fmt.max, 1e9), fmt.max + half, fmt.max + 1.01 * half, fmt.max * 9]
+    points = [
+        0.0,
+        0.3,
+        fmt.max,
+        math.nextafter(fmt.max, 1e9),
+        fmt.max + half,
+        fmt.max + 1.01 * half,
+        fmt.max * 9,
+    ]
     y = torch.tensor(points + [-p for p in points], dtype=torch.float64)
     q = decode(encode(y.float(), Quantizer(fmt)), fmt).double()
     clip, trust = (Estimator.parse(text).mask(y, q, fmt) for text in ("clip", "trust"))
@@ -129,7 +154,9 @@ def test_masks_by_definition(name):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_trust_mask_equals_unclamped_floor(bits, rng):
-    """QuEST's cheap kernel form: trusted exactly where the clamp left ⌊y⌋ alone (but for the upper edge itself)."""
+    """QuEST's cheap kernel form: trusted exactly where the clamp left ⌊y⌋ alone (but for the upper edge
+    itself).
+    """
     fmt = FORMATS[f"int{bits}"]
     y = torch.from_numpy(rng.uniform(-1.5, 1.5, 20_000).astype(np.float32) * np.float32(2 ** (bits - 1)))
     k = y.double().floor()
@@ -138,14 +165,17 @@ def test_trust_mask_equals_unclamped_floor(bits, rng):
     assert torch.equal(Estimator.parse("trust").mask(y, q, fmt), inside)
 
 
-# --- QuEST's row (notes/quest.md §3) --------------------------------------------------------------------------------
+# --- QuEST's row (notes/quest.md §3)
+# --------------------------------------------------------------------------------
 
 ALPHA = [0.7978845587140913, 1.4935346200015913, 2.051068354131873, 2.513930578568423]
 ALPHA += [2.9160938834961225, 3.276597282593217, 3.6010497188221655, 3.884938678807525]
 
 
 def quest_row() -> tuple[np.ndarray, float]:
-    """x_i = sin i + ½ cos i², i = 1…256, rotated by two 128-blocks of the Hadamard matrix, in float64; and its rms."""
+    """x_i = sin i + ½ cos i², i = 1…256, rotated by two 128-blocks of the Hadamard matrix, in float64; and
+    its rms.
+    """
     i = np.arange(1, 257, dtype=np.float64)
     hadamard = np.ones((1, 1))
     while len(hadamard) < 128:
@@ -169,7 +199,9 @@ QUEST = {
 
 @pytest.mark.parametrize("bits", QUEST)
 def test_quest_reference_row(bits):
-    """Codes, trust mask and error of the reference row, with the scale α·rms given by hand (the grid and mask are ours)."""
+    """Codes, trust mask and error of the reference row, with the scale α·rms given by hand (the grid and mask
+    are ours).
+    """
     delta, sum_k, sum_abs, masked, mse = QUEST[bits]
     x, rms = quest_row()
     fmt = FORMATS[f"int{bits}"]
@@ -184,7 +216,9 @@ def test_quest_reference_row(bits):
 
 
 def test_quest_reference_row_in_fp4():
-    """E2M1 with unit u = 0.48707976·rms: first codes, error, and 3 elements masked under the paper's threshold T = u."""
+    """E2M1 with unit u = 0.48707976·rms: first codes, error, and 3 elements masked under the paper's
+    threshold T = u.
+    """
     x, rms = quest_row()
     unit = 0.48707976 * rms
     y = torch.from_numpy((x / unit).astype(np.float32))
@@ -194,7 +228,8 @@ def test_quest_reference_row_in_fp4():
     assert np.mean((q.double().numpy() * unit - x) ** 2) / rms**2 == pytest.approx(0.057396, abs=2e-6)
 
 
-# --- text form ------------------------------------------------------------------------------------------------------
+# --- text form
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_estimator_is_a_mask_or_a_slope_or_nothing():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from qcompile.kernels.quantize.reference import decode, encode
 
 from qcompile.ir.formats import FORMATS, get_format
-from qcompile.kernels.quantize.reference import decode, encode
 
 ALL = [pytest.param(fmt, id=name) for name, fmt in FORMATS.items()]
 
@@ -53,7 +54,9 @@ def test_every_code_means_what_ml_dtypes_says(name):
     ours = decode(codes, fmt).numpy()
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32), "−0 counts too")
     assert fmt.max == float(ml_dtypes.finfo(dtype).max)
-    assert 2**fmt.bits - len(codes) == np.sum(~np.isfinite(np.arange(2**fmt.bits, dtype=np.uint8).view(dtype).astype(np.float32)))
+    assert 2**fmt.bits - len(codes) == np.sum(
+        ~np.isfinite(np.arange(2**fmt.bits, dtype=np.uint8).view(dtype).astype(np.float32))
+    )
 
 
 def test_int4_grids_against_ml_dtypes_int4():
@@ -77,7 +80,7 @@ def test_derived_attributes(fmt):
     for i, t in enumerate(fmt.thresholds):
         assert t - m[i] == m[i + 1] - t > 0
     if fmt.step is not None:
-        assert {hi - lo for lo, hi in zip(m, m[1:], strict=False)} <= {fmt.step}
+        assert {hi - lo for lo, hi in pairwise(m)} <= {fmt.step}
     assert len(m) <= 2 ** (fmt.bits - 1), "index and sign fit a code"
 
 
@@ -114,8 +117,11 @@ def test_tensor_core_type_by_brute_force(fmt):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("e2m1", "e4m3"), ("e1m2", "e4m3"), ("e3m0", "e4m3"), ("int4", "e4m3"), ("int4z", "e4m3")]
-    + [("int5", "int8"), ("int7", "int8"), ("int8z", "int8"), ("int8", None), ("e4m3", "e4m3"), ("e5m2", None)],
+    {
+        **dict.fromkeys(("e2m1", "e1m2", "e3m0", "int4", "int4z", "e4m3"), "e4m3"),
+        **dict.fromkeys(("int5", "int7", "int8z"), "int8"),
+        **dict.fromkeys(("int8", "e5m2"), None),
+    }.items(),
 )
 def test_tensor_core_type_of_the_formats_recipes_use(name, expected):
     assert FORMATS[name].tensor_core_type == expected
@@ -123,7 +129,9 @@ def test_tensor_core_type_of_the_formats_recipes_use(name, expected):
 
 @pytest.mark.parametrize("fmt", ALL)
 def test_levels_survive_a_round_trip(fmt):
-    """encode(decode(code)) == code for every code: no level rounds to its neighbour, the sign of zero is kept."""
+    """encode(decode(code)) == code for every code: no level rounds to its neighbour, the sign of zero is
+    kept.
+    """
     from qcompile.ir.quantizer import Quantizer
 
     codes = every_code(fmt)
@@ -138,6 +146,11 @@ def test_unknown_format_lists_the_known_ones():
 def test_fresh_memory_reads_as_nan():
     """Guards the guard in conftest.py: a kernel that forgets to write an output must not find zeros there."""
     x = torch.ones(3, dtype=torch.float32)
-    for fresh in (torch.empty(1001), x.new_empty(7, 5), torch.empty_like(x), torch.empty_strided((5, 3), (1, 5))):
+    for fresh in (
+        torch.empty(1001),
+        x.new_empty(7, 5),
+        torch.empty_like(x),
+        torch.empty_strided((5, 3), (1, 5)),
+    ):
         assert fresh.isnan().all()
     assert torch.empty(64, dtype=torch.bfloat16).isnan().any()

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcompile.kernels.quantize.reference import decode, encode, pack, unpack
 
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import global_scale_of
 from qcompile.ir.quantizer import AMAX_FLOOR, ROUNDINGS, SCALE_RULES, Granularity, Quantizer
-from qcompile.kernels.quantize.reference import decode, encode, pack, unpack
 
 OPS = torch.ops.qcompile
 TABLE_FORMATS = [name for name, fmt in FORMATS.items() if fmt.torch_dtype is None]
@@ -30,7 +30,12 @@ def quantize(x: torch.Tensor, text: str, axis: int = -1, seed: torch.Tensor | No
     q = Quantizer.parse(text)
     global_scale = global_scale_of(x, q)
     codes, scales = OPS.quantize(x, text, axis, global_scale, seed)
-    return codes, scales, global_scale, OPS.dequantize(codes, scales, text, axis, x.shape[axis], x.dtype, global_scale)
+    return (
+        codes,
+        scales,
+        global_scale,
+        OPS.dequantize(codes, scales, text, axis, x.shape[axis], x.dtype, global_scale),
+    )
 
 
 def levels_of(codes: torch.Tensor, text: str, size: int) -> np.ndarray:
@@ -38,20 +43,29 @@ def levels_of(codes: torch.Tensor, text: str, size: int) -> np.ndarray:
     return decode(unpack(codes, fmt.bits, size), fmt).numpy()
 
 
-# --- rounding -------------------------------------------------------------------------------------------------------
+# --- rounding
+# -------------------------------------------------------------------------------------------------------
 
 
 def hard_values(fmt) -> np.ndarray:
-    """Float32 values where rounding goes wrong first: levels, ties, their float32 neighbours, both zeros, beyond the grid."""
-    points = np.array([*fmt.magnitudes, *fmt.thresholds, fmt.max * 1.0625, fmt.max * 2, fmt.max * 1e6], np.float32)
-    around = np.concatenate([points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))])
+    """Float32 values where rounding goes wrong first: levels, ties, their float32 neighbours, both zeros,
+    beyond the grid.
+    """
+    points = np.array(
+        [*fmt.magnitudes, *fmt.thresholds, fmt.max * 1.0625, fmt.max * 2, fmt.max * 1e6], np.float32
+    )
+    around = np.concatenate(
+        [points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))]
+    )
     around = np.concatenate([around, np.array([0.0, np.inf], np.float32)])
     return np.concatenate([around, -around])
 
 
 def many_values(fmt, rng: np.random.Generator, count: int) -> np.ndarray:
     spread = rng.uniform(-1.25 * fmt.max, 1.25 * fmt.max, count // 2)
-    log = np.exp2(rng.uniform(-16, math.log2(fmt.max) + 1, count - count // 2)) * rng.choice([-1, 1], count - count // 2)
+    log = np.exp2(rng.uniform(-16, math.log2(fmt.max) + 1, count - count // 2)) * rng.choice(
+        [-1, 1], count - count // 2
+    )
     return np.concatenate([spread, log, hard_values(fmt)]).astype(np.float32)
 
 
@@ -73,7 +87,7 @@ def test_nearest_even_codes_equal_ml_dtypes(name, dtype, count, rng):
 
 
 def nearest_by_brute_force(y: np.ndarray, fmt, rounding: str) -> np.ndarray:
-    """The nearest of all signed levels in float64; ties to the even magnitude index, or to the larger level."""
+    """The nearest of all signed levels in float64; ties to the even index, or to the larger level."""
     levels = np.array(sorted({*fmt.magnitudes, *(-m for m in fmt.magnitudes)}))
     index = np.array([fmt.magnitudes.index(abs(level)) for level in levels])
     distance = np.abs(np.clip(y, -fmt.max, fmt.max).astype(np.float64)[:, None] - levels)
@@ -86,7 +100,9 @@ def nearest_by_brute_force(y: np.ndarray, fmt, rounding: str) -> np.ndarray:
 @pytest.mark.parametrize("rounding", ["even", "up"])
 @pytest.mark.parametrize("name", TABLE_FORMATS)
 def test_nearest_rounding_by_brute_force(name, rounding, rng):
-    """Values near 0 are left to the QuEST test on grids without 0: both innermost levels are one index, so no even one."""
+    """Values near 0 are left to the QuEST test on grids without 0: both innermost levels are one index, so no
+    even one.
+    """
     fmt = FORMATS[name]
     y = many_values(fmt, rng, 3_000)
     if not fmt.has_zero:
@@ -112,9 +128,11 @@ def test_ties_to_even_are_the_papers_table():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_half_integer_grids_are_quests_floor(bits, rng):
-    """k = clamp(⌊y⌋, −2^(b−1), 2^(b−1) − 1), level k + ½ (arXiv 2502.05003), down to the smallest float on either side of 0."""
+    """k = clamp(⌊y⌋, −2^(b−1), 2^(b−1) − 1), level k + ½ (arXiv 2502.05003), down to the smallest float on
+    either side of 0.
+    """
     fmt = FORMATS[f"int{bits}"]
-    tiny = np.float32([1e-45, -1e-45, 1e-30, -1e-30, 0.0, -0.0])
+    tiny = np.array([1e-45, -1e-45, 1e-30, -1e-30, 0.0, -0.0], np.float32)
     y = np.concatenate([many_values(fmt, rng, 5_000), tiny])
     y = y[np.isfinite(y)]
     k = np.clip(np.floor(y.astype(np.float64)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -143,7 +161,8 @@ def test_nearest_even_is_odd_in_its_argument(rng):
         assert torch.equal(decode(encode(-y, q), fmt), -decode(encode(y, q), fmt)), name
 
 
-# --- stochastic rounding --------------------------------------------------------------------------------------------
+# --- stochastic rounding
+# --------------------------------------------------------------------------------------------
 
 
 def neighbours(y: np.ndarray, fmt) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +173,9 @@ def neighbours(y: np.ndarray, fmt) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "int4z", "e4m3", "int4", "int2", "int1"])
 def test_stochastic_rounding_is_unbiased_and_takes_neighbours_only(name):
-    """The mean of n draws lies within 5 standard errors, √((hi − y)(y − lo)/n), of y; every draw is one of the two neighbours."""
+    """The mean of n draws lies within 5 standard errors, √((hi − y)(y − lo)/n), of y; every draw is one of
+    the two neighbours.
+    """
     fmt, draws = FORMATS[name], 4000
     q = Quantizer(fmt, rounding="stochastic")
     points = np.linspace(-1, 1, 41, dtype=np.float32) * np.float32(fmt.max)
@@ -168,7 +189,9 @@ def test_stochastic_rounding_is_unbiased_and_takes_neighbours_only(name):
 
 
 def test_stochastic_rounding_follows_its_seed(generator):
-    """Same seed, same codes, whatever the layout of the input; another seed, other codes; draws do not repeat along rows."""
+    """Same seed, same codes, whatever the layout of the input; another seed, other codes; draws do not repeat
+    along rows.
+    """
     x = torch.randn(64, 96, generator=generator)
     text = "e2m1 row absmax stochastic"
     first, again, other = (OPS.quantize(x, text, -1, None, torch.tensor([s]))[0] for s in (5, 5, 6))
@@ -181,18 +204,25 @@ def test_stochastic_rounding_follows_its_seed(generator):
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**62, -(2**63)])
 def test_stochastic_rounding_takes_any_seed(seed):
-    """64-bit seeds wrap instead of leaving [0, 1): a draw outside would round to a level that is no neighbour."""
+    """64-bit seeds wrap instead of leaving [0, 1): a draw outside would round to a level that is no
+    neighbour.
+    """
     y = torch.full((20_000,), 2.25)
-    drawn = decode(encode(y, Quantizer(FORMATS["e2m1"], rounding="stochastic"), torch.tensor([seed])), FORMATS["e2m1"])
+    drawn = decode(
+        encode(y, Quantizer(FORMATS["e2m1"], rounding="stochastic"), torch.tensor([seed])), FORMATS["e2m1"]
+    )
     assert set(drawn.tolist()) == {2.0, 3.0}
     assert abs(drawn.mean() - 2.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000)
 
 
-# --- scales ---------------------------------------------------------------------------------------------------------
+# --- scales
+# ---------------------------------------------------------------------------------------------------------
 
 
 def groups(shape: tuple[int, ...], granularity: str):
-    """(index of the scale, indices of the elements that share it), by loops: axis last, ⌈·⌉ blocks, short last ones."""
+    """(index of the scale, indices of the elements that share it), by loops: axis last, ⌈·⌉ blocks, short
+    last ones.
+    """
     g = Granularity.parse(granularity)
     *lead, rows, size = (1, *shape) if len(shape) == 1 else shape
     n, m = {
@@ -224,11 +254,15 @@ SHAPES = [(7,), (3, 5), (5, 33), (2, 3, 19), (1, 1), (33, 1)]
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block4", "block16", "block64", "tile4", "tile16"])
 @pytest.mark.parametrize("fmt", ["e2m1", "int4", "e4m3"])
 def test_scales_by_brute_force(fmt, granularity, rule, rng):
-    """Every group's scale from its own elements, for odd shapes and every axis; scales have the shape the quantizer says."""
+    """Every group's scale from its own elements, for odd shapes and every axis; scales have the shape the
+    quantizer says.
+    """
     text = f"{fmt} {granularity} {rule} even"
     q = Quantizer.parse(text)
     for shape in SHAPES:
-        if granularity == "tensor" and len(shape) > 2 or granularity.startswith("tile") and len(shape) < 2:
+        if (granularity == "tensor" and len(shape) > 2) or (
+            granularity.startswith("tile") and len(shape) < 2
+        ):
             continue
         data = (rng.standard_normal(shape) * np.exp2(rng.uniform(-20, 20, shape))).astype(np.float32)
         for axis in range(len(shape)):
@@ -237,7 +271,11 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
             assert tuple(scales.shape) == q.scale_shape(shape)
             assert codes.shape == (*shape[:-1], q.packed_size(shape[-1]))
             assert scales.dtype == getattr(torch, q.scale.storage)
-            stored = np.ldexp(1.0, scales.int().numpy() - 127) if rule == "e8m0" else scales.numpy().astype(np.float64)
+            stored = (
+                np.ldexp(1.0, scales.int().numpy() - 127)
+                if rule == "e8m0"
+                else scales.numpy().astype(np.float64)
+            )
             levels, back = levels_of(codes, text, shape[-1]), dequantized.movedim(axis, -1).numpy()
             for where, members in groups(shape, granularity):
                 where, members = where[-len(shape) :], members[-len(shape) :]
@@ -246,7 +284,9 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
                 np.testing.assert_array_equal(back[members], levels[members] * np.float32(scale))
                 y = data[members].astype(np.float64) / scale
                 error = np.abs(np.clip(y, -q.format.max, q.format.max) - levels[members])
-                assert np.all(error <= half_gap(levels[members], y, q.format) * (1 + 1e-5) + 1e-6 * np.abs(y)), "not nearest"
+                assert np.all(
+                    error <= half_gap(levels[members], y, q.format) * (1 + 1e-5) + 1e-6 * np.abs(y)
+                ), "not nearest"
 
 
 def half_gap(level: np.ndarray, y: np.ndarray, fmt) -> np.ndarray:
@@ -260,7 +300,9 @@ def half_gap(level: np.ndarray, y: np.ndarray, fmt) -> np.ndarray:
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rule", ["absmax", "absmax_pow2", "e8m0"])
 def test_zero_rows_stay_zero(fmt, rule):
-    """An all-zero row beside a live one: zeros where the grid has a zero, next to nothing where it has not; never NaN."""
+    """An all-zero row beside a live one: zeros where the grid has a zero, next to nothing where it has not;
+    never NaN.
+    """
     x = torch.zeros(3, 17)
     x[1] = torch.linspace(-1, 1, 17)
     back = quantize(x, f"{fmt} row {rule} even")[-1]
@@ -270,8 +312,15 @@ def test_zero_rows_stay_zero(fmt, rule):
 
 
 def test_zero_tensors_stay_zero():
-    """A zero gradient quantized to per-tensor E5M2 (option ``gradient="fp8"``), and NVFP4 with a zero block or all zeros."""
-    for text in ("e5m2 tensor absmax even", "e4m3 tensor absmax even", "e2m1 block16 e4m3 even", "e2m1 tile16 e4m3 even"):
+    """A zero gradient quantized to per-tensor E5M2 (option ``gradient="fp8"``), and NVFP4 with a zero block
+    or all zeros.
+    """
+    for text in (
+        "e5m2 tensor absmax even",
+        "e4m3 tensor absmax even",
+        "e2m1 block16 e4m3 even",
+        "e2m1 tile16 e4m3 even",
+    ):
         assert torch.equal(quantize(torch.zeros(5, 40), text)[-1], torch.zeros(5, 40)), text
     x = torch.zeros(2, 32)
     x[0, 3] = 1.0
@@ -283,16 +332,21 @@ FLOOR = int(math.log2(AMAX_FLOOR))
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rule", ["absmax", "absmax_pow2", "e8m0"])
-@pytest.mark.parametrize("exponent", [-148, -130, FLOOR - 1, FLOOR, FLOOR + 1, FLOOR + 5, FLOOR + 9, -60, 60, 120, 126])
+@pytest.mark.parametrize(
+    "exponent", [-148, -130, FLOOR - 1, FLOOR, FLOOR + 1, FLOOR + 5, FLOOR + 9, -60, 60, 120, 126]
+)
 def test_extreme_rows_stay_in_scale(fmt, rule, exponent):
-    """Rows from denormal to huge: no overflow in the scale or its reciprocal. Rows below the floor all but vanish."""
+    """Rows from denormal to huge: no overflow in the scale or its reciprocal. Rows below the floor all but
+    vanish.
+    """
     x = torch.tensor([[1.0, -0.5, 0.75, 0.0]], dtype=torch.float64) * 2.0**exponent
     back = quantize(x.float(), f"{fmt} row {rule} even")[-1].double()
     assert back.isfinite().all()
     if exponent < FLOOR:
         assert back.abs().max() <= 2 * AMAX_FLOOR
         return
-    # The grids here are coarse (int1: ±½), so this is a bound on the scale: one off by a factor of two breaks it.
+    # The grids here are coarse (int1: ±½), so this is a bound on the scale: one off by a factor of two breaks
+    # it.
     assert ((back - x).abs() <= (0.51 if FORMATS[fmt].has_zero else 1.01) * 2.0**exponent).all()
     assert 0.5 <= back[0, 0] / x[0, 0] <= 1.5
     if FORMATS[fmt].has_zero:
@@ -303,7 +357,9 @@ def test_extreme_rows_stay_in_scale(fmt, rule, exponent):
 @pytest.mark.parametrize("fmt", ["e2m1", "e1m2", "e3m0", "e4m3", "e5m2", "int4", "int4z"])
 @pytest.mark.parametrize("rule", ["absmax", "absmax_pow2", "e8m0"])
 def test_rows_with_nan_or_infinity_do_not_come_back_finite(fmt, rule, bad):
-    """A row that overflowed must show it, and must leave its neighbours alone: silent garbage hides a diverged run."""
+    """A row that overflowed must show it, and must leave its neighbours alone: silent garbage hides a
+    diverged run.
+    """
     x = torch.linspace(-2, 2, 15).repeat(3, 1)
     x[1, 4] = bad
     back = quantize(x, f"{fmt} row {rule} even")[-1]
@@ -319,7 +375,9 @@ def test_nvfp4_with_nan_or_infinity_does_not_come_back_finite(bad):
     assert not quantize(x, "e2m1 block16 e4m3 even")[-1].isfinite().any()
 
 
-@pytest.mark.parametrize("text", ["e2m1 row", "e2m1 tensor", "int4 block16", "e2m1 tile16", "e2m1 block32 e8m0", "e4m3 row"])
+@pytest.mark.parametrize(
+    "text", ["e2m1 row", "e2m1 tensor", "int4 block16", "e2m1 tile16", "e2m1 block32 e8m0", "e4m3 row"]
+)
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0), (2, 0, 5), (2, 3, 0)])
 def test_empty_tensors(text, shape):
     q = Quantizer.parse(text)
@@ -330,7 +388,9 @@ def test_empty_tensors(text, shape):
 
 
 def test_empty_tensor_with_a_two_level_scale():
-    """`fake_quantize` takes the tensor-wide maximum of no elements: it must not raise (an expert that got no tokens)."""
+    """`fake_quantize` takes the tensor-wide maximum of no elements: it must not raise (an expert that got no
+    tokens).
+    """
     x = torch.empty(0, 32)
     assert OPS.fake_quantize(x, "e2m1 block16 e4m3 even", -1).shape == (0, 32)
 
@@ -340,7 +400,8 @@ def test_tile_of_a_vector_is_refused():
         Quantizer.parse("e2m1 tile16").scale_shape((5,))
 
 
-# --- block formats against torchao and the standards ----------------------------------------------------------------
+# --- block formats against torchao and the standards
+# ----------------------------------------------------------------
 
 
 def test_mxfp4_equals_torchao_bitwise(rng):
@@ -359,7 +420,9 @@ def test_mxfp4_equals_torchao_bitwise(rng):
 @pytest.mark.parametrize("fmt", ["float8_e4m3fn", "float8_e5m2"])
 def test_mxfp8_equals_torchao_bitwise(fmt, rng):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    x = torch.from_numpy((rng.standard_normal((32, 128)) * np.exp2(rng.uniform(-20, 20, (32, 1)))).astype(np.float32))
+    x = torch.from_numpy(
+        (rng.standard_normal((32, 128)) * np.exp2(rng.uniform(-20, 20, (32, 1)))).astype(np.float32)
+    )
     theirs = mx.MXTensor.to_mx(x, getattr(torch, fmt), 32)
     name = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}[fmt]
     codes, scales, _, _ = quantize(x, f"{name} block32 e8m0 even")
@@ -368,17 +431,26 @@ def test_mxfp8_equals_torchao_bitwise(fmt, rng):
 
 
 def nvfp4_by_the_formulas(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """arXiv 2509.25149 App. B in float64 with E4M3 rounding by ml_dtypes: block scales, levels, values. Blocks of 16."""
+    """arXiv 2509.25149 App. B in float64 with E4M3 rounding by ml_dtypes: block scales, levels, values.
+    Blocks of 16.
+    """
     s_dec = np.abs(x).max() / (6 * 448)
     blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
-    s_block = (np.abs(blocks).max(-1) / 6 / s_dec).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    s_block = (
+        (np.abs(blocks).max(-1) / 6 / s_dec)
+        .astype(np.float32)
+        .astype(ml_dtypes.float8_e4m3fn)
+        .astype(np.float64)
+    )
     y = blocks / (s_block * s_dec)[..., None]
     levels = np.clip(y, -6, 6).astype(np.float32).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
     return s_block, levels.reshape(x.shape), (levels * (s_block * s_dec)[..., None]).reshape(x.shape)
 
 
 def test_nvfp4_follows_the_published_formulas(rng):
-    """Scales bitwise. Levels: float32 may take the other side of a tie that is closer than its rounding error, nothing else."""
+    """Scales bitwise. Levels: float32 may take the other side of a tie that is closer than its rounding
+    error, nothing else.
+    """
     x = (rng.standard_normal((64, 256)) * np.exp2(rng.uniform(-4, 4, (64, 1)))).astype(np.float32)
     text = "e2m1 block16 e4m3 even"
     codes, scales, _, back = quantize(torch.from_numpy(x), text)
@@ -403,19 +475,52 @@ def test_nvfp4_equals_torchao(rng):
     assert (codes != theirs_codes.reshape(codes.shape)).float().mean() < 1e-4
 
 
-BLOCK = [0.137, -0.029, 0.411, -1.733, 0.862, 0.053, -0.247, 0.618, -0.905, 1.190, 0.008, -0.371, 0.229, -0.552, 1.427]
-BLOCK = torch.tensor([[*BLOCK, -0.094]])
+BLOCK_VALUES = [
+    0.137,
+    -0.029,
+    0.411,
+    -1.733,
+    0.862,
+    0.053,
+    -0.247,
+    0.618,
+    -0.905,
+    1.190,
+    0.008,
+    -0.371,
+    0.229,
+    -0.552,
+    1.427,
+]
+BLOCK = torch.tensor([[*BLOCK_VALUES, -0.094]])
 
 
 def test_worked_block_nvfp4():
-    """notes/fp4_training.md §14: block scale 144 under a tensor maximum of 5.21, its 16 levels, and its MSE."""
+    """notes/fp4_training.md §14: block scale 144 under a tensor maximum of 5.21, its levels and its MSE."""
     text = "e2m1 block16 e4m3 even"
     x = torch.cat([BLOCK, torch.full((1, 16), 5.21)], -1)
     codes, scales, global_scale, back = quantize(x, text)
     assert global_scale is not None
     assert global_scale.item() == pytest.approx(0.00193824, rel=1e-5)
     assert scales.float().tolist() == [[144.0, 448.0]]
-    assert levels_of(codes, text, 32)[0, :16].tolist() == [0.5, 0, 1.5, -6, 3, 0, -1, 2, -3, 4, 0, -1.5, 1, -2, 6, -0.5]
+    assert levels_of(codes, text, 32)[0, :16].tolist() == [
+        0.5,
+        0,
+        1.5,
+        -6,
+        3,
+        0,
+        -1,
+        2,
+        -3,
+        4,
+        0,
+        -1.5,
+        1,
+        -2,
+        6,
+        -0.5,
+    ]
     assert (back[:, :16] - BLOCK).square().mean().item() == pytest.approx(5.6634e-3, rel=1e-4)
 
 
@@ -424,7 +529,24 @@ def test_worked_block_mx():
     text = "e2m1 block32 e8m0 even"
     codes, scales, _, back = quantize(BLOCK, text)
     assert scales.tolist() == [[127 - 2]]
-    assert levels_of(codes, text, 16)[0].tolist() == [0.5, 0, 1.5, -6, 3, 0, -1, 2, -4, 4, 0, -1.5, 1, -2, 6, -0.5]
+    assert levels_of(codes, text, 16)[0].tolist() == [
+        0.5,
+        0,
+        1.5,
+        -6,
+        3,
+        0,
+        -1,
+        2,
+        -4,
+        4,
+        0,
+        -1.5,
+        1,
+        -2,
+        6,
+        -0.5,
+    ]
     assert (back - BLOCK).square().mean().item() == pytest.approx(8.78e-3, rel=1e-3)
 
 
@@ -439,21 +561,26 @@ def test_worked_block_mx():
     ],
 )
 def test_mse_on_gaussian_data(text, published, tolerance, generator):
-    """Published to the printed digits (notes/fp4_training.md §3.4, §8): ± half the last digit and the sampling error."""
+    """Published to the printed digits (notes/fp4_training.md §3.4, §8): ± half the last digit and the
+    sampling error.
+    """
     x = torch.randn(512, 4096, generator=generator)
     mse = (quantize(x, text)[-1] - x).square().mean().item()
     assert mse == pytest.approx(published, abs=tolerance)
 
 
 def test_nvfp4_stochastic_is_biased_without_a_guard(generator):
-    """§14: 18.9e-3 and slope .9967, because the rounded block scale clips; the figures a 16/17 guard has to improve on."""
+    """§14: 18.9e-3 and slope .9967, because the rounded block scale clips; the figures a 16/17 guard has to
+    improve on.
+    """
     x = torch.randn(256, 4096, generator=generator)
     back = quantize(x, "e2m1 block16 e4m3 stochastic", seed=torch.tensor([3]))[-1]
     assert (back - x).square().mean().item() == pytest.approx(18.9e-3, abs=0.1e-3)
     assert (x * back).sum().item() / x.square().sum().item() == pytest.approx(0.9967, abs=4e-4)
 
 
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing
+# --------------------------------------------------------------------------------------------------------
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(0, 3), size=st.integers(0, 37), data=st.data())
@@ -483,7 +610,8 @@ def test_lower_index_in_the_lower_bits(bits, codes, packed):
     assert pack(torch.tensor([codes], dtype=torch.uint8), bits).tolist() == [packed]
 
 
-# --- text form ------------------------------------------------------------------------------------------------------
+# --- text form
+# ------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -536,6 +664,8 @@ def test_errors_name_the_part_and_what_is_accepted(text, message):
 
 @pytest.mark.parametrize("text", ["block00", "tile00", "block016"])
 def test_granularity_sizes_have_one_spelling(text):
-    """'block00' would divide by zero, 'block016' would print as block16: two texts for one node defeat subexpression sharing."""
+    """'block00' would divide by zero, 'block016' would print as block16: two texts for one node defeat
+    subexpression sharing.
+    """
     with pytest.raises(ValueError, match="unknown granularity"):
         Granularity.parse(text)

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -37,6 +36,7 @@ from qcompile.kernels.quantize import reference  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+E2M1 = "e2m1 row absmax even"
 SM90 = GPUTarget("cuda", 90, 32)
 quantize, dequantize = torch.ops.qcompile.quantize, torch.ops.qcompile.dequantize
 
@@ -81,13 +81,13 @@ class Kernel:
     def run(self, *args, stream=None):
         if not INTERPRETED:
             return
-        blocks = {name: 16 for name, kind in self.signature.items() if kind == "constexpr"}
+        blocks = {name: 16 for name in self.signature if name.endswith("BLOCK")}
         values = dict(zip(self.signature, args, strict=False))
         grid = [triton.cdiv(values.get(f"{axis}numel", 1), 16) for axis in "xyz"]
         self.function[tuple(grid)](*args, **blocks)
 
     def ptx(self) -> str:
-        blocks = {name: 16 for name, kind in self.signature.items() if kind == "constexpr"}
+        blocks = {name: 16 for name in self.signature if name.endswith("BLOCK")}
         return triton.compile(ASTSource(self.function, self.signature, blocks), target=SM90).asm["ptx"]
 
 
@@ -108,11 +108,10 @@ def generate(tmp_path, monkeypatch):
     triton.runtime.driver.set_active(ClaimedDriver())
 
     def run(fn, *inputs, dynamic: bool = False):
-        kernels: list[Kernel] = []
+        kernels: dict[str, Kernel] = {}  # Inductor asks for each more than once
 
         def load(self, name: str, source: str, device_str: str = "cpu") -> Kernel:
-            kernels.append(Kernel(name, source, tmp_path))
-            return kernels[-1]
+            return kernels.setdefault(name, Kernel(name, source, tmp_path))
 
         torch._dynamo.reset()
         settings = {"cpu_backend": "triton", "fx_graph_cache": False, "autotune_remote_cache": False}
@@ -121,7 +120,7 @@ def generate(tmp_path, monkeypatch):
             inductor_config.patch(settings),
         ):
             outputs = torch.compile(fn, backend="inductor", fullgraph=True, dynamic=dynamic)(*inputs)
-        return outputs, kernels
+        return outputs, list(kernels.values())
 
     yield run
     triton.runtime.driver._active = previous
@@ -144,18 +143,231 @@ def rows_of_everything(rows: int, columns: int, fmt: Format) -> torch.Tensor:
     return x
 
 
+# --- structure ----------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_one_kernel_for_gelu_and_quantize(generate):
+    """The producer, the absolute maximum, the scale and the codes are one pass over memory; 37 rows, bf16."""
+    _, kernels = generate(lambda x: quantize(F.gelu(x), E2M1, -1), torch.randn(37, 254, dtype=torch.bfloat16))
+    assert [kernel.name for kernel in kernels] == ["triton_per_fused_gelu_quantize_0"]
+
+
+@compiled
+def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
+    """The normalization's own reduction runs over K, the quantizer's over bytes; nothing else may come between."""
+
+    def norm_and_quantize(x, weight):
+        return quantize(F.rms_norm(x, (x.shape[-1],), weight), E2M1, -1)
+
+    _, kernels = generate(norm_and_quantize, torch.randn(37, 256), torch.randn(256))
+    assert len(kernels) <= 2
+
+
+@compiled
+@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"])
+def test_one_kernel_for_other_scales(generate, text):
+    """Scales of blocks share the kernel of the codes: the index of a scale has to follow from the trip count."""
+    scale = torch.ones(()) if "e4m3" in text else None
+    _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, scale), torch.randn(37, 256))
+    assert len(kernels) == 1
+
+
+@compiled
+def test_dequantize_fuses_with_its_reader(generate):
+    """The dense tensor is never written: one kernel from codes to the result."""
+    codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
+    _, kernels = generate(lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales)
+    assert len(kernels) == 1
+
+
+@compiled
+def test_the_slope_fuses_with_the_gradients_producer(generate):
+    """The gradient's producer, the scales of x and the multiplication are one kernel."""
+
+    def backward(grad, gate, x, scales):
+        return torch.ops.qcompile.scale_gradient(grad * gate, x, scales, E2M1, "dge(k=5,cap=3)", -1)
+
+    x = torch.randn(37, 256)
+    _, kernels = generate(backward, torch.randn(37, 256), torch.randn(37, 256), x, torch.ones(37, 1))
+    assert len(kernels) == 1
+
+
+@compiled
+def test_a_dynamic_size_is_one_kernel(generate):
+    """Sizes known only at run time keep the fusion."""
+    x = torch.randn(37, 254)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    _, kernels = generate(lambda x: quantize(F.gelu(x), E2M1, -1), x, dynamic=None)
+    assert len(kernels) == 1
+
+
+@compiled
+def test_unsupported_arguments_call_the_ops_own_kernel(generate):
+    """What has no lowering still compiles and still is right: no kernel is generated."""
+    text, seed, x = "e2m1 row absmax stochastic", torch.tensor([3]), torch.randn(5, 7)
+    outputs, kernels = generate(lambda x: quantize(x, text, -1, None, seed), x)
+    assert not kernels
+    torch.testing.assert_close(outputs, reference.quantize(x, text, -1, None, seed), rtol=0, atol=0)
+    assert cuda_provider("quantize", text) == ("reference", "stochastic rounding is not generated")
+
+
+def test_the_cpu_calls_the_ops_own_kernel():
+    """With Inductor's C++ backend nothing of ours is expanded into loops."""
+    register_lowerings()
+    x = torch.randn(5, 7)
+    with mock.patch.object(torch._inductor.ir.Pointwise, "create", side_effect=AssertionError("a loop was made")):
+        outputs = torch.compile(lambda x: quantize(x, E2M1, -1), backend="inductor")(x)
+    torch.testing.assert_close(outputs, reference.quantize(x, E2M1, -1), rtol=0, atol=0)
+
+
+def test_every_op_with_a_lowering_is_reported():
+    """The report's question has an answer for each op, and an unknown one is not claimed."""
+    arguments = {"estimator_mask": ("int4", "trust"), "scale_gradient": ("e2m1", "dge")}
+    for name in LOWERINGS:
+        default = (None,) if "outliers" in name or name == "mask_gradient" else ("e2m1",)
+        assert cuda_provider(name, *arguments.get(name, default)) == ("triton (inductor)", "")
+    assert cuda_provider("scaled_mm")[0] == "reference"
+    assert cuda_provider("scale_gradient", "e4m3", "dge") == ("reference", "e4m3 has too many levels for comparisons")
+
+
+@compiled
+def test_division_is_exact_in_ptx(generate):
+    """An approximate division changes scales by one unit in the last place. Also: no flushing of subnormal numbers."""
+    _, (kernel,) = generate(lambda x: quantize(x, E2M1, -1), torch.randn(37, 254))
+    ptx = kernel.ptx()
+    assert "div.rn.f32" in ptx
+    assert "div.full" not in ptx
+    assert "div.approx" not in ptx
+    assert ".ftz" not in ptx
+
+
+@compiled
+def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
+    """Small floats are decoded through float32's subnormal numbers, which a flushing multiplication would lose."""
+    codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
+    _, (kernel,) = generate(lambda c, s: dequantize(c, s, E2M1, -1, 254, torch.float32), codes, scales)
+    assert ".ftz" not in kernel.ptx()
+
+
+# --- numerics in the interpreter ----------------------------------------------------------------------------------------
+
 FORMATS = ["e2m1", "e1m2", "e3m0", "int4", "int8z", "int4z", "int8", "int2", "int1", "int3z"]
+GRANULARITIES = ["tensor", "row", "block16", "block5", "tile4", "tile3"]
+
+
+def test_numerics_under_the_interpreter():
+    """Runs the tests below in a process where Triton interprets kernels."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_interpreted", "--no-header", "--show-capture=no"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options):
+    """Codes and scales of all ``texts`` from one compiled graph, bit for bit."""
+    outputs, kernels = generate(lambda *xs: [quantize(x, t, axis) for x, t in zip(xs, texts, strict=True)], *xs, **options)
+    assert kernels
+    for text, x, (codes, scales) in zip(texts, xs, outputs, strict=True):
+        expected_codes, expected_scales = reference.quantize(x, text, axis)
+        torch.testing.assert_close(
+            scales, expected_scales, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}"
+        )
+        torch.testing.assert_close(codes, expected_codes, rtol=0, atol=0, msg=lambda m, t=text: f"{t}: {m}")
 
 
 @interpreted
 @pytest.mark.parametrize("rounding", ["even", "up"])
-@pytest.mark.parametrize("format_name", FORMATS)
-def test_interpreted_codes_and_scales_are_the_references(generate, format_name, rounding):
-    """Threshold, tie, sign, padding or scale arithmetic that is off by one bit anywhere."""
-    text = f"{format_name} row absmax {rounding}"
-    x = rows_of_everything(19, 37, Quantizer.parse(text).format)
-    (codes, scales), kernels = generate(lambda x: quantize(x, text, -1), x)
-    expected_codes, expected_scales = reference.quantize(x, text, -1)
-    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(codes, expected_codes, rtol=0, atol=0)
-    assert len(kernels) == 1
+def test_interpreted_formats(generate, rounding):
+    """Threshold, tie, sign, saturation or padding arithmetic that is off by one bit in any grid; odd K."""
+    texts = [f"{name} row absmax {rounding}" for name in FORMATS]
+    xs = [rows_of_everything(19, 37, Quantizer.parse(text).format) for text in texts]
+    assert_quantizes_as_the_reference(generate, texts, xs, -1)
+
+
+@interpreted
+@pytest.mark.parametrize("axis", [0, 1])
+def test_interpreted_granularities_and_scale_rules(generate, axis):
+    """Group indices, short last blocks and tiles, and the integer arithmetic of power-of-two scales."""
+    texts = [f"{name} {kind} absmax" for kind in GRANULARITIES for name in ("e2m1", "int8z")]
+    texts += ["e2m1 row absmax_pow2", "int4 block4 absmax_pow2 up", "e2m1 block16 e8m0", "e3m0 tile5 e8m0"]
+    xs = [rows_of_everything(19, 38, Quantizer.parse(text).format) for text in texts]
+    assert_quantizes_as_the_reference(generate, texts, xs, axis)
+
+
+@interpreted
+def test_interpreted_dynamic_sizes(generate):
+    """The guard at the end of a row when it is unknown whether the last byte is full."""
+    x = rows_of_everything(19, 37, Quantizer.parse(E2M1).format)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert_quantizes_as_the_reference(generate, [E2M1], [x], -1, dynamic=None)
+
+
+@interpreted
+def test_interpreted_dequantize(generate):
+    """Every code of every format, −0 and NaN scales included, every granularity, and the axis put back."""
+    cases = [(f"{name} row absmax", -1) for name in FORMATS]
+    cases += [(f"e2m1 {kind} absmax", axis) for kind in GRANULARITIES for axis in (0, -1)]
+    cases += [("int4 block4 absmax_pow2", 0), ("e2m1 block16 e8m0", -1)]
+    shape, stored = (19, 37), []
+    for text, axis in cases:
+        x = rows_of_everything(*shape, Quantizer.parse(text).format)
+        stored.extend(reference.quantize(x, text, axis))
+
+    def decode_all(*stored):
+        pairs = zip(stored[::2], stored[1::2], cases, strict=True)
+        return [dequantize(c, s, text, axis, shape[axis], torch.float32) for c, s, (text, axis) in pairs]
+
+    outputs, _ = generate(decode_all, *stored)
+    for got, codes, scales, (text, axis) in zip(outputs, stored[::2], stored[1::2], cases, strict=True):
+        expected = reference.dequantize(codes, scales, text, axis, shape[axis], torch.float32)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}")
+        assert torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan()), text
+
+
+@interpreted
+def test_interpreted_estimators(generate):
+    """Masks bit for bit (a clipping scale rule leaves elements outside the grid), slopes to float32 accuracy."""
+    ops = torch.ops.qcompile
+    cases = [
+        (f"{name} row {rule}", mask) for name in ("e2m1", "int4", "e3m0") for rule in ("absmax", "e8m0") for mask in ("clip", "trust")
+    ]
+    slopes = ["e2m1 row absmax", "int4 tensor absmax", "e1m2 row e8m0"]
+    x = torch.randn(19, 37) * torch.logspace(-3, 3, 19)[:, None]
+    x[3, 5] = float("nan")
+    grad, dummy = torch.randn(19, 37), torch.ones(19, 1)
+
+    def all_of_them(x, grad):
+        masks = [ops.estimator_mask(x, dummy, text, mask, -1) for text, mask in cases]
+        masked = [ops.mask_gradient(grad, mask, -1) for mask in masks]
+        return masks, masked, [ops.scale_gradient(grad, x, dummy, text, "dge", 1) for text in slopes]
+
+    (masks, masked, scaled), _ = generate(all_of_them, x, grad)
+    for (text, name), mask, kept in zip(cases, masks, masked, strict=True):
+        expected = estimate_reference.estimator_mask(x, dummy, text, name, -1)
+        assert torch.equal(mask, expected), (text, name)
+        assert torch.equal(kept, estimate_reference.mask_gradient(grad, expected, -1))
+    for text, got in zip(slopes, scaled, strict=True):
+        expected = estimate_reference.scale_gradient(grad, x, dummy, text, "dge", 1)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_interpreted_outliers(generate, per):
+    """Clamped tensor, residual and positions, and the tensor they restore, along an axis that is not the last."""
+    clamp = f"occ(alpha=0.9,per={per})"
+    x = torch.randn(29, 17)
+    ops = torch.ops.qcompile
+
+    def there_and_back(x):
+        clamped, values, positions = ops.clamp_outliers(x, clamp, 0)
+        return clamped, values, positions, ops.restore_outliers(clamped * 2, values, positions, clamp, 0)
+
+    outputs, _ = generate(there_and_back, x)
+    for got, expected in zip(outputs, there_and_back(x), strict=True):
+        assert torch.equal(got, expected)

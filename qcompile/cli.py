@@ -1,0 +1,304 @@
+"""``qcompile demo | explain | bench``. Torch is imported by the command that needs it, so that ``--help`` answers at once.
+
+Exit status: 0 done, 2 something in the request cannot be used (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+__all__ = ["build_parser", "main"]
+
+UNUSABLE = 2
+INTERRUPTED = 130
+
+#: What bad input raises while a request is being checked.
+InputErrors = (ValueError, OSError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. ``argv`` without the program's name; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    logging.getLogger("torchao").setLevel(
+        logging.ERROR
+    )  # transformers imports it where it is installed; it reports CUDA files
+    try:
+        return arguments.run(arguments)  # type: ignore[no-any-return]
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qcompile",
+        description='Train any PyTorch model in 4 bits: torch.compile(model, backend="qcompile_fp4").',
+    )
+    parser.add_argument("--version", action="version", version=f"qcompile {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_demo(commands)
+    add_explain(commands)
+    add_bench(commands)
+    return parser
+
+
+def unusable(command: str, error: BaseException | str) -> int:
+    """Say in one line why a request cannot be served."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"qcompile {command}: {text}", file=sys.stderr)
+    return UNUSABLE
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------
+
+MODEL_FLAGS = {
+    "batch": "sequences a step",
+    "sequence": "bytes a sequence",
+    "hidden": "width of the model",
+    "layers": "decoder layers",
+    "heads": "attention heads",
+    "intermediate": "width of the feed-forward layers",
+}
+QUICK = {
+    "steps": 10,
+    "batch": 2,
+    "sequence": 32,
+    "hidden": 32,
+    "layers": 1,
+    "heads": 2,
+    "intermediate": 64,
+    "sample_bytes": 16,
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model", "each has a default that suits the device")
+    for name, text in MODEL_FLAGS.items():
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+
+
+def add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="pretrain a small Llama in BF16 and in 4 bits, side by side",
+        description="Pretrain a small Llama from transformers on real text: BF16, the FP4 recipe and a direct cast to FP4, from the "
+        "same seed, on the same batches. Prints what was quantized and the gap to BF16; writes loss curves, results and a sample.",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)"
+    )
+    parser.add_argument("--arms", default="bf16,fp4,direct", help="any of bf16,fp4,direct (default: all)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each arm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("qcompile-demo"), metavar="DIR", help="default: ./qcompile-demo"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 10 steps of a tiny model")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="peak of the cosine schedule")
+    add_model_flags(parser)
+    parser.set_defaults(run=run_demo)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    try:
+        from . import demo
+
+        experiment = demo.prepare(demo_config(arguments))
+    except InputErrors as error:
+        return unusable("demo", error)
+    demo.run(experiment, make_console())
+    return 0
+
+
+def demo_config(arguments: argparse.Namespace) -> Any:
+    """The :class:`DemoConfig` of the flags; ``--quick`` fills in what was not given."""
+    from .demo import DemoConfig
+
+    given = {f.name: getattr(arguments, f.name) for f in fields(DemoConfig) if hasattr(arguments, f.name)}
+    given["arms"] = tuple(name.strip() for name in arguments.arms.split(",") if name.strip())
+    quick = QUICK if arguments.quick else {}
+    return DemoConfig(**{**given, **{k: v for k, v in quick.items() if given.get(k) is None}})
+
+
+def make_console() -> Any:
+    """A rich console; where the output is no terminal, wide enough that no table is cut."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="what would be quantized in your model, how, and why the rest would not",
+        description="Import FACTORY from MODULE and call it. It returns (model, inputs), (model, inputs, keyword inputs), or a "
+        "model alone, whose inputs are then made from --input.",
+    )
+    parser.add_argument("factory", metavar="MODULE:FACTORY", help="for example my_package.models:build")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="one random input, in order: 8x128 is float32, 8x128:bfloat16 another dtype, 8x128:int64 zeros",
+    )
+    parser.add_argument("--backend", default="qcompile_fp4")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="an entry of torch.compile's options, as Python or text: gradient=fp8, activation.outliers=None, skip=['layers.0']",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a web page")
+    parser.add_argument("--programs", type=Path, metavar="DIR", help="write the program after each pass")
+    parser.set_defaults(run=run_explain)
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    try:
+        options = parse_options(arguments.option)
+        model, args, kwargs = load_model(arguments.factory, arguments.input)
+        from .report import explain
+
+        report = explain(model, *args, backend=arguments.backend, options=options, **kwargs)
+        if arguments.json:
+            arguments.json.write_text(report.to_json() + "\n", encoding="utf-8")
+        if arguments.html:
+            arguments.html.write_text(report.to_html(), encoding="utf-8")
+        if arguments.programs:
+            arguments.programs.mkdir(parents=True, exist_ok=True)
+            for name, program in report.programs.items():
+                file_name = re.sub(r"[^\w.-]+", "_", name) + ".txt"
+                (arguments.programs / file_name).write_text(program, encoding="utf-8")
+    except InputErrors as error:
+        return unusable("explain", error)
+    make_console().print(report)
+    return 0
+
+
+def parse_options(items: Sequence[str]) -> dict[str, Any]:
+    """``["gradient=fp8", "weight.estimator=ste"]`` → ``{"gradient": "fp8", "weight": {"estimator": "ste"}}``.
+
+    Values are Python literals where they parse as such, else text. Raises ``ValueError`` for an item that is not ``key=value``.
+    """
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            msg = f"--option {item!r} is not key=value"
+            raise ValueError(msg)
+        *path, last = key.split(".")
+        target = options
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                msg = f"--option {item!r}: {part!r} was given as a whole before"
+                raise ValueError(msg)
+        try:
+            target[last] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            target[last] = value
+    return options
+
+
+def load_model(
+    spec: str, inputs: Sequence[str]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Call the factory that ``MODULE:FACTORY`` names. Returns the model, its positional and its keyword inputs.
+
+    Raises ``ValueError`` or ``ImportError`` if there is no such factory or the inputs are missing. What the factory itself
+    raises passes through.
+    """
+    module_name, colon, factory_name = spec.partition(":")
+    if not module_name or not colon or not factory_name:
+        msg = f"{spec!r} is not MODULE:FACTORY, for example my_package.models:build"
+        raise ValueError(msg)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = importlib.import_module(module_name)
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        msg = f"module {module_name!r} has no function {factory_name!r}"
+        raise ValueError(msg)
+    made = factory()
+    model, args, kwargs = (*made, *((), {})[len(made) - 1 :]) if isinstance(made, tuple) else (made, (), {})
+    if inputs:
+        args = tuple(make_input(text) for text in inputs)
+    if not args and not kwargs:
+        msg = f"{spec} returned no inputs; return (model, inputs) or give --input SHAPE"
+        raise ValueError(msg)
+    return model, args if isinstance(args, tuple | list) else (args,), kwargs
+
+
+def make_input(text: str) -> Any:
+    """``"8x128"``, ``"8x128:bfloat16"``: normal values; integer and boolean dtypes: zeros, a valid index anywhere."""
+    import torch
+
+    match = re.fullmatch(r"(\d+(?:[x,×]\d+)*)(?::(\w+))?", text)
+    dtype = getattr(torch, match[2] or "float32", None) if match else None
+    if match is None or not isinstance(dtype, torch.dtype):
+        msg = f"--input {text!r} is not SHAPE or SHAPE:DTYPE, for example 8x128 or 8x128:int64"
+        raise ValueError(msg)
+    shape = [int(n) for n in re.split("[x,×]", match[1])]
+    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
+# --- bench ----------------------------------------------------------------------------------------------------------
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time a training step and its compilation, backend by backend",
+        description="One training step of the demo's Llama under Inductor and every qcompile backend: median step time, compile time "
+        "with an empty and with a full cache (each in a fresh process), saved bytes, cache hits.",
+    )
+    parser.add_argument("--backends", metavar="A,B", help="default: inductor and every qcompile backend")
+    parser.add_argument(
+        "--repeats", type=int, default=20, metavar="N", help="steps to take the median of (default 20)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    add_model_flags(parser)
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    try:
+        from . import bench
+
+        plan = bench.prepare(
+            backends=arguments.backends.split(",") if arguments.backends else None,
+            repeats=arguments.repeats,
+            device=arguments.device,
+            sizes={name: getattr(arguments, name) for name in MODEL_FLAGS},
+            csv_file=arguments.csv,
+        )
+    except InputErrors as error:
+        return unusable("bench", error)
+    bench.run(plan, make_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
