@@ -1,8 +1,9 @@
 """C++ on CPU: source text → shared library → ``ctypes`` function.
 
-A kernel is one small C++ file without torch headers, generated from the data of a format or an estimator, built in about
-half a second and kept on disk in Inductor's cache. The library is called through ``ctypes`` with data pointers and sizes,
-so the same function serves eager mode, Inductor's extern calls and every site of a model.
+A kernel is one small C++ file without torch headers, generated from the data of a format or an estimator,
+built in about half a second and kept on disk in Inductor's cache. The library is called through ``ctypes``
+with data pointers and sizes, so the same function serves eager mode, Inductor's extern calls and every site
+of a model.
 """
 
 from __future__ import annotations
@@ -17,20 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ELEMENT_TYPES", "PRELUDE", "find_compiler", "float_literal", "load", "rows_of", "thread_count"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "PRELUDE",
+    "find_compiler",
+    "float_literal",
+    "load",
+    "rows_of",
+    "supports_dtypes",
+    "thread_count",
+]
 
-#: C++ structs of :data:`PRELUDE` by torch dtype. All arithmetic is float32, so float64 is left to the references.
+#: C++ structs of :data:`PRELUDE` by torch dtype. All arithmetic is float32, so float64 is left to the
+#: references.
 ELEMENT_TYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 
 #: Fewer elements than this are not worth a second thread (at::internal::GRAIN_SIZE).
 GRAIN_SIZE = 32768
 
-#: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of refusing value-changing
-#: float optimizations brings back trapping math, which keeps comparisons scalar, and leaves the sign of a zero in doubt. A
-#: later flag wins.
+#: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of
+#: refusing value-changing float optimizations brings back trapping math, which keeps comparisons scalar, and
+#: leaves the sign of a zero in doubt. A later flag wins.
 COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros")
 
-#: Element types as bits with conversions from and to float32 that vectorize, and rounding to small floating-point formats.
+#: Element types as bits with conversions from and to float32 that vectorize, and rounding to small
+#: floating-point formats.
 PRELUDE = r"""
 #include <cmath>
 #include <cstdint>
@@ -50,8 +62,9 @@ static inline float power_of_two(int exponent) {  // exact; exponents of normal 
   return bits_as<float>(uint32_t(exponent + 127) << 23);
 }
 
-// Code of the magnitude `bits` (float32, not NaN) in an IEEE-like minifloat, ties to even, no saturation. Normal numbers are
-// rounded as integers; below 2^min_exponent the levels are uniform, and adding a power of two rounds to their distance.
+// Code of the magnitude `bits` (float32, not NaN) in an IEEE-like minifloat, ties to even, no saturation.
+// Normal numbers are rounded as integers; below 2^min_exponent the levels are uniform, and adding a power of
+// two rounds to their distance.
 template <int mantissa, int min_exponent> static inline uint32_t round_to_minifloat(uint32_t bits) {
   constexpr int shift = 23 - mantissa;
   uint32_t normal = bits - (uint32_t(min_exponent - 1 + 127) << 23);
@@ -84,7 +97,8 @@ struct Float16 {
   static constexpr uint16_t magnitude = 0x7fff;
   operator float() const {
     const uint32_t narrow = bits & magnitude;
-    // Read as a float32 the exponent is 112 too small, for subnormal numbers too; infinity and NaN keep the top exponent.
+    // Read as a float32 the exponent is 112 too small, for subnormal numbers too; infinity and NaN keep the
+    // top exponent.
     const uint32_t wide = bits_as<uint32_t>(bits_as<float>(narrow << 13) * power_of_two(112));
     return bits_as<float>((narrow >= 0x7c00 ? wide | INFINITY_BITS : wide) | uint32_t(bits & 0x8000) << 16);
   }
@@ -97,7 +111,8 @@ struct Float16 {
   }
 };
 
-// max |x| of n elements; bits of magnitudes order like their values with NaN above infinity, so NaN propagates.
+// max |x| of n elements; bits of magnitudes order like their values with NaN above infinity, so NaN
+// propagates.
 template <class Element> static inline float absolute_maximum(const Element* x, int64_t n) {
   decltype(x->bits) top = 0;
   for (int64_t k = 0; k < n; ++k) {
@@ -111,25 +126,38 @@ template <class Element> static inline float absolute_maximum(const Element* x, 
 
 @lru_cache(maxsize=1)
 def find_compiler() -> tuple[bool, str]:
-    """Whether there is a C++ compiler, and if not, why. Warns once, since everything then runs many times slower."""
-    # Private torch API (2.11 … 2.13): the search Inductor itself does, so that CXX and its config mean the same to both.
+    """Whether there is a C++ compiler, and if not, why. Warns once, since everything then runs many times
+    slower."""
+    # Private torch API (2.11 … 2.13): the search Inductor itself does, so that CXX and its config mean the
+    # same to both.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
-        message = "qcompile: no C++ compiler found, so CPU kernels fall back to plain torch (slow). Install g++ or set CXX."
+        message = (
+            "qcompile: no C++ compiler found, so CPU kernels fall back to plain torch (slow). "
+            "Install g++ or set CXX."
+        )
         warnings.warn(message, UserWarning, stacklevel=2)
         return False, "no C++ compiler found; install g++ or set CXX"
     return True, ""
 
 
+def supports_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+    """Whether C++ kernels can run on tensors of these dtypes here, and if not, why."""
+    for dtype in dtypes:
+        if dtype not in ELEMENT_TYPES:
+            return False, f"the C++ kernels compute in float32, the tensor is {dtype}".replace("torch.", "")
+    return find_compiler()
+
+
 def _build(source: str) -> ctypes.CDLL:
     """Compile ``source`` unless the library is on disk, and load it.
 
-    The only private torch API here besides the compiler search: ``CppCodeCache`` hashes source and command line, locks between
-    processes, and keeps the library in Inductor's cache directory (2.11 … 2.13).
+    The only private torch API here besides the compiler search: ``CppCodeCache`` hashes source and command
+    line, locks between processes, and keeps the library in Inductor's cache directory (2.11 … 2.13).
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -137,9 +165,11 @@ def _build(source: str) -> ctypes.CDLL:
 
 
 def load(source: str, pointers: int, integers: int, returns: Any = None) -> Callable[..., Any]:
-    """The function ``extern "C" run(pointer × pointers, int64_t × integers)`` of ``source``, which follows the prelude.
+    """The function ``extern "C" run(pointer × pointers, int64_t × integers)`` of ``source``, which follows
+    the prelude.
 
-    Pass ``Tensor.data_ptr()`` and ``int``; ``returns`` is the ctypes type of the result, ``None`` for void. Raises Inductor's ``CppCompileError`` if the source does not compile.
+    Pass ``Tensor.data_ptr()`` and ``int``; ``returns`` is the ctypes type of the result, ``None`` for void.
+    Raises Inductor's ``CppCompileError`` if the source does not compile.
     """
     run = _build(source).run
     run.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
@@ -153,7 +183,7 @@ def float_literal(value: float) -> str:
         return "NAN"
     if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
-    return f"{torch.tensor(value, dtype=torch.float32).item().hex()}f"
+    return f"{float(torch.tensor(value, dtype=torch.float32)).hex()}f"
 
 
 def rows_of(x: Tensor, axis: int) -> Tensor:

@@ -1,15 +1,15 @@
 """Registers the kernels of the ``qcompile::`` ops with the dispatcher.
 
-An op has a list of providers per device type, best first; a call runs the first that supports its dtypes, quantizer and estimator.
-The last provider is always the plain-torch reference, which also is the default of every device not listed. :func:`provider_of`
-says which one runs and why; the report prints it.
+An op has a list of providers per device type, best first; a call runs the first that supports its dtypes,
+quantizer and estimator. The last one is always the plain-torch reference, also the default of other devices.
+:func:`provider_of` says which one runs and why; the report prints it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Provider:
     Attributes:
         name: what the report calls it.
         run: the kernel, with the signature of the op.
-        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the op
+        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator
+        that the op
             takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
         key: the arguments of ``supports`` out of the arguments of the op.
         texts: how many texts ``supports`` takes.
@@ -67,7 +68,7 @@ def _key_of_dequantize(codes, scales, quantizer, axis, size, dtype, global_scale
 
 
 def _key_of_restore(x, values, positions, clamp, axis):
-    return ((x.dtype,),)
+    return ((x.dtype, values.dtype),)
 
 
 def _key_of_mask(x, scales, quantizer, estimator, axis, global_scale=None):
@@ -99,7 +100,11 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         ),
         "mask_gradient": (
             Provider(
-                "cpp", estimate_cpp.mask_gradient, estimate_cpp.supports_mask_gradient, _key_of_mask_gradient, 0
+                "cpp",
+                estimate_cpp.mask_gradient,
+                estimate_cpp.supports_mask_gradient,
+                _key_of_mask_gradient,
+                0,
             ),
         ),
         "scale_gradient": (
@@ -114,14 +119,15 @@ def provider_of(
 ) -> tuple[str, str]:
     """Name of the provider that runs an op, and why not a faster one (empty for the first choice).
 
-    ``dtype`` is that of the floating-point tensors, inputs or outputs, of the op. Raises ``KeyError`` for an unknown op.
+    ``dtype`` is that of the floating-point tensors, inputs or outputs, of the op. Raises ``KeyError`` for an
+    unknown op.
     """
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
     if op_name not in PROVIDERS.get(device_type, {}):
         return "reference", f"no other provider of {op_name} on {device_type}"
-    reasons = []
+    reasons: list[str] = []
     for provider in PROVIDERS[device_type][op_name]:
         supported, reason = provider.supports((dtype,), *(quantizer_text, estimator)[: provider.texts])
         if supported:
@@ -131,10 +137,11 @@ def provider_of(
 
 
 def _dispatcher(op_name: str, providers: tuple[Provider, ...]) -> Callable[..., Any]:
-    """A kernel that runs the first provider that supports its arguments; the choice is remembered by their key."""
+    """A kernel that runs the first provider that supports its arguments; the choice is remembered by their
+    key."""
     key_of = providers[0].key
 
-    @lru_cache(maxsize=None)
+    @cache
     def choose(*key: Any) -> Callable[..., Any]:
         supporting = (provider.run for provider in providers if provider.supports(*key)[0])
         return next(supporting, REFERENCES[op_name])

@@ -12,7 +12,7 @@ from qcompile.ir.recipe import Operand
 from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
 from .pass_base import Context
 from .plan import site_index
-from .quantize_gradients import depends_on_tangents, gemm_role
+from .quantize_gradients import ROLE_OF_OPERAND, depends_on_tangents, gemm_role
 
 __all__ = ["audit"]
 
@@ -51,7 +51,7 @@ def _fused_role(node: Node, backward: set[Node]) -> str:
     for tensors in (node.args[0], node.args[4]):
         first = tensors[0]  # type: ignore[index]
         if first not in backward:
-            return "dgrad" if operand_kind(through_views(first)) == "weight" else "wgrad"
+            return ROLE_OF_OPERAND[operand_kind(through_views(first))]
     return "backward"
 
 

@@ -90,7 +90,8 @@ class Partitioner(compat.CustomPartitionerFn):
         if self.context.recipe.save != "exact":
             narrow_saved(forward, backward, kept_outputs, Quantizer.parse(SAVE_QUANTIZERS[self.context.recipe.save]))
         if self.context.observe is not None:
-            self.context.observe.saved.extend(saved_tensors(forward, kept_outputs))
+            # Bodies of nested regions are parted before the graph that calls them, whose rows include theirs.
+            self.context.observe.saved[:] = saved_tensors(forward, kept_outputs)
         return forward, backward
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
@@ -105,7 +106,7 @@ def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any
     """One row for each tensor the forward hands to the backward, graph inputs left out: they are alive anyway."""
     rows = []
     for node in forward.graph.find_nodes(op="output")[0].args[0][kept_outputs:]:
-        if not isinstance(node, Node) or through_views(node).op == "placeholder":
+        if not isinstance(node, Node) or (producer := _producer(node)).op == "placeholder":
             continue
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
@@ -115,11 +116,25 @@ def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any
                     "shape": [int(n) if isinstance(n, int) else str(n) for n in value.shape],
                     "dtype": str(value.dtype).removeprefix("torch."),
                     "bytes": size_hint(value.numel()) * value.dtype.itemsize,
-                    "codes": _is_encoded(node),
-                    "custom": dict(node.meta.get("custom") or {}),
+                    "codes": _is_encoded(producer),
+                    "custom": dict(producer.meta.get("custom") or {}),
                 }
             )
     return rows
+
+
+def _producer(node: Node) -> Node:
+    """The node that makes a saved tensor, views aside; for a result of a nested region, the node in its body."""
+    source = through_views(node)
+    if not is_call(source, operator.getitem) or not is_call(source.args[0], torch.ops.higher_order.invoke_subgraph):
+        return source
+    call, index = source.args
+    body, _, *operands = call.args  # type: ignore[union-attr]
+    graph = getattr(node.graph.owning_module, body.target).graph  # type: ignore[union-attr]
+    inner = _producer(graph.find_nodes(op="output")[0].args[0][index])
+    if inner.op != "placeholder":
+        return inner
+    return _producer(operands[graph.find_nodes(op="placeholder").index(inner)])  # type: ignore[arg-type]
 
 
 def size_hint(size: Any) -> int:

@@ -27,12 +27,19 @@ __all__ = ["depends_on_tangents", "gemm_role", "quantize_gradients"]
 
 aten, ops = torch.ops.aten, torch.ops.qcompile
 
+#: Which gradient a backward product computes, by the operand of the site that it reads.
+ROLE_OF_OPERAND = {"weight": "dgrad", "activation": "wgrad", "": "backward"}
+
 
 def depends_on_tangents(graph: Graph) -> set[Node]:
-    """Nodes of a joint graph that belong to the backward: everything computed from a tangent."""
+    """Nodes of a joint graph that belong to the backward: everything computed from a tangent.
+
+    The bodies of ``cond`` have no tangents; there the tracer's own mark tells.
+    """
     backward: set[Node] = set()
+    tangents = {n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)}
     for node in graph.nodes:
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        tangent = node in tangents or (not tangents and node.meta.get("partitioner_tag") == "is_backward")
         if tangent or any(source in backward for source in node.all_input_nodes):
             backward.add(node)
     return backward
@@ -41,15 +48,14 @@ def depends_on_tangents(graph: Graph) -> set[Node]:
 def gemm_role(node: Node, backward: set[Node]) -> str:
     """fprop, dgrad or wgrad: a backward product that reads a decoded weight is dgrad, a decoded activation wgrad.
 
-    Where that operand is not quantized the two cannot be told apart from the graph; such a product is called "backward".
+    Where that operand is not quantized, or nothing says whose it is (the bodies of ``cond``), the two cannot be told apart from
+    the graph; such a product is called "backward".
     """
     if node not in backward:
         return "fprop"
     roots = [decode_root(operand) for operand in gemm_operands(node) if operand not in backward]
     kinds = [operand_kind(root) for root in roots if root is not None]
-    if kinds:
-        return "dgrad" if kinds[0] == "weight" else "wgrad"
-    return "backward"
+    return ROLE_OF_OPERAND[kinds[0]] if kinds else "backward"
 
 
 def quantize_gradients(graph: Graph, context: Context) -> int:

@@ -1,7 +1,7 @@
 """``qcompile bench``: what a training step and its compilation cost, backend by backend.
 
-Each backend is measured in a process of its own, twice with one Inductor cache directory that is empty at first: the first process
-compiles cold, the second warm. Run as a module, this file is that process.
+Each backend is measured in a process of its own, twice with one Inductor cache directory that is empty at
+first: the first process compiles cold, the second warm. Run as a module, this file is that process.
 """
 
 from __future__ import annotations
@@ -24,17 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .demo import (
-    DemoConfig,
-    Experiment,
-    batches,
-    build_model,
-    check,
-    loss_of,
-    pick_device,
-    require,
-    with_preset,
-)
+from .demo import Experiment, batches, build_model, configure, loss_of, require
 from .recipes import RECIPES
 from .report import saved_bytes
 
@@ -54,7 +44,11 @@ class BenchPlan:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One process: seconds to the end of the first step beyond a later step's, the median step, bytes saved, cache counters."""
+    """What one process measured.
+
+    ``compile_seconds`` is what the first step took longer than ``step_seconds``, the later median;
+    ``saved_bytes`` is of one step, parameters and inputs excluded; the rest are torch's cache counters.
+    """
 
     backend: str
     cache: str
@@ -74,7 +68,7 @@ def prepare(
     sizes: Mapping[str, int | None],
     csv_file: Path | None,
 ) -> BenchPlan:
-    """Check a request. Raises ``ValueError``, ``OSError`` or ``ImportError``, see :func:`qcompile.demo.prepare`."""
+    """Check a request. Raises as :func:`qcompile.demo.prepare` does."""
     require("transformers")
     known = ("inductor", *RECIPES)
     for name in backends or ():
@@ -84,9 +78,8 @@ def prepare(
     if repeats < 1:
         msg = f"repeats must be positive, got {repeats}"
         raise ValueError(msg)
-    kind = pick_device(device).type
     given = {name: size for name, size in sizes.items() if size is not None}
-    check(with_preset(DemoConfig(**given), kind))  # type: ignore[arg-type]
+    kind = configure({**given, "device": device}).device
     if csv_file is not None:
         csv_file.open("a").close()
     return BenchPlan(tuple(backends or known), repeats, kind, given, csv_file)
@@ -133,7 +126,7 @@ def in_own_process(plan: BenchPlan, backend: str, state: str, cache: str) -> Mea
 
 def measure(backend: str, cache: str, repeats: int, device: str, sizes: Mapping[str, int]) -> Measurement:
     """Train the demo's model for ``repeats`` steps and a few more."""
-    config = with_preset(DemoConfig(**sizes), device)  # type: ignore[arg-type]
+    config = configure({**sizes, "device": device})
     assert config.sequence is not None
     text = torch.randint(256, (64 * config.sequence,), generator=torch.Generator().manual_seed(config.seed))
     experiment = Experiment(config, torch.device(device), text, text)

@@ -1,4 +1,4 @@
-"""``qcompile demo | explain | bench``. Torch is imported by the command that needs it, so that ``--help`` answers at once.
+"""``qcompile demo | explain | bench``. A command imports torch when it runs, so ``--help`` answers at once.
 
 Exit status: 0 done, 2 something in the request cannot be used (one line says what), 130 interrupted.
 """
@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.ERROR
     )  # transformers imports it where it is installed; it reports CUDA files
     try:
-        return arguments.run(arguments)  # type: ignore[no-any-return]
+        return int(arguments.run(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -63,7 +62,7 @@ def unusable(command: str, error: BaseException | str) -> int:
     return UNUSABLE
 
 
-# --- demo -----------------------------------------------------------------------------------------------------------
+# --- demo ---------------------------------------------------------------------------------------------------
 
 MODEL_FLAGS = {
     "batch": "sequences a step",
@@ -77,10 +76,10 @@ QUICK = {
     "steps": 10,
     "batch": 2,
     "sequence": 32,
-    "hidden": 32,
+    "hidden": 128,
     "layers": 1,
     "heads": 2,
-    "intermediate": 64,
+    "intermediate": 128,
     "sample_bytes": 16,
 }
 
@@ -95,8 +94,9 @@ def add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="pretrain a small Llama in BF16 and in 4 bits, side by side",
-        description="Pretrain a small Llama from transformers on real text: BF16, the FP4 recipe and a direct cast to FP4, from the "
-        "same seed, on the same batches. Prints what was quantized and the gap to BF16; writes loss curves, results and a sample.",
+        description="Pretrain a small Llama from transformers on real text: BF16, the FP4 recipe and a "
+        "direct cast to FP4, from the same seed, on the same batches. Prints what was quantized and the gap to "
+        "BF16; writes loss curves, results and a sample of text.",
     )
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)"
@@ -118,21 +118,19 @@ def run_demo(arguments: argparse.Namespace) -> int:
     try:
         from . import demo
 
-        experiment = demo.prepare(demo_config(arguments))
+        experiment = demo.prepare(demo_settings(arguments))
     except InputErrors as error:
         return unusable("demo", error)
     demo.run(experiment, make_console())
     return 0
 
 
-def demo_config(arguments: argparse.Namespace) -> Any:
-    """The :class:`DemoConfig` of the flags; ``--quick`` fills in what was not given."""
-    from .demo import DemoConfig
-
-    given = {f.name: getattr(arguments, f.name) for f in fields(DemoConfig) if hasattr(arguments, f.name)}
+def demo_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags as fields of ``DemoConfig``; ``--quick`` fills in what was not given."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in ("run", "quick")}
     given["arms"] = tuple(name.strip() for name in arguments.arms.split(",") if name.strip())
-    quick = QUICK if arguments.quick else {}
-    return DemoConfig(**{**given, **{k: v for k, v in quick.items() if given.get(k) is None}})
+    return {**(QUICK if arguments.quick else {}), **given}
 
 
 def make_console() -> Any:
@@ -142,15 +140,15 @@ def make_console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
-# --- explain --------------------------------------------------------------------------------------------------------
+# --- explain ------------------------------------------------------------------------------------------------
 
 
 def add_explain(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
         help="what would be quantized in your model, how, and why the rest would not",
-        description="Import FACTORY from MODULE and call it. It returns (model, inputs), (model, inputs, keyword inputs), or a "
-        "model alone, whose inputs are then made from --input.",
+        description="Import FACTORY from MODULE and call it. It returns (model, inputs), (model, inputs, "
+        "keyword inputs), or a model alone, whose inputs are then made from --input.",
     )
     parser.add_argument("factory", metavar="MODULE:FACTORY", help="for example my_package.models:build")
     parser.add_argument(
@@ -166,7 +164,7 @@ def add_explain(commands: Any) -> None:
         action="append",
         default=[],
         metavar="K=V",
-        help="an entry of torch.compile's options, as Python or text: gradient=fp8, activation.outliers=None, skip=['layers.0']",
+        help="an entry of torch.compile's options: gradient=fp8, activation.outliers=None, skip=['layers.0']",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a web page")
@@ -199,7 +197,8 @@ def run_explain(arguments: argparse.Namespace) -> int:
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
     """``["gradient=fp8", "weight.estimator=ste"]`` → ``{"gradient": "fp8", "weight": {"estimator": "ste"}}``.
 
-    Values are Python literals where they parse as such, else text. Raises ``ValueError`` for an item that is not ``key=value``.
+    Values are Python literals where they parse as such, else text. Raises ``ValueError`` for an item that is
+    not ``key=value``.
     """
     options: dict[str, Any] = {}
     for item in items:
@@ -224,10 +223,9 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
 def load_model(
     spec: str, inputs: Sequence[str]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Call the factory that ``MODULE:FACTORY`` names. Returns the model, its positional and its keyword inputs.
+    """Call the factory that ``MODULE:FACTORY`` names: the model, its positional and its keyword inputs.
 
-    Raises ``ValueError`` or ``ImportError`` if there is no such factory or the inputs are missing. What the factory itself
-    raises passes through.
+    Raises ``ValueError`` or ``ImportError`` if there is no such factory or the inputs are missing.
     """
     module_name, colon, factory_name = spec.partition(":")
     if not module_name or not colon or not factory_name:
@@ -241,17 +239,23 @@ def load_model(
         msg = f"module {module_name!r} has no function {factory_name!r}"
         raise ValueError(msg)
     made = factory()
-    model, args, kwargs = (*made, *((), {})[len(made) - 1 :]) if isinstance(made, tuple) else (made, (), {})
+    model, *given = made if isinstance(made, tuple) else (made,)
+    args = given[0] if given else ()
+    args = tuple(args) if isinstance(args, tuple | list) else (args,)
+    kwargs = given[1] if len(given) > 1 else {}
     if inputs:
         args = tuple(make_input(text) for text in inputs)
     if not args and not kwargs:
         msg = f"{spec} returned no inputs; return (model, inputs) or give --input SHAPE"
         raise ValueError(msg)
-    return model, args if isinstance(args, tuple | list) else (args,), kwargs
+    return model, args, kwargs
 
 
 def make_input(text: str) -> Any:
-    """``"8x128"``, ``"8x128:bfloat16"``: normal values; integer and boolean dtypes: zeros, a valid index anywhere."""
+    """``"8x128"``, ``"8x128:bfloat16"``: normal values. Integer dtypes: zeros, valid indices.
+
+    Raises ``ValueError`` for anything else.
+    """
     import torch
 
     match = re.fullmatch(r"(\d+(?:[x,×]\d+)*)(?::(\w+))?", text)
@@ -263,15 +267,16 @@ def make_input(text: str) -> Any:
     return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-# --- bench ----------------------------------------------------------------------------------------------------------
+# --- bench --------------------------------------------------------------------------------------------------
 
 
 def add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="time a training step and its compilation, backend by backend",
-        description="One training step of the demo's Llama under Inductor and every qcompile backend: median step time, compile time "
-        "with an empty and with a full cache (each in a fresh process), saved bytes, cache hits.",
+        description="One training step of the demo's Llama under Inductor and every qcompile backend: median "
+        "step time, compile time with an empty and with a full cache (each in a fresh process), saved bytes, "
+        "cache hits.",
     )
     parser.add_argument("--backends", metavar="A,B", help="default: inductor and every qcompile backend")
     parser.add_argument(

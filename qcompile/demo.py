@@ -1,10 +1,12 @@
-"""``qcompile demo``: the same small Llama pretrained in BF16 and in 4 bits, from the same seed, on the same batches.
+"""``qcompile demo``: a small Llama pretrained in BF16 and in 4 bits, same seed, same batches.
 
-The model is transformers' own ``LlamaForCausalLM``, untouched; an *arm* differs from the others in one line only, its
-``torch.compile(model, backend=..., options=...)``. Text is read as bytes, so there is no tokenizer and nothing to download.
+The model is transformers' own ``LlamaForCausalLM``, untouched; an *arm* differs from the others in one line,
+its ``torch.compile(model, backend=..., options=...)``. Text is read as bytes, so there is no tokenizer and
+nothing to download.
 
-Precision follows mixed-precision pretraining: FP32 parameters, which are the master weights of a plain AdamW, and BF16 matrix
-products through ``torch.autocast``. The 4-bit arms quantize what autocast hands to each product.
+Precision follows mixed-precision pretraining: FP32 parameters, which are the master weights of a plain AdamW,
+and BF16 matrix products through ``torch.autocast``. The 4-bit arms quantize what autocast
+hands to each product.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +35,18 @@ from torch import Tensor, nn
 
 from .report import Report, explain, saved_bytes
 
-__all__ = ["ARMS", "PRESETS", "Arm", "ArmResult", "DemoConfig", "Experiment", "build_model", "prepare", "run"]
+__all__ = [
+    "ARMS",
+    "PRESETS",
+    "Arm",
+    "ArmResult",
+    "DemoConfig",
+    "Experiment",
+    "build_model",
+    "configure",
+    "prepare",
+    "run",
+]
 
 VOCABULARY = 256  # bytes
 WARM_UP_STEPS = 3  # left out of tokens/s: the first compiles, the second is measured by `saved_bytes`
@@ -53,7 +66,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "bf16": Arm("BF16", "inductor", None, "#333333"),
     "fp4": Arm("FP4 recipe (DGE + OCC)", "qcompile_fp4", None, "#1f77b4"),
-    # What the recipe is measured against (arXiv 2501.17116 §4.1): one scale a tensor, no estimator, no outlier compensation.
+    # What the recipe is measured against (arXiv 2501.17116 §4): one scale a tensor, straight-through, no OCC.
     "direct": Arm(
         "FP4 direct cast, tensor-wise",
         "qcompile_fp4",
@@ -68,25 +81,25 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Model, data and training settings, the same for every arm. ``None`` fields take the device's :data:`PRESETS`."""
+    """Settings that every arm shares. The fields without a default come from the device's :data:`PRESETS`."""
 
+    device: str
+    steps: int
+    batch: int
+    sequence: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    learning_rate: float
+    sample_bytes: int
     arms: tuple[str, ...] = tuple(ARMS)
     text: Path | None = None
     out: Path = Path("qcompile-demo")
-    device: str = "auto"
     seed: int = 0
-    steps: int | None = None
-    batch: int | None = None
-    sequence: int | None = None
-    hidden: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    intermediate: int | None = None
-    learning_rate: float | None = None
-    sample_bytes: int | None = None
 
 
-#: Defaults by device: what three arms, compilation included, finish on 2 CPU cores in under 4 minutes; or on one GPU.
+#: Defaults by device. On 2 CPU cores three arms take less than 4 minutes, compilation included.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "steps": 300,
@@ -115,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked configuration with its data: ``train`` and ``validation`` are int64 byte values ``[n]`` on the CPU."""
+    """A checked configuration with its data: int64 byte values ``[n]`` on the CPU."""
 
     config: DemoConfig
     device: torch.device
@@ -125,7 +138,7 @@ class Experiment:
 
 @dataclass
 class ArmResult:
-    """What one arm produced. Losses are nats a byte; ``saved_bytes`` is of one step, parameters and inputs excluded."""
+    """What one arm produced: losses in nats a byte, bytes kept for the backward of one step, seconds."""
 
     arm: str
     losses: list[float] = field(default_factory=list)
@@ -154,30 +167,53 @@ class ArmResult:
         return self.tokens_per_step / self.step_median
 
 
-# --- before training: everything a user can get wrong ---------------------------------------------------------------
+# --- before training: everything a user can get wrong -------------------------------------------------------
 
 
-def prepare(config: DemoConfig) -> Experiment:
-    """Check a configuration and read its text, before anything is trained or written over.
+def prepare(given: Mapping[str, Any]) -> Experiment:
+    """Check the settings and read the text, before anything is trained or written over.
 
-    Raises ``ValueError`` for a setting or a text that cannot be used, ``OSError`` for a file or folder, ``ImportError`` naming
-    the pip command for a missing package.
+    ``given`` holds fields of :class:`DemoConfig`; ``None`` or left out means the default.
+
+    Raises ``ValueError`` for a setting or a text that cannot be used, ``OSError`` for a file or folder,
+    ``ImportError`` naming the pip command for a missing package.
     """
     require("transformers", "matplotlib")
-    device = pick_device(config.device)
-    config = with_preset(config, device.type)
-    check(config)
+    config = configure(given)
     text = read_text(config.text)
-    assert config.sequence is not None
     needed = 10 * (config.sequence + 1)
     if len(text) < needed:
         name = config.text or "the built-in text"
-        msg = f"{name} has {len(text)} bytes; windows of {config.sequence} bytes need a text of at least {needed}"
+        msg = f"{name} has {len(text)} bytes; windows of {config.sequence} bytes need at least {needed}"
         raise ValueError(msg)
     check_writable(config.out)
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    held_out = max(len(data) // 10, config.sequence + 1)
-    return Experiment(config, device, data[:-held_out], data[-held_out:])
+    held_out = len(data) // 10
+    return Experiment(config, torch.device(config.device), data[:-held_out], data[-held_out:])
+
+
+def configure(given: Mapping[str, Any]) -> DemoConfig:
+    """Fill in the defaults of the device. Raises ``ValueError`` for an unknown arm or a size no Llama has."""
+    device = pick_device(given.get("device") or "auto")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    config = DemoConfig(**{**PRESETS[device], **chosen, "device": device})
+    for name in config.arms:
+        if name not in ARMS:
+            msg = f"unknown arm {name!r}; known: {', '.join(ARMS)}"
+            raise ValueError(msg)
+    if not config.arms or len(set(config.arms)) < len(config.arms):
+        msg = f"arms must be one or more different names of {', '.join(ARMS)}"
+        raise ValueError(msg)
+    for name in PRESETS[device]:
+        if getattr(config, name) <= 0:
+            msg = f"{name.replace('_', ' ')} must be positive, got {getattr(config, name)}"
+            raise ValueError(msg)
+    if config.hidden % (2 * config.heads):
+        msg = (
+            f"hidden size {config.hidden} must be a multiple of twice the {config.heads} heads (rotary pairs)"
+        )
+        raise ValueError(msg)
+    return config
 
 
 def require(*packages: str) -> None:
@@ -188,7 +224,7 @@ def require(*packages: str) -> None:
         raise ImportError(msg)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> str:
     """``"auto"`` takes a GPU if there is one. Raises ``ValueError`` for a device this torch cannot use."""
     cuda = torch.cuda.is_available()
     if name == "auto":
@@ -199,34 +235,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not cuda:
         msg = "device 'cuda' is not available: this torch sees no GPU"
         raise ValueError(msg)
-    return torch.device(name)
-
-
-def with_preset(config: DemoConfig, device: str) -> DemoConfig:
-    """``config`` with every field left at ``None`` filled from the device's preset."""
-    return replace(config, **{k: v for k, v in PRESETS[device].items() if getattr(config, k) is None})
-
-
-def check(config: DemoConfig) -> None:
-    """Raise ``ValueError`` for an unknown arm or a size no Llama has."""
-    for name in config.arms:
-        if name not in ARMS:
-            msg = f"unknown arm {name!r}; known: {', '.join(ARMS)}"
-            raise ValueError(msg)
-    if not config.arms or len(set(config.arms)) < len(config.arms):
-        msg = f"arms must be one or more different names of {', '.join(ARMS)}"
-        raise ValueError(msg)
-    for name in PRESETS["cpu"]:
-        if getattr(config, name) <= 0:
-            msg = f"{name.replace('_', ' ')} must be positive, got {getattr(config, name)}"
-            raise ValueError(msg)
-    assert config.hidden is not None
-    assert config.heads is not None
-    if config.hidden % (2 * config.heads):
-        msg = (
-            f"hidden size {config.hidden} must be a multiple of twice the {config.heads} heads (rotary pairs)"
-        )
-        raise ValueError(msg)
+    return name
 
 
 def read_text(path: Path | None) -> bytes:
@@ -243,7 +252,7 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-# --- model and data -------------------------------------------------------------------------------------------------
+# --- model and data -----------------------------------------------------------------------------------------
 
 
 def build_model(config: DemoConfig, device: torch.device) -> nn.Module:
@@ -251,7 +260,12 @@ def build_model(config: DemoConfig, device: torch.device) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
+    settings: dict[str, Any] = {
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }  # not in LlamaConfig's signature
     llama = LlamaConfig(
+        **settings,
         vocab_size=VOCABULARY,
         hidden_size=config.hidden,
         intermediate_size=config.intermediate,
@@ -263,17 +277,14 @@ def build_model(config: DemoConfig, device: torch.device) -> nn.Module:
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
-        use_cache=False,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(llama).to(device)  # type: ignore[no-any-return]
+    model: Any = LlamaForCausalLM(llama)
+    return model.to(device)
 
 
 def batches(experiment: Experiment) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless ``(inputs, targets)``, int64 ``[batch, sequence]`` each: random windows in an order that only the seed decides."""
+    """Endless ``(inputs, targets)``, int64 ``[batch, sequence]``: random windows, decided by the seed."""
     config = experiment.config
-    assert config.batch is not None
-    assert config.sequence is not None
     generator = torch.Generator().manual_seed(config.seed)
     offsets = torch.arange(config.sequence + 1)
     while True:
@@ -284,10 +295,8 @@ def batches(experiment: Experiment) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def validation_batches(experiment: Experiment) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evenly spread windows of the held-out tail, in the training shape (so that nothing is compiled again)."""
+    """Evenly spread windows of the held-out tail, in the training shape so that nothing is compiled again."""
     config = experiment.config
-    assert config.batch is not None
-    assert config.sequence is not None
     last = len(experiment.validation) - config.sequence - 1
     starts = torch.linspace(0, last, VALIDATION_BATCHES * config.batch).long()[:, None]
     windows = experiment.validation[starts + torch.arange(config.sequence + 1)]
@@ -301,12 +310,12 @@ def split_windows(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def unigram_entropy(data: Tensor) -> float:
-    """Nats a byte of a model that knows only how often each byte occurs: what a network must beat to have learned."""
+    """Nats a byte of a model that knows only how often each byte occurs."""
     counts = torch.bincount(data, minlength=VOCABULARY)
     return float(torch.special.entr(counts / counts.sum()).sum())
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def loss_of(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -333,9 +342,6 @@ def compile_arm(arm: str, model: nn.Module) -> Any:
 def train_arm(arm: str, compiled: Any, experiment: Experiment, progress: ArmProgress) -> ArmResult:
     """Train one compiled model in place and measure it."""
     config = experiment.config
-    assert config.steps is not None
-    assert config.batch is not None
-    assert config.sequence is not None
     steps = config.steps
     result = ArmResult(arm, tokens_per_step=config.batch * config.sequence)
     optimizer = torch.optim.AdamW(
@@ -364,7 +370,7 @@ def train_arm(arm: str, compiled: Any, experiment: Experiment, progress: ArmProg
 
 
 def validate(compiled: Any, experiment: Experiment) -> float:
-    """Mean loss over the held-out windows. Runs the training graph, which is compiled already, and drops its gradients."""
+    """Mean loss over the held-out windows; runs the training graph, which is compiled already."""
     return statistics.fmean(
         loss_of(compiled, *batch).detach().item() for batch in validation_batches(experiment)
     )
@@ -399,7 +405,7 @@ class ArmProgress:
         done = len(result.losses)
         status = f"loss {result.losses[-1]:.3f}"
         if done > 1:
-            status += f"  {result.tokens_per_second:,.0f} tokens/s  {megabytes(result.saved_bytes)} saved for backward"
+            status += f"  {result.tokens_per_second:,.0f} tokens/s  {megabytes(result.saved_bytes)} saved"
         if self.console.is_terminal:
             self.bar.update(self.task, completed=done, status=status)
         elif done % max(1, self.steps // 10) == 0 or done == 1:
@@ -410,19 +416,17 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-# --- a text sample --------------------------------------------------------------------------------------------------
+# --- a text sample ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> str:
     """Continue the first line of the held-out text, byte by byte.
 
-    The window has one fixed shape ``[1, sequence]``, filled from the left, so that the graph is compiled once; positions after the
-    last byte cannot be seen by causal attention.
+    The window has one fixed shape ``[1, sequence]``, filled from the left, so that it compiles once;
+    causal attention hides the positions after the last byte.
     """
     config = experiment.config
-    assert config.sequence is not None
-    assert config.sample_bytes is not None
     generator = torch.Generator().manual_seed(config.seed)
     prompt = bytes(experiment.validation[: config.sequence // 4].tolist())
     text = list(prompt)
@@ -437,7 +441,7 @@ def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> s
     return bytes(text).decode("utf-8", errors="replace")
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
 def summary_rows(results: list[ArmResult]) -> list[dict[str, Any]]:
@@ -488,12 +492,12 @@ def summary_table(results: list[ArmResult]) -> Table:
 
 
 def write_results(experiment: Experiment, results: list[ArmResult]) -> None:
-    """``results.json`` (settings, summary), ``summary.csv`` and ``losses.csv`` (one column an arm); replaced as a whole."""
+    """``results.json`` (settings, summary), ``summary.csv`` and ``losses.csv`` (one column an arm)."""
     out = experiment.config.out
     rows = summary_rows(results)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment.config).items()}
     data = {
-        "settings": {**settings, "device": str(experiment.device), "torch": torch.__version__},
+        "settings": {**settings, "torch": torch.__version__},
         "unigram_entropy": unigram_entropy(experiment.train),
         "arms": rows,
     }
@@ -533,7 +537,8 @@ def plot(experiment: Experiment, results: list[ArmResult], path: Path) -> None:
     from matplotlib.figure import Figure
 
     base = next((r for r in results if r.arm == "bf16"), None)
-    others = [r for r in results if base and r is not base]
+    base_losses = base.losses if base else []
+    others = [r for r in results if r is not base] if base else []
     figure = Figure(figsize=(8, 6.4 if others else 4.4), layout="constrained")
     axes = figure.subplots(
         2 if others else 1, 1, sharex=True, squeeze=False, height_ratios=[2.4, 1] if others else [1]
@@ -554,11 +559,11 @@ def plot(experiment: Experiment, results: list[ArmResult], path: Path) -> None:
     axes[0].legend(loc="upper right", frameon=False)
     config = experiment.config
     axes[0].set_title(
-        f"Llama {config.layers} × {config.hidden}, batch {config.batch} × {config.sequence} bytes, seed {config.seed}"
+        f"Llama, {config.layers} layers of {config.hidden}; {config.batch} × {config.sequence} bytes a step; "
+        f"seed {config.seed}"
     )
     for result in others:
-        assert base is not None
-        gap = smoothed([a - b for a, b in zip(result.losses, base.losses, strict=True)])
+        gap = smoothed([a - b for a, b in zip(result.losses, base_losses, strict=True)])
         axes[1].plot(range(1, len(gap) + 1), gap, color=ARMS[result.arm].color, linewidth=1.8)
     if others:
         axes[1].axhline(0, color=ARMS["bf16"].color, linewidth=1)
@@ -578,9 +583,8 @@ def explain_arm(arm: str, model: nn.Module, experiment: Experiment) -> Report:
 
 
 def run(experiment: Experiment, console: Console) -> list[ArmResult]:
-    """Train every arm, print and write the results. What is finished is on disk before the next arm starts."""
+    """Train every arm, print and write the results; a finished arm is on disk before the next one starts."""
     config = experiment.config
-    assert config.steps is not None
     results: list[ArmResult] = []
     shown = next((arm for arm in ("fp4", "direct") if arm in config.arms), None)
     text = report = None

@@ -1,24 +1,25 @@
 """C++ backward estimators: bit masks and the DGE slope, from the formulas of :mod:`qcompile.ir.estimators`.
 
-The masks equal the reference bit for bit. So does the slope of ``dge`` up to its power |v|^(1/k − 1): it is evaluated in
-float64 and rounded once, at most 0.501 units in the last place from the true value, where torch's own (Sleef in the bulk of a
-tensor, the C library at its end) is within 1. So the two float32 powers are equal or neighbours.
+The masks equal the reference bit for bit. So does the slope of ``dge`` up to its power |v|^(1/k − 1): it is
+evaluated in float64 and rounded once, at most 0.501 units in the last place from the true value, where
+torch's own (Sleef in the bulk of a tensor, the C library at its end) is within 1. So the two float32 powers
+are equal or neighbours.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
+from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
+from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
 from torch import Tensor
 
 from qcompile.ir.estimators import Estimator, widest_half_gap
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
-from qcompile.kernels.cpp import ELEMENT_TYPES, find_compiler, float_literal, load, rows_of, thread_count
-from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
 
 __all__ = [
     "estimator_mask",
@@ -34,11 +35,14 @@ Support = tuple[bool, str]
 #: Estimator masks as C++ expressions of |y| and the magnitude it is rounded to.
 _MASKS: dict[str, Callable[[Format], str]] = {
     "clip": lambda fmt: "size <= LARGEST",
-    "trust": lambda fmt: f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(widest_half_gap(fmt))}",
+    "trust": lambda fmt: (
+        f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(widest_half_gap(fmt))}"
+    ),
 }
 
 _ESTIMATOR_MASK = r"""
-extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t rows, int64_t size, int64_t threads) {
+extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t rows, int64_t size,
+                    int64_t threads) {
   for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
                [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
     const ELEMENT* values = x + row * size;
@@ -55,7 +59,8 @@ extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t r
 """
 
 _MASK_GRADIENT = r"""
-extern "C" void run(const ELEMENT* grad, const uint8_t* mask, ELEMENT* out, int64_t rows, int64_t size, int64_t threads) {
+extern "C" void run(const ELEMENT* grad, const uint8_t* mask, ELEMENT* out, int64_t rows, int64_t size,
+                    int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < rows; ++row) {
     const ELEMENT* from = grad + row * size;
@@ -65,13 +70,16 @@ extern "C" void run(const ELEMENT* grad, const uint8_t* mask, ELEMENT* out, int6
     for (int64_t j = 0; j < whole; ++j) {
       for (int i = 0; i < 8; ++i) to[8 * j + i].bits = keep[j] >> i & 1 ? from[8 * j + i].bits : 0;
     }
-    for (int64_t k = 8 * whole; k < size; ++k) to[k].bits = keep[whole] >> (k - 8 * whole) & 1 ? from[k].bits : 0;
+    for (int64_t k = 8 * whole; k < size; ++k) {
+      to[k].bits = keep[whole] >> (k - 8 * whole) & 1 ? from[k].bits : 0;
+    }
   }
 }
 """
 
-# base^EXPONENT for base = 0, NaN or in [2^-24, 1], by 2^(EXPONENT · log2 base) in float64: log2 m = 2 artanh((m − 1)/(m + 1)) / ln 2
-# with m in [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12. Vectorizes, which the C library's powf does not.
+# base^EXPONENT for base = 0, NaN or in [2^-24, 1], by 2^(EXPONENT · log2 base) in float64: log2 m = 2
+# artanh((m − 1)/(m + 1)) / ln 2 with m in [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12.
+# Vectorizes, which the C library's powf does not.
 _POWER = r"""
 static inline float power(float base) {
   const uint32_t bits = bits_as<uint32_t>(base);
@@ -84,7 +92,7 @@ static inline float power(float base) {
   const double whole = (t + 0x1.8p52) - 0x1.8p52, r = (t - whole) * 0.6931471805599453;
   const double small = HORNER_EXP;
   const double result = small * bits_as<double>(int64_t(int32_t(whole) + 1023) << 52);
-  return base == 0 ? POWER_OF_ZERO : base != base ? base : float(result);
+  return base == 0 ? POWER_OF_ZERO : base != base ? POWER_OF_NAN : float(result);
 }
 """
 
@@ -101,9 +109,10 @@ BINS
 """
 
 _SCALE_GRADIENT = r"""
-extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64_t matrices, int64_t rows, int64_t size,
-                    int64_t threads) {
-  for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads, [&](int64_t row, const float* reciprocals, uint8_t*) {
+extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64_t matrices, int64_t rows,
+                    int64_t size, int64_t threads) {
+  for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
+               [&](int64_t row, const float* reciprocals, uint8_t*) {
     const ELEMENT* values = x + row * size;
     const GRADIENT* from = grad + row * size;
     GRADIENT* to = out + row * size;
@@ -118,7 +127,7 @@ extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64
 MOST_BINS = 16
 
 
-# --- what is supported ----------------------------------------------------------------------------------------------
+# --- what is supported --------------------------------------------------------------------------------------
 
 
 def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str) -> Support:
@@ -131,9 +140,7 @@ def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: st
 
 def supports_mask_gradient(dtypes: tuple[torch.dtype, ...]) -> Support:
     """Whether :func:`mask_gradient` handles the dtype of the gradient, and if not, why."""
-    if dtypes[0] not in ELEMENT_TYPES:
-        return False, f"the C++ kernels compute in float32, the tensor is {dtypes[0]}".replace("torch.", "")
-    return find_compiler()
+    return supports_dtypes(dtypes)
 
 
 def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str) -> Support:
@@ -147,7 +154,7 @@ def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: s
     return supports_quantize(dtypes, quantizer)
 
 
-# --- source text ----------------------------------------------------------------------------------------------------
+# --- source text --------------------------------------------------------------------------------------------
 
 
 def _edges(fmt: Format) -> tuple[float, ...]:
@@ -173,7 +180,13 @@ def _slope_source(fmt: Format, k: float, cap: float) -> str:
     artanh = [1 / (2 * n + 1) for n in range(8)]  # in s², after the factor s
     exp = [1 / math.factorial(n) for n in range(11)]
     at_zero = math.inf if exponent < 0 else 1.0 if exponent == 0 else 0.0
-    constants = {"EXPONENT": repr(exponent), "POWER_OF_ZERO": float_literal(at_zero), "BINS": bins, "CAP": float_literal(cap)}
+    constants = {
+        "EXPONENT": repr(exponent),
+        "POWER_OF_ZERO": float_literal(at_zero),
+        "BINS": bins,
+        "CAP": float_literal(cap),
+    }
+    constants |= {"POWER_OF_NAN": "1.0f" if exponent == 0 else "base"}  # pow(NaN, 0) = 1 in IEEE 754
     constants |= {"HORNER_ARTANH": _horner("z", artanh), "HORNER_EXP": _horner("r", exp)}
     constants |= {"FIRST_LOW": edges[0], "FIRST_GAP": gaps[0], "/ K": f"/ {float_literal(k)}"}
     source = _POWER + _DGE_SLOPE
@@ -182,7 +195,7 @@ def _slope_source(fmt: Format, k: float, cap: float) -> str:
     return source
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask_kernel(quantizer: str, estimator: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
     keep = _MASKS[Estimator.parse(estimator).name](q.format)
@@ -190,25 +203,27 @@ def _mask_kernel(quantizer: str, estimator: str, dtype: torch.dtype) -> Callable
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=2, integers=4)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
     return load(_MASK_GRADIENT.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=3)
 
 
-@lru_cache(maxsize=None)
-def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
+@cache
+def _slope_kernel(
+    quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype
+) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
     slope = _slope_source(q.format, **dict(Estimator.parse(estimator).parameters))
     source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
     return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=3, integers=4)
 
 
-# --- kernels --------------------------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------------------
 
 
 def _rows_to_fill(like: Tensor, axis: int) -> tuple[Tensor, Tensor, bool]:
-    """An uninitialized result in the layout of ``like``, a contiguous tensor with ``axis`` last to compute it in, and whether
-    the two share memory; if not, the result is to be copied from there."""
+    """An uninitialized result in the layout of ``like``, a contiguous tensor with ``axis`` last to compute it
+    in, and whether the two share memory; if not, the result is to be copied from there."""
     out = torch.empty_like(like)
     moved = out.movedim(axis, -1)
     shared = moved.is_contiguous()
@@ -232,7 +247,9 @@ def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:
     rows, mask = rows_of(grad, axis), mask.contiguous()
     size = rows.shape[-1]
     if mask.shape != (*rows.shape[:-1], (size + 7) // 8):
-        msg = f"mask_gradient: mask {tuple(mask.shape)} does not fit a gradient {tuple(grad.shape)} with axis {axis}"
+        msg = (
+            f"mask_gradient: mask {tuple(mask.shape)} does not fit gradient {tuple(grad.shape)}, axis {axis}"
+        )
         raise ValueError(msg)
     kernel = _mask_gradient_kernel(grad.dtype)
     pointers = rows.data_ptr(), mask.data_ptr(), buffer.data_ptr()
@@ -251,7 +268,8 @@ def scale_gradient(
     axis: int,
     global_scale: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`qcompile.kernels.estimate.reference.scale_gradient`; float32, bfloat16 or float16, see above for the bound."""
+    """As :func:`qcompile.kernels.estimate.reference.scale_gradient`; float32, bfloat16 or float16, see above
+    for the bound."""
     if grad.shape != x.shape:
         msg = f"scale_gradient: gradient {tuple(grad.shape)} and input {tuple(x.shape)} differ in shape"
         raise ValueError(msg)

@@ -69,7 +69,7 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
     at = _call(torch.ops.prims.convert_element_type.default, positions, torch.int64)
     residual = _call(torch.ops.prims.convert_element_type.default, values, x.get_dtype())
     raised = _call(aten.add.Tensor, _call(aten.gather.default, rows, last, at), residual)
-    restored = _call(aten.scatter.src, rows, last, at, raised)
+    restored = _call(aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None)  # None: store
     return axis_back(_call(aten.reshape.default, restored, shape), axis)
 
 

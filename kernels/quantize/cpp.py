@@ -1,7 +1,7 @@
 """C++ quantize and dequantize, generated from a format's magnitudes; bit for bit equal to the references.
 
-A row is read twice while it is in cache: once for the absolute maximum, once for the codes. Rounding takes one of three
-forms, chosen from the data of the format:
+A row is read twice while it is in cache: once for the absolute maximum, once for the codes. Rounding takes
+one of three forms, chosen from the data of the format:
 
 * up to 8 magnitudes: the number of decision thresholds below the magnitude, compared as integers, ties by ±1;
 * a uniform grid: float32 arithmetic;
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
+from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
 from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
-from qcompile.kernels.cpp import ELEMENT_TYPES, find_compiler, float_literal, load, rows_of, thread_count
 
 __all__ = ["dequantize", "quantize", "scaled_rows_source", "supports_dequantize", "supports_quantize"]
 
 Support = tuple[bool, str]
 
-#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule. The operations and their order are those of
-#: ``scale_pair`` in the reference; torch computes ``M / amax`` as ``(1 / amax) * M``.
+#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule. The operations and their
+#: order are those of ``scale_pair`` in the reference; torch computes ``M / amax`` as ``(1 / amax) * M``.
 _SCALE_RULES = {
     "absmax": """
   *reciprocal = (1.0f / amax) * LARGEST;
@@ -53,13 +53,16 @@ static inline int floor_log2(float x) {
   return exponent - 1;
 }
 
-static inline int clamp_exponent(int exponent) { return exponent < -126 ? -126 : exponent > 127 ? 127 : exponent; }
+static inline int clamp_exponent(int exponent) {
+  return exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
+}
 
 static inline Stored scale_of(float amax, float* reciprocal) {%(rule)s
 }
 """
 
-# The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers SEGMENT elements.
+# The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers
+# SEGMENT elements.
 _ROWS = r"""
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -76,10 +79,11 @@ static float maximum_of_all(const Element* x, int64_t rows, int64_t size, int64_
   return bits_as<float>(top);
 }
 
-// visit(row, reciprocals, buffer) for all rows: one reciprocal a segment; a zeroed byte buffer of one row, a multiple of 8.
+// visit(row, reciprocals, buffer) for all rows: one reciprocal a segment; a zeroed byte buffer of one row, a
+// multiple of 8.
 template <class Element, class Visit>
-static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size, int64_t threads,
-                         Visit visit) {
+static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size,
+                         int64_t threads, Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
   const int64_t segments = SEGMENT ? (size + segment - 1) / segment : 1;
   const int64_t bands = (rows + BAND - 1) / BAND;
@@ -101,7 +105,8 @@ static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int
         uint32_t top = 0;
         for (int64_t row = first; row < last; ++row) {
           const Element* start = x + row * size + s * segment;
-          const uint32_t amax = bits_as<uint32_t>(absolute_maximum(start, lesser(segment, size - s * segment)));
+          const int64_t count = lesser(segment, size - s * segment);
+          const uint32_t amax = bits_as<uint32_t>(absolute_maximum(start, count));
           top = amax > top ? amax : top;
         }
         const Stored scale = scale_of(at_least_floor(bits_as<float>(top)), reciprocals + s);
@@ -115,7 +120,8 @@ static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int
 }
 
 // visit(k, γ) for the elements of a row.
-template <class Visit> static inline void for_each_element(int64_t size, const float* reciprocals, Visit visit) {
+template <class Visit>
+static inline void for_each_element(int64_t size, const float* reciprocals, Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size;
   for (int64_t begin = 0, s = 0; begin < size; begin += segment, ++s) {
     const float reciprocal = reciprocals[s];
@@ -124,31 +130,38 @@ template <class Visit> static inline void for_each_element(int64_t size, const f
   }
 }
 
-// Packs one row of values of BITS_PER_CODE bits, lower index in the lower bits. The buffer is padded with zeros.
+// Packs one row of values of 8 / codes_per_byte bits, lower index in the lower bits. The buffer is padded
+// with zeros.
 template <int codes_per_byte> static inline void pack(const uint8_t* codes, uint8_t* packed, int64_t size) {
   const int64_t bytes = (size + codes_per_byte - 1) / codes_per_byte;
   for (int64_t j = 0; j < bytes; ++j) {
     uint8_t byte = 0;
-    for (int i = 0; i < codes_per_byte; ++i) byte |= uint8_t(codes[j * codes_per_byte + i] << (8 / codes_per_byte * i));
+    for (int i = 0; i < codes_per_byte; ++i) {
+      byte |= uint8_t(codes[j * codes_per_byte + i] << (8 / codes_per_byte * i));
+    }
     packed[j] = byte;
   }
 }
 """
 
 _QUANTIZE = r"""
-extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t matrices, int64_t rows, int64_t size,
-                    int64_t threads) {
+extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t matrices, int64_t rows,
+                    int64_t size, int64_t threads) {
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
-  for_each_row(x, scales, matrices, rows, size, threads, [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
+  for_each_row(x, scales, matrices, rows, size, threads,
+               [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
     const ELEMENT* values = x + row * size;
-    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(values[k] * reciprocal); });
+    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
+      buffer[k] = encode(values[k] * reciprocal);
+    });
     pack<CODES_PER_BYTE>(buffer, codes + row * packed_size, size);
   });
 }
 """
 
 _ENCODE = r"""
-// IEEE 754 leaves the sign of a NaN result open, and the code of a NaN is positive here. −0 is negative where 0 is a level.
+// IEEE 754 leaves the sign of a NaN result open, and the code of a NaN is positive here. −0 is negative where
+// 0 is a level.
 static inline bool is_negative(float y) { return HAS_ZERO ? (bits_as<int32_t>(y) < 0) & (y == y) : y < 0; }
 
 static inline uint8_t encode(float y) {
@@ -157,10 +170,11 @@ static inline uint8_t encode(float y) {
 }
 """
 
-# A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look levels up.
+# A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look
+# levels up.
 _DEQUANTIZE = r"""
-extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, int64_t matrices, int64_t rows, int64_t size,
-                    int64_t threads) {
+extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, int64_t matrices, int64_t rows,
+                    int64_t size, int64_t threads) {
   constexpr int width = 8 / CODES_PER_BYTE, mask = (1 << width) - 1;
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
@@ -179,7 +193,6 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
       } else {
         ELEMENT products[1 << width];
         for (int i = 0; i <= mask; ++i) products[i] = ELEMENT::from(LEVELS[i] * scale);
-        const auto product = [&](int64_t k) { return products[packed[k / CODES_PER_BYTE] >> k % CODES_PER_BYTE * width & mask]; };
         int64_t k = begin;
         if constexpr (SEGMENT % CODES_PER_BYTE == 0) {  // whole bytes, with constant shifts
           for (; k + CODES_PER_BYTE <= end; k += CODES_PER_BYTE) {
@@ -187,7 +200,9 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
             for (int i = 0; i < CODES_PER_BYTE; ++i) values[k + i] = products[byte >> i * width & mask];
           }
         }
-        for (; k < end; ++k) values[k] = product(k);
+        for (; k < end; ++k) {
+          values[k] = products[packed[k / CODES_PER_BYTE] >> k % CODES_PER_BYTE * width & mask];
+        }
       }
     }
   }
@@ -201,17 +216,14 @@ _LOAD_SCALE = {
 }
 
 
-# --- what is supported ----------------------------------------------------------------------------------------------
+# --- what is supported --------------------------------------------------------------------------------------
 
 
 def _supports(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     q = Quantizer.parse(quantizer)
-    for dtype in dtypes:
-        if dtype not in ELEMENT_TYPES:
-            return False, f"the C++ kernels compute in float32, the tensor is {dtype}".replace("torch.", "")
     if q.scale.name not in _SCALE_RULES:
         return False, f"scale rule {q.scale.name} has no C++ formula"
-    return find_compiler()
+    return supports_dtypes(dtypes)
 
 
 def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
@@ -229,7 +241,7 @@ def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Supp
     return _supports(dtypes, quantizer)
 
 
-# --- source text ----------------------------------------------------------------------------------------------------
+# --- source text --------------------------------------------------------------------------------------------
 
 
 def _table(name: str, values: list[float]) -> str:
@@ -254,7 +266,8 @@ def _geometry(q: Quantizer) -> str:
 
 
 def scaled_rows_source(q: Quantizer) -> str:
-    """C++ that scales every row as the reference does (``for_each_row``) and rounds (``nearest``, ``MAGNITUDES``, ``encode``)."""
+    """C++ that scales every row as the reference does (``for_each_row``) and rounds (``nearest``,
+    ``MAGNITUDES``, ``encode``)."""
     rounding = rounding_source(q.format, q.rounding)
     assert rounding is not None
     magnitudes = _table("MAGNITUDES", list(q.format.magnitudes))
@@ -264,7 +277,8 @@ def scaled_rows_source(q: Quantizer) -> str:
 
 
 def rounding_source(fmt: Format, rounding: str) -> str | None:
-    """``uint32_t nearest(bits of |y|, negative)``: index of the nearest magnitude, saturating, NaN to the largest."""
+    """``uint32_t nearest(bits of |y|, negative)``: index of the nearest magnitude, saturating, NaN to the
+    largest."""
     if fmt.torch_dtype:
         body = _minifloat_rounding(fmt)
     elif len(fmt.magnitudes) <= 8:
@@ -277,7 +291,7 @@ def rounding_source(fmt: Format, rounding: str) -> str | None:
 
 
 def _threshold_rounding(fmt: Format, rounding: str) -> str:
-    """Counts thresholds below the magnitude. A tie counts if ``reached`` allows it: to even codes, or toward +∞."""
+    """Counts thresholds below the magnitude. Ties count where they lead to an even code, or toward +∞."""
     lines = ["  uint32_t index = 0;"]
     if rounding == "up":
         lines.append("  magnitude += !negative;  // a tie counts where up is away from zero")
@@ -289,7 +303,8 @@ def _threshold_rounding(fmt: Format, rounding: str) -> str:
 
 
 def _uniform_rounding(fmt: Format, rounding: str) -> str:
-    """⌊·⌉ of the position on a uniform grid whose step is a power of two, so that only exact operations precede it."""
+    """⌊·⌉ of the position on a uniform grid whose step is a power of two, so that only exact operations
+    precede it."""
     assert fmt.step is not None
     rounded = {
         "even": "std::rint(position)",
@@ -315,16 +330,16 @@ def _bits(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
-# --- kernels --------------------------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
     source = scaled_rows_source(Quantizer.parse(quantizer)) + _QUANTIZE
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dequantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
     levels = [*q.format.magnitudes, *(-m for m in q.format.magnitudes)]
@@ -371,12 +386,17 @@ def dequantize(
     q = Quantizer.parse(quantizer)
     shape = (*codes.shape[:-1], size)
     if codes.shape[-1] != q.packed_size(size) or tuple(scales.shape) != q.scale_shape(shape):
-        msg = f"dequantize: codes {tuple(codes.shape)} and scales {tuple(scales.shape)} do not fit {size} elements, {q}"
+        shapes = f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)}"
+        msg = f"dequantize: {shapes} do not fit {size} elements, {q}"
         raise ValueError(msg)
     codes, scales = codes.contiguous(), scales.contiguous()
     out = codes.new_empty(shape, dtype=dtype)
     kernel = _dequantize_kernel(quantizer, dtype)
     kernel(
-        codes.data_ptr(), scales.data_ptr(), out.data_ptr(), *matrix_count(out.shape), thread_count(out.numel())
+        codes.data_ptr(),
+        scales.data_ptr(),
+        out.data_ptr(),
+        *matrix_count(out.shape),
+        thread_count(out.numel()),
     )
     return out.movedim(-1, axis)

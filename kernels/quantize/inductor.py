@@ -23,9 +23,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.ops_handler import OpsHandler
+from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 
@@ -202,7 +203,21 @@ def packed_bytes(units: GridUnits, code: Callable[[Index, Any], Value]) -> ir.Te
         return ops.to_dtype(packed, torch.uint8)
 
     ranges = [*units.shape[:-1], CeilDiv(size, per_byte)]
-    return ir.Pointwise.create(device=units.device, dtype=torch.uint8, inner_fn=element, ranges=ranges)
+    n = units.q.granularity.size
+    if units.q.granularity.kind != "block" or n % per_byte or not _divides(n, size):
+        return ir.Pointwise.create(device=units.device, dtype=torch.uint8, inner_fn=element, ranges=ranges)
+
+    # Looped over as [..., blocks, bytes of a block], reads of the blocks' scales match the loop that writes them: one kernel.
+    def element_of_block(index: Index) -> Value:
+        *lead, block, byte = index
+        return element([*lead, n // per_byte * block + byte])
+
+    in_blocks = [*units.shape[:-1], FloorDiv(size, n), sympy.Integer(n // per_byte)]
+    packed = ir.Pointwise.create(
+        device=units.device, dtype=torch.uint8, inner_fn=element_of_block, ranges=in_blocks
+    )
+    packed.realize()
+    return lowerings[torch.ops.aten.reshape.default](packed, ranges)
 
 
 def unpacked(load: Callable[[Index], Value], index: Index, per_byte: int) -> Value:
@@ -230,6 +245,7 @@ class GridUnits:
         moved = axis_last(x, axis)
         self.q, self.per_byte, self.device = q, per_byte, x.get_device()
         self.shape = list(moved.get_size())
+        self.axis_is_last = axis % len(self.shape) == len(self.shape) - 1
         self.groups = [sympy.sympify(size) for size in q.scale_shape(tuple(self.shape))]
         self._load_x = moved.make_loader()
         self._load_global = global_scale.make_loader() if global_scale is not None else None
@@ -286,15 +302,21 @@ class GridUnits:
                 largest = value if largest is None else ops.maximum(largest, value)
             return largest
 
-        amax = ir.Reduction.create(
-            device=self.device,
-            dst_dtype=_FP32,
-            src_dtype=_FP32,
-            inner_fn=element,
-            ranges=self.groups,
-            reduction_ranges=[*rows, along_k],
-            reduction_type="max",
-        )
+        # With p codes to a byte a row is read in p strides of p, which Inductor takes for a column; it would then split the
+        # reduction over two kernels, and the codes would need a third.
+        in_rows = self.axis_is_last and kind != "tensor"
+        hint = ReductionHint.INNER if in_rows else ReductionHint.DEFAULT
+        with config.patch(split_reductions=config.split_reductions and not in_rows):
+            amax = ir.Reduction.create(
+                device=self.device,
+                dst_dtype=_FP32,
+                src_dtype=_FP32,
+                inner_fn=element,
+                ranges=self.groups,
+                reduction_ranges=[*rows, along_k],
+                reduction_type="max",
+                reduction_hint=hint,
+            )
         amax.realize()
         return amax
 

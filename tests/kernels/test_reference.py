@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from qcompile.kernels.matmul.reference import scaled_mm
+from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 
 from qcompile.ir.ops import clamped_counts
 from qcompile.ir.recipe import OutlierClamp
@@ -104,7 +106,7 @@ def test_clamping_to_the_order_statistics(clamp, kind, shape, generator):
     """
     x, spec = data(kind, shape, generator), OutlierClamp.parse(clamp)
     for axis in range(len(shape)):
-        clamped, values, positions = OPS.clamp_outliers(x, clamp, axis)
+        clamped, values, positions = clamp_outliers(x, clamp, axis)
         rows = x.movedim(axis, -1)
         rows = rows.reshape(1, -1) if spec.per == "tensor" else rows.reshape(-1, rows.shape[-1])
         n = rows.shape[-1]
@@ -134,9 +136,9 @@ def test_clamped_plus_residual_is_x_within_one_rounding(clamp, kind, dtype, gene
     Elements that were not clamped must come back bit for bit.
     """
     x = data(kind, (6, 100), generator).to(dtype)
-    clamped, values, positions = OPS.clamp_outliers(x, clamp, 1)
+    clamped, values, positions = clamp_outliers(x, clamp, 1)
     residual = dense_residual(x, values, positions, OutlierClamp.parse(clamp).per, 1)
-    restored = OPS.restore_outliers(clamped, values, positions, clamp, 1)
+    restored = restore_outliers(clamped, values, positions, clamp, 1)
     untouched = residual == 0
     assert torch.equal(restored[untouched], x[untouched])
     error = (restored.double() - x.double()).abs()
@@ -152,8 +154,8 @@ def test_clamped_plus_residual_is_x_bit_for_bit(clamp, kind, dtype, generator):
     bit.
     """
     x = data(kind, (6, 100), generator).to(dtype)
-    clamped, values, positions = OPS.clamp_outliers(x, clamp, 1)
-    restored = OPS.restore_outliers(clamped, values, positions, clamp, 1)
+    clamped, values, positions = clamp_outliers(x, clamp, 1)
+    restored = restore_outliers(clamped, values, positions, clamp, 1)
     wrong = (restored != x).sum().item()
     assert wrong == 0, (
         f"{wrong} of {(clamped != x).sum().item()} clamped elements differ after the round trip"
@@ -165,12 +167,12 @@ def test_clamped_plus_residual_is_x_bit_for_bit(clamp, kind, dtype, generator):
 def test_clamping_nothing(clamp, shape):
     """An expert without tokens: shapes as the fake implementation promises, nothing aliased."""
     x = torch.empty(shape)
-    clamped, values, positions = OPS.clamp_outliers(x, clamp, -1)
+    clamped, values, positions = clamp_outliers(x, clamp, -1)
     meta = OPS.clamp_outliers(x.to("meta"), clamp, -1)
     for real, fake in zip((clamped, values, positions), meta, strict=True):
         assert real.shape == fake.shape
         assert real.dtype == fake.dtype
-    assert OPS.restore_outliers(clamped, values, positions, clamp, -1).shape == shape
+    assert restore_outliers(clamped, values, positions, clamp, -1).shape == shape
     assert not values._is_view()
 
 
@@ -243,7 +245,7 @@ SIZE = 24
 def operand(rng: np.random.Generator, shape: tuple[int, ...], text: str):
     """Tensors of a quantized operand whose values are exact small integers, and those values in float64.
 
-    Levels are integers (int4z, or E2M1 × 2) times a power-of-two scale a row: all products and sums are exact.
+    Levels are integers (int4z, or E2M1 × 2) times a power-of-two scale a row: products and sums are exact.
     """
     magnitudes = np.array([0, 1, 2, 3, 4, 6, 8, 12] if text.startswith("e2m1") else range(8))
     codes = rng.integers(0, 16, shape).astype(np.uint8)
@@ -287,7 +289,7 @@ def test_scaled_mm_in_exact_integers(a_text, b_text, batch, a_transposed, b_tran
     expected = (a_dense.mT if a_transposed else a_dense) @ (b_dense.mT if b_transposed else b_dense)
     args = (a, a_text, a_shape[-1], a_transposed, b, b_text, b_shape[-1], b_transposed)
     for dtype in (torch.float32, torch.float64):
-        out = OPS.scaled_mm(*args, dtype)
+        out = scaled_mm(*args, dtype)
         assert out.dtype == dtype
         assert torch.equal(out.double(), expected)
 
@@ -298,7 +300,7 @@ def test_scaled_mm_with_dense_operands(dense, rng):
     b, b_dense = operand(rng, (7, SIZE), OPERANDS[0])
     left = ([a_dense.float()], "dense") if dense in ("a", "both") else (a, OPERANDS[0])
     right = ([b_dense.float()], "dense") if dense in ("b", "both") else (b, OPERANDS[0])
-    out = OPS.scaled_mm(*left, SIZE, False, *right, SIZE, True, torch.float32)
+    out = scaled_mm(*left, SIZE, False, *right, SIZE, True, torch.float32)
     assert torch.equal(out.double(), a_dense @ b_dense.T)
 
 
@@ -310,9 +312,9 @@ def test_scaled_mm_is_the_matmul_of_fake_quantized_operands(rng):
     text = "e2m1 row absmax even"
     xq, wq = (list(OPS.quantize(t, text, -1)) for t in (x, w))
     xd, wd = (OPS.fake_quantize(t, text, -1) for t in (x, w))
-    assert torch.equal(OPS.scaled_mm(xq, text, 20, False, wq, text, 20, True, torch.float32), xd @ wd.mT)
-    assert torch.equal(OPS.scaled_mm([g], "dense", 11, False, wq, text, 20, False, torch.float32), g @ wd)
-    assert torch.equal(OPS.scaled_mm([g], "dense", 11, True, xq, text, 20, False, torch.float32), g.mT @ xd)
+    assert torch.equal(scaled_mm(xq, text, 20, False, wq, text, 20, True, torch.float32), xd @ wd.mT)
+    assert torch.equal(scaled_mm([g], "dense", 11, False, wq, text, 20, False, torch.float32), g @ wd)
+    assert torch.equal(scaled_mm([g], "dense", 11, True, xq, text, 20, False, torch.float32), g.mT @ xd)
 
 
 def test_two_level_scales_are_not_decoded_without_their_tensor_scale(rng):
@@ -325,4 +327,4 @@ def test_two_level_scales_are_not_decoded_without_their_tensor_scale(rng):
     with pytest.raises((ValueError, RuntimeError), match=r"two-level|global"):
         OPS.dequantize(codes, scales, text, -1, 32, torch.float32)
     with pytest.raises((ValueError, RuntimeError), match=r"two-level|global"):
-        OPS.scaled_mm([codes, scales], text, 32, False, [x], "dense", 32, True, torch.float32)
+        scaled_mm([codes, scales], text, 32, False, [x], "dense", 32, True, torch.float32)
