@@ -1,7 +1,8 @@
 """The table of Inductor lowerings, and what it says about a device.
 
-Where Inductor generates Triton (CUDA), the ops below become loop bodies that fuse with their neighbours. Elsewhere, and for
-arguments that are not supported, a lowering calls the op's own kernel: on CPU one compiled kernel serves all sites.
+Where Inductor generates Triton (CUDA), the ops below become loop bodies that fuse with their neighbours.
+Elsewhere, and for arguments that are not supported, a lowering calls the op's own kernel: on CPU one compiled
+kernel serves all sites.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
 
 @dataclass(frozen=True)
 class Lowering:
-    """How an op is lowered, and ``supports(*parsed texts) -> (ok, reason)`` for the texts that its node carries."""
+    """How an op is lowered, and ``supports(*parsed texts of its node) -> (ok, reason)``."""
 
     lower: Callable
     supports: Callable[..., tuple[bool, str]]
@@ -50,7 +51,8 @@ def register_lowerings() -> None:
 
 
 def cuda_provider(op: str, quantizer: str | None = None, estimator: str | None = None) -> tuple[str, str]:
-    """What runs ``qcompile::<op>`` on CUDA, for the report: provider and, where it is the reference, the reason.
+    """What runs ``qcompile::<op>`` on CUDA, for the report: provider and, where it is the reference, the
+    reason.
 
     ``quantizer`` and ``estimator`` are the texts the node carries, ``None`` for an op that has none.
     """

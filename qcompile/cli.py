@@ -95,8 +95,8 @@ def add_demo(commands: Any) -> None:
         "demo",
         help="pretrain a small Llama in BF16 and in 4 bits, side by side",
         description="Pretrain a small Llama from transformers on real text: BF16, the FP4 recipe and a "
-        "direct cast to FP4, from the same seed, on the same batches. Prints what was quantized and the gap to "
-        "BF16; writes loss curves, results and a sample of text.",
+        "direct cast to FP4, from the same seed, on the same batches. Prints what was quantized and the "
+        "gap to BF16; writes loss curves, results and a sample of text.",
     )
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)"

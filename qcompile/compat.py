@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ __all__ = [
     "inductor_options",
     "log_artifact",
     "min_cut_partition",
+    "unlimited_recompiles",
     "user_hook",
 ]
 
@@ -47,6 +50,11 @@ def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
 def is_inductor_option(name: str) -> bool:
     """Whether Inductor's config has this entry (dashes allowed, as torch allows them)."""
     return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+
+
+def unlimited_recompiles() -> AbstractContextManager[Any]:
+    """Within it, Dynamo compiles a code object however many compiled versions it has already."""
+    return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 
 
 def user_hook(name: str, patches: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qcompile.ir.recipe import Operand
+from qcompile.kernels.lowerings import cuda_provider
 from qcompile.kernels.register import provider_of
 from qcompile.passes import lower
 from qcompile.passes.pass_base import Observations
@@ -180,8 +182,8 @@ def explain(
             inner_compile=compat.eager_inner_compile,
         )
 
-    with _unchanged(model):
-        _run(torch.compile(model, backend=observing), model, args, kwargs)
+    with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
+        _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
     report = _make_report(backend, graphs)
     session: Session = session_for(RECIPES[backend].override({k: v for k, v in options.items() if k in _fields()}), options)
     session.settled = True
@@ -194,14 +196,35 @@ def _fields() -> list[str]:
     return RECIPES["qcompile_fp4"].option_names()
 
 
-def _run(compiled: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> None:
+def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Something to call like ``model`` whose outermost code object is nobody else's.
+
+    Dynamo keeps what it compiled on the code object of the outermost frame, and gives up on one that has too many entries. Were
+    that the model's ``forward``, a few calls of `explain` would keep the model from being compiled later.
+    """
+
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+    if isinstance(model, nn.Module):
+        return MethodType(FunctionType(call.__code__.replace(), globals()), model)
+    if isinstance(model, FunctionType) and not hasattr(model, "_torchdynamo_orig_callable"):
+        own = FunctionType(
+            model.__code__.replace(), model.__globals__, model.__name__, model.__defaults__, model.__closure__
+        )
+        own.__kwdefaults__ = model.__kwdefaults__
+        return own
+    return model
+
+
+def _run(compiled: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Run the forward, and the backward where there is one (it compiles lazily); surface our errors without Dynamo's wrapping."""
     try:
-        outputs = torch.utils._pytree.tree_leaves(compiled(*args, **kwargs))
-        parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-        losses = [o.sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad]
-        if losses and parameters:
-            torch.autograd.grad(losses, parameters, allow_unused=True)  # leaves .grad alone
+        results = torch.utils._pytree.tree_leaves(compiled(*args, **kwargs))
+        outputs = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
+        if leaves := _leaves_below(outputs):
+            ones = [torch.ones_like(output) for output in outputs]
+            torch.autograd.grad(outputs, leaves, ones, allow_unused=True)  # leaves .grad alone
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -212,12 +235,31 @@ def _run(compiled: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> No
         raise
 
 
+def _leaves_below(outputs: list[Tensor]) -> list[Tensor]:
+    """The leaf tensors that gradients of ``outputs`` reach: parameters, wherever they are kept, and inputs."""
+    leaves: dict[int, Tensor] = {}
+    pending = [output.grad_fn for output in outputs]
+    seen = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+        pending += [parent for parent, _ in node.next_functions]  # type: ignore[union-attr]
+    return list(leaves.values())
+
+
 @contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
+def _unchanged(model: Any, args: Any, kwargs: Any) -> Iterator[None]:
     """Buffers and random state are put back; a model compiled in place runs uncompiled meanwhile."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
+    is_module = isinstance(model, nn.Module)
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if is_module else []
     in_place = getattr(model, "_compiled_call_impl", None)
-    devices = sorted({b.device.index or 0 for b, _ in buffers if b.is_cuda})
+    tensors = [*model.parameters(), *model.buffers()] if is_module else []
+    tensors += [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             if in_place is not None:
@@ -300,7 +342,11 @@ def _provider(decision: Decision, product: dict[str, Any] | None, role: str) -> 
     if role != "fprop":
         return product_by
     value = decision.site.node.meta["example_value"]
-    quantizers = [provider_of("quantize", value.device.type, str(o.quantizer), value.dtype) for o in decision.operands if o]
+    texts = [str(operand.quantizer) for operand in decision.operands if operand]
+    if value.device.type == "cuda":
+        quantizers = [cuda_provider("quantize", text) for text in texts]
+    else:
+        quantizers = [provider_of("quantize", value.device.type, text, value.dtype) for text in texts]
     names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
     return f"{', '.join(names)} quantize; {product_by}"
 
@@ -339,8 +385,8 @@ class SavedBytes:
 def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedBytes]:
     """Measure what autograd saves for the backward inside the ``with`` block, compiled or eager.
 
-    Parameters and buffers of ``model`` and the given inputs are not counted: they live whether or not they are saved. A storage
-    that several saved tensors share counts once.
+    Parameters and buffers of ``model`` and the given inputs are not counted: they live whether or not they are saved. What counts
+    is storage: once if several saved tensors share it, and all of it if a saved tensor is a part of it.
     """
     owners = [*model.parameters(), *model.buffers()] if model is not None else []
     owners += [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -353,7 +399,7 @@ def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedB
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             keep.append(tensor.detach())  # alive until the end, so that no address is used twice
-            saved.tensors.append((tuple(tensor.shape), tensor.dtype, min(storage.nbytes(), tensor.nbytes)))
+            saved.tensors.append((tuple(tensor.shape), tensor.dtype, storage.nbytes()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

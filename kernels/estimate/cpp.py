@@ -17,7 +17,7 @@ from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, su
 from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator, widest_half_gap
+from qcompile.ir.estimators import Estimator, clip_limit, widest_half_gap
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 
@@ -34,7 +34,7 @@ Support = tuple[bool, str]
 
 #: Estimator masks as C++ expressions of |y| and the magnitude it is rounded to.
 _MASKS: dict[str, Callable[[Format], str]] = {
-    "clip": lambda fmt: "size <= LARGEST",
+    "clip": lambda fmt: f"size <= {float_literal(clip_limit(fmt))}",
     "trust": lambda fmt: (
         f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(widest_half_gap(fmt))}"
     ),

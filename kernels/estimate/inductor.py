@@ -1,11 +1,13 @@
-"""Backward estimators as Inductor loop bodies: the factor on the gradient fuses into whatever makes or reads the gradient.
+"""Backward estimators as Inductor loop bodies: the factor on the gradient fuses into whatever makes or reads
+the gradient.
 
-The scaled input y = x · γ is computed as the quantizer computes it (:class:`GridUnits`), so masks agree with the codes bit for
-bit. A slope is a power and may differ from the reference's in the last place.
+The scaled input y = x · γ is computed as the quantizer computes it (:class:`GridUnits`), so masks agree with
+the codes bit for bit. A slope is a power and may differ from the reference's in the last place.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import ops
 
-from qcompile.ir.estimators import Estimator, widest_half_gap
+from qcompile.ir.estimators import Estimator, clip_limit, widest_half_gap
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.inductor import (
@@ -24,7 +26,7 @@ from qcompile.kernels.quantize.inductor import (
     packed_bytes,
     run_reference,
     select,
-    supports_quantize,
+    supports_scales,
     threshold_bits,
     unpacked,
 )
@@ -42,11 +44,11 @@ _MASK_BITS_PER_BYTE = 8
 #: Most bins of the staircase for which comparisons and selections are generated.
 _MAX_BINS = 16
 
-#: Estimator -> b where its mask is ``|y| ≤ b``. For ``trust``: inside the grid |y − q| is at most half the local gap, which
-#: T is the largest of; outside, q is the last level and the subtraction exact, hence max + T. Stated so, no subtraction is
-#: there to be contracted with the product that makes y.
+#: Estimator -> b where its mask is ``|y| ≤ b``. For ``trust``: inside the grid |y − q| is at most half the
+#: local gap, which T is the largest of; outside, q is the last level and the subtraction exact, hence max +
+#: T. Stated so, no subtraction is there to be contracted with the product that makes y.
 MASK_BOUNDS: dict[str, Callable[[Format], float]] = {
-    "clip": lambda fmt: fmt.max,
+    "clip": clip_limit,
     "trust": lambda fmt: fmt.max + widest_half_gap(fmt),
 }
 
@@ -76,10 +78,10 @@ class _Bins:
     @staticmethod
     def of(fmt: Format) -> _Bins:
         edges = fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
-        return _Bins(edges[:-1], tuple(2 / (hi - lo) for lo, hi in zip(edges, edges[1:], strict=False)))
+        return _Bins(edges[:-1], tuple(2 / (hi - lo) for lo, hi in itertools.pairwise(edges)))
 
 
-# --- what is supported ------------------------------------------------------------------------------------------------
+# --- what is supported --------------------------------------------------------------------------------------
 
 
 def supports_estimator_mask(
@@ -88,7 +90,7 @@ def supports_estimator_mask(
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
     if estimator.name not in MASK_BOUNDS:
         return False, f"the mask of estimator {estimator.name} is not generated"
-    return supports_quantize(q, device)
+    return supports_scales(q, device)  # rounding takes no part in it
 
 
 def supports_scale_gradient(
@@ -99,7 +101,7 @@ def supports_scale_gradient(
         return False, f"the slope of estimator {estimator.name} is not generated"
     if len(_Bins.of(q.format).low) > _MAX_BINS:
         return False, f"{q.format.name} has too many levels for comparisons"
-    return supports_quantize(q, device)
+    return supports_scales(q, device)  # rounding takes no part in it
 
 
 def supports_mask_gradient() -> tuple[bool, str]:
@@ -107,7 +109,7 @@ def supports_mask_gradient() -> tuple[bool, str]:
     return True, ""
 
 
-# --- the ops ----------------------------------------------------------------------------------------------------------
+# --- the ops ------------------------------------------------------------------------------------------------
 
 
 def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, global_scale=None):
@@ -142,10 +144,8 @@ def lower_mask_gradient(grad, mask, axis: int):
     )
 
 
-def lower_scale_gradient(
-    grad, x, scales, quantizer: str, estimator: str, axis: int, global_scale=None
-):
-    """``qcompile::scale_gradient``: a loop over the gradient, behind the reduction that finds the scales of x again."""
+def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: int, global_scale=None):
+    """``qcompile::scale_gradient``: a loop over the gradient, behind the reduction to scales of x."""
     q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
     if not ir.is_triton(grad) or is_empty(grad) or not supports_scale_gradient(q, spec, grad.get_device())[0]:
         op = torch.ops.qcompile.scale_gradient.default

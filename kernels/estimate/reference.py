@@ -27,7 +27,7 @@ def estimator_mask(
 def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:
     """``grad`` where the packed ``mask`` is set, zero elsewhere (also where grad is not finite)."""
     keep = unpack(mask, bits=1, size=grad.shape[axis]).bool().movedim(-1, axis)
-    return grad.where(keep, grad.new_zeros(()))
+    return torch.empty_like(grad).copy_(grad.where(keep, grad.new_zeros(())))
 
 
 def scale_gradient(
@@ -42,4 +42,4 @@ def scale_gradient(
     """``grad ⊙ slope(x / s)`` in the dtype of ``grad``; the product is taken in float32."""
     y, _ = scaled_input(x, scales, quantizer, axis, global_scale)
     slope = Estimator.parse(estimator).slope(y, Quantizer.parse(quantizer).format)
-    return (grad.float() * slope.movedim(-1, axis)).to(grad.dtype)
+    return torch.empty_like(grad).copy_(grad.float() * slope.movedim(-1, axis))

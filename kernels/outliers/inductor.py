@@ -1,8 +1,8 @@
 """Outlier clamping for Inductor: top-k stays aten's kernel, everything around it is lowered and fuses.
 
-The residual's positions are distinct wherever its values are not zero (an element below the lower bound is not above the upper
-one), so restoring is a gather, an addition and a plain scatter instead of atomic additions: deterministic, and the read of
-x fuses with what made x.
+The residual's positions are distinct wherever its values are not zero (an element below the lower bound is
+not above the upper one), so restoring is a gather, an addition and a plain scatter instead of atomic
+additions: deterministic, and the read of x fuses with what made x.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from qcompile.ir.ops import clamped_counts, index_dtype
 from qcompile.ir.recipe import OutlierClamp
 from qcompile.kernels.quantize.inductor import axis_last, is_empty, run_reference
 
-__all__ = ["lower_clamp_outliers", "lower_restore_outliers", "supports_clamp_outliers", "supports_restore_outliers"]
+__all__ = [
+    "lower_clamp_outliers",
+    "lower_restore_outliers",
+    "supports_clamp_outliers",
+    "supports_restore_outliers",
+]
 
 aten = torch.ops.aten
 
@@ -69,7 +74,9 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
     at = _call(torch.ops.prims.convert_element_type.default, positions, torch.int64)
     residual = _call(torch.ops.prims.convert_element_type.default, values, x.get_dtype())
     raised = _call(aten.add.Tensor, _call(aten.gather.default, rows, last, at), residual)
-    restored = _call(aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None)  # None: store
+    restored = _call(
+        aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None
+    )  # None: store
     return axis_back(_call(aten.reshape.default, restored, shape), axis)
 
 

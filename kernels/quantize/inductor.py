@@ -1,11 +1,12 @@
 """Quantize and dequantize as Inductor loop bodies: generated Triton that fuses with the ops around it.
 
-The formulas are those of :mod:`qcompile.kernels.quantize.reference`, and codes and scales are equal to its bit for bit. They are
-written with ``ops.*`` (one value per name) instead of as a decomposition into aten ops, which Inductor would expand again at
-every use. What is special to a generated kernel:
+The formulas are those of :mod:`qcompile.kernels.quantize.reference`, and codes and scales are equal to its
+bit for bit. They are written with ``ops.*`` (one value per name) instead of as a decomposition into aten ops,
+which Inductor would expand again at every use. What is special to a generated kernel:
 
-* A row's elements are read as ``[⌈K/p⌉, p]``, p codes to a byte, by the absolute maximum and by the encoder alike. Both
-  loops then have as many iterations as there are bytes, so Inductor makes one kernel of them, and of the producer of x.
+* A row's elements are read as ``[⌈K/p⌉, p]``, p codes to a byte, by the absolute maximum and by the encoder
+  alike. Both loops then have as many iterations as there are bytes, so Inductor makes one kernel of them, and
+  of the producer of x.
 * Scales divide with :func:`exact_div`; Triton's ``/`` is an approximation in float32.
 * No product is added to anything unless it is exact, so contraction to fused multiply-adds changes nothing.
 * A format is encoded and decoded from its data (:func:`encode`, :func:`decode`); no format is known by name.
@@ -46,6 +47,7 @@ __all__ = [
     "select",
     "supports_dequantize",
     "supports_quantize",
+    "supports_scales",
     "threshold_bits",
 ]
 
@@ -55,14 +57,15 @@ Index = Sequence[sympy.Expr]
 
 _FP32, _INT32 = torch.float32, torch.int32
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
-#: float32 numbers around 1.5·2²³ are one apart: adding it rounds to the nearest integer, ties to even, which then stands in the
-#: low mantissa bits. Two additions; a conversion to an integer runs at a quarter of their rate.
+#: float32 numbers around 1.5·2²³ are one apart: adding it rounds to the nearest integer, ties to even, which
+#: then stands in the low mantissa bits. Two additions; a conversion to an integer runs at a quarter of their
+#: rate.
 _ROUNDER = 1.5 * 2.0**_MANTISSA_BITS
 #: Most magnitudes for which comparisons and selections are generated.
 _MAX_SELECTED = 16
 
 
-# --- what is supported ------------------------------------------------------------------------------------------------
+# --- what is supported --------------------------------------------------------------------------------------
 
 
 def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
@@ -70,8 +73,9 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
     if not (q.format.torch_dtype or _uniform_offset(q.format) is not None or _selectable(q.format)):
-        return False, f"{q.format.name} has too many levels for comparisons, no even spacing and no torch dtype"
-    return _device_casts(q, device)
+        reason = f"{q.format.name} has too many levels for comparisons, no even spacing and no torch dtype"
+        return False, reason
+    return supports_scales(q, device)
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
@@ -80,20 +84,20 @@ def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tup
     by_bits = fmt.torch_dtype or _uniform_offset(fmt) is not None or _minifloat(fmt) is not None
     if not (by_bits or _selectable(fmt)):
         return False, f"{fmt.name} has too many levels for selections and is no number format of known layout"
-    return _device_casts(q, device)
+    return supports_scales(q, device)
 
 
 def _selectable(fmt: Format) -> bool:
     return len(fmt.magnitudes) <= _MAX_SELECTED
 
 
-def _device_casts(q: Quantizer, device: torch.device | None) -> tuple[bool, str]:
-    """Triton converts to and from E4M3 in the way IEEE asks for from compute capability 8.9 on."""
+def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, str]:
+    """Whether the device has the conversions of ``q``: Triton has E4M3's from compute capability 8.9 on."""
     needs_e4m3 = "float8_e4m3fn" in (q.format.torch_dtype, q.scale.storage)
     if needs_e4m3 and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device if device and device.type == "cuda" else None)
         if capability < (8, 9):
-            return False, f"E4M3 needs compute capability 8.9, this device has {capability[0]}.{capability[1]}"
+            return False, f"E4M3 needs compute capability 8.9, this device has {capability}"
     return True, ""
 
 
@@ -107,11 +111,11 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
     return any(size == 0 for tensor in tensors for size in tensor.get_size())
 
 
-# --- the two ops ------------------------------------------------------------------------------------------------------
+# --- the two ops --------------------------------------------------------------------------------------------
 
 
 def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None):
-    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales, as loops that fuse where Triton is generated."""
+    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated."""
     q = Quantizer.parse(quantizer)
     if not ir.is_triton(x) or is_empty(x) or not supports_quantize(q, x.get_device())[0]:
         return run_reference(torch.ops.qcompile.quantize.default, x, quantizer, axis, global_scale, seed)
@@ -141,7 +145,7 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     return lowerings[torch.ops.aten.permute.default](moved, order)
 
 
-# --- layout -----------------------------------------------------------------------------------------------------------
+# --- layout -------------------------------------------------------------------------------------------------
 
 
 def axis_last(x, axis: int):
@@ -159,13 +163,14 @@ def index_of_moved(index: Index, axis: int) -> list:
 
 
 def group_of(index: Index, q: Quantizer, byte=None, per_byte: int = 1) -> list:
-    """Index of the scale of element ``index``; ``byte`` is where its code is packed, ``k // per_byte``, if at hand."""
+    """Index of the scale of element ``index``; ``byte``: where its code is packed, if at hand."""
     n, *lead = q.granularity.size, *index[:-1]
     if q.granularity.kind == "tensor":
         return [sympy.S.Zero] * len(index)
     if q.granularity.kind == "row":
         return [*lead, sympy.S.Zero]
-    # From the byte's position, the divisor is the trip count of the reduction over a block, which Inductor can cancel.
+    # From the byte's position, the divisor is the trip count of the reduction over a block, which Inductor
+    # can cancel.
     in_bytes = byte is not None and n % per_byte == 0
     block = FloorDiv(byte, n // per_byte) if in_bytes else FloorDiv(index[-1], n)
     if q.granularity.kind == "tile":
@@ -187,7 +192,7 @@ def _divides(n: int, size) -> bool:
 
 
 def packed_bytes(units: GridUnits, code: Callable[[Index, Any], Value]) -> ir.TensorBox:
-    """Uint8 ``[..., R, ⌈K/p⌉]`` of the int32 codes ``code(index, byte)``, lower index in the lower bits, zeros at the end."""
+    """Uint8 ``[..., R, ⌈K/p⌉]`` of the int32 codes ``code(index, byte)``; bits past the end are zeros."""
     per_byte, size = units.per_byte, units.shape[-1]
     full = _divides(per_byte, size)
 
@@ -207,7 +212,8 @@ def packed_bytes(units: GridUnits, code: Callable[[Index, Any], Value]) -> ir.Te
     if units.q.granularity.kind != "block" or n % per_byte or not _divides(n, size):
         return ir.Pointwise.create(device=units.device, dtype=torch.uint8, inner_fn=element, ranges=ranges)
 
-    # Looped over as [..., blocks, bytes of a block], reads of the blocks' scales match the loop that writes them: one kernel.
+    # Looped over as [..., blocks, bytes of a block], reads of the blocks' scales match the loop that writes
+    # them: one kernel.
     def element_of_block(index: Index) -> Value:
         *lead, block, byte = index
         return element([*lead, n // per_byte * block + byte])
@@ -231,14 +237,14 @@ def unpacked(load: Callable[[Index], Value], index: Index, per_byte: int) -> Val
     return ops.bitwise_and(ops.bitwise_right_shift(byte, shift), _int(2**width - 1))
 
 
-# --- scales -----------------------------------------------------------------------------------------------------------
+# --- scales -------------------------------------------------------------------------------------------------
 
 
 class GridUnits:
     """The tensor ``y = x · γ`` that is rounded, computed where it is read, and the scales that belong to it.
 
-    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reduction to absolute maxima takes
-    as many, so that Inductor can put both into one kernel.
+    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reduction to
+    absolute maxima takes as many, so that Inductor can put both into one kernel.
     """
 
     def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None) -> None:
@@ -249,7 +255,8 @@ class GridUnits:
         self.groups = [sympy.sympify(size) for size in q.scale_shape(tuple(self.shape))]
         self._load_x = moved.make_loader()
         self._load_global = global_scale.make_loader() if global_scale is not None else None
-        # Buffers, so that a reader in another kernel does not divide once an element; inside one kernel they are registers.
+        # Buffers, so that a reader in another kernel does not divide once an element; inside one kernel they
+        # are registers.
         self._load_amax = self._reduce_amax().make_loader()
         self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
 
@@ -261,11 +268,15 @@ class GridUnits:
 
     def load(self, index: Index, byte=None) -> Value:
         """Float32 y at ``index``, whose code goes to ``byte``."""
-        return ops.mul(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
+        return ops.mul(
+            self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte))
+        )
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
-        return self._per_group(storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global))
+        return self._per_group(
+            storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global)
+        )
 
     def _reciprocal(self, amax: Value) -> Value:
         return reciprocal(amax, self.q, self._load_global)
@@ -302,8 +313,8 @@ class GridUnits:
                 largest = value if largest is None else ops.maximum(largest, value)
             return largest
 
-        # With p codes to a byte a row is read in p strides of p, which Inductor takes for a column; it would then split the
-        # reduction over two kernels, and the codes would need a third.
+        # With p codes to a byte a row is read in p strides of p, which Inductor takes for a column; it would
+        # then split the reduction over two kernels, and the codes would need a third.
         in_rows = self.axis_is_last and kind != "tensor"
         hint = ReductionHint.INNER if in_rows else ReductionHint.DEFAULT
         with config.patch(split_reductions=config.split_reductions and not in_rows):
@@ -324,9 +335,9 @@ class GridUnits:
 def exact_div(a: Value, b: Value) -> Value:
     """Correctly rounded float32 ``a / b``.
 
-    Triton's ``/`` on float32 is an approximation. ``ops.div_rn`` is IEEE division; Inductor versions without it divide in
-    float64, where Triton's ``/`` is IEEE division, and round again: that is the same number, because 53 bits are at least
-    2·24 + 2 (Figueroa, "When is double rounding innocuous?", SIGNUM 1995).
+    Triton's ``/`` on float32 is an approximation. ``ops.div_rn`` is IEEE division; Inductor versions without
+    it divide in float64, where Triton's ``/`` is IEEE division, and round again: that is the same number,
+    because 53 bits are at least 2·24 + 2 (Figueroa, "When is double rounding innocuous?", SIGNUM 1995).
     """
     if hasattr(OpsHandler, "div_rn"):
         return ops.div_rn(a, b)
@@ -383,7 +394,7 @@ def power_of_two(exponent: Value) -> Value:
 
 
 def _exponent(value: Value, finite: Value) -> Value:
-    """⌊log2⌋ of a positive float32 (−127 for subnormal numbers); −1, which is frexp's, where the group is not finite."""
+    """⌊log2⌋ of a positive float32 (subnormal: −127); −1, which is frexp's, where the group is not finite."""
     field = ops.bitwise_right_shift(ops.to_dtype_bitcast(value, _INT32, _FP32), _int(_MANTISSA_BITS))
     return ops.where(finite, ops.sub(field, _int(_EXPONENT_BIAS)), _int(-1))
 
@@ -397,7 +408,7 @@ def _is_finite(magnitude: Value) -> Value:
     return ops.lt(magnitude, _float(math.inf))  # false for NaN
 
 
-# --- codes ------------------------------------------------------------------------------------------------------------
+# --- codes --------------------------------------------------------------------------------------------------
 
 
 def encode(y: Value, q: Quantizer) -> Value:
@@ -456,7 +467,7 @@ def _index_by_cast(magnitude: Value, dtype: torch.dtype) -> Value:
 
 
 def _index_by_rounding(magnitude: Value, negative: Value, fmt: Format, offset: float, rounding: str) -> Value:
-    """Index in a uniform grid. The step is a power of two and magnitudes are small, so every operation but one is exact."""
+    """Index in a uniform grid. All operations but one are exact: the step is a power of two."""
     assert fmt.step is not None
     position = ops.sub(ops.mul(magnitude, _float(1 / fmt.step)), _float(offset))
     rounded = ops.add(position, _float(_ROUNDER))  # the one that rounds: to the nearest integer, ties to even
@@ -468,7 +479,9 @@ def _index_by_rounding(magnitude: Value, negative: Value, fmt: Format, offset: f
     up = ops.logical_and(ops.eq(rest, _float(0.5)), ops.logical_not(negative))
     down = ops.logical_and(ops.eq(rest, _float(-0.5)), negative)
     index = ops.sub(ops.add(index, ops.to_dtype(up, _INT32)), ops.to_dtype(down, _INT32))
-    return ops.maximum(index, _int(0))  # below the smallest level of a grid without zero there is nothing to round down to
+    return ops.maximum(
+        index, _int(0)
+    )  # below the smallest level of a grid without zero there is nothing to round down to
 
 
 def _index_by_search(magnitude: Value, negative: Value, fmt: Format, rounding: str) -> Value:
@@ -487,20 +500,19 @@ def _index_by_search(magnitude: Value, negative: Value, fmt: Format, rounding: s
     return index if index is not None else _int(0)
 
 
-def threshold_bits(
-    thresholds: Sequence[float], reached: Callable[[Value, bool], Value]
-) -> list[Value]:
-    """How many of the ascending ``thresholds`` are reached, by binary search: bits of the count, highest first.
+def threshold_bits(thresholds: Sequence[float], reached: Callable[[Value, bool], Value]) -> list[Value]:
+    """How many of the ascending ``thresholds`` are reached, by binary search: bits of the count, highest
+    first.
 
-    ``reached(threshold, odd)`` decides one; ``odd`` is the parity of its position, the same for all that a bit may be compared
-    with.
+    ``reached(threshold, odd)`` decides one; ``odd`` is the parity of its position, the same for all that a
+    bit may be compared with.
     """
     width = _index_bits(len(thresholds) + 1)
     padded = [*thresholds, *[math.inf] * (2**width - 1 - len(thresholds))]
     bits: list[Value] = []
     for place in reversed(range(width)):
         first, stride = 2**place - 1, 2 ** (place + 1)
-        bits.append(reached(select(bits, padded[first::stride]), odd=place > 0))
+        bits.append(reached(select(bits, padded[first::stride]), place > 0))
     return bits
 
 
@@ -513,7 +525,7 @@ def select(bits: Sequence[Value], table: Sequence[float]) -> Value:
     return ops.where(bits[0], select(bits[1:], padded[half:]), select(bits[1:], padded[:half]))
 
 
-# --- what a format's data says ----------------------------------------------------------------------------------------
+# --- what a format's data says ------------------------------------------------------------------------------
 
 
 def _index_bits(count: int) -> int:
@@ -521,7 +533,7 @@ def _index_bits(count: int) -> int:
 
 
 def _uniform_offset(fmt: Format) -> float | None:
-    """o where magnitude i is ``(i + o) · step`` and the step a power of two, so that dividing by it is exact; else None."""
+    """o where magnitude i is ``(i + o) · step`` and the step a power of two (exact division), else None."""
     if fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
         return None
     offset = fmt.magnitudes[0] / fmt.step
@@ -530,9 +542,11 @@ def _uniform_offset(fmt: Format) -> float | None:
 
 
 def _minifloat(fmt: Format) -> tuple[int, float] | None:
-    """(mantissa bits, 2^(127 − bias)) if an index is exponent and mantissa of a small float, subnormal numbers included.
+    """(mantissa bits, 2^(127 − bias)) if an index is exponent and mantissa of a small float, subnormal
+    numbers included.
 
-    Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of the biases.
+    Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of
+    the biases.
     """
     for mantissa_bits in range(fmt.bits):
         shift = _MANTISSA_BITS - mantissa_bits
@@ -540,7 +554,9 @@ def _minifloat(fmt: Format) -> tuple[int, float] | None:
         if not as_float32[-1]:
             return None
         factor = fmt.max / as_float32[-1]
-        if factor < 2.0**128 and all(m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)):
+        if factor < 2.0**128 and all(
+            m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)
+        ):
             return mantissa_bits, factor
     return None
 

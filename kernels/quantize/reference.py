@@ -2,7 +2,7 @@
 
 All arithmetic is float32. For the elements that share a scale, with M the format's largest magnitude::
 
-    amax = max(|x|, 2^-120)          (NaN and infinity pass through: such a row dequantizes to NaN)
+    amax = max(|x|, 2^-100)          (NaN and infinity pass through: nothing of such a row dequantizes to a finite value)
     s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
     y    = x · γ
     code = nearest level of min(|y|, M), sign kept
@@ -12,6 +12,8 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,8 +55,10 @@ def dequantize(
 def scaled_input(
     x: Tensor, scales: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``y = x / s`` in grid units (float32, axis last) and the level each element is rounded to."""
+    """``y = x / s`` in grid units (float32, axis last) and the nearest level of each element."""
     q = Quantizer.parse(quantizer)
+    if q.rounding == "stochastic":
+        q = replace(q, rounding="even")
     x = x.movedim(axis, -1).float().contiguous()
     _, _, reciprocal = scale_pair(group_amax(x, q), q, global_scale)
     y = x * spread(reciprocal, x.shape, q)
@@ -65,7 +69,7 @@ def scaled_input(
 
 
 def group_amax(x: Tensor, q: Quantizer) -> Tensor:
-    """Absolute maximum of every group that shares a scale, in the shape of the scales; never below 2^-120."""
+    """Absolute maximum of every group that shares a scale, in the shape of the scales; never below 2^-100."""
     magnitude, n = x.abs(), q.granularity.size
     shape = q.scale_shape(tuple(x.shape))
     if x.numel() == 0:
@@ -100,7 +104,10 @@ def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
 
 
 def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32)."""
+    """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32).
+
+    Raises ``ValueError`` if the scale rule has two levels and there is no global scale.
+    """
     largest = q.format.max
     match q.scale.name:
         case "absmax":
@@ -114,7 +121,9 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
             exponent = (torch.frexp(amax).exponent - 1 - q.format.max_exponent).clamp(-127, 127)
             byte = torch.where(amax.isfinite(), exponent + 127, 255).to(torch.uint8)
             return byte, load_scale(byte, q), _power_of_two(-exponent)
-    assert global_scale is not None, "two-level scale rules need the global scale"
+    if global_scale is None:
+        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
+        raise ValueError(msg)
     stored = (amax / largest / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
     scale = load_scale(stored, q, global_scale)
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
@@ -122,6 +131,9 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
 
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
     """The float32 scale that stored scales stand for."""
+    if q.scale.two_level and global_scale is None:
+        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
+        raise ValueError(msg)
     if q.scale.name == "e8m0":
         exponent = stored.to(torch.int32) - 127
         return torch.where(stored == 255, float("nan"), _power_of_two(exponent))
@@ -167,12 +179,7 @@ def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: s
 def _stochastic_index(magnitude: Tensor, fmt: Format, seed: Tensor | None) -> Tensor:
     assert seed is not None, "stochastic rounding needs a seed tensor"
     levels = torch.tensor(fmt.magnitudes, device=magnitude.device)
-    if not fmt.has_zero:
-        # Between −m0 and m0 the sign is what is drawn; sign-magnitude codes keep it, so such elements stay at m0.
-        magnitude = magnitude.clamp(min=fmt.magnitudes[0])
-    low = (torch.bucketize(magnitude, levels, right=True) - 1).clamp(max=max(len(fmt.magnitudes) - 2, 0))
-    if len(fmt.magnitudes) == 1:
-        return low.to(torch.int32)
+    low = (torch.bucketize(magnitude, levels, right=True) - 1).clamp(max=len(fmt.magnitudes) - 2)
     fraction = (magnitude - levels[low]) / (levels[low + 1] - levels[low])
     return (low + (uniform(magnitude, seed) < fraction)).to(torch.int32)
 

@@ -4,8 +4,8 @@ Write y = x / s for the scaled input and q for the level it was rounded to. The 
 estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. No gradient flows through the scale.
 
 * ``ste``: g = 1. Bengio et al., arXiv 1308.3432.
-* ``clip``: g = 1[|y| ≤ max]: elements outside the grid stop learning. Courbariaux et al., arXiv 1602.02830.
-* ``trust``: g = 1[|y − q| ≤ T], T = half the widest gap of the grid: like ``clip``, but an element less than half a step
+* ``clip``: g = 1[|y| ≤ max (1 + 2⁻²²)]: elements outside the grid stop learning. Courbariaux et al., arXiv 1602.02830.
+* ``trust``: g = 1[|y − q| ≤ T], q the nearest level, T = half the widest gap of the grid: like ``clip``, but an element less than half a step
   outside the last level is still trusted. QuEST, arXiv 2502.05003 §3.2.
 * ``dge(k=5,cap=3)``: g = min(|v|^(1/k − 1) / k, cap), v ∈ [−1, 1] the position of y between its two neighbouring levels.
   The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level (rounding
@@ -30,11 +30,16 @@ __all__ = ["ESTIMATORS", "Estimator"]
 
 
 def _clip_mask(y: Tensor, q: Tensor, fmt: Format) -> Tensor:
-    return y.abs() <= fmt.max
+    return y.abs() <= clip_limit(fmt)
 
 
 def _trust_mask(y: Tensor, q: Tensor, fmt: Format) -> Tensor:
     return (y - q).abs() <= widest_half_gap(fmt)
+
+
+def clip_limit(fmt: Format) -> float:
+    """Where ``clip`` ends: the last level, and the two roundings by which x · (max / amax) can exceed it at x = amax."""
+    return fmt.max * (1 + 2.0**-22)
 
 
 def widest_half_gap(fmt: Format) -> float:
@@ -65,6 +70,11 @@ def _bin(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
     low = levels[index]
     gap = levels[index + 1] - low
     return low, gap, 2 * (magnitude - low) / gap - 1
+
+
+def _plain(value: float) -> str:
+    """Shortest text that reads back as the same float: ``5``, ``0.1``."""
+    return repr(int(value)) if value == int(value) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Estimator:
         return ESTIMATORS[self.name]
 
     def __str__(self) -> str:
-        arguments = ",".join(f"{key}={value:g}" for key, value in self.parameters)
+        arguments = ",".join(f"{key}={_plain(value)}" for key, value in self.parameters)
         return f"{self.name}({arguments})" if arguments else self.name
 
     @staticmethod
@@ -123,8 +133,8 @@ class Estimator:
             except ValueError:
                 msg = f"estimator {match[1]!r}: {key}={value!r} is not a number"
                 raise ValueError(msg) from None
-            if values[key] <= 0:
-                msg = f"estimator {match[1]!r}: {key} must be positive, got {value}"
+            if not 0 < values[key] < float("inf"):
+                msg = f"estimator {match[1]!r}: {key} must be positive and finite, got {value}"
                 raise ValueError(msg)
         return Estimator(match[1], tuple(values.items()))
 

@@ -31,7 +31,7 @@ _SCHEMAS = (
     # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis` again.
     "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
     "Tensor? global_scale=None) -> Tensor",
-    # x = clamped + residual; the residual as values and positions along `axis` (moved last): [..., R, m] each.
+    # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last): [..., R, m] each.
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
@@ -62,11 +62,10 @@ def moved_shape(shape, axis: int) -> list:
 
 
 def index_dtype(extent) -> torch.dtype:
-    """Narrowest dtype that holds positions below ``extent``. Extents only known at run time get int32."""
-    known = extent if isinstance(extent, int) else extent.node.maybe_as_int()
-    if known is None or known > 2**31 - 1:
-        return torch.int32 if known is None else torch.int64
-    return torch.uint8 if known <= 256 else torch.int16 if known <= 2**15 else torch.int32
+    """Narrowest dtype that holds positions below ``extent``; a symbolic extent is guarded on which one that is."""
+    if extent <= 256:
+        return torch.uint8
+    return torch.int16 if extent <= 2**15 else torch.int32 if extent <= 2**31 else torch.int64
 
 
 def residual_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,7 +81,7 @@ def clamped_counts(clamp: OutlierClamp, extent):
     """
     parts = 10**6
     upper = round(clamp.alpha * parts)
-    return (parts - upper) * extent // parts, extent - 1 - upper * extent // parts
+    return (parts - upper) * extent // parts, torch.sym_max(extent - 1 - upper * extent // parts, 0)
 
 
 def storage_dtype(quantizer: Quantizer) -> torch.dtype:
@@ -151,6 +150,8 @@ def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
     """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``."""
     if not quantizer.scale.two_level:
         return None
+    if x.numel() == 0:
+        return x.new_ones((), dtype=torch.float32)
     amax = x.detach().abs().amax().float()
     return torch.where(amax == 0, 1.0, amax / (448.0 * quantizer.format.max))
 

@@ -19,8 +19,8 @@ from .formats import Format, get_format
 __all__ = ["ROUNDINGS", "SCALE_RULES", "Granularity", "Quantizer", "ScaleRule"]
 
 #: Smallest absolute maximum a scale is derived from. Rows below it (all-zero rows above all) get this scale, so that
-#: neither the scale nor its reciprocal leaves the range of float32; their elements round to zero.
-AMAX_FLOOR = 2.0**-120
+#: neither the scale nor its reciprocal leaves the range of float32 in any format; their elements round to zero.
+AMAX_FLOOR = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Granularity:
 
     @staticmethod
     def parse(text: str) -> Granularity:
-        match = re.fullmatch(r"(tensor|row)|(block|tile)(\d+)", text)
-        if match is None or match[3] == "0":
+        match = re.fullmatch(r"(tensor|row)|(block|tile)([1-9]\d*)", text)
+        if match is None:
             msg = f"unknown granularity {text!r}; use tensor, row, block<n> or tile<n>, for example block16"
             raise ValueError(msg)
         return Granularity(match[1]) if match[1] else Granularity(match[2], int(match[3]))
@@ -95,7 +95,10 @@ class Quantizer:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
         if self.format.torch_dtype and self.rounding == "up":
-            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for grids up to 8 bits only"
+            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ are defined for the grids without a torch dtype"
+            raise ValueError(msg)
+        if self.rounding == "stochastic" and not self.format.has_zero:
+            msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, so values around zero cannot be drawn unbiased"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "tile"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"

@@ -41,15 +41,15 @@ class OutlierClamp:
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.5 < self.alpha < 1:
-            msg = f"occ: alpha must lie in (0.5, 1), got {self.alpha}"
+        if not 0.5 < self.alpha <= 0.999999:
+            msg = f"occ: alpha must lie in (0.5, 0.999999], got {self.alpha}"
             raise ValueError(msg)
         if self.per not in ("row", "tensor"):
             msg = f"occ: per must be 'row' or 'tensor', got {self.per!r}"
             raise ValueError(msg)
 
     def __str__(self) -> str:
-        return f"occ(alpha={self.alpha:g},per={self.per},compensate={int(self.compensate)})"
+        return f"occ(alpha={self.alpha!r},per={self.per},compensate={int(self.compensate)})"
 
     @staticmethod
     def parse(text: str) -> OutlierClamp:
@@ -60,10 +60,13 @@ class OutlierClamp:
         values = dict(part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(",")))
         _reject_unknown("occ", values, ("alpha", "per", "compensate"))
         try:
+            if values.get("compensate", "1") not in ("0", "1"):
+                msg = f"compensate is 0 or 1, got {values['compensate']!r}"
+                raise ValueError(msg)
             return OutlierClamp(
                 alpha=float(values.get("alpha", 0.99)),
                 per=values.get("per", "row"),
-                compensate=bool(int(values.get("compensate", 1))),
+                compensate=values.get("compensate", "1") == "1",
             )
         except ValueError as error:
             msg = f"outlier clamp {text!r}: {error}"
@@ -92,18 +95,25 @@ class Operand:
     def parse(text: str) -> Operand:
         """``"<quantizer>[; <estimator>][; occ(...)]"``; inverse of ``str()``."""
         head, *rest = (part.strip() for part in text.split(";"))
-        estimator, outliers = STE, None
-        for part in rest:
-            if part.startswith("occ"):
-                outliers = OutlierClamp.parse(part)
-            else:
-                estimator = Estimator.parse(part)
-        return Operand(Quantizer.parse(head), estimator, outliers)
+        clamps = [part for part in rest if part.startswith("occ")]
+        estimators = [part for part in rest if not part.startswith("occ")]
+        if len(clamps) > 1 or len(estimators) > 1:
+            msg = f"operand {text!r} names more than one estimator or outlier clamp"
+            raise ValueError(msg)
+        return Operand(
+            Quantizer.parse(head),
+            Estimator.parse(estimators[0]) if estimators else STE,
+            OutlierClamp.parse(clamps[0]) if clamps else None,
+        )
 
     def override(self, changes: Mapping[str, Any]) -> Operand:
         """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers."""
         known = ("format", "granularity", "scale", "rounding", "estimator", "outliers")
         _reject_unknown("operand", changes, known)
+        for key, value in changes.items():
+            if not isinstance(value, str) and not (key == "outliers" and value is None):
+                msg = f"{key} takes text, got {value!r}"
+                raise ValueError(msg)
         quantizer = self.quantizer
         if "format" in changes:
             quantizer = replace(quantizer, format=get_format(changes["format"]))
@@ -152,6 +162,11 @@ class Rule:
     gradient: Any = None
 
     def __post_init__(self) -> None:
+        expected = {"name": str, "op": str, "min_size": int, "max_size": (int, type(None)), "quantize": (bool, type(None))}
+        for key, kinds in expected.items():
+            if not isinstance(getattr(self, key), kinds):  # type: ignore[arg-type]
+                msg = f"rule {self.name!r}: {key}={getattr(self, key)!r} has the wrong type"
+                raise ValueError(msg)
         for role in self.roles:
             if role not in ("dgrad", "wgrad"):
                 msg = f"rule {self.name!r}: role {role!r} is not 'dgrad' or 'wgrad'"
@@ -169,10 +184,14 @@ class Rule:
     def from_data(data: Rule | Mapping[str, Any]) -> Rule:
         if isinstance(data, Rule):
             return data
+        if not isinstance(data, Mapping):
+            msg = f"a rule is a dictionary, got {data!r}"
+            raise ValueError(msg)
         _reject_unknown("rule", data, [f.name for f in fields(Rule)])
         values = dict(data)
         if "roles" in values:
-            values["roles"] = (values["roles"],) if isinstance(values["roles"], str) else tuple(values["roles"])
+            roles = (values["roles"],) if isinstance(values["roles"], str) else values["roles"]
+            values["roles"] = _strings("roles", roles)
         return Rule(**values)
 
 
@@ -220,12 +239,6 @@ class Recipe:
     debug: bool = False
     user_patterns: tuple[str, ...] = field(default=(), repr=False)
 
-    def __post_init__(self) -> None:
-        for name, allowed in (("saved_weights", ("recompute", "codes")), ("save", ("exact", "8bit", "4bit"))):
-            if getattr(self, name) not in allowed:
-                msg = f"option {name!r}: {getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                raise ValueError(msg)
-
     @staticmethod
     def option_names() -> list[str]:
         """The options a backend takes, besides Inductor's own."""
@@ -242,6 +255,9 @@ class Recipe:
                 changes[key] = _strings(key, value)
                 changes["user_patterns"] = changes[key]
             elif key == "rules":
+                if not isinstance(value, (list, tuple)):
+                    msg = f"option 'rules' takes a list of dictionaries, got {value!r}"
+                    raise ValueError(msg)
                 changes[key] = tuple(Rule.from_data(rule) for rule in value)
             elif key == "disable_passes":
                 changes[key] = _strings(key, value)
@@ -272,17 +288,25 @@ def override_operand(base: Operand | None, value: Any, name: str) -> Operand | N
     raise ValueError(msg)
 
 
+_ACCEPTED: dict[str, tuple[str, Any]] = {
+    "fuel": ("a count ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
+    "saved_weights": ("'recompute' or 'codes'", lambda v: v in ("recompute", "codes")),
+    "save": ("'exact', '8bit' or '4bit'", lambda v: v in ("exact", "8bit", "4bit")),
+}
+
+
 def _checked(key: str, value: Any) -> Any:
-    expected: type | tuple[type, ...] = {"fuel": (int, type(None)), "saved_weights": str, "save": str}.get(key, bool)
-    if not isinstance(value, expected) or (key == "fuel" and isinstance(value, bool)):
-        msg = f"option {key!r}: unexpected value {value!r}"
+    accepted, test = _ACCEPTED.get(key, ("True or False", lambda v: isinstance(v, bool)))
+    if not test(value):
+        msg = f"option {key!r} takes {accepted}, got {value!r}"
         raise ValueError(msg)
     return value
 
 
 def _strings(key: str, value: Any) -> tuple[str, ...]:
     names = () if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
-    if isinstance(value, str) or names != tuple(n for n in names if isinstance(n, str)):
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    if not listed or not all(isinstance(name, str) for name in names):
         msg = f"option {key!r} takes a list of names, got {value!r}"
         raise ValueError(msg)
     return names
@@ -292,7 +316,7 @@ def _reject_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> No
     known = list(known)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             msg = f"unknown {kind} {key!r}{hint} Known: {', '.join(known)}"
             raise ValueError(msg)

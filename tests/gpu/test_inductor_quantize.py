@@ -1,7 +1,8 @@
-"""The generated kernels on a GPU: codes, scales and dense tensors equal to the plain-torch reference bit for bit.
+"""The generated kernels on a GPU: codes, scales and dense tensors equal to the plain-torch reference bit for
+bit.
 
-Memory that the caching allocator hands out holds NaN, so a byte that a kernel does not write, or one that it reads past the end of a
-row, shows.
+Memory that the caching allocator hands out holds NaN, so a byte that a kernel does not write, or one that it
+reads past the end of a row, shows.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 ops = torch.ops.qcompile
 QUANTIZERS = [
-    *[f"{name} row absmax {rounding}" for name in ("e2m1", "e1m2", "e3m0", "int4", "int4z", "int8z", "int8", "int3", "int1")
-      for rounding in ("even", "up")],
+    *[f"{name} row absmax {rounding}" for rounding in ("even", "up")
+      for name in ("e2m1", "e1m2", "e3m0", "int4", "int4z", "int8z", "int8", "int3", "int1")],
     "e4m3 row absmax", "e5m2 tensor absmax", "e2m1 tensor absmax", "int4 block32 absmax", "e2m1 tile5 absmax",
-    "e2m1 row absmax_pow2 up", "e2m1 block32 e8m0", "e4m3 block32 e8m0", "e2m1 block16 e4m3", "e2m1 tile16 e4m3",
+    "e2m1 row absmax_pow2 up", "e2m1 block32 e8m0", "e4m3 block32 e8m0",
+    "e2m1 block16 e4m3", "e2m1 tile16 e4m3",
 ]  # fmt: skip
 SHAPES = [(37, 129), (3, 5, 254), (1030, 34), (5, 4099)]
 
@@ -48,7 +50,7 @@ def compiled(fn, *inputs):
 def inputs_for(
     text: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ties, zeros, −0, NaN, infinity and rows of very different size; and the global scale, if the rule needs one."""
+    """Ties, zeros, −0, NaN, infinity, rows of very different size; and the global scale, if needed."""
     q = Quantizer.parse(text)
     generator = torch.Generator(device="cuda").manual_seed(1)
     x = torch.randn(shape, generator=generator, device="cuda")
@@ -68,7 +70,7 @@ def inputs_for(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_quantize_and_dequantize_are_the_references(dtype, axis):
-    """Every format, rounding, granularity and scale rule; odd sizes; one byte or unit in the last place off is a failure."""
+    """Every format, rounding, granularity and scale rule; odd sizes; bit for bit."""
     for shape in SHAPES:
         cases = [(text, *inputs_for(text, shape, dtype)) for text in QUANTIZERS]
 
@@ -106,7 +108,7 @@ def test_quantize_and_dequantize_are_the_references(dtype, axis):
 
 
 def test_codes_of_non_contiguous_and_dynamic_inputs():
-    """A transposed view is read by its strides, and a size known at run time only reaches the guard at the row's end."""
+    """A transposed view is read by its strides, and the row's end is guarded at run time."""
     text, x = "e2m1 row absmax even", torch.randn(129, 37, device="cuda").t()
     register_lowerings()
     torch._dynamo.reset()
@@ -138,7 +140,7 @@ def test_estimators_agree_with_the_codes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("per", ["row", "tensor"])
 def test_outliers_are_the_references(per, dtype):
-    """Clamped tensor, and the tensor its residual restores. Which of equal elements top-k names is its own choice."""
+    """Clamped tensor, and what its residual restores; which of equal elements top-k names is open."""
     clamp, x = f"occ(alpha=0.97,per={per})", torch.randn(131, 37, device="cuda").to(dtype)
 
     def there_and_back(x):

@@ -1,9 +1,10 @@
 """The Triton that Inductor generates for the ``qcompile::`` ops, checked without a GPU.
 
-Inductor is told that it generates Triton for the CPU (``cpu_backend="triton"``) under a driver that only claims to be an sm_90.
-Three things are then done with the kernels' source: counting them and reading them, compiling one to PTX, and running them in
-Triton's interpreter. The interpreter has to be chosen before Triton is imported, so the tests named ``test_interpreted_…`` run in a
-process of their own, which :func:`test_numerics_under_the_interpreter` starts.
+Inductor is told that it generates Triton for the CPU (``cpu_backend="triton"``) under a driver that only
+claims to be an sm_90. Three things are then done with the kernels' source: counting them and reading them,
+compiling one to PTX, and running them in Triton's interpreter. The interpreter has to be chosen before Triton
+is imported, so the tests named ``test_interpreted_…`` run in a process of their own, which
+:func:`test_numerics_under_the_interpreter` starts.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class InterpretedLibdevice:
 
 @pytest.fixture
 def generate(tmp_path, monkeypatch):
-    """``generate(fn, *inputs, dynamic=False) -> (outputs, kernels)``; outputs mean something in the interpreter only."""
+    """``generate(fn, *inputs, dynamic=False) -> (outputs, kernels)``; outputs are real in the interpreter."""
     register_lowerings()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     previous = triton.runtime.driver._active
@@ -127,7 +128,7 @@ def generate(tmp_path, monkeypatch):
 
 
 def rows_of_everything(rows: int, columns: int, fmt: Format) -> torch.Tensor:
-    """Float32 rows that hit ties, saturation, −0, tiny and huge scales, an all-zero row, and NaN and infinity in a row."""
+    """Float32 rows with ties, saturation, −0, tiny and huge scales, zeros only, NaN and infinity."""
     torch.manual_seed(0)
     x = torch.randn(rows, columns)
     ties = torch.tensor([*fmt.thresholds, *fmt.magnitudes, -0.0][: columns - 1])
@@ -143,19 +144,20 @@ def rows_of_everything(rows: int, columns: int, fmt: Format) -> torch.Tensor:
     return x
 
 
-# --- structure ----------------------------------------------------------------------------------------------------------
+# --- structure ----------------------------------------------------------------------------------------------
 
 
 @compiled
 def test_one_kernel_for_gelu_and_quantize(generate):
     """The producer, the absolute maximum, the scale and the codes are one pass over memory; 37 rows, bf16."""
     _, kernels = generate(lambda x: quantize(F.gelu(x), E2M1, -1), torch.randn(37, 254, dtype=torch.bfloat16))
-    assert [kernel.name for kernel in kernels] == ["triton_per_fused_gelu_quantize_0"]
+    assert len(kernels) == 1
+    assert kernels[0].name.endswith("fused_gelu_quantize_0")
 
 
 @compiled
 def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
-    """The normalization's own reduction runs over K, the quantizer's over bytes; nothing else may come between."""
+    """The normalization's own reduction runs over K, the quantizer's over bytes: two passes."""
 
     def norm_and_quantize(x, weight):
         return quantize(F.rms_norm(x, (x.shape[-1],), weight), E2M1, -1)
@@ -165,9 +167,11 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 
 @compiled
-@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"])
+@pytest.mark.parametrize(
+    "text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"]
+)
 def test_one_kernel_for_other_scales(generate, text):
-    """Scales of blocks share the kernel of the codes: the index of a scale has to follow from the trip count."""
+    """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
     scale = torch.ones(()) if "e4m3" in text else None
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, scale), torch.randn(37, 256))
     assert len(kernels) == 1
@@ -177,7 +181,9 @@ def test_one_kernel_for_other_scales(generate, text):
 def test_dequantize_fuses_with_its_reader(generate):
     """The dense tensor is never written: one kernel from codes to the result."""
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
-    _, kernels = generate(lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales)
+    _, kernels = generate(
+        lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales
+    )
     assert len(kernels) == 1
 
 
@@ -217,7 +223,9 @@ def test_the_cpu_calls_the_ops_own_kernel():
     """With Inductor's C++ backend nothing of ours is expanded into loops."""
     register_lowerings()
     x = torch.randn(5, 7)
-    with mock.patch.object(torch._inductor.ir.Pointwise, "create", side_effect=AssertionError("a loop was made")):
+    with mock.patch.object(
+        torch._inductor.ir.Pointwise, "create", side_effect=AssertionError("a loop was made")
+    ):
         outputs = torch.compile(lambda x: quantize(x, E2M1, -1), backend="inductor")(x)
     torch.testing.assert_close(outputs, reference.quantize(x, E2M1, -1), rtol=0, atol=0)
 
@@ -229,12 +237,15 @@ def test_every_op_with_a_lowering_is_reported():
         default = (None,) if "outliers" in name or name == "mask_gradient" else ("e2m1",)
         assert cuda_provider(name, *arguments.get(name, default)) == ("triton (inductor)", "")
     assert cuda_provider("scaled_mm")[0] == "reference"
-    assert cuda_provider("scale_gradient", "e4m3", "dge") == ("reference", "e4m3 has too many levels for comparisons")
+    assert cuda_provider("scale_gradient", "e4m3", "dge") == (
+        "reference",
+        "e4m3 has too many levels for comparisons",
+    )
 
 
 @compiled
 def test_division_is_exact_in_ptx(generate):
-    """An approximate division changes scales by one unit in the last place. Also: no flushing of subnormal numbers."""
+    """An approximate division changes scales in the last place; nothing flushes subnormal numbers."""
     _, (kernel,) = generate(lambda x: quantize(x, E2M1, -1), torch.randn(37, 254))
     ptx = kernel.ptx()
     assert "div.rn.f32" in ptx
@@ -245,13 +256,13 @@ def test_division_is_exact_in_ptx(generate):
 
 @compiled
 def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
-    """Small floats are decoded through float32's subnormal numbers, which a flushing multiplication would lose."""
+    """Small floats are decoded through float32's subnormal numbers, which flushing would lose."""
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
     _, (kernel,) = generate(lambda c, s: dequantize(c, s, E2M1, -1, 254, torch.float32), codes, scales)
     assert ".ftz" not in kernel.ptx()
 
 
-# --- numerics in the interpreter ----------------------------------------------------------------------------------------
+# --- numerics in the interpreter ----------------------------------------------------------------------------
 
 FORMATS = ["e2m1", "e1m2", "e3m0", "int4", "int8z", "int4z", "int8", "int2", "int1", "int3z"]
 GRANULARITIES = ["tensor", "row", "block16", "block5", "tile4", "tile3"]
@@ -261,15 +272,21 @@ def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
     if INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_interpreted", "--no-header", "--show-capture=no"]
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_interpreted", "--show-capture=no"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options):
+def assert_quantizes_as_the_reference(
+    generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options
+):
     """Codes and scales of all ``texts`` from one compiled graph, bit for bit."""
-    outputs, kernels = generate(lambda *xs: [quantize(x, t, axis) for x, t in zip(xs, texts, strict=True)], *xs, **options)
+    outputs, kernels = generate(
+        lambda *xs: [quantize(x, t, axis) for x, t in zip(xs, texts, strict=True)], *xs, **options
+    )
     assert kernels
     for text, x, (codes, scales) in zip(texts, xs, outputs, strict=True):
         expected_codes, expected_scales = reference.quantize(x, text, axis)
@@ -325,16 +342,21 @@ def test_interpreted_dequantize(generate):
     outputs, _ = generate(decode_all, *stored)
     for got, codes, scales, (text, axis) in zip(outputs, stored[::2], stored[1::2], cases, strict=True):
         expected = reference.dequantize(codes, scales, text, axis, shape[axis], torch.float32)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}")
+        torch.testing.assert_close(
+            got, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}"
+        )
         assert torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan()), text
 
 
 @interpreted
 def test_interpreted_estimators(generate):
-    """Masks bit for bit (a clipping scale rule leaves elements outside the grid), slopes to float32 accuracy."""
+    """Masks bit for bit (E8M0 scales leave elements outside the grid), slopes to float32 accuracy."""
     ops = torch.ops.qcompile
     cases = [
-        (f"{name} row {rule}", mask) for name in ("e2m1", "int4", "e3m0") for rule in ("absmax", "e8m0") for mask in ("clip", "trust")
+        (f"{name} row {rule}", mask)
+        for name in ("e2m1", "int4", "e3m0")
+        for rule in ("absmax", "e8m0")
+        for mask in ("clip", "trust")
     ]
     slopes = ["e2m1 row absmax", "int4 tensor absmax", "e1m2 row e8m0"]
     x = torch.randn(19, 37) * torch.logspace(-3, 3, 19)[:, None]
@@ -359,7 +381,7 @@ def test_interpreted_estimators(generate):
 @interpreted
 @pytest.mark.parametrize("per", ["row", "tensor"])
 def test_interpreted_outliers(generate, per):
-    """Clamped tensor, residual and positions, and the tensor they restore, along an axis that is not the last."""
+    """Clamped tensor, residual and positions, and the tensor they restore; axis 0."""
     clamp = f"occ(alpha=0.9,per={per})"
     x = torch.randn(29, 17)
     ops = torch.ops.qcompile
