@@ -22,6 +22,9 @@ def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.
         return tensors[0]
     spec = Operand.parse(operand)
     codes, scales, *rest = tensors
+    if spec.quantizer.scale.two_level and not rest:
+        msg = f"operand {operand!r} needs codes, scales and the global scale"
+        raise ValueError(msg)
     global_scale = rest.pop(0) if spec.quantizer.scale.two_level else None
     dense = torch.ops.qcompile.dequantize(codes, scales, str(spec.quantizer), -1, size, dtype, global_scale)
     if rest:

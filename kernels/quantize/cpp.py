@@ -29,10 +29,10 @@ Support = tuple[bool, str]
 #: order are those of ``scale_pair`` in the reference; torch computes ``M / amax`` as ``(1 / amax) * M``.
 _SCALE_RULES = {
     "absmax": """
-  *reciprocal = (1.0f / amax) * LARGEST;
+  *reciprocal = LARGEST / amax;
   return amax / LARGEST;""",
     "absmax_pow2": """
-  const int exponent = clamp_exponent(floor_log2((1.0f / amax) * LARGEST));
+  const int exponent = clamp_exponent(floor_log2(LARGEST / amax));
   *reciprocal = power_of_two(exponent);
   return std::isfinite(amax) ? power_of_two(clamp_exponent(-exponent)) : NAN;""",
     "e8m0": """

@@ -111,10 +111,10 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
     largest = q.format.max
     match q.scale.name:
         case "absmax":
-            return amax / largest, amax / largest, largest / amax
+            return amax / largest, amax / largest, _ratio(largest, amax)
         case "absmax_pow2":
             # γ = 2^⌊log2(M / amax)⌋; frexp's exponent is exact where a float32 log2 is not.
-            exponent = torch.frexp(largest / amax).exponent - 1
+            exponent = torch.frexp(_ratio(largest, amax)).exponent - 1
             scale = _finite_or_nan(_power_of_two(-exponent), amax)
             return scale, scale, _power_of_two(exponent)
         case "e8m0":
@@ -140,6 +140,11 @@ def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None)
     return stored.float() if global_scale is None else stored.float() * global_scale
 
 
+def _ratio(numerator: float, amax: Tensor) -> Tensor:
+    """One correctly rounded division; ``number / tensor`` is a reciprocal and a product in torch."""
+    return torch.full_like(amax, numerator) / amax
+
+
 def _power_of_two(exponent: Tensor) -> Tensor:
     """Exact float32 2^exponent, built from its bits; exponents of normal numbers."""
     return ((exponent.to(torch.int32).clamp(-126, 127) + 127) << 23).view(torch.float32)
@@ -153,9 +158,9 @@ def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:
 
 
 def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None) -> Tensor:
-    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude."""
+    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude, positive."""
     fmt = q.format
-    negative = torch.signbit(y) if fmt.has_zero else y < 0
+    negative = torch.signbit(y) & ~y.isnan() if fmt.has_zero else y < 0
     magnitude = y.abs().nan_to_num(fmt.max).clamp(max=fmt.max)
     if q.rounding == "stochastic":
         index = _stochastic_index(magnitude, fmt, seed)

@@ -61,7 +61,7 @@ class OutlierClamp:
         _reject_unknown("occ", values, ("alpha", "per", "compensate"))
         try:
             if values.get("compensate", "1") not in ("0", "1"):
-                msg = f"compensate is 0 or 1, got {values['compensate']!r}"
+                msg = f"compensate must be 0 or 1, got {values['compensate']!r}"
                 raise ValueError(msg)
             return OutlierClamp(
                 alpha=float(values.get("alpha", 0.99)),
@@ -191,7 +191,7 @@ class Rule:
         values = dict(data)
         if "roles" in values:
             roles = (values["roles"],) if isinstance(values["roles"], str) else values["roles"]
-            values["roles"] = _strings("roles", roles)
+            values["roles"] = _strings("rules: roles", roles)
         return Rule(**values)
 
 
@@ -289,16 +289,16 @@ def override_operand(base: Operand | None, value: Any, name: str) -> Operand | N
 
 
 _ACCEPTED: dict[str, tuple[str, Any]] = {
-    "fuel": ("a count ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
-    "saved_weights": ("'recompute' or 'codes'", lambda v: v in ("recompute", "codes")),
-    "save": ("'exact', '8bit' or '4bit'", lambda v: v in ("exact", "8bit", "4bit")),
+    "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
+    "saved_weights": ("one of recompute, codes", lambda v: v in ("recompute", "codes")),
+    "save": ("one of exact, 8bit, 4bit", lambda v: v in ("exact", "8bit", "4bit")),
 }
 
 
 def _checked(key: str, value: Any) -> Any:
     accepted, test = _ACCEPTED.get(key, ("True or False", lambda v: isinstance(v, bool)))
     if not test(value):
-        msg = f"option {key!r} takes {accepted}, got {value!r}"
+        msg = f"option {key!r}: {value!r} is not {accepted}"
         raise ValueError(msg)
     return value
 

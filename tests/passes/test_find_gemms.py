@@ -88,7 +88,7 @@ ROWS: dict[str, Row] = {
     "linear keywords": Row("linear", lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), (5, 37), (11, 37)),
     "linear of a vector": Row("linear", lambda m, x: F.linear(x, m.w), (37,), (11, 37)),
     "linear 5-D": Row("linear", lambda m, x: F.linear(x, m.w), (2, 1, 3, 2, 37), (11, 37)),
-    "linear even K, one row": Row("linear", lambda m, x: F.linear(x, m.w), (1, 2), (1, 2)),
+    "linear K = 2": Row("linear", lambda m, x: F.linear(x, m.w), (3, 2), (3, 2)),
     "@": Row("matmul", lambda m, x: x @ m.w, (3, 5, 37), (37, 11), (-1, 0), MM),
     "@ W.T": Row("matmul", lambda m, x: x @ m.w.T, (3, 5, 37), (11, 37), slots=MM),
     "@ W.mT of experts": Row("matmul", lambda m, x: x @ m.w.mT, (3, 5, 37), (3, 11, 37), slots=MM),
@@ -104,8 +104,16 @@ ROWS: dict[str, Row] = {
     "matmul by vector": Row("matmul", lambda m, x: x @ m.w, (5, 37), (37,), fused={}),
     "vector matmul": Row("matmul", lambda m, x: x @ m.w, (37,), (37, 11), (-1, 0), MM),
     "matmul 5-D": Row("matmul", lambda m, x: x @ m.w, (2, 1, 3, 5, 37), (37, 11), (-1, 0), MM),
-    # The weight is broadcast over the batch: its codes serve no plain matrix product, the activation's serve wgrad.
-    "matmul broadcast": Row("matmul", lambda m, x: x @ m.w, (3, 4, 5, 37), (4, 37, 11), (-1, 1), MM, fused={"wgrad": 1}),
+    # The weight is broadcast over the batch, so its codes are no operand of a plain product; the activation's are.
+    "matmul broadcast": Row(
+        "matmul",
+        lambda m, x: x @ m.w,
+        (3, 4, 5, 37),
+        (4, 37, 11),
+        (-1, 1),
+        MM,
+        fused={"fprop": 1, "wgrad": 1},
+    ),
     "mm": Row("mm", lambda m, x: torch.mm(x, m.w), (5, 37), (37, 11), (-1, 0), MM),
     "mm keyword": Row("mm", lambda m, x: torch.mm(x, mat2=m.w), (5, 37), (37, 11), (-1, 0), MM),
     "Tensor.mm of W.t()": Row("mm", lambda m, x: x.mm(m.w.t()), (5, 37), (11, 37), slots=MM),
@@ -170,8 +178,15 @@ ROWS: dict[str, Row] = {
     "einsum ellipsis": Row(
         "einsum", lambda m, x: torch.einsum("...k,kn->...n", x, m.w), (3, 5, 37), (37, 11), (-1, 0), ((-1, A), (0, W))
     ),
+    # The output lists the positions in another order than the codes are stored in: wgrad reads a decoded copy.
     "einsum in the middle": Row(
-        "einsum", lambda m, x: torch.einsum("bks,kn->nsb", x, m.w), (3, 37, 5), (37, 11), (1, 0), ((1, A), (0, W))
+        "einsum",
+        lambda m, x: torch.einsum("bks,kn->nsb", x, m.w),
+        (3, 37, 5),
+        (37, 11),
+        (1, 0),
+        ((1, A), (0, W)),
+        fused={"fprop": 1, "dgrad": 1},
     ),
     "einsum k and K": Row(
         "einsum", lambda m, x: torch.einsum("Bsk,Kk->BKs", x, m.w), (3, 5, 37), (11, 37), slots=((2, A), (1, W))
