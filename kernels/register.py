@@ -45,8 +45,7 @@ class Provider:
     Attributes:
         name: what the report calls it.
         run: the kernel, with the signature of the op.
-        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator
-        that the op
+        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the op
             takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
         key: the arguments of ``supports`` out of the arguments of the op.
         texts: how many texts ``supports`` takes.
@@ -65,6 +64,10 @@ def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None):
 
 def _key_of_dequantize(codes, scales, quantizer, axis, size, dtype, global_scale=None):
     return (dtype,), quantizer
+
+
+def _key_of_clamp(x, clamp, axis):
+    return ((x.dtype,),)
 
 
 def _key_of_restore(x, values, positions, clamp, axis):
@@ -91,6 +94,9 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         ),
         "dequantize": (
             Provider("cpp", quantize_cpp.dequantize, quantize_cpp.supports_dequantize, _key_of_dequantize, 1),
+        ),
+        "clamp_outliers": (
+            Provider("cpp", outliers_cpp.clamp_outliers, outliers_cpp.supports_clamp, _key_of_clamp, 0),
         ),
         "restore_outliers": (
             Provider("cpp", outliers_cpp.restore_outliers, outliers_cpp.supports_restore, _key_of_restore, 0),
@@ -125,6 +131,10 @@ def provider_of(
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
+    if device_type == "cuda":
+        from .lowerings import cuda_provider  # imports Inductor, which registering kernels must not
+
+        return cuda_provider(op_name, quantizer_text, estimator if op_name in ("estimator_mask", "scale_gradient") else None)
     if op_name not in PROVIDERS.get(device_type, {}):
         return "reference", f"no other provider of {op_name} on {device_type}"
     reasons: list[str] = []

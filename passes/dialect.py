@@ -14,7 +14,7 @@ from qcompile.ir.recipe import Operand
 from .find_gemms import static_size
 from .plan import KIND_KEY
 
-__all__ = ["GEMMS", "QuantizedOperand", "decode_root", "gemm_operands", "is_call", "operand_kind", "quantized_operand", "through_views"]
+__all__ = ["GEMMS", "QuantizedOperand", "decode_root", "gemm_operands", "is_call", "is_relayout", "operand_kind", "quantized_operand", "through_views"]
 
 aten, ops = torch.ops.aten, torch.ops.qcompile
 
@@ -39,6 +39,11 @@ _VIEWS = frozenset(
 
 def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_relayout(node: Any) -> bool:
+    """A view, or a copy of the same elements in another layout."""
+    return is_call(node, aten.clone.default, *_VIEWS)
 
 
 def gemm_operands(node: Node) -> tuple[Node, Node]:

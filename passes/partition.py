@@ -3,7 +3,8 @@
 Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
-* a decoded wide tensor is never saved but decoded again;
+* a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch), is never saved but decoded
+  again;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes instead);
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
 
@@ -24,7 +25,7 @@ from qcompile import compat
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .dialect import is_call, operand_kind, through_views
+from .dialect import is_call, is_relayout, operand_kind, through_views
 from .find_gemms import static_size
 from .pass_base import Context, emit
 
@@ -43,12 +44,14 @@ SAVE_QUANTIZERS = {"8bit": "e4m3 row absmax even", "4bit": "e2m1 block32 absmax 
 def hints(graph: Graph, context: Context) -> int:
     """Returns how many nodes were tagged."""
     tags: dict[Node, Any] = {}
+    decoded: set[Node] = set()
     recompute_weights = context.recipe.saved_weights == "recompute"
     for node in graph.nodes:
         weight = operand_kind(node) == "weight" and recompute_weights
         if is_call(node, ops.quantize.default) and operand_kind(node) == "weight":
             tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))
-        if is_call(node, *_DECODERS):
+        if is_call(node, *_DECODERS) or (is_relayout(node) and node.args[0] in decoded):
+            decoded.add(node)
             tags[node] = _RECOMPUTE
         elif is_call(node, ops.estimator_mask.default):
             tags[node] = _RECOMPUTE if weight else _SAVE
@@ -58,7 +61,7 @@ def hints(graph: Graph, context: Context) -> int:
         elif is_call(node, operator.getitem) and is_call(node.args[0], *_ENCODERS):
             if weight:
                 tags[node] = _RECOMPUTE
-            elif not (is_call(node.args[0], ops.clamp_outliers.default) and node.args[1] == 0):
+            elif not _is_clamped(node):
                 tags[node] = _SAVE
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
@@ -144,9 +147,14 @@ def size_hint(size: Any) -> int:
 
 def _is_encoded(node: Node) -> bool:
     source = through_views(node)
-    return is_call(source, ops.estimator_mask.default) or (
-        is_call(source, operator.getitem) and is_call(source.args[0], *_ENCODERS)
-    )
+    if is_call(source, operator.getitem) and is_call(source.args[0], *_ENCODERS):
+        return not _is_clamped(source)
+    return is_call(source, ops.estimator_mask.default)
+
+
+def _is_clamped(node: Node) -> bool:
+    """The wide result of ``clamp_outliers``; its other two are the residual."""
+    return is_call(node.args[0], ops.clamp_outliers.default) and node.args[1] == 0
 
 
 def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int, quantizer: Quantizer) -> int:

@@ -426,6 +426,7 @@ def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> s
     The window has one fixed shape ``[1, sequence]``, filled from the left, so that it compiles once;
     causal attention hides the positions after the last byte.
     """
+    torch._dynamo.reset()  # one window is a shape of its own; beside the training shape it would compile as dynamic
     config = experiment.config
     generator = torch.Generator().manual_seed(config.seed)
     prompt = bytes(experiment.validation[: config.sequence // 4].tolist())
@@ -523,12 +524,12 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def smoothed(losses: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    curve, average = [], 0.0
-    for step, loss in enumerate(losses, 1):
-        average = weight * average + (1 - weight) * loss
-        curve.append(average / (1 - weight**step))
+def smoothed(losses: list[float], reach: int = 12) -> list[float]:
+    """Mean over ``reach`` steps to each side; symmetric, narrower at the ends, so that no curve lags its data."""
+    curve = []
+    for step in range(len(losses)):
+        side = min(reach, step, len(losses) - 1 - step)
+        curve.append(statistics.fmean(losses[step - side : step + side + 1]))
     return curve
 
 
@@ -578,6 +579,7 @@ def plot(experiment: Experiment, results: list[ArmResult], path: Path) -> None:
 def explain_arm(arm: str, model: nn.Module, experiment: Experiment) -> Report:
     """The report of one 4-bit arm, under the same autocast as its training."""
     inputs, _ = next(batches(experiment))
+    torch._dynamo.reset()
     with torch.autocast(experiment.device.type, torch.bfloat16):
         return explain(model, input_ids=inputs, backend=ARMS[arm].backend, options=ARMS[arm].options)
 
@@ -593,14 +595,15 @@ def run(experiment: Experiment, console: Console) -> list[ArmResult]:
         for arm in config.arms:
             progress.start(arm)
             model = build_model(config, experiment.device)
+            if arm == shown:  # before training: other shapes seen first would make the graph's batch symbolic
+                report = explain_arm(arm, model, experiment)
+                replace_file(config.out / "explain.html", report.to_html())
             compiled = compile_arm(arm, model)
             results.append(train_arm(arm, compiled, experiment, progress))
             write_results(experiment, results)
             if arm == shown:
                 text = sample(compiled, experiment)
                 replace_file(config.out / "sample.txt", text)
-                report = explain_arm(arm, model, experiment)
-                replace_file(config.out / "explain.html", report.to_html())
     plot(experiment, results, config.out / "loss.png")
     if report is not None:
         console.print(report.table(compact=True))

@@ -25,7 +25,7 @@ from qcompile.kernels.lowerings import cuda_provider
 from qcompile.kernels.register import provider_of
 from qcompile.passes import lower
 from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import SITE_KEY, Decision
+from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision
 
 from . import compat
 from .backends import compile_with
@@ -47,7 +47,8 @@ class Row:
         formats: what each operand is read as, e.g. ``"e2m1 row + outliers × e2m1 row"``.
         estimator: backward estimators of the two operands (fprop rows).
         provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
-        decision: "quantized" or "skipped". reason: why, or a remark about granularity.
+        decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark about
+            granularity.
     """
 
     layer: str
@@ -298,21 +299,31 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
     rows = []
     for role in ROLES:
-        product = products.get(role) or products.get("dgrad+wgrad" if role != "fprop" else role) or products.get("backward")
+        product = products.get(role)
         if product is None and role != "fprop":
-            if site.training:
-                rows.append(_uncomputed(base, role))
-            continue
+            if not _needs_gradient(decision, role):
+                if site.training:
+                    rows.append(_uncomputed(base, role))
+                continue
+            product = products.get("dgrad+wgrad") or products.get("backward")
+        reason = decision.reason if role == "fprop" else ""
+        if product is None:
+            product = _implied(decision, role)
+            reason = "not a matrix product in the joint graph; it reads the decoded operands"
+        elif site.op.startswith("conv"):
+            product = _implied(decision, role)
+        texts = product["operands"]
+        dense = all(text == "dense" for text in texts)
         rows.append(
             Row(
                 **base,
                 role=role,
-                formats=_formats(decision, product, role),
+                formats=" × ".join(_format(text, product["dtype"]) for text in texts),
                 estimator=" × ".join(str(o.estimator) if o else "-" for o in decision.operands) if role == "fprop" else "",
-                provider=_provider(decision, product, role),
+                provider="" if dense else _provider(decision, product, role),
                 saved_bytes=saved if role == "fprop" else 0,
-                decision="quantized",
-                reason=decision.reason if role == "fprop" else "",
+                decision="skipped" if dense else "quantized",
+                reason="both operands are kept in high precision" if dense else reason,
             )
         )
     return rows
@@ -323,10 +334,29 @@ def _uncomputed(base: dict[str, str], role: str) -> Row:
     return Row(**base, **empty, role=role, decision="not computed", reason="nothing upstream needs this gradient")
 
 
-def _formats(decision: Decision, product: dict[str, Any] | None, role: str) -> str:
-    if product is None:  # the joint graph merged it with an equal product
-        return " × ".join(_format(str(o) if o else "dense", "") for o in decision.operands)
-    return " × ".join(_format(text, product["dtype"]) for text in product["operands"])
+def _needs_gradient(decision: Decision, role: str) -> bool:
+    """Whether autograd asks for dX (dgrad) or dW (wgrad): by the operand as the model has it, before what `insert` put on it."""
+    kinds = [slot.kind for slot in decision.site.slots]
+    weight = kinds.index("weight") if "weight" in kinds else 1
+    node = decision.site.slots[weight if role == "wgrad" else 1 - weight].of(decision.site.node)
+    while KIND_KEY in (node.meta.get("custom") or {}):
+        node = node.args[0]
+    return bool(node.meta["example_value"].requires_grad)
+
+
+def _implied(decision: Decision, role: str) -> dict[str, Any]:
+    """What a product reads where the joint graph does not tell: autograd is given the decoded operands.
+
+    Products over one element become multiplications, equal products are merged, some ops have a backward of their own, and a
+    convolution reads windows that were put together again.
+    """
+    texts = [str(operand) if operand else "dense" for operand in decision.operands]
+    if role != "fprop":
+        kinds = [slot.kind for slot in decision.site.slots]
+        weight = kinds.index("weight") if "weight" in kinds else 1
+        texts = ["dense", texts[weight if role == "dgrad" else 1 - weight]]
+    dtype = str(decision.site.node.meta["example_value"].dtype).removeprefix("torch.")
+    return {"operands": texts, "fused": False, "dtype": dtype}
 
 
 def _format(text: str, dense: str) -> str:
@@ -337,8 +367,8 @@ def _format(text: str, dense: str) -> str:
     return quantizer + (" + residual" if operand.outliers and operand.outliers.compensate else "")
 
 
-def _provider(decision: Decision, product: dict[str, Any] | None, role: str) -> str:
-    product_by = lower.PROVIDER if product is None or product["fused"] else f"dequantize + aten {decision.site.op}"
+def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
+    product_by = lower.PROVIDER if product["fused"] else f"dequantize + aten {decision.site.op}"
     if role != "fprop":
         return product_by
     value = decision.site.node.meta["example_value"]

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch.nn.functional as F
+from qcompile.passes import pipeline
+from qcompile.passes.pass_base import Observations
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with, split_options
-from qcompile.passes import pipeline
-from qcompile.passes.pass_base import Observations
 from qcompile.recipes.fp4 import FP4
 from qcompile.session import Session, UnmatchedRuleError
 
@@ -53,7 +53,11 @@ class Block(nn.Module):
     def __init__(self, width: int = 36, heads: int = 3) -> None:
         super().__init__()
         self.heads = heads
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.qkv, self.proj = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         self.mlp_norm, self.mlp = nn.LayerNorm(width), Mlp(width, 52, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def assert_quantizes_like_eager(model: nn.Module, call, *inputs: Tensor, **toler
     assert_all_close(step(model, call, *inputs), step(reference, reference, *inputs), **tolerance)
 
 
-# --- options --------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def failure_of(**kwargs) -> str:
@@ -125,12 +129,18 @@ def failure_of(**kwargs) -> str:
     [
         ({"activatoin": None}, "ValueError: unknown option 'activatoin'; did you mean 'activation'?"),
         ({"max_autotun": True}, "ValueError: unknown option 'max_autotun'"),
-        ({"max_autotune": "yes"}, "RuntimeError: Unexpected type of attr max_autotune, got str should be bool"),
+        (
+            {"max_autotune": "yes"},
+            "RuntimeError: Unexpected type of attr max_autotune, got str should be bool",
+        ),
         ({"mode": "fastest"}, "RuntimeError: Unrecognized mode=fastest"),
-        ({"fuel": "3"}, "ValueError: option 'fuel': unexpected value '3'"),
+        ({"fuel": "3"}, "ValueError: option 'fuel': '3' is not an integer"),
         ({"skip": "lm_head"}, "ValueError: option 'skip' takes a list of names, got 'lm_head'"),
         ({"gradient": "fp9"}, "ValueError: option 'gradient': unknown format 'fp9'"),
-        ({"weight": {"fromat": "e1m2"}}, "ValueError: option 'weight': unknown operand 'fromat'; did you mean 'format'?"),
+        (
+            {"weight": {"fromat": "e1m2"}},
+            "ValueError: option 'weight': unknown operand 'fromat'; did you mean 'format'?",
+        ),
         ({"disable_passes": ["fusee"]}, "ValueError: option 'disable_passes': there is no pass 'fusee'"),
         ({"save": "2bit"}, "ValueError: option 'save': '2bit' is not one of exact, 8bit, 4bit"),
     ],
@@ -147,7 +157,9 @@ def test_a_wrong_pass_name_lists_the_passes():
 
 
 def test_options_of_ours_and_of_inductors_are_parted():
-    ours, inductor = split_options(None, {"skip": ["a"], "max_autotune": True, "epilogue-fusion": False, "fuel": 3})
+    ours, inductor = split_options(
+        None, {"skip": ["a"], "max_autotune": True, "epilogue-fusion": False, "fuel": 3}
+    )
     assert ours == {"skip": ["a"], "fuel": 3}
     assert inductor == {"max_autotune": True, "epilogue_fusion": False}
 
@@ -182,9 +194,14 @@ def test_inductors_options_reach_inductor():
         return compile_with(FP4, gm, inputs, inner_compile=inner, **kwargs)
 
     model = Mlp()
-    call = torch.compile(model, backend=backend, options={"mode": "max-autotune", "coordinate_descent_tuning": True})
+    call = torch.compile(
+        model, backend=backend, options={"mode": "max-autotune", "coordinate_descent_tuning": True}
+    )
     step(model, call, torch.randn(7, 210))
-    assert seen == [(True, True), (True, True)]  # the backward compiles later, and must be under the same settings
+    assert seen == [
+        (True, True),
+        (True, True),
+    ]  # the backward compiles later, and must be under the same settings
     assert not inductor_config.max_autotune
 
 
@@ -240,7 +257,7 @@ def test_disabling_a_pass_leaves_the_numbers():
         assert_all_close(actual, step(model, model, x) if name == "insert" else expected)
 
 
-# --- rules that match nothing ---------------------------------------------------------------------------------------
+# --- rules that match nothing -------------------------------------------------------------------------------
 
 UNMATCHED = {"skip": ["up", "head"]}
 
@@ -251,7 +268,9 @@ def test_an_unmatched_rule_warns_once_after_the_first_step():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(x)
-    with pytest.warns(UserWarning, match=r"^qcompile: skip='head' matched no GEMM of the model; its layers: down, up$"):
+    with pytest.warns(
+        UserWarning, match=r"^qcompile: skip='head' matched no GEMM of the model; its layers: down, up$"
+    ):
         call(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -286,13 +305,18 @@ class Broken(nn.Module):
 
 
 def test_a_rule_may_match_in_another_sub_graph():
-    call, x = compiled(Broken(), fullgraph=False, options={"skip": ["second"], "strict": True}), torch.randn(7, 210)
+    call, x = (
+        compiled(Broken(), fullgraph=False, options={"skip": ["second"], "strict": True}),
+        torch.randn(7, 210),
+    )
     for _ in range(3):
         call(x)
 
 
 def test_explain_raises_for_an_unmatched_rule():
-    with pytest.raises(UnmatchedRuleError, match="skip='head' matched no GEMM of the model; its layers: down, up"):
+    with pytest.raises(
+        UnmatchedRuleError, match="skip='head' matched no GEMM of the model; its layers: down, up"
+    ):
         qcompile.explain(Mlp(), torch.randn(7, 210), options=UNMATCHED)
 
 
@@ -312,7 +336,7 @@ def test_watching_costs_nothing_without_rules():
     assert Session(FP4, None).watch(run) is run
 
 
-# --- hooks the user has set -----------------------------------------------------------------------------------------
+# --- hooks the user has set ---------------------------------------------------------------------------------
 
 
 class Recording(compat.CustomGraphPass):
@@ -329,7 +353,9 @@ class Recording(compat.CustomGraphPass):
 
 
 @pytest.mark.parametrize("through", ["config", "options"])
-@pytest.mark.parametrize(("hook", "expected"), [("joint_custom_pre_pass", [False]), ("post_grad_custom_pre_pass", [True] * 2)])
+@pytest.mark.parametrize(
+    ("hook", "expected"), [("joint_custom_pre_pass", [False]), ("post_grad_custom_pre_pass", [True] * 2)]
+)
 def test_passes_of_the_user_still_run_before_ours(hook, expected, through):
     """Ours are chained behind; replacing the user's would silently drop them."""
     user_pass, model = Recording(), Mlp()
@@ -345,7 +371,7 @@ def test_a_partitioner_of_the_user_still_runs():
 
         def __call__(self, gm, joint_inputs, **kwargs):
             Counting.calls += 1
-            return compat.min_cut_partition(gm, joint_inputs, compiler="inductor", **kwargs)
+            return compat.min_cut_partition(gm, joint_inputs, **{"compiler": "inductor", **kwargs})
 
         def uuid(self):
             return "counting"
@@ -357,7 +383,7 @@ def test_a_partitioner_of_the_user_still_runs():
     assert Counting.calls == 2
 
 
-# --- shapes and graphs ----------------------------------------------------------------------------------------------
+# --- shapes and graphs --------------------------------------------------------------------------------------
 
 
 def test_five_steps_compile_once():
@@ -405,7 +431,8 @@ def test_compiling_in_place():
 
 def test_regional_compilation_shares_one_graph_between_equal_blocks():
     blocks = nn.Sequential(*(Block() for _ in range(3)))
-    reference, x = Quantized(blocks), torch.randn(2, 11, 36)
+    # As behind an embedding: were the input of the first block a constant, its graph would be another one.
+    reference, x = Quantized(blocks), torch.randn(2, 11, 36, requires_grad=True)
     for block in blocks:
         block.compile(backend=eagerly, fullgraph=True)
     actual = step(blocks, blocks, x)
@@ -413,7 +440,7 @@ def test_regional_compilation_shares_one_graph_between_equal_blocks():
     assert_all_close(actual, step(reference, reference, x))
 
 
-# --- state ----------------------------------------------------------------------------------------------------------
+# --- state --------------------------------------------------------------------------------------------------
 
 
 def test_the_state_dict_stays_what_it_was():
@@ -486,7 +513,11 @@ def test_frozen_layers():
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(57, 36), nn.Linear(36, 36), nn.Linear(36, 57, bias=False)
+        self.embed, self.body, self.head = (
+            nn.Embedding(57, 36),
+            nn.Linear(36, 36),
+            nn.Linear(36, 57, bias=False),
+        )
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -514,7 +545,10 @@ def test_autocast_quantizes_what_the_product_reads(where):
     model, x = Mlp(), torch.randn(7, 210)
 
     def half(layer, x):
-        operands = fake_quantize(x.bfloat16(), ACTIVATION, -1), fake_quantize(layer.weight.bfloat16(), WEIGHT, -1)
+        operands = (
+            fake_quantize(x.bfloat16(), ACTIVATION, -1),
+            fake_quantize(layer.weight.bfloat16(), WEIGHT, -1),
+        )
         return F.linear(*operands, layer.bias.bfloat16())
 
     def expected(x):
@@ -537,7 +571,7 @@ def test_autocast_quantizes_what_the_product_reads(where):
     assert_all_close(step(model, call, x), step(model, expected, x))
 
 
-# --- saved bytes ----------------------------------------------------------------------------------------------------
+# --- saved bytes --------------------------------------------------------------------------------------------
 
 
 def mlp_and_input():
@@ -593,11 +627,11 @@ def test_saved_bytes_leave_nothing_out_of_an_eager_model():
     assert saved.total == 2 * 24 * 112 * 2  # input and output of the GELU
     with qcompile.saved_bytes() as everything:
         model(x)
-    owned = [x, model.up.weight, model.down.weight]
+    owned = [x, model.down.weight]  # the first layer's weight is for the gradient of x, which nobody asks for
     assert everything.total == saved.total + sum(t.nbytes for t in owned)
 
 
-# --- through Inductor -----------------------------------------------------------------------------------------------
+# --- through Inductor ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.inductor
@@ -625,7 +659,9 @@ def test_switched_off_it_is_inductor_bit_for_bit(options):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("model", "shape"), [(Mlp(), (7, 210)), (Block(), (2, 11, 36))], ids=["mlp", "block"])
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Mlp(), (7, 210)), (Block(), (2, 11, 36))], ids=["mlp", "block"]
+)
 def test_generated_code_agrees_with_the_graphs_it_comes_from(model, shape):
     """Same codes and scales, so products differ by the order of accumulation alone."""
     model, x = copy.deepcopy(model), torch.randn(shape)

@@ -120,8 +120,10 @@ def test_gap_and_ratio_are_against_bf16_whatever_the_order():
     assert demo.summary_rows([fp4])[0]["gap_to_bf16"] is None
 
 
-def test_smoothing_is_unbiased_from_the_first_step():
-    assert demo.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+def test_smoothing_does_not_lag():
+    """A one-sided average would draw a falling loss too high."""
+    ramp = [float(i) for i in range(40)]
+    assert demo.smoothed(ramp) == pytest.approx(ramp)
 
 
 @pytest.mark.slow
@@ -147,6 +149,8 @@ def test_quick_demo_leaves_every_file(text_file, tmp_path, capsys):
     assert len((out / "sample.txt").read_text()) > cli.QUICK["sample_bytes"] // 4
     printed = capsys.readouterr().out
     assert "q_proj" in printed
+    rows = f"{cli.QUICK['batch']}×{cli.QUICK['sequence']}×{cli.QUICK['hidden']}"
+    assert rows in printed.replace(" ", ""), "the table must describe the training graph, at its shapes"
     assert "Validation loss against BF16" in printed
 
 

@@ -28,7 +28,9 @@ def modules_after(code: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_else():
     """``import qcompile`` is free: torch, and our own submodules, come on first use of a name."""
-    loaded = modules_after("import qcompile; assert qcompile.__version__; assert 'explain' in qcompile.__all__")
+    loaded = modules_after(
+        "import qcompile; assert qcompile.__version__; assert 'explain' in qcompile.__all__"
+    )
     assert {name for name in loaded if name.split(".")[0] == "qcompile"} == {"qcompile"}
     assert not {"torch", "numpy", "rich"} & loaded
 
@@ -106,14 +108,28 @@ def test_the_wheel_puts_one_name_into_site_packages(tmp_path):
         shutil.copytree(ROOT / folder, source / folder, ignore=unwanted)
     for file in ("pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]):
         shutil.copy(ROOT / file, source / file)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"qcompile"}
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {
-        str(Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}") / path.relative_to(source / folder))
+        str(
+            Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}")
+            / path.relative_to(source / folder)
+        )
         for folder in ("qcompile", "passes", "kernels")
         for path in (source / folder).rglob("*.py")
     }

@@ -11,7 +11,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 
-from qcompile.ir.ops import clamped_counts, index_dtype
+from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
 from qcompile.ir.recipe import OutlierClamp
 from qcompile.kernels.quantize.inductor import axis_last, is_empty, run_reference
 
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def supports_clamp_outliers() -> tuple[bool, str]:
-    """Code is always generated."""
+    """Code is generated for every clamp, unless the extent is known at run time only (no text tells)."""
     return True, ""
 
 
@@ -43,7 +43,9 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
     rows = axis_last(x, axis)
     if spec.per == "tensor":
         rows = _call(aten.reshape.default, rows, [-1])
-    size = rows.get_size()[-1]
+    size = _known(rows.get_size()[-1])
+    if size is None:  # top-k asks for numbers
+        return run_reference(torch.ops.qcompile.clamp_outliers.default, x, clamp, axis)
     low, high = clamped_counts(spec, size)
     last = len(rows.get_size()) - 1
     below, below_at = _call(aten.topk.default, rows, low + 1, last, False, True)
@@ -51,13 +53,16 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
     lower, upper = (_call(aten.slice.Tensor, t, last, n, n + 1) for t, n in ((below, low), (above, high)))
     below, below_at = (_call(aten.slice.Tensor, t, last, 0, low) for t in (below, below_at))
     above, above_at = (_call(aten.slice.Tensor, t, last, 0, high) for t in (above, above_at))
-    residual = [_call(aten.sub.Tensor, below, lower), _call(aten.sub.Tensor, above, upper)]
+    wide = residual_dtype(x.get_dtype())
+    residual = [
+        _call(aten.sub.Tensor, _cast(cut, wide), _cast(bound, wide))
+        for cut, bound in ((below, lower), (above, upper))
+    ]
     positions = _call(aten.cat.default, [below_at, above_at], last)
     if spec.per == "row":
         lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
     clamped = _call(aten.minimum.default, _call(aten.maximum.default, x, lower), upper)
-    narrow = _call(torch.ops.prims.convert_element_type.default, positions, _index_dtype(size))
-    return clamped, _call(aten.cat.default, residual, last), narrow
+    return clamped, _call(aten.cat.default, residual, last), _cast(positions, index_dtype(size))
 
 
 def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
@@ -71,9 +76,11 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
     if OutlierClamp.parse(clamp).per == "tensor":
         rows = _call(aten.reshape.default, rows, [-1])
     last = len(rows.get_size()) - 1
-    at = _call(torch.ops.prims.convert_element_type.default, positions, torch.int64)
-    residual = _call(torch.ops.prims.convert_element_type.default, values, x.get_dtype())
-    raised = _call(aten.add.Tensor, _call(aten.gather.default, rows, last, at), residual)
+    at = _cast(positions, torch.int64)
+    wide = _call(
+        aten.add.Tensor, _cast(_call(aten.gather.default, rows, last, at), values.get_dtype()), values
+    )
+    raised = _cast(wide, x.get_dtype())
     restored = _call(
         aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None
     )  # None: store
@@ -87,11 +94,14 @@ def axis_back(x, axis: int):
     return _call(aten.permute.default, x, order)
 
 
+def _cast(x, dtype: torch.dtype):
+    return _call(torch.ops.prims.convert_element_type.default, x, dtype)
+
+
 def _call(op: torch._ops.OpOverload, *args):
     return lowerings[op](*args)
 
 
-def _index_dtype(extent) -> torch.dtype:
-    """:func:`index_dtype` of an Inductor size; one known only at run time gets int32 there too."""
-    known = extent if isinstance(extent, int) else int(extent) if extent.is_number else None
-    return torch.int32 if known is None else index_dtype(known)
+def _known(size) -> int | None:
+    """An Inductor size as a number, ``None`` if it is known at run time only."""
+    return int(size) if isinstance(size, int) or size.is_number else None

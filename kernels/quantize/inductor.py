@@ -412,8 +412,9 @@ def _is_finite(magnitude: Value) -> Value:
 
 
 def encode(y: Value, q: Quantizer) -> Value:
-    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude."""
+    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive."""
     fmt, zero = q.format, _float(0.0)
+    y = ops.where(ops.eq(y, y), y, _float(fmt.max))
     sign_bit = 1 << (fmt.bits - 1)
     bits = ops.to_dtype_bitcast(y, _INT32, _FP32)
     if fmt.has_zero:
@@ -423,7 +424,7 @@ def encode(y: Value, q: Quantizer) -> Value:
         negative = ops.lt(y, zero)
         sign = ops.where(negative, _int(sign_bit), _int(0))
     magnitude = ops.abs(y)
-    # One selection for saturation and NaN: a comparison with NaN is false.
+    # Not ops.minimum, which takes further instructions to pass on NaN; there is none here.
     magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
     if fmt.torch_dtype:
         index = _index_by_cast(magnitude, getattr(torch, fmt.torch_dtype))

@@ -111,7 +111,8 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
     largest = q.format.max
     match q.scale.name:
         case "absmax":
-            return amax / largest, amax / largest, _ratio(largest, amax)
+            scale = amax / torch.full_like(amax, largest)
+            return scale, scale, _ratio(largest, amax)
         case "absmax_pow2":
             # γ = 2^⌊log2(M / amax)⌋; frexp's exponent is exact where a float32 log2 is not.
             exponent = torch.frexp(_ratio(largest, amax)).exponent - 1
@@ -124,7 +125,7 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
     if global_scale is None:
         msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
         raise ValueError(msg)
-    stored = (amax / largest / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
+    stored = (amax / torch.full_like(amax, largest) / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
     scale = load_scale(stored, q, global_scale)
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
 
@@ -141,7 +142,7 @@ def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None)
 
 
 def _ratio(numerator: float, amax: Tensor) -> Tensor:
-    """One correctly rounded division; ``number / tensor`` is a reciprocal and a product in torch."""
+    """One correctly rounded division. With a Python number on either side torch multiplies by a reciprocal (on CUDA at least)."""
     return torch.full_like(amax, numerator) / amax
 
 

@@ -153,7 +153,7 @@ def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float32)
     amax = x.detach().abs().amax().float()
-    return torch.where(amax == 0, 1.0, amax / (448.0 * quantizer.format.max))
+    return torch.where(amax == 0, 1.0, amax / torch.full_like(amax, 448.0 * quantizer.format.max))
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -1,0 +1,441 @@
+"""The report: what its rows, totals, programs and files say, that `explain` leaves no trace, and what is logged."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.report import ROLES, Report, Row
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Mlp(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.inp = nn.Linear(40, 28)
+        self.layers = nn.ModuleList(nn.Linear(28, 28) for _ in range(depth))
+        self.lm_head = nn.Linear(28, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.lm_head(x)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    torch._dynamo.reset()
+    return qcompile.explain(
+        Mlp(),
+        torch.randn(6, 40),
+        options={"gradient": "fp8", "rules": [{"name": "layers.1", "weight": "off"}]},
+    )
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_follow_the_program_and_the_roles(report):
+    """One row a site and role, in program order; the input's gradient nobody needs; the head with the rule that skipped it."""
+    assert [(r.layer, r.role, r.decision) for r in report.rows] == [
+        ("inp", "fprop", "quantized"),
+        ("inp", "dgrad", "not computed"),
+        ("inp", "wgrad", "quantized"),
+        *(("layers.0", role, "quantized") for role in ROLES),
+        ("layers.1", "fprop", "quantized"),
+        ("layers.1", "dgrad", "skipped"),
+        ("layers.1", "wgrad", "quantized"),
+        ("lm_head", "-", "skipped"),
+    ]
+    assert report.rows[1].reason == "nothing upstream needs this gradient"
+    assert report.rows[-1].reason == "skip='lm_head'"
+    assert {r.op for r in report.rows} == {"linear"}
+    assert report.rows[0].shape == "6×40 · 28×40"
+    assert (report.sites, report.quantized_sites, report.graphs) == (4, 3, 1)
+
+
+def test_rows_say_what_each_operand_is_read_as(report):
+    rows = {(r.layer, r.role): r for r in report.rows}
+    assert rows["layers.0", "fprop"].formats == "e2m1 row + residual × e2m1 row"
+    assert rows["layers.0", "fprop"].estimator == "ste × dge(k=5,cap=3)"
+    assert rows["layers.0", "dgrad"].formats == "e5m2 tensor × e2m1 row"
+    assert rows["layers.0", "wgrad"].formats == "e5m2 tensor × e2m1 row + residual"
+    assert rows["layers.1", "fprop"].formats == "e2m1 row + residual × float32"
+    assert rows["layers.1", "fprop"].estimator == "ste × -"
+    assert rows["layers.1", "wgrad"].formats == "e5m2 tensor × e2m1 row + residual"
+
+
+def test_a_product_that_reads_nothing_quantized_is_not_called_quantized(report):
+    """With the weight in high precision, dgrad multiplies two wide operands."""
+    (row,) = (r for r in report.rows if (r.layer, r.role) == ("layers.1", "dgrad"))
+    assert (row.formats, row.decision, row.provider) == ("float32 × float32", "skipped", "")
+    assert row.reason == "both operands are kept in high precision"
+    assert report.rows[0].provider.endswith("quantize; dequantize + aten")
+
+
+def test_bytes_of_the_rows_add_up(report):
+    """Codes belong to a row; the rest of what is saved belongs to none."""
+    assert sum(row.saved_bytes for row in report.rows) == report.code_bytes > 0
+    assert report.code_bytes == sum(t["bytes"] for t in report.saved if t["codes"])
+    assert report.code_bytes < report.saved_bytes == sum(t["bytes"] for t in report.saved)
+    assert all(row.role == "fprop" for row in report.rows if row.saved_bytes)
+
+
+def test_one_shared_quantization_is_counted_once():
+    """q, k and v read the same codes; counting them per layer would triple the total."""
+
+    class Qkv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(40, 12) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x) + self.v(x)
+
+    rows = [row for row in qcompile.explain(Qkv(), torch.randn(6, 40)).rows if row.role == "fprop"]
+    assert [row.saved_bytes for row in rows] == [6 * (40 // 2 + 4), 0, 0]
+
+
+def test_what_the_joint_graph_does_not_show_as_a_product_is_listed_all_the_same():
+    """wgrad of a batch of matrix-vector products is a batch of outer products, which AOTAutograd multiplies out."""
+    weight, x = torch.randn(5, 12, 40, requires_grad=True), torch.randn(5, 40, 1, requires_grad=True)
+    rows = qcompile.explain(lambda w, x: torch.bmm(w, x), weight, x).rows
+    assert [(row.role, row.decision) for row in rows] == [(role, "quantized") for role in ROLES]
+    assert rows[-1].reason == "not a matrix product in the joint graph; it reads the decoded operands"
+
+
+def test_a_convolution_reads_what_the_plan_says():
+    """Its windows are quantized and put together again, which hides the codes from the joint graph's audit."""
+    model, x = nn.Conv2d(3, 8, 5, stride=5), torch.randn(2, 3, 20, 20)
+    assert [(r.role, r.decision, r.formats) for r in qcompile.explain(model, x).rows] == [
+        ("fprop", "quantized", "e2m1 row + residual × e2m1 row"),
+        ("dgrad", "not computed", ""),
+        ("wgrad", "quantized", "float32 × e2m1 row + residual"),
+    ]
+
+
+def test_inference_has_no_backward_rows():
+    with torch.no_grad():
+        report = qcompile.explain(Mlp(), torch.randn(6, 40))
+    assert {row.role for row in report.rows} == {"fprop", "-"}
+    assert report.saved == []
+    assert "kept for the backward" not in report.summary()
+
+
+def test_dynamic_sizes_are_shown_and_counted_by_example():
+    x = torch.randn(6, 40)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = qcompile.explain(Mlp(), x)
+    rows, _, contraction = report.rows[0].shape.split(" · ")[0].partition("×")
+    assert rows.startswith("s")
+    assert contraction == "40"
+    assert report.code_bytes == 6 * (40 // 2 + 4) + 2 * 6 * (28 // 2 + 4)
+
+
+def test_functional_code_reports_its_backward_too():
+    """Weights may be inputs, or belong to a module that a function closes over; both backward graphs are there."""
+    weight, x, module = torch.randn(40, 12, requires_grad=True), torch.randn(6, 40), nn.Linear(40, 12)
+    for function, args in ((lambda w, x: x @ w, (weight, x)), (lambda x: module(x).sum(), (x,))):
+        report = qcompile.explain(function, *args)
+        assert [(r.role, r.decision) for r in report.rows] == [
+            ("fprop", "quantized"), ("dgrad", "not computed"), ("wgrad", "quantized")
+        ]  # fmt: skip
+        assert "post_grad_lower_2" in report.programs
+    assert weight.grad is None
+    assert module.weight.grad is None
+
+
+def test_complex_outputs_do_not_hinder_the_backward():
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(40, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(self.layer(x))
+
+    assert [r.role for r in qcompile.explain(Spectrum(), torch.randn(6, 40)).rows] == list(ROLES)
+
+
+# --- forms of output ----------------------------------------------------------------------------------------
+
+
+def test_json_holds_rows_and_totals(report):
+    data = json.loads(report.to_json())
+    assert [Row(**row) for row in data["rows"]] == report.rows
+    assert data["saved"] == report.saved
+    for total in ("backend", "graphs", "sites", "quantized_sites", "saved_bytes", "code_bytes"):
+        assert data[total] == getattr(report, total)
+    rebuilt = Report(
+        data["backend"], [Row(**row) for row in data["rows"]], saved=data["saved"], graphs=data["graphs"]
+    )
+    assert rebuilt.to_json() == report.to_json()
+
+
+def test_html_is_a_page_with_the_table(report):
+    page = report.to_html()
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert "</html>" in page
+    for text in ("inp", "layers.0", "e2m1 row", "wgrad", report.summary().split(";")[0]):
+        assert text in page, text
+
+
+def test_printing_needs_no_terminal(report):
+    """Every row, nothing cut off, and no escape codes in a log file."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        print(report)
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert text.splitlines()[0].strip() == report.summary()
+    assert "…" not in text
+    for row in report.rows:
+        assert any(row.layer in line and f" {row.role} " in line for line in text.splitlines()), row
+
+
+def test_compact_folds_equal_layers_and_long_reports_fold_themselves(report):
+    row = report.rows[3]
+    rows = [replace(row, layer=f"blocks.{i}.up{j}") for i in range(40) for j in (1, 2)]
+    long = Report("qcompile_fp4", rows, graphs=1)
+    assert long.table().row_count == 80
+    assert long.table(compact=True).row_count == 2
+    assert "blocks.*.up1 ×40" in str(long)
+    assert "blocks.7.up1" not in str(long)
+    different = [*rows[:4], replace(rows[4], shape="1×2 · 3×2")]
+    assert Report("qcompile_fp4", different).table(compact=True).row_count == 3
+    assert report.table(compact=True).row_count < len(report.rows)
+
+
+def test_an_empty_report_is_a_report():
+    empty = qcompile.explain(lambda x: x + 1, torch.randn(3))
+    assert (empty.rows, empty.sites, empty.saved_bytes) == ([], 0, 0)
+    assert "0 of 0 GEMM sites" in str(empty)
+    assert json.loads(empty.to_json())["rows"] == []
+
+
+def test_sizes_read_well():
+    from qcompile.report import _size
+
+    assert [_size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 * 2**30)] == [
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "1.5 MiB",
+        "3 GiB",
+    ]
+
+
+# --- programs -----------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_program_after_every_pass_for_both_directions(report):
+    assert list(report.programs) == [
+        "dynamo_captured", "dynamo_insert",
+        "joint_quantize_gradients", "joint_fuse", "joint_hints", "joint_audit",
+        "post_grad_lower", "post_grad_lower_2",
+    ]  # fmt: skip
+
+
+def test_programs_are_python_and_show_what_the_pass_did(report):
+    """One can save them, read them and diff them."""
+    for name, text in report.programs.items():
+        compile(text, name, "exec")
+        (program,) = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef))
+        assert program.name == "Program"
+    calls = {name: text.count("torch.ops.qcompile.") for name, text in report.programs.items()}
+    assert calls["dynamo_captured"] == 0
+    assert report.programs["dynamo_insert"].count("qcompile.fake_quantize") == 5
+    for before, after, op, change in (
+        ("dynamo_insert", "joint_quantize_gradients", "fake_quantize", -5),
+        ("joint_quantize_gradients", "joint_fuse", "scaled_mm", +7),
+    ):
+        assert (
+            report.programs[after].count(f"qcompile.{op}.") - report.programs[before].count(f"qcompile.{op}")
+            == change
+        )
+    assert "scaled_mm" not in report.programs["post_grad_lower"] + report.programs["post_grad_lower_2"]
+
+
+def test_a_disabled_pass_has_no_program():
+    report = qcompile.explain(Mlp(), torch.randn(6, 40), options={"disable_passes": ["fuse", "insert"]})
+    assert not {"joint_fuse", "dynamo_insert"} & set(report.programs)
+
+
+# --- explain leaves no trace --------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(40, 12), nn.BatchNorm1d(12), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.layer(x)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_explain_changes_nothing(training):
+    """Running statistics, gradients, random state, modes and parameters are those from before."""
+    model, x = Stateful().train(training), torch.randn(6, 40, requires_grad=True)
+    model.layer.weight.grad = torch.full_like(model.layer.weight, 3.0)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert qcompile.explain(model, x).quantized_sites == 1
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model.layer.weight.grad, torch.full_like(model.layer.weight, 3.0))
+    assert model.layer.bias.grad is None
+    assert x.grad is None
+    assert all(module.training is training for module in model.modules())
+
+
+def test_explain_puts_things_back_after_an_error_too():
+    class Failing(Stateful):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            torch._dynamo.graph_break()
+            msg = "no such luck"
+            raise LookupError(msg)
+
+    model = Failing()
+    model.compile(backend="eager")
+    in_place, generator = model._compiled_call_impl, torch.get_rng_state()
+    with pytest.raises(LookupError, match="no such luck"):
+        qcompile.explain(model, torch.randn(6, 40))
+    assert model._compiled_call_impl is in_place
+    assert torch.equal(model.norm.running_mean, torch.zeros(12))
+    assert not torch.equal(torch.get_rng_state(), generator)  # the input was drawn after the state was read
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "its blocks in place"])
+def test_a_model_that_is_compiled_already_is_explained_all_the_same(how):
+    model, x = Mlp(), torch.randn(6, 40)
+    expected = [replace(row) for row in qcompile.explain(model, x).rows]
+    subject: nn.Module = model
+    if how == "wrapped":
+        subject = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        for layer in model.layers:
+            layer.compile(backend="eager")
+    in_place = model._compiled_call_impl
+    subject(x)
+    assert qcompile.explain(subject, x).rows == expected
+    assert model._compiled_call_impl is in_place
+
+
+def test_explaining_often_neither_runs_dry_nor_keeps_the_model_from_being_compiled():
+    """Dynamo gives up on a code object after eight versions: reports would be empty, and training eager."""
+    model, x = Mlp(), torch.randn(6, 40)
+    limit = torch._dynamo.config.recompile_limit
+    assert {qcompile.explain(model, x).sites for _ in range(limit + 2)} == {4}
+    compiled = []
+
+    def backend(gm, inputs):
+        compiled.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=backend)(x)
+    assert len(compiled) == 1
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+# --- wrong use ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"backend": "qcompile_fp3"}, r"unknown backend 'qcompile_fp3'; known: qcompile_fp4"),
+        ({"options": {"weigth": "off"}}, r"unknown option 'weigth'; did you mean 'weight'\?"),
+        (
+            {"options": {"skip": ["nowhere"]}},
+            r"skip='nowhere' matched no GEMM of the model; its layers: inp, layers\.0",
+        ),
+    ],
+)
+def test_mistakes_are_plain_value_errors(kwargs, message):
+    """Not wrapped by Dynamo: the first line is ours."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        qcompile.explain(Mlp(), torch.randn(6, 40), **kwargs)
+
+
+def test_an_error_of_the_model_is_the_models():
+    def fails(x: Tensor) -> Tensor:
+        return x @ torch.randn(3, 4)
+
+    with pytest.raises(Exception, match="40"):
+        qcompile.explain(fails, torch.randn(6, 40))
+
+
+# --- logs and traces ----------------------------------------------------------------------------------------
+
+
+def logged(caplog, level: int, model: nn.Module) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(level, logger="qcompile"):
+        qcompile.explain(model, torch.randn(6, 40))
+    return [record.getMessage() for record in caplog.records if record.name == "qcompile"]
+
+
+def test_one_info_line_whatever_the_depth(caplog):
+    """A line a layer would drown the training log."""
+    for depth in (1, 6):
+        torch._dynamo.reset()
+        (line,) = logged(caplog, logging.INFO, Mlp(depth))
+        assert (
+            line
+            == f"qcompile_fp4: {depth + 1} of {depth + 2} GEMM sites quantized (left alone: 1: skip='lm_head')"
+        )
+
+
+def test_debug_lines_say_which_ops_came_and_went(caplog):
+    lines = logged(caplog, logging.DEBUG, Mlp())
+    (fuse,) = (line for line in lines if line.startswith("joint/fuse:"))
+    assert "8 matches in " in fuse
+    assert "qcompile.scaled_mm.default 0 → 8" in fuse
+    assert "dynamo/insert: 6 operands of 3 sites" in lines
+    lowered = [line for line in lines if line.startswith("post_grad/lower:")]
+    assert ["3 matches" in lowered[0], "5 matches" in lowered[1]] == [True, True]
+
+
+SCRIPT = """
+import torch, qcompile
+from torch import nn
+torch.manual_seed(0)
+qcompile.explain(nn.Linear(40, 28), torch.randn(6, 40))
+"""
+
+
+def test_environment_variables_open_the_log_and_the_trace(tmp_path):
+    """``QCOMPILE_LOGS`` prints without any logging set-up; ``TORCH_TRACE`` receives every program for tlparse."""
+    environment = {**os.environ, "QCOMPILE_LOGS": "debug", "TORCH_TRACE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "joint/fuse: 2 matches in " in run.stderr
+    assert "qcompile.scaled_mm.default 0 → 2" in run.stderr
+    assert "qcompile_fp4: 1 of 1 GEMM sites quantized" in run.stderr
+    trace = "".join(path.read_text() for path in tmp_path.iterdir())
+    for name in ("dynamo_captured", "dynamo_insert", "joint_fuse", "post_grad_lower"):
+        assert f'"name": "qcompile_{name}"' in trace, name
+    assert "torch.ops.qcompile.scaled_mm.default" in trace
