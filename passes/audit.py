@@ -49,7 +49,7 @@ def audit(graph: Graph, context: Context) -> int:
 def _fused_role(node: Node, backward: set[Node]) -> str:
     """By which operand is the gradient: the other one is the weight (dgrad) or the input (wgrad)."""
     for tensors in (node.args[0], node.args[4]):
-        first = tensors[0]  # type: ignore[index]
+        first: Any = tensors[0]  # type: ignore[index]
         if first not in backward:
             return ROLE_OF_OPERAND[operand_kind(through_views(first))]
     return "backward"

@@ -14,7 +14,17 @@ from qcompile.ir.recipe import Operand
 from .find_gemms import static_size
 from .plan import KIND_KEY
 
-__all__ = ["GEMMS", "QuantizedOperand", "decode_root", "gemm_operands", "is_call", "is_relayout", "operand_kind", "quantized_operand", "through_views"]
+__all__ = [
+    "GEMMS",
+    "QuantizedOperand",
+    "decode_root",
+    "gemm_operands",
+    "is_call",
+    "is_relayout",
+    "operand_kind",
+    "quantized_operand",
+    "through_views",
+]
 
 aten, ops = torch.ops.aten, torch.ops.qcompile
 
@@ -97,7 +107,7 @@ def quantized_operand(root: Node) -> QuantizedOperand:
         tensors = [values, positions]
     codes, scales, quantizer, axis, size, _dtype, *rest = decoded.args
     global_scale = [rest[0]] if rest and rest[0] is not None else []
-    text = str(Operand.parse(f"{quantizer}; {clamp}" if clamp else quantizer))
+    text = str(Operand.parse(f"{quantizer}; {clamp}" if clamp else str(quantizer)))
     return QuantizedOperand(root, (codes, scales, *global_scale, *tensors), text, axis, size)  # type: ignore[arg-type]
 
 
@@ -113,7 +123,11 @@ def matrix_form(operand: QuantizedOperand, seen: Node) -> tuple[bool, list[Any]]
     is not read as ``[batch…, rows, size]`` or its transpose.
     """
     value = seen.meta["val"]
-    if value.dim() not in (2, 3) or value.storage_offset() != 0 or not _same(value.numel(), operand.root.meta["val"].numel()):
+    if (
+        value.dim() not in (2, 3)
+        or value.storage_offset() != 0
+        or not _same(value.numel(), operand.root.meta["val"].numel())
+    ):
         return None
     *batch, rows, columns = value.shape
     for transposed, (outer, inner) in ((False, (rows, columns)), (True, (columns, rows))):

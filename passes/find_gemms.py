@@ -101,10 +101,11 @@ def _matmul(left: int, right: int, right_name: str) -> Locate:
 
 
 def _tensordot(node: Node) -> tuple[Slot, Slot]:
-    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", 2)
+    dims: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", 2)
     if isinstance(dims, int) and dims == 1:
         return Slot(0, "a", -1), Slot(1, "b", 0)
-    if isinstance(dims, (list, tuple)) and len(dims) == 2 and all(isinstance(d, (list, tuple)) for d in dims) and len(dims[0]) == 1:
+    listed = isinstance(dims, (list, tuple)) and len(dims) == 2 and all(isinstance(d, (list, tuple)) for d in dims)
+    if listed and len(dims[0]) == 1:
         return Slot(0, "a", dims[0][0]), Slot(1, "b", dims[1][0])
     msg = "tensordot contracts several axes; one scale per row needs a single contraction axis"
     raise Unsupported(msg)
@@ -116,7 +117,7 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
         msg = "einsum in sublist form; write the equation as a string"
         raise Unsupported(msg)
     nested = len(operands) == 1 and isinstance(operands[0], (list, tuple))
-    values = list(operands[0]) if nested else operands
+    values: Any = operands[0] if nested else operands
     if len(values) != 2:
         msg = f"einsum of {len(values)} operands; only products of two are quantized"
         raise Unsupported(msg)
@@ -174,7 +175,9 @@ def _conv(dims: int) -> Locate:
         extents = [static_size(size) for size in x.shape[2:]]
         exact = all(e is not None and e % k == 0 for e, k in zip(extents, kernel, strict=False))
         if groups == 1 and unpadded and tiled and exact:
-            return Slot(0, "input", -1, Frame(patch=kernel), note="one scale per window (windows tile the input)"), weight_slot
+            return Slot(
+                0, "input", -1, Frame(patch=kernel), note="one scale per window (windows tile the input)"
+            ), weight_slot
         note = "one scale per sample: windows overlap, so a position has no scale of its own"
         return Slot(0, "input", -1, Frame(flatten=channels), note=note), weight_slot
 
@@ -213,14 +216,15 @@ SPELLINGS: dict[Any, tuple[str, Locate]] = {
 }
 
 #: Tensor methods with the signature of the function of the same name; in-place forms read the same operands.
-for _name in ("matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner"):
+_METHODS = ("matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner")
+for _name in _METHODS:
     SPELLINGS[_name] = SPELLINGS[getattr(torch, _name)]
     SPELLINGS[f"{_name}_"] = SPELLINGS[getattr(torch, _name)]
 SPELLINGS["__matmul__"] = SPELLINGS["__imatmul__"] = ("matmul", _MATMUL)
 SPELLINGS["__rmatmul__"] = ("matmul", _fixed((1, "other", -1), (0, "self", -2)))
 
 #: ATen packets; an overload is looked up by its packet.
-for _name in ("linear", "matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner", "conv1d", "conv2d", "conv3d", "_grouped_mm"):
+for _name in ("linear", *_METHODS, "conv1d", "conv2d", "conv3d", "_grouped_mm"):
     _function = F.linear if _name == "linear" else getattr(torch, _name)
     SPELLINGS[getattr(torch.ops.aten, _name)] = SPELLINGS[_function]
 if hasattr(F, "grouped_mm"):
@@ -257,31 +261,53 @@ _HIGHER_ORDER_ATTENTION = ("flex_attention", "flex_attention_backward")
 
 def find_gemms(gm: GraphModule) -> list[Site]:
     """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body."""
-    sites = [site for body, module, why in _bodies(gm) for site in _find_in(module, body, why)]
+    sites = [site for body in _bodies(gm) for site in _find_in(body)]
     for index, site in enumerate(sites):
         site.index = index
         site.name = site.name or f"{site.op}_{index}"
     return sites
 
 
-def _bodies(gm: GraphModule, path: str = "", why: str = "") -> Iterator[tuple[str, GraphModule, str]]:
-    """Every graph module reachable through higher-order ops: path, module and why its sites must be left alone, if so."""
-    yield path, gm, why
-    users = {node.target: node for node in gm.graph.nodes if node.op == "get_attr"}
-    for name, child in gm.named_children():
-        if isinstance(child, GraphModule):
-            caller = next(iter(users[name].users), None) if name in users else None
-            reason = why
-            if caller is not None and "autograd_function_apply" in str(caller.target):
-                reason = "inside a torch.autograd.Function, whose backward is the user's own"
-            if caller is not None and "flex_attention" in str(caller.target):
-                reason = _ATTENTION
-            yield from _bodies(child, f"{path}.{name}" if path else name, reason)
+@dataclass(frozen=True)
+class _Body:
+    """A graph module reachable through higher-order ops; ``obstacle`` and ``note`` hold for all its sites."""
+
+    path: str
+    module: GraphModule
+    obstacle: str = ""
+    note: str = ""
 
 
-def _find_in(gm: GraphModule, body: str, why: str) -> Iterator[Site]:
+#: Higher-order ops whose backward is traced without saying which node serves which site.
+_ANONYMOUS_BACKWARD = ("cond", "while_loop", "scan", "map_impl")
+
+
+def _bodies(gm: GraphModule) -> Iterator[_Body]:
+    yield from _bodies_below(_Body("", gm))
+
+
+def _bodies_below(body: _Body) -> Iterator[_Body]:
+    yield body
+    users = {node.target: node for node in body.module.graph.nodes if node.op == "get_attr"}
+    for name, child in body.module.named_children():
+        if not isinstance(child, GraphModule):
+            continue
+        caller = next(iter(users[name].users), None) if name in users else None
+        operation = str(caller.target) if caller is not None else ""
+        obstacle, note = body.obstacle, body.note
+        if "autograd_function_apply" in operation:
+            obstacle = "inside a torch.autograd.Function, whose backward is the user's own"
+        elif operation in _HIGHER_ORDER_ATTENTION:
+            obstacle = _ATTENTION
+        elif operation in _ANONYMOUS_BACKWARD:
+            note = f"inside {operation}: its gradients stay in high precision"
+        path = f"{body.path}.{name}" if body.path else name
+        yield from _bodies_below(_Body(path, child, obstacle, note))
+
+
+def _find_in(body: _Body) -> Iterator[Site]:
     functorch_depth = 0
-    for node in gm.graph.nodes:
+    for node in body.module.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         target_name = getattr(node.target, "__name__", str(node.target))
@@ -289,13 +315,14 @@ def _find_in(gm: GraphModule, body: str, why: str) -> Iterator[Site]:
         site = _recognize(node)
         if site is None:
             continue
-        site.body, site.name = body, layer_name(node)
-        if not site.obstacle and why:
-            site.obstacle = why
+        site.body, site.name = body.path, layer_name(node)
+        site.obstacle = site.obstacle or body.obstacle
         if not site.obstacle and functorch_depth:
             site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
         if site.slots:
             _describe(site)
+            left, right = site.slots
+            site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note)))), right
         yield site
 
 
@@ -339,7 +366,8 @@ def _describe(site: Site) -> None:
     if not any(weights):
         weights[1] = origins[0] is not origins[1] and is_functional_weight(origins[1], site.op)
     site.slots = tuple(
-        replace(slot, kind="weight" if weight else "activation") for slot, weight in zip(site.slots, weights, strict=True)
+        replace(slot, kind="weight" if weight else "activation")
+        for slot, weight in zip(site.slots, weights, strict=True)
     )
     contraction = static_size(_contraction_size(values[1], site.slots[1]))
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
@@ -351,7 +379,9 @@ def _describe(site: Site) -> None:
     if site.obstacle:
         return
     if not all(v.dtype.is_floating_point for v in values):
-        site.obstacle = f"operands are {' × '.join(str(v.dtype).removeprefix('torch.') for v in values)}, not floating point"
+        site.obstacle = (
+            f"operands are {' × '.join(str(v.dtype).removeprefix('torch.') for v in values)}, not floating point"
+        )
     elif contraction is None:
         site.obstacle = "the contraction size is dynamic; mark it static"
     elif contraction <= 1:
@@ -382,9 +412,12 @@ def static_size(size: Any) -> int | None:
 
 #: Ops that keep an operand the same matrix up to layout and precision.
 _TRANSPARENT_METHODS = frozenset(
-    "t transpose permute view reshape contiguous flatten unflatten expand squeeze unsqueeze to type float half bfloat16 "
-    "detach clone movedim swapaxes view_as type_as __getitem__".split()
-)
+    {
+        "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze", "unsqueeze",
+        "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as", "type_as",
+        "__getitem__",
+    }
+)  # fmt: skip
 _TRANSPARENT_FUNCTIONS = frozenset(
     {
         torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
@@ -409,7 +442,8 @@ def is_weight(node: Any) -> bool:
     """A parameter or a buffer."""
     if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
         return False
-    return compat.is_parameter(_value(node)) or (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
+    return static or compat.is_parameter(_value(node))
 
 
 def is_functional_weight(node: Any, op: str) -> bool:

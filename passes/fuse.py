@@ -74,8 +74,10 @@ def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any
     tensors = []
     for i, tensor in enumerate(quantized.tensors):
         shared = (i == 1 and kind in ("tensor", "tile")) or (i == 2 and spec.quantizer.scale.two_level)
-        view = _shared_scale(graph, gemm, tensor, len(lead) + 1, i) if shared else stored_view(
-            graph, quantized, tensor, lead, lambda *a: emit(graph, gemm, *a)
+        view = (
+            _shared_scale(graph, gemm, tensor, len(lead) + 1, i)
+            if shared
+            else stored_view(graph, quantized, tensor, lead, lambda *a: emit(graph, gemm, *a))
         )
         if view is None:
             return None

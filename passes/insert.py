@@ -83,11 +83,9 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[A
     return shared[key]
 
 
-def _build(
-    build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand
-) -> Node:
+def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand) -> Node:
     x = source if _value(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
-    seed = ()
+    seed: tuple[Node, ...] = ()
     if operand.quantizer.rounding == "stochastic":
         seed = (build(torch.randint, 0, 2**31 - 1, (1,), device=_value(source).device),)
     fake_quantize = torch.ops.qcompile.fake_quantize.default
@@ -123,7 +121,9 @@ class _Builder:
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         method = target.__name__ if target in (torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.reshape) else None
-        node = self.graph.call_method(method, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
+        node = (
+            self.graph.call_method(method, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
+        )
         node.meta.update({key: self.gemm.meta[key] for key in _KEPT_META if key in self.gemm.meta})
         node.meta["custom"] = {**self.gemm.meta["custom"], KIND_KEY: self.kind}
         values = [_value(a) for a in args]

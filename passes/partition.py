@@ -133,11 +133,11 @@ def _producer(node: Node) -> Node:
         return source
     call, index = source.args
     body, _, *operands = call.args  # type: ignore[union-attr]
-    graph = getattr(node.graph.owning_module, body.target).graph  # type: ignore[union-attr]
+    graph = getattr(node.graph.owning_module, body.target).graph  # type: ignore[union-attr, arg-type]
     inner = _producer(graph.find_nodes(op="output")[0].args[0][index])
     if inner.op != "placeholder":
         return inner
-    return _producer(operands[graph.find_nodes(op="placeholder").index(inner)])  # type: ignore[arg-type]
+    return _producer(operands[graph.find_nodes(op="placeholder").index(inner)])
 
 
 def size_hint(size: Any) -> int:
@@ -154,7 +154,8 @@ def _is_encoded(node: Node) -> bool:
 
 def _is_clamped(node: Node) -> bool:
     """The wide result of ``clamp_outliers``; its other two are the residual."""
-    return is_call(node.args[0], ops.clamp_outliers.default) and node.args[1] == 0
+    source, index = node.args
+    return is_call(source, ops.clamp_outliers.default) and bool(index == 0)
 
 
 def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int, quantizer: Quantizer) -> int:
@@ -181,7 +182,14 @@ def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int,
         first_use = next(n for n in backward.graph.nodes if n.op != "placeholder")
         with backward.graph.inserting_before(first_use):
             decoded = emit(
-                backward.graph, placeholder, ops.dequantize.default, *received, str(quantizer), -1, value.shape[-1], value.dtype
+                backward.graph,
+                placeholder,
+                ops.dequantize.default,
+                *received,
+                str(quantizer),
+                -1,
+                value.shape[-1],
+                value.dtype,
             )
         placeholder.replace_all_uses_with(decoded)
         backward.graph.erase_node(placeholder)
@@ -205,7 +213,10 @@ def _can_narrow(node: Any, kept: list[Any], quantizer: Quantizer) -> bool:
     if width is None or width < 32 or not value.is_contiguous():
         return False
     # −inf masks and per-row statistics (log-sum-exp, reciprocal norms) lose their meaning in few bits.
-    additive_mask = any("scaled_dot_product" in str(user.target) and user.args.index(node) > 2 for user in node.users
-                        if user.op == "call_function" and node in user.args)
+    additive_mask = any(
+        "scaled_dot_product" in str(user.target) and user.args.index(node) > 2
+        for user in node.users
+        if user.op == "call_function" and node in user.args
+    )
     saved = value.dtype.itemsize - quantizer.format.bits / 8 - storage_dtype(quantizer).itemsize / width
-    return not additive_mask and saved > 0
+    return not additive_mask and bool(saved > 0)

@@ -86,7 +86,8 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
     quantizer = operand.quantizer
     if quantizer.granularity.kind == "tensor" and is_call(x, aten.permute.default) and x.args[1] == [1, 0]:
         # The scale does not know which axis is contracted: dgrad and wgrad share one quantization of dY itself.
-        return emit(graph, gemm, aten.permute.default, _quantized(graph, gemm, x.args[0], -1, operand, shared), [1, 0])
+        stored: Any = x.args[0]
+        return emit(graph, gemm, aten.permute.default, _quantized(graph, gemm, stored, -1, operand, shared), [1, 0])
     if quantizer.granularity.kind == "tensor":
         axis = -1
     key = (x, axis, operand)
@@ -95,11 +96,15 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
     seed = None
     if quantizer.rounding == "stochastic":
         device = x.meta["val"].device
-        seed = emit(graph, gemm, aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False)
+        seed = emit(
+            graph, gemm, aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False
+        )
     global_scale = None
     if quantizer.scale.two_level:
         magnitude = emit(graph, gemm, aten.abs.default, x)
-        amax = emit(graph, gemm, aten._to_copy.default, emit(graph, gemm, aten.amax.default, magnitude), dtype=torch.float32)
+        amax = emit(
+            graph, gemm, aten._to_copy.default, emit(graph, gemm, aten.amax.default, magnitude), dtype=torch.float32
+        )
         # 2^-100 keeps an all-zero gradient from dividing by zero; its codes are zero whatever the scale.
         floored = emit(graph, gemm, aten.clamp_min.default, amax, 2.0**-100)
         global_scale = emit(graph, gemm, aten.div.Tensor, floored, 448.0 * quantizer.format.max)
@@ -114,5 +119,3 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
         graph, gemm, ops.dequantize.default, codes, scales, str(quantizer), axis, size, value.dtype, global_scale
     )
     return shared[key]
-
-

@@ -70,6 +70,7 @@ def compile_with(
         if context.plan.quantized:
             register_lowerings()
             patches.update(hooks(context, patches))
+    compiled: Any
     if inner_compile is not None:
         patches["fx_graph_cache"] = False
         compiled = compat.compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)

@@ -98,9 +98,7 @@ def add_demo(commands: Any) -> None:
         "direct cast to FP4, from the same seed, on the same batches. Prints what was quantized and the "
         "gap to BF16; writes loss curves, results and a sample of text.",
     )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)"
-    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)")
     parser.add_argument("--arms", default="bf16,fp4,direct", help="any of bf16,fp4,direct (default: all)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each arm")
     parser.add_argument("--seed", type=int, default=0)
@@ -220,9 +218,7 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def load_model(
-    spec: str, inputs: Sequence[str]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def load_model(spec: str, inputs: Sequence[str]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Call the factory that ``MODULE:FACTORY`` names: the model, its positional and its keyword inputs.
 
     Raises ``ValueError`` or ``ImportError`` if there is no such factory or the inputs are missing.
@@ -279,9 +275,7 @@ def add_bench(commands: Any) -> None:
         "cache hits.",
     )
     parser.add_argument("--backends", metavar="A,B", help="default: inductor and every qcompile backend")
-    parser.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="steps to take the median of (default 20)"
-    )
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps to take the median of (default 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     add_model_flags(parser)

@@ -209,9 +209,7 @@ def configure(given: Mapping[str, Any]) -> DemoConfig:
             msg = f"{name.replace('_', ' ')} must be positive, got {getattr(config, name)}"
             raise ValueError(msg)
     if config.hidden % (2 * config.heads):
-        msg = (
-            f"hidden size {config.hidden} must be a multiple of twice the {config.heads} heads (rotary pairs)"
-        )
+        msg = f"hidden size {config.hidden} must be a multiple of twice the {config.heads} heads (rotary pairs)"
         raise ValueError(msg)
     return config
 
@@ -288,9 +286,7 @@ def batches(experiment: Experiment) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     offsets = torch.arange(config.sequence + 1)
     while True:
-        starts = torch.randint(
-            len(experiment.train) - config.sequence, (config.batch, 1), generator=generator
-        )
+        starts = torch.randint(len(experiment.train) - config.sequence, (config.batch, 1), generator=generator)
         yield split_windows(experiment.train[starts + offsets], experiment.device)
 
 
@@ -371,9 +367,7 @@ def train_arm(arm: str, compiled: Any, experiment: Experiment, progress: ArmProg
 
 def validate(compiled: Any, experiment: Experiment) -> float:
     """Mean loss over the held-out windows; runs the training graph, which is compiled already."""
-    return statistics.fmean(
-        loss_of(compiled, *batch).detach().item() for batch in validation_batches(experiment)
-    )
+    return statistics.fmean(loss_of(compiled, *batch).detach().item() for batch in validation_batches(experiment))
 
 
 class ArmProgress:
@@ -426,7 +420,7 @@ def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> s
     The window has one fixed shape ``[1, sequence]``, filled from the left, so that it compiles once;
     causal attention hides the positions after the last byte.
     """
-    torch._dynamo.reset()  # one window is a shape of its own; beside the training shape it would compile as dynamic
+    torch._dynamo.reset()  # beside the training shape, a single window would compile as a dynamic batch
     config = experiment.config
     generator = torch.Generator().manual_seed(config.seed)
     prompt = bytes(experiment.validation[: config.sequence // 4].tolist())
@@ -505,9 +499,7 @@ def write_results(experiment: Experiment, results: list[ArmResult]) -> None:
     replace_file(out / "results.json", json.dumps(data, indent=1) + "\n")
     write_csv(out / "summary.csv", [list(rows[0]), *([*row.values()] for row in rows)])
     curves = zip(*(r.losses for r in results), strict=True)
-    write_csv(
-        out / "losses.csv", [["step", *(r.arm for r in results)], *([i, *c] for i, c in enumerate(curves, 1))]
-    )
+    write_csv(out / "losses.csv", [["step", *(r.arm for r in results)], *([i, *c] for i, c in enumerate(curves, 1))])
 
 
 def write_csv(path: Path, rows: list[list[Any]]) -> None:
@@ -525,7 +517,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def smoothed(losses: list[float], reach: int = 12) -> list[float]:
-    """Mean over ``reach`` steps to each side; symmetric, narrower at the ends, so that no curve lags its data."""
+    """Mean over ``reach`` steps to each side, fewer at the ends; symmetric, so that no curve lags its data."""
     curve = []
     for step in range(len(losses)):
         side = min(reach, step, len(losses) - 1 - step)
@@ -623,12 +615,8 @@ def run(experiment: Experiment, console: Console) -> list[ArmResult]:
 def final_line(results: list[ArmResult]) -> str:
     """Each arm's gap to BF16 in one sentence."""
     gaps = [
-        f"{ARMS[row['arm']].label} {row['gap_to_bf16']:+.3f}"
-        for row in summary_rows(results)
-        if row["gap_to_bf16"]
+        f"{ARMS[row['arm']].label} {row['gap_to_bf16']:+.3f}" for row in summary_rows(results) if row["gap_to_bf16"]
     ]
     return (
-        f"Validation loss against BF16 (nats a byte): {'; '.join(gaps)}"
-        if gaps
-        else "No gap to state: one arm only."
+        f"Validation loss against BF16 (nats a byte): {'; '.join(gaps)}" if gaps else "No gap to state: one arm only."
     )

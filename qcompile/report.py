@@ -240,7 +240,7 @@ def _leaves_below(outputs: list[Tensor]) -> list[Tensor]:
     """The leaf tensors that gradients of ``outputs`` reach: parameters, wherever they are kept, and inputs."""
     leaves: dict[int, Tensor] = {}
     pending = [output.grad_fn for output in outputs]
-    seen = {None}
+    seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node in seen:
@@ -293,7 +293,7 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     shape = " · ".join("×".join(str(n) for n in operand) for operand in site.shape)
     base = {"layer": site.name, "op": site.op, "shape": shape}
     if not decision.quantized:
-        empty = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
+        empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
         return [Row(**base, **empty, role="-", decision="skipped", reason=decision.reason)]
     saved = sum(t["bytes"] for t in observed.saved if t["codes"] and t["custom"].get(SITE_KEY) == site.index)
     products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
@@ -301,9 +301,10 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     for role in ROLES:
         product = products.get(role)
         if product is None and role != "fprop":
+            if not site.training:
+                continue
             if not _needs_gradient(decision, role):
-                if site.training:
-                    rows.append(_uncomputed(base, role))
+                rows.append(_uncomputed(base, role))
                 continue
             product = products.get("dgrad+wgrad") or products.get("backward")
         reason = decision.reason if role == "fprop" else ""
@@ -329,8 +330,8 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     return rows
 
 
-def _uncomputed(base: dict[str, str], role: str) -> Row:
-    empty = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
+def _uncomputed(base: dict[str, Any], role: str) -> Row:
+    empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
     return Row(**base, **empty, role=role, decision="not computed", reason="nothing upstream needs this gradient")
 
 

@@ -1,7 +1,7 @@
-"""The backend as ``torch.compile`` uses it: options, sessions, shapes, graph breaks, state, and Inductor itself.
+"""The backend as ``torch.compile`` uses it: options, sessions, shapes, graph breaks, state, Inductor.
 
-Most tests run every graph pass and then execute the graphs eagerly (:func:`qcompile.compat.eager_inner_compile`); those marked
-``inductor`` generate C++.
+Most tests run every graph pass and then execute the graphs eagerly (:func:`qcompile.compat.eager_inner_compile`);
+those marked ``inductor`` generate C++.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch.nn.functional as F
-from qcompile.passes import pipeline
-from qcompile.passes.pass_base import Observations
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with, split_options
+from qcompile.passes import pipeline
+from qcompile.passes.pass_base import Observations
 from qcompile.recipes.fp4 import FP4
 from qcompile.session import Session, UnmatchedRuleError
 
@@ -50,7 +50,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block of plain torch."""
 
-    def __init__(self, width: int = 36, heads: int = 3) -> None:
+    def __init__(self, width: int = 36, heads: int = 3, hidden: int = 52) -> None:
         super().__init__()
         self.heads = heads
         self.norm, self.qkv, self.proj = (
@@ -58,7 +58,7 @@ class Block(nn.Module):
             nn.Linear(width, 3 * width),
             nn.Linear(width, width),
         )
-        self.mlp_norm, self.mlp = nn.LayerNorm(width), Mlp(width, 52, width)
+        self.mlp_norm, self.mlp = nn.LayerNorm(width), Mlp(width, hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class Quantized(nn.Module):
-    """``model`` with fake quantization written into its linear layers by hand, in eager mode: what the backend must compute."""
+    """``model`` with fake quantization in its linear layers, in eager mode: what the backend must compute."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -157,16 +157,14 @@ def test_a_wrong_pass_name_lists_the_passes():
 
 
 def test_options_of_ours_and_of_inductors_are_parted():
-    ours, inductor = split_options(
-        None, {"skip": ["a"], "max_autotune": True, "epilogue-fusion": False, "fuel": 3}
-    )
+    ours, inductor = split_options(None, {"skip": ["a"], "max_autotune": True, "epilogue-fusion": False, "fuel": 3})
     assert ours == {"skip": ["a"], "fuel": 3}
     assert inductor == {"max_autotune": True, "epilogue_fusion": False}
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_a_mode_may_come_either_way(mode):
-    """``torch.compile`` refuses ``mode=`` beside ``options=``, so it can also be an option; an explicit option overrides it."""
+    """``torch.compile`` refuses ``mode=`` beside ``options=``, so it can be an option; others override it."""
     expected = torch._inductor.list_mode_options(mode)
     assert expected
     assert split_options(mode, None) == ({}, expected)
@@ -176,7 +174,7 @@ def test_a_mode_may_come_either_way(mode):
 
 
 def test_options_are_not_changed_by_reading_them():
-    """Torch hands the user's own dictionary to every sub-graph; a ``pop`` would lose options for the second."""
+    """Torch hands the user's dictionary to every sub-graph; a ``pop`` would lose options for the second."""
     options = {"mode": "max-autotune", "skip": ["up"], "max_autotune": False}
     before = copy.deepcopy(options)
     split_options(None, options)
@@ -194,9 +192,7 @@ def test_inductors_options_reach_inductor():
         return compile_with(FP4, gm, inputs, inner_compile=inner, **kwargs)
 
     model = Mlp()
-    call = torch.compile(
-        model, backend=backend, options={"mode": "max-autotune", "coordinate_descent_tuning": True}
-    )
+    call = torch.compile(model, backend=backend, options={"mode": "max-autotune", "coordinate_descent_tuning": True})
     step(model, call, torch.randn(7, 210))
     assert seen == [
         (True, True),
@@ -233,7 +229,7 @@ def test_options_decide_what_is_quantized(options, quantized):
 
 
 def test_without_a_quantized_site_no_hook_is_installed():
-    """The off switch leaves Inductor's configuration alone, so that its cache entries are those of plain ``inductor``."""
+    """The off switch leaves Inductor's configuration alone: its cache entries are those of ``inductor``."""
     seen = []
 
     def inner(gm, inputs, **kwargs):
@@ -268,9 +264,7 @@ def test_an_unmatched_rule_warns_once_after_the_first_step():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(x)
-    with pytest.warns(
-        UserWarning, match=r"^qcompile: skip='head' matched no GEMM of the model; its layers: down, up$"
-    ):
+    with pytest.warns(UserWarning, match=r"^qcompile: skip='head' matched no GEMM of the model; its layers: down, up$"):
         call(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -314,14 +308,12 @@ def test_a_rule_may_match_in_another_sub_graph():
 
 
 def test_explain_raises_for_an_unmatched_rule():
-    with pytest.raises(
-        UnmatchedRuleError, match="skip='head' matched no GEMM of the model; its layers: down, up"
-    ):
+    with pytest.raises(UnmatchedRuleError, match="skip='head' matched no GEMM of the model; its layers: down, up"):
         qcompile.explain(Mlp(), torch.randn(7, 210), options=UNMATCHED)
 
 
 def test_a_session_belongs_to_one_call_of_compile():
-    """Equal options in two dictionaries are two sessions; a rule that one model matches does not excuse the other."""
+    """Equal options in two dictionaries are two sessions; what one model matches does not excuse the other."""
     x = torch.randn(7, 210)
     for model in (Broken(), Mlp()):
         call = compiled(model, fullgraph=False, options={"skip": ["first"]})
@@ -398,13 +390,14 @@ def test_five_steps_compile_once():
             optimizer.zero_grad(set_to_none=set_to_none)
 
 
-@pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
-def test_one_graph_serves_every_sequence_length(how):
-    model = Block()
+@pytest.mark.parametrize(("how", "width"), [("dynamic", 36), ("mark_dynamic", 120)])
+def test_one_graph_serves_every_sequence_length(how, width):
+    """Also where rows are so short that the clamp cuts nothing and the residual is empty: below 100 elements."""
+    model = Block(width, hidden=width + 3)
     call = compiled(model, dynamic=True if how == "dynamic" else None)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (11, 5, 17):
-            x = torch.randn(2, length, 36)
+            x = torch.randn(2, length, width)
             if how == "mark_dynamic":
                 torch._dynamo.mark_dynamic(x, 1)
             assert_quantizes_like_eager(model, call, x)
@@ -444,7 +437,7 @@ def test_regional_compilation_shares_one_graph_between_equal_blocks():
 
 
 def test_the_state_dict_stays_what_it_was():
-    """Parameters are the model's own: no key, dtype or value changes by compiling, and a step changes values only."""
+    """Parameters are the model's own: compiling changes no key, dtype or value, a step values only."""
     model, x = Block().to(torch.bfloat16), torch.randn(2, 11, 36, dtype=torch.bfloat16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     call = compiled(model)
@@ -541,7 +534,7 @@ def test_weights_of_sixteen_bits(dtype):
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_autocast_quantizes_what_the_product_reads(where):
-    """Under autocast the product runs in bfloat16, so it is the bfloat16 operand that is quantized; gradients are float32."""
+    """Under autocast the product reads bfloat16, so that operand is what is quantized; gradients are float32."""
     model, x = Mlp(), torch.randn(7, 210)
 
     def half(layer, x):
@@ -659,9 +652,7 @@ def test_switched_off_it_is_inductor_bit_for_bit(options):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(
-    ("model", "shape"), [(Mlp(), (7, 210)), (Block(), (2, 11, 36))], ids=["mlp", "block"]
-)
+@pytest.mark.parametrize(("model", "shape"), [(Mlp(), (7, 210)), (Block(), (2, 11, 36))], ids=["mlp", "block"])
 def test_generated_code_agrees_with_the_graphs_it_comes_from(model, shape):
     """Same codes and scales, so products differ by the order of accumulation alone."""
     model, x = copy.deepcopy(model), torch.randn(shape)

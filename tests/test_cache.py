@@ -1,4 +1,4 @@
-"""Compiled code is reused exactly when it may be: the hooks' identity, and both of torch's caches across processes."""
+"""Compiled code is reused exactly when it may be: the hooks' identity, and both of torch's caches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from qcompile.passes import pipeline
-from qcompile.passes.pipeline import cache_identity, hooks, source_digest
-from qcompile.passes.plan import Plan
 from torch import nn
 
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.ir.recipe import Operand, Rule
+from qcompile.passes import pipeline
+from qcompile.passes.pipeline import cache_identity, hooks, source_digest
+from qcompile.passes.plan import Plan
 from qcompile.recipes.fp4 import FP4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_equal_recipes_and_plans_are_one_identity(plan):
 
 @pytest.mark.parametrize("field", [f.name for f in fields(FP4) if f.name != "user_patterns"])
 def test_every_field_of_the_recipe_counts(plan, field):
-    """A field left out of the identity would run code compiled for another value of it. A new field needs an entry above."""
+    """A field left out of the identity would run code compiled for another value of it."""
     assert cache_identity(replace(FP4, **{field: OTHER_VALUES[field]}), plan) != cache_identity(FP4, plan)
 
 
@@ -100,16 +100,12 @@ def test_layer_names_do_not_count(plan):
 
 
 def test_the_decisions_count(plan):
-    """Same recipe, other plan: a site left alone, another operand, another gradient, an activation in place of a weight."""
+    """Same recipe, other plan: a site left alone, another operand or gradient, an activation for a weight."""
     changes = [
         plan_of(Layers("lm_head", "down")),
         plan_of(Layers("up", "down"), replace(FP4, rules=(Rule(name="up", weight="off"),))),
-        plan_of(
-            Layers("up", "down"), replace(FP4, rules=(Rule(name="up", gradient="fp8", roles=("wgrad",)),))
-        ),
-        plan_of(
-            Layers("up", "down"), replace(FP4, rules=(Rule(name="up", gradient="fp8", roles=("dgrad",)),))
-        ),
+        plan_of(Layers("up", "down"), replace(FP4, rules=(Rule(name="up", gradient="fp8", roles=("wgrad",)),))),
+        plan_of(Layers("up", "down"), replace(FP4, rules=(Rule(name="up", gradient="fp8", roles=("dgrad",)),))),
     ]
     site = plan.decisions[0].site
     slots = tuple(replace(slot, kind="activation") for slot in site.slots)
@@ -158,10 +154,9 @@ def copy_package(site: Path) -> None:
 
 
 def digest_of(site: Path, monkeypatch) -> str:
+    import qcompile
     import qcompile.kernels
     import qcompile.passes
-
-    import qcompile
 
     folders = {qcompile: "qcompile", qcompile.passes: "qcompile/passes", qcompile.kernels: "qcompile/kernels"}
     for package, folder in folders.items():
@@ -170,7 +165,7 @@ def digest_of(site: Path, monkeypatch) -> str:
 
 
 def test_every_hook_carries_the_identity(plan):
-    """Inductor keys its cache by the hooks' uuids. Each must be there, contain the identity, and tell the stages apart."""
+    """Inductor keys its cache by the hooks' uuids: each contains the identity and tells the stages apart."""
     context = pipeline.Context(replace(FP4, save="8bit"), plan)
     config = hooks(context, {})
     assert set(config) == {"joint_custom_pre_pass", "post_grad_custom_pre_pass", "custom_partitioner_fn"}
@@ -228,7 +223,8 @@ import qcompile
 print(json.dumps({
     "package": qcompile.__file__,
     "gradient": model[0].weight.grad.tolist(),
-    **{name: counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")},
+    **{name: counters["inductor"][name] for name in
+       ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")},
     **{name: counters["aot_autograd"][name] for name in
        ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")},
 }))

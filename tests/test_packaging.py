@@ -1,4 +1,4 @@
-"""What an installation offers: the entry point, cheap imports, complete packages and nothing else in site-packages."""
+"""What an installation offers: the entry point, cheap imports, complete packages and no stray names."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_else():
     """``import qcompile`` is free: torch, and our own submodules, come on first use of a name."""
-    loaded = modules_after(
-        "import qcompile; assert qcompile.__version__; assert 'explain' in qcompile.__all__"
-    )
+    loaded = modules_after("import qcompile; assert qcompile.__version__; assert 'explain' in qcompile.__all__")
     assert {name for name in loaded if name.split(".")[0] == "qcompile"} == {"qcompile"}
     assert not {"torch", "numpy", "rich"} & loaded
 
@@ -49,7 +47,7 @@ def test_the_backend_is_found_by_name_and_only_then_imported():
 
 
 def test_the_backend_imports_only_what_a_compilation_needs():
-    """The import budget, without a clock: nothing of the demo's, of the report's, or of third parties comes along."""
+    """The import budget, without a clock: nothing of the demo's, the report's or third parties' comes along."""
     loaded = modules_after("import qcompile.backends")
     third_party = {"transformers", "torchao", "matplotlib", "rich", "hypothesis", "datasets", "torchvision"}
     assert not third_party & {name.split(".")[0] for name in loaded}
@@ -64,7 +62,7 @@ def test_a_name_the_package_does_not_have_is_an_attribute_error():
 
 
 def test_every_folder_with_code_is_installed():
-    """A package missing from the explicit list works in an editable checkout and breaks for everybody else."""
+    """A package missing from the list works in an editable checkout and breaks for everybody else."""
     folders = {"qcompile": "qcompile", "passes": "qcompile.passes", "kernels": "qcompile.kernels"}
     found = set()
     for folder, package in folders.items():
@@ -100,7 +98,7 @@ def test_each_recipe_is_a_backend_of_its_own_name():
 
 @pytest.mark.slow
 def test_the_wheel_puts_one_name_into_site_packages(tmp_path):
-    """Nothing called ``passes`` or ``kernels`` may reach anybody's site-packages, and no module may be left out."""
+    """Nothing called ``passes`` or ``kernels`` may reach site-packages, and no module may be left out."""
     source = tmp_path / "source"
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
     source.mkdir()
@@ -126,10 +124,7 @@ def test_the_wheel_puts_one_name_into_site_packages(tmp_path):
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"qcompile"}
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {
-        str(
-            Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}")
-            / path.relative_to(source / folder)
-        )
+        str(Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}") / path.relative_to(source / folder))
         for folder in ("qcompile", "passes", "kernels")
         for path in (source / folder).rglob("*.py")
     }

@@ -1,4 +1,7 @@
-"""The report: what its rows, totals, programs and files say, that `explain` leaves no trace, and what is logged."""
+"""The report: what its rows, totals, programs and files say, what `explain` leaves, what is logged.
+
+Graphs are executed eagerly here, as `explain` always does.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def report() -> Report:
 
 
 def test_rows_follow_the_program_and_the_roles(report):
-    """One row a site and role, in program order; the input's gradient nobody needs; the head with the rule that skipped it."""
+    """One row a site and role, in program order; the input's gradient nobody needs; the head names its rule."""
     assert [(r.layer, r.role, r.decision) for r in report.rows] == [
         ("inp", "fprop", "quantized"),
         ("inp", "dgrad", "not computed"),
@@ -116,15 +119,23 @@ def test_one_shared_quantization_is_counted_once():
 
 
 def test_what_the_joint_graph_does_not_show_as_a_product_is_listed_all_the_same():
-    """wgrad of a batch of matrix-vector products is a batch of outer products, which AOTAutograd multiplies out."""
-    weight, x = torch.randn(5, 12, 40, requires_grad=True), torch.randn(5, 40, 1, requires_grad=True)
-    rows = qcompile.explain(lambda w, x: torch.bmm(w, x), weight, x).rows
+    """wgrad of a batch of matrix-vector products is a batch of outer products, which are multiplied out."""
+
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 12, 40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(self.weight, x)
+
+    rows = qcompile.explain(Batched(), torch.randn(5, 40, 1, requires_grad=True)).rows
     assert [(row.role, row.decision) for row in rows] == [(role, "quantized") for role in ROLES]
     assert rows[-1].reason == "not a matrix product in the joint graph; it reads the decoded operands"
 
 
 def test_a_convolution_reads_what_the_plan_says():
-    """Its windows are quantized and put together again, which hides the codes from the joint graph's audit."""
+    """Its windows are quantized and put together again, which hides the codes from the audit."""
     model, x = nn.Conv2d(3, 8, 5, stride=5), torch.randn(2, 3, 20, 20)
     assert [(r.role, r.decision, r.formats) for r in qcompile.explain(model, x).rows] == [
         ("fprop", "quantized", "e2m1 row + residual × e2m1 row"),
@@ -152,7 +163,7 @@ def test_dynamic_sizes_are_shown_and_counted_by_example():
 
 
 def test_functional_code_reports_its_backward_too():
-    """Weights may be inputs, or belong to a module that a function closes over; both backward graphs are there."""
+    """Weights may be inputs, or belong to a module that a function closes over; the backward is there."""
     weight, x, module = torch.randn(40, 12, requires_grad=True), torch.randn(6, 40), nn.Linear(40, 12)
     for function, args in ((lambda w, x: x @ w, (weight, x)), (lambda x: module(x).sum(), (x,))):
         report = qcompile.explain(function, *args)
@@ -185,9 +196,7 @@ def test_json_holds_rows_and_totals(report):
     assert data["saved"] == report.saved
     for total in ("backend", "graphs", "sites", "quantized_sites", "saved_bytes", "code_bytes"):
         assert data[total] == getattr(report, total)
-    rebuilt = Report(
-        data["backend"], [Row(**row) for row in data["rows"]], saved=data["saved"], graphs=data["graphs"]
-    )
+    rebuilt = Report(data["backend"], [Row(**row) for row in data["rows"]], saved=data["saved"], graphs=data["graphs"])
     assert rebuilt.to_json() == report.to_json()
 
 
@@ -269,8 +278,7 @@ def test_programs_are_python_and_show_what_the_pass_did(report):
         ("joint_quantize_gradients", "joint_fuse", "scaled_mm", +7),
     ):
         assert (
-            report.programs[after].count(f"qcompile.{op}.") - report.programs[before].count(f"qcompile.{op}")
-            == change
+            report.programs[after].count(f"qcompile.{op}.") - report.programs[before].count(f"qcompile.{op}") == change
         )
     assert "scaled_mm" not in report.programs["post_grad_lower"] + report.programs["post_grad_lower_2"]
 
@@ -403,10 +411,7 @@ def test_one_info_line_whatever_the_depth(caplog):
     for depth in (1, 6):
         torch._dynamo.reset()
         (line,) = logged(caplog, logging.INFO, Mlp(depth))
-        assert (
-            line
-            == f"qcompile_fp4: {depth + 1} of {depth + 2} GEMM sites quantized (left alone: 1: skip='lm_head')"
-        )
+        assert line == f"qcompile_fp4: {depth + 1} of {depth + 2} GEMM sites quantized (left alone: 1: skip='lm_head')"
 
 
 def test_debug_lines_say_which_ops_came_and_went(caplog):
@@ -428,7 +433,7 @@ qcompile.explain(nn.Linear(40, 28), torch.randn(6, 40))
 
 
 def test_environment_variables_open_the_log_and_the_trace(tmp_path):
-    """``QCOMPILE_LOGS`` prints without any logging set-up; ``TORCH_TRACE`` receives every program for tlparse."""
+    """``QCOMPILE_LOGS`` prints without logging set-up; ``TORCH_TRACE`` receives every program for tlparse."""
     environment = {**os.environ, "QCOMPILE_LOGS": "debug", "TORCH_TRACE": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

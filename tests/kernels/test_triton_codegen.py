@@ -264,10 +264,12 @@ def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
 
 # --- numerics in the interpreter ----------------------------------------------------------------------------
 
-FORMATS = ["e2m1", "e1m2", "e3m0", "int4", "int8z", "int4z", "int8", "int2", "int1", "int3z"]
-GRANULARITIES = ["tensor", "row", "block16", "block5", "tile4", "tile3"]
+#: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, 1, 2, 4 and 8 bits a code.
+FORMATS = ["e2m1", "e3m0", "int4", "int8z", "int2", "int1", "int3z"]
+GRANULARITIES = ["tensor", "block16", "block5", "tile3"]
 
 
+@pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
     if INTERPRETED:
@@ -309,7 +311,7 @@ def test_interpreted_formats(generate, rounding):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_interpreted_granularities_and_scale_rules(generate, axis):
     """Group indices, short last blocks and tiles, and the integer arithmetic of power-of-two scales."""
-    texts = [f"{name} {kind} absmax" for kind in GRANULARITIES for name in ("e2m1", "int8z")]
+    texts = [f"{name} {kind} absmax" for kind in GRANULARITIES for name in ("e2m1",)]
     texts += ["e2m1 row absmax_pow2", "int4 block4 absmax_pow2 up", "e2m1 block16 e8m0", "e3m0 tile5 e8m0"]
     xs = [rows_of_everything(19, 38, Quantizer.parse(text).format) for text in texts]
     assert_quantizes_as_the_reference(generate, texts, xs, axis)
@@ -386,10 +388,12 @@ def test_interpreted_outliers(generate, per):
     x = torch.randn(29, 17)
     ops = torch.ops.qcompile
 
-    def there_and_back(x):
-        clamped, values, positions = ops.clamp_outliers(x, clamp, 0)
-        return clamped, values, positions, ops.restore_outliers(clamped * 2, values, positions, clamp, 0)
+    def there_and_back(x, clamp_outliers, restore_outliers):
+        clamped, values, positions = clamp_outliers(x, clamp, 0)
+        return clamped, values, positions, restore_outliers(clamped * 2, values, positions, clamp, 0)
 
-    outputs, _ = generate(there_and_back, x)
-    for got, expected in zip(outputs, there_and_back(x), strict=True):
+    outputs, _ = generate(lambda x: there_and_back(x, ops.clamp_outliers, ops.restore_outliers), x)
+    # Against the reference itself: the CPU's own kernel lists the residual in another order.
+    expectations = there_and_back(x, outliers_reference.clamp_outliers, outliers_reference.restore_outliers)
+    for got, expected in zip(outputs, expectations, strict=True):
         assert torch.equal(got, expected)

@@ -275,7 +275,7 @@ class QuantizedProducts(TorchFunctionMode):
 _AXES: dict[Any, tuple[tuple[int, int], tuple[int, int]]] = {
     F.linear: ((0, -1), (1, -1)),
     torch.addmm: ((1, -1), (2, -2)),
-    **{f: ((0, -1), (1, -2)) for f in (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__)},
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__), ((0, -1), (1, -2))),
 }
 
 

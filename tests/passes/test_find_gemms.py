@@ -1,7 +1,7 @@
 """Detection: every spelling of a product, one row each, compared with the same spelling on operands quantized by hand.
 
-A row that passes says four things: the site was found with the right kinds and axes, only its operands were quantized, along the
-contraction axis, and forward and every gradient equal eager torch's.
+A row that passes says four things: the site was found with the right kinds and axes, only its operands were quantized, along
+the contraction axis, and forward and every gradient equal eager torch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKWARD_FUSED = {"dgrad": 1, "wgrad": 1}
 
 @dataclass
 class Row:
-    """``f(m, x)`` with weight ``m.w`` of shape ``w`` and bias ``m.b``; ``axes`` are those of x and of m.w as they are stored."""
+    """``f(m, x)`` with weight ``m.w`` of shape ``w`` and bias ``m.b``; ``axes`` are those of x and m.w as they are stored."""
 
     op: str
     f: Callable[[Any, Tensor], Tensor]
@@ -120,9 +120,7 @@ ROWS: dict[str, Row] = {
     "aten.mm": Row("mm", lambda m, x: torch.ops.aten.mm(x, m.w), (5, 37), (37, 11), (-1, 0), MM),
     "aten.mm.default": Row("mm", lambda m, x: torch.ops.aten.mm.default(x, m.w), (5, 37), (37, 11), (-1, 0), MM),
     "mv": Row("mv", lambda m, x: torch.mv(m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}),
-    "addmv": Row(
-        "addmv", lambda m, x: torch.addmv(m.b, m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}
-    ),
+    "addmv": Row("addmv", lambda m, x: torch.addmv(m.b, m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}),
     "bmm": Row("bmm", lambda m, x: torch.bmm(x, m.w), (3, 5, 37), (3, 37, 11), (-1, 1), MM),
     "Tensor.bmm of W.transpose": Row("bmm", lambda m, x: x.bmm(m.w.transpose(1, 2)), (3, 5, 37), (3, 11, 37), slots=MM),
     "addmm": Row("addmm", lambda m, x: torch.addmm(m.b, x, m.w), (5, 37), (37, 11), (-1, 0), MM),
@@ -475,7 +473,9 @@ def test_flex_attention_is_left_alone_with_a_reason() -> None:
         return flex_attention(q, q, q)
 
     result = compile_and_run(attend, torch.randn(1, 2, 16, 16), recipe=DISTINCT)
-    assert [(d.site.op, d.reason) for d in result.decisions if "attention" in d.site.op] == [("flex_attention", _ATTENTION)]
+    assert [(d.site.op, d.reason) for d in result.decisions if "attention" in d.site.op] == [
+        ("flex_attention", _ATTENTION)
+    ]
     assert not result.quantized
 
 
@@ -491,7 +491,9 @@ def test_multi_head_attention_and_rnn_are_named_in_the_plan() -> None:
             return self.attention(x, x, x, need_weights=False)[0]
 
     result = compile_and_run(Opaque(), torch.randn(2, 5, 16), recipe=DISTINCT)
-    assert [(d.site.op, d.site.name, d.quantized) for d in result.decisions] == [("multi_head_attention", "attention", False)]
+    assert [(d.site.op, d.site.name, d.quantized) for d in result.decisions] == [
+        ("multi_head_attention", "attention", False)
+    ]
     assert "not visible" in result.decisions[0].reason
 
 
@@ -626,7 +628,9 @@ class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(2))
-        self.experts = nn.ParameterDict({"up": nn.Parameter(torch.randn(16, 8)), "down": nn.Parameter(torch.randn(8, 16))})
+        self.experts = nn.ParameterDict(
+            {"up": nn.Parameter(torch.randn(16, 8)), "down": nn.Parameter(torch.randn(8, 16))}
+        )
         self.lm_head = nn.Linear(16, 64)
 
     def forward(self, x: Tensor) -> Tensor:

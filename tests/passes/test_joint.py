@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qcompile.passes.verify import VerificationError, verify
 from qcompile.recipes import FP4
 from qcompile.report import saved_bytes
-from qcompile.passes.verify import VerificationError, verify
 
 from .harness import (
     DISTINCT,
@@ -155,7 +155,9 @@ def test_one_quantization_serves_all_consumers(between: Callable[..., Tensor], t
     model, x = Projections(between), torch.randn(9, 64)
     result = compile_and_run(model, x)
     activations = [
-        line for line in result.program("dynamo_insert").splitlines() if "fake_quantize.default(" in line and "occ(" in line
+        line
+        for line in result.program("dynamo_insert").splitlines()
+        if "fake_quantize.default(" in line and "occ(" in line
     ]
     assert len(activations) == times
     outputs, gradients = run_eager(model, x, under=lambda: QuantizedProducts(FP4))
@@ -319,7 +321,9 @@ def assert_no_wide_twin(result: Result) -> None:
     assert not [row for row in result.saved if not row["codes"] and "qcompile_kind" in row["custom"]]
 
 
-@pytest.mark.parametrize("recipe", [FP4, fp4(activation="e2m1 row; clip", weight="e2m1 row; clip")], ids=["fp4", "masks"])
+@pytest.mark.parametrize(
+    "recipe", [FP4, fp4(activation="e2m1 row; clip", weight="e2m1 row; clip")], ids=["fp4", "masks"]
+)
 def test_saved_bytes_fall_below_inductor_s(recipe: Any) -> None:
     for model, inputs in ((MLP(), torch.randn(256, 128)), (Loss(llama(2)), TOKENS)):
         result = compile_and_run(model, inputs, recipe=recipe)
@@ -355,9 +359,11 @@ def test_weights_are_recomputed_or_saved_as_codes() -> None:
 def test_broadcast_weight_saves_codes_of_the_activation_only() -> None:
     """ATen copies the broadcast weight once a sample; that copy must be made again."""
     w = nn.Parameter(torch.randn(4, 64, 48))
-    result = compile_and_run(lambda x: x @ w, torch.randn(3, 4, 5, 64, requires_grad=True), activation={"outliers": None})
+    result = compile_and_run(
+        lambda x: x @ w, torch.randn(3, 4, 5, 64, requires_grad=True), activation={"outliers": None}
+    )
     assert_no_wide_twin(result)
-    assert {tuple(r["shape"]) for r in result.saved} == {(3, 4, 5, 32), (3, 4, 5, 1)}
+    assert sorted(r["bytes"] for r in result.saved) == [4 * 60, 32 * 60]
 
 
 class Convolutions(nn.Module):
@@ -392,7 +398,7 @@ def test_grouped_products_save_codes() -> None:
 # --- narrowing the rest -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_narrowed_activations(attention: str) -> None:
     """``save=`` changes what the backward reads and nothing the forward returns; masks of −inf survive."""
     model = Loss(llama(1, attn_implementation=attention))
@@ -516,7 +522,7 @@ class Chain(nn.Module):
     def __init__(self, steps: list[str], sizes: list[int]) -> None:
         super().__init__()
         self.steps = steps
-        self.w = nn.ParameterList(torch.randn(k, n) / k**0.5 for k, n in zip(sizes, sizes[1:], strict=False))
+        self.w = nn.ParameterList(torch.randn(k, n) / k**0.5 for k, n in pairwise(sizes))
         self.b = nn.ParameterList(torch.randn(n) for n in sizes[1:])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ def test_cond(sign: float) -> None:
     x = (sign * torch.rand(5, 37)).requires_grad_()
     result = compile_and_run(Cond(), x, recipe=DISTINCT)
     assert [(d.site.name, d.quantized) for d in result.decisions] == [("a", True), ("b", True)]
+    assert {d.reason for d in result.decisions} == {"inside cond: its gradients stay in high precision"}
     outputs, gradients = run_eager(Cond(), x, under=lambda: QuantizedProducts(DISTINCT))
     assert_same(result.outputs, outputs)
     for name, gradient in gradients.items():
@@ -236,7 +237,9 @@ def test_autograd_function_is_left_alone() -> None:
     """Its backward is its author's; a fake_quantize inside would be differentiated by nobody."""
     w, x = nn.Parameter(torch.randn(37, 11)), torch.randn(5, 37, requires_grad=True)
     result = compile_and_run(lambda x: Product.apply(x, w), x, recipe=DISTINCT)
-    assert {d.reason for d in result.decisions} == {"inside a torch.autograd.Function, whose backward is the user's own"}
+    assert {d.reason for d in result.decisions} == {
+        "inside a torch.autograd.Function, whose backward is the user's own"
+    }
     assert_same(result.outputs, x @ w)
 
 
