@@ -2,8 +2,9 @@
 
     python benchmarks/step_kernels.py [--out FILE]
 
-Profiles a two-layer Llama block stack on CUDA under `inductor` and `qcompile_fp4` and writes a Markdown table a backend: kernel, launches,
-microseconds. Inductor names a generated kernel after the ops in it, so `triton_per_fused_..._quantize_...` is a quantize fused with its producer.
+Profiles a two-layer Llama block stack on CUDA under `inductor` and `qcompile_fp4` and writes a Markdown table a
+backend: kernel, launches, microseconds. Inductor names a generated kernel after the ops in it, so
+`triton_per_fused_..._quantize_...` is a quantize fused with its producer.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def kernel_table(backend: str, steps: int = 3) -> str:
         if e.device_time_total
     ]
     total = sum(e.device_time_total for e in events) / steps
-    head = f"### {backend}: {total / 1e3:.2f} ms of kernels a step\n\n| kernel | launches | µs a step |\n|---|---:|---:|\n"
+    head = (
+        f"### {backend}: {total / 1e3:.2f} ms of kernels a step\n\n| kernel | launches | µs a step |\n|---|---:|---:|\n"
+    )
     return head + "\n".join(rows) + "\n"
 
 
@@ -59,7 +62,9 @@ def main() -> int:
         print("step_kernels: needs a CUDA card", file=sys.stderr)
         return 2
     stamp = f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    text = f"# Kernels of one training step\n\n{stamp}. Llama, 2 layers, d=1024, ff=2816, 8×1024 tokens, BF16 weights.\n\n"
+    text = (
+        f"# Kernels of one training step\n\n{stamp}. Llama, 2 layers, d=1024, ff=2816, 8×1024 tokens, BF16 weights.\n\n"
+    )
     text += "\n".join(kernel_table(backend) for backend in ("inductor", "qcompile_fp4"))
     if arguments.out == "-":
         print(text)

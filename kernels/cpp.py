@@ -137,8 +137,7 @@ def find_compiler() -> tuple[bool, str]:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
         message = (
-            "qcompile: no C++ compiler found, so CPU kernels fall back to plain torch (slow). "
-            "Install g++ or set CXX."
+            "qcompile: no C++ compiler found, so CPU kernels fall back to plain torch (slow). Install g++ or set CXX."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
         return False, "no C++ compiler found; install g++ or set CXX"

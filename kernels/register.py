@@ -45,7 +45,8 @@ class Provider:
     Attributes:
         name: what the report calls it.
         run: the kernel, with the signature of the op.
-        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the op
+        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the
+        op
             takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
         key: the arguments of ``supports`` out of the arguments of the op.
         texts: how many texts ``supports`` takes.
@@ -89,9 +90,7 @@ def _key_of_slope(grad, x, scales, quantizer, estimator, axis, global_scale=None
 #: Providers that are tried before the reference, best first, by device type and op.
 PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
     "cpu": {
-        "quantize": (
-            Provider("cpp", quantize_cpp.quantize, quantize_cpp.supports_quantize, _key_of_quantize, 1),
-        ),
+        "quantize": (Provider("cpp", quantize_cpp.quantize, quantize_cpp.supports_quantize, _key_of_quantize, 1),),
         "dequantize": (
             Provider("cpp", quantize_cpp.dequantize, quantize_cpp.supports_dequantize, _key_of_dequantize, 1),
         ),
@@ -101,9 +100,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "restore_outliers": (
             Provider("cpp", outliers_cpp.restore_outliers, outliers_cpp.supports_restore, _key_of_restore, 0),
         ),
-        "estimator_mask": (
-            Provider("cpp", estimate_cpp.estimator_mask, estimate_cpp.supports_mask, _key_of_mask, 2),
-        ),
+        "estimator_mask": (Provider("cpp", estimate_cpp.estimator_mask, estimate_cpp.supports_mask, _key_of_mask, 2),),
         "mask_gradient": (
             Provider(
                 "cpp",
@@ -134,7 +131,9 @@ def provider_of(
     if device_type == "cuda":
         from .lowerings import cuda_provider  # imports Inductor, which registering kernels must not
 
-        return cuda_provider(op_name, quantizer_text, estimator if op_name in ("estimator_mask", "scale_gradient") else None)
+        return cuda_provider(
+            op_name, quantizer_text, estimator if op_name in ("estimator_mask", "scale_gradient") else None
+        )
     if op_name not in PROVIDERS.get(device_type, {}):
         return "reference", f"no other provider of {op_name} on {device_type}"
     reasons: list[str] = []

@@ -117,10 +117,11 @@ def operand_kind(node: Node) -> str:
 
 
 def matrix_form(operand: QuantizedOperand, seen: Node) -> tuple[bool, list[Any]] | None:
-    """How a GEMM's operand ``seen`` reads the stored codes: transposed or not, and the shape to view the stored rows in.
+    """How a GEMM's operand ``seen`` reads the stored codes: transposed or not, and the shape to view the stored rows
+    in.
 
-    Decided from sizes and strides alone, so any chain of views, permutes and reshapes is understood. ``None`` if the memory
-    is not read as ``[batch…, rows, size]`` or its transpose.
+    Decided from sizes and strides alone, so any chain of views, permutes and reshapes is understood. ``None`` if the
+    memory is not read as ``[batch…, rows, size]`` or its transpose.
     """
     value = seen.meta["val"]
     if (
@@ -142,7 +143,9 @@ def matrix_form(operand: QuantizedOperand, seen: Node) -> tuple[bool, list[Any]]
 
 
 def stored_view(graph: Graph, operand: QuantizedOperand, tensor: Node, lead: list[Any], emit: Any) -> Node | None:
-    """``tensor`` (codes, scales or residual, any leading shape) viewed as ``[*lead, last]``; ``None`` if it does not factor."""
+    """``tensor`` (codes, scales or residual, any leading shape) viewed as ``[*lead, last]``; ``None`` if it does not
+    factor.
+    """
     shape = tensor.meta["val"].shape
     target = [*lead, shape[-1]]
     if len(shape) == len(target) and all(_same(a, b) for a, b in zip(shape, target, strict=True)):

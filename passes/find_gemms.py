@@ -1,11 +1,11 @@
 """Find every GEMM of a Dynamo graph, however it is spelled.
 
-Sees a graph as Dynamo captured it, bodies of higher-order ops included; changes nothing. Leaves a list of :class:`Site`:
-which operands are contracted along which axis, whether each is a weight, what layer the GEMM belongs to, and, where the
-spelling does not allow a scale per row, why.
+Sees a graph as Dynamo captured it, bodies of higher-order ops included; changes nothing. Leaves a list of
+:class:`Site`: which operands are contracted along which axis, whether each is a weight, what layer the GEMM belongs to,
+and, where the spelling does not allow a scale per row, why.
 
-:data:`SPELLINGS` is the table of what is understood; :data:`OUT_OF_SCOPE` names the products that are seen but left alone.
-A new spelling is one entry.
+:data:`SPELLINGS` is the table of what is understood; :data:`OUT_OF_SCOPE` names the products that are seen but left
+alone. A new spelling is one entry.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["Frame", "Site", "Slot", "find_gemms"]
 class Frame:
     """Reshaping that turns an operand into rows × contraction axis before it is quantized, and back afterwards.
 
-    ``flatten``: merge the axes from this one on (a convolution's weight, or its whole sample). ``patch``: kernel extents of a
-    convolution whose windows tile its input; each window becomes a row.
+    ``flatten``: merge the axes from this one on (a convolution's weight, or its whole sample). ``patch``: kernel
+    extents of a convolution whose windows tile its input; each window becomes a row.
     """
 
     flatten: int | None = None
@@ -71,7 +71,7 @@ class Site:
     training: bool = True
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818  (a reason, not an error)
     """A spelling recognized as a GEMM but not in a form we quantize; the message is the reason in the plan."""
 
 
@@ -150,9 +150,9 @@ def _letter_axis(term: str, letter: str) -> int:
 
 
 def _conv(dims: int) -> Locate:
-    """Convolutions contract channels × window. The weight's rows are its output channels. The input's rows depend on how
-    windows overlap: per position for 1×1, per window where the windows tile the input, else one scale a sample, since an
-    element that several windows read cannot carry the scale of each."""
+    """Convolutions contract channels × window. The weight's rows are its output channels. The input's rows depend on
+    how windows overlap: per position for 1×1, per window where the windows tile the input, else one scale a sample,
+    since an element that several windows read cannot carry the scale of each."""
 
     def locate(node: Node) -> tuple[Slot, Slot]:
         def argument(index: int, name: str, default: Any) -> Any:
@@ -230,7 +230,8 @@ for _name in ("linear", *_METHODS, "conv1d", "conv2d", "conv3d", "_grouped_mm"):
 if hasattr(F, "grouped_mm"):
     SPELLINGS[F.grouped_mm] = ("grouped_mm", _GROUPED)
 
-#: Ops of other libraries with a known meaning, by qualified name (they are registered only once that library is imported).
+#: Ops of other libraries with a known meaning, by qualified name (they are registered only once that library is
+#: imported).
 NAMED_SPELLINGS: dict[str, tuple[str, Locate]] = {
     "transformers::grouped_mm_fallback": ("grouped_mm", _GROUPED),
 }
@@ -413,15 +414,15 @@ def static_size(size: Any) -> int | None:
 #: Ops that keep an operand the same matrix up to layout and precision.
 _TRANSPARENT_METHODS = frozenset(
     {
-        "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze", "unsqueeze",
-        "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as", "type_as",
+        "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
+        "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as", "type_as",
         "__getitem__",
     }
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = frozenset(
     {
-        torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
-        torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
+        torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.unflatten,
+        torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
     }
 )  # fmt: skip
 
@@ -449,7 +450,8 @@ def is_weight(node: Any) -> bool:
 def is_functional_weight(node: Any, op: str) -> bool:
     """A leaf input that requires grad and stands where a weight does: functional code passes weights that way.
 
-    Of products that attention uses as well only matrices count: there, leaves of higher rank are queries, keys and values.
+    Of products that attention uses as well only matrices count: there, leaves of higher rank are queries, keys and
+    values.
     """
     if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
         return False
@@ -460,7 +462,9 @@ def is_functional_weight(node: Any, op: str) -> bool:
 
 
 def parameter_name(node: Any) -> str:
-    """Dotted name of a parameter placeholder, e.g. ``layers.0.weight``; "" where Dynamo does not tell (nested bodies)."""
+    """Dotted name of a parameter placeholder, e.g. ``layers.0.weight``; "" where Dynamo does not tell (nested
+    bodies).
+    """
     if not isinstance(node, Node):
         return ""
     source = compat.source_name(node)
@@ -481,7 +485,9 @@ def layer_name(node: Node) -> str:
 
 
 def _with_parameter(layer: str, parameter: str) -> str:
-    """Tell apart several products of one module: ``experts`` with parameter ``experts.down_proj`` → ``experts.down_proj``."""
+    """Tell apart several products of one module: ``experts`` with parameter ``experts.down_proj`` →
+    ``experts.down_proj``.
+    """
     if parameter and parameter.startswith(f"{layer}." if layer else "") and not parameter.endswith(".weight"):
         return parameter.removesuffix(".weight") if parameter != "weight" else layer
     return layer or parameter.removesuffix(".weight")

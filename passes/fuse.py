@@ -2,10 +2,11 @@
 
 ::
 
-    mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))   ─►   scaled_mm([codes_x, s_x], [codes_w, s_w])
+    mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))   ─►   scaled_mm([codes_x, s_x], [codes_w,
+    s_w])
 
-Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and saves
-codes, without being told. Numbers do not change: ``scaled_mm`` is defined as decode, then multiply.
+Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and
+saves codes, without being told. Numbers do not change: ``scaled_mm`` is defined as decode, then multiply.
 
 A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
 keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
@@ -58,7 +59,9 @@ def _plain(node: Node) -> bool:
 
 
 def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any, bool] | None:
-    """``(tensors, text, size, transposed)`` of one operand of ``scaled_mm``, or ``None`` if it cannot be read from codes."""
+    """``(tensors, text, size, transposed)`` of one operand of ``scaled_mm``, or ``None`` if it cannot be read from
+    codes.
+    """
     root = decode_root(operand)
     if root is None:
         return [operand], "dense", 0, False

@@ -13,8 +13,8 @@ The GEMM stays what it was, so a spelling that later passes cannot fuse is still
 serves all consumers of an operand (q, k, v) as long as nothing between them can change its value or its meaning:
 an in-place op, or a boundary of no_grad, autocast or torch.func, starts afresh.
 
-Under autocast the graph shows float32 operands for a GEMM that runs in 16 bits; the cast is made explicit first, so that what
-is quantized is what the GEMM really reads.
+Under autocast the graph shows float32 operands for a GEMM that runs in 16 bits; the cast is made explicit first, so
+that what is quantized is what the GEMM really reads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Post-grad graphs: choose a provider for every dialect op that Inductor should not see, and say which.
 
-``scaled_mm`` becomes decode + ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue fusion) apply to it;
-one decoded operand serves all products of the graph that read it::
+``scaled_mm`` becomes decode + ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue fusion) apply
+to it; one decoded operand serves all products of the graph that read it::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
 
-``quantize``, ``dequantize`` and the estimators stay: Inductor has lowerings for them (kernels/lowerings.py): generated Triton
-on a GPU, and on a CPU a call of one C++ kernel shared by all sites.
+``quantize``, ``dequantize`` and the estimators stay: Inductor has lowerings for them (kernels/lowerings.py): generated
+Triton on a GPU, and on a CPU a call of one C++ kernel shared by all sites.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
-* a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch), is never saved but decoded
-  again;
-* a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes instead);
+* a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch), is never saved but
+  decoded again;
+* a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
+  instead);
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
 
-``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates and
-attention inputs remain. :class:`Partitioner` narrows those too, after the min-cut has chosen them: the forward returns codes
-and scales in place of the wide tensor and the backward decodes them. Lossy, and off by default.
+``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates
+and attention inputs remain. :class:`Partitioner` narrows those too, after the min-cut has chosen them: the forward
+returns codes and scales in place of the wide tensor and the backward decodes them. Lossy, and off by default.
 """
 
 from __future__ import annotations
@@ -203,7 +204,9 @@ def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int,
 
 
 def _can_narrow(node: Any, kept: list[Any], quantizer: Quantizer) -> bool:
-    """Wide, computed, row-shaped floating-point activations; never a result of the user's, a mask, or what is codes already."""
+    """Wide, computed, row-shaped floating-point activations; never a result of the user's, a mask, or what is codes
+    already.
+    """
     if not isinstance(node, Node) or node in kept or through_views(node).op == "placeholder" or _is_encoded(node):
         return False
     value = node.meta.get("val")

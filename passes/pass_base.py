@@ -1,8 +1,8 @@
 """What every pass over an ATen graph has in common: a name, a match count, timing, dumps and an op-count diff.
 
-A pass is a function ``(graph, context) -> matches``. The runner below does the rest, so that a pass file holds only its rewrite.
-Set ``QCOMPILE_LOGS=debug`` (or the level of the standard logger ``qcompile``) to see, per pass, the matches, the milliseconds
-and which ops came and went.
+A pass is a function ``(graph, context) -> matches``. The runner below does the rest, so that a pass file holds only its
+rewrite. Set ``QCOMPILE_LOGS=debug`` (or the level of the standard logger ``qcompile``) to see, per pass, the matches,
+the milliseconds and which ops came and went.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def dump(name: str, graph: Graph, context: Context) -> None:
 
 def program_text(graph: Graph) -> str:
     """The graph as Python source, with shapes, strides and devices."""
-    owner = graph.owning_module if graph.owning_module is not None else torch.nn.Module()
-    module = GraphModule(owner, graph, class_name="Program")
+    owner = graph.owning_module
+    module = GraphModule(owner if owner is not None else torch.nn.Module(), graph, class_name="Program")
+    graph.owning_module = owner  # a GraphModule takes its graph over; later passes must find the one they compile
     return module.print_readable(print_output=False, include_stride=True, include_device=True)
 
 

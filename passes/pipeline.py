@@ -69,7 +69,9 @@ def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
     """Inductor config that runs the later stages. Hooks the user has set already run first."""
     identity = cache_identity(context.recipe, context.plan)
     config: dict[str, Any] = {
-        "joint_custom_pre_pass": Stage("joint", JOINT, context, identity, compat.user_hook("joint_custom_pre_pass", patches)),
+        "joint_custom_pre_pass": Stage(
+            "joint", JOINT, context, identity, compat.user_hook("joint_custom_pre_pass", patches)
+        ),
         "post_grad_custom_pre_pass": Stage(
             "post_grad", POST_GRAD, context, identity, compat.user_hook("post_grad_custom_pre_pass", patches)
         ),
@@ -93,7 +95,7 @@ class Stage(compat.CustomGraphPass):
         run_passes(self.name, self.passes, graph, self.context)
 
     def __deepcopy__(self, memo: Any) -> Stage:
-        return self  # Inductor copies its config; a plan and its graph's fake tensors are neither copyable nor to be copied
+        return self  # Inductor copies its config; the plan and its graph's fake tensors cannot be copied
 
     def uuid(self) -> Any:
         return ("qcompile", self.name, self.identity, [p.uuid() for p in self.chained])
@@ -102,7 +104,8 @@ class Stage(compat.CustomGraphPass):
 def cache_identity(recipe: Recipe, plan: Plan) -> str:
     """What compiled code depends on besides the graph: every source file of this package, the recipe and the plan.
 
-    Torch hashes neither the bodies of registered ops nor of lowerings, so all sources count, formats and estimators included.
+    Torch hashes neither the bodies of registered ops nor of lowerings, so all sources count, formats and estimators
+    included.
     """
     text = "\n".join([source_digest(), package_version(), repr(recipe), plan.digest()])
     return hashlib.sha256(text.encode()).hexdigest()

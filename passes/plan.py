@@ -1,7 +1,7 @@
 """Decide what happens to every site: quantized how, or left alone and why. Numbers are changed by `insert`, never here.
 
-The plan is the single record of these decisions. Reports, tests and the later passes read it; a node carries only the index of
-its site, in ``node.meta["custom"]``, which AOTAutograd hands on to the forward and backward nodes it traces.
+The plan is the single record of these decisions. Reports, tests and the later passes read it; a node carries only the
+index of its site, in ``node.meta["custom"]``, which AOTAutograd hands on to the forward and backward nodes it traces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Plan:
     matched: Counter[str]
 
     def digest(self) -> str:
-        """Everything of the plan that later passes act on, for the hooks' cache identity. Layer names are not among it."""
+        """Everything of the plan that later passes act on, for the hooks' cache identity. Layer names are not among
+        it.
+        """
         return repr([
             (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients))
             for d in self.decisions

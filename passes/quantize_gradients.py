@@ -1,12 +1,12 @@
 """Joint graph: quantize the gradient operand of dgrad and wgrad where the recipe asks for it (``gradient=…``).
 
-A backward GEMM is one that reads a decoded operand of a site on one side and a tensor that depends on the tangents on the
-other::
+A backward GEMM is one that reads a decoded operand of a site on one side and a tensor that depends on the tangents on
+the other::
 
     mm(dy, dequantize(w))   ─►   mm(dequantize(quantize(dy)), dequantize(w))
 
-dgrad contracts dY over its output features and wgrad over its tokens, so the two take their scales along different axes;
-with one scale per tensor they are equal nodes and share one quantization.
+dgrad contracts dY over its output features and wgrad over its tokens, so the two take their scales along different
+axes; with one scale per tensor they are equal nodes and share one quantization.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def depends_on_tangents(graph: Graph) -> set[Node]:
 def gemm_role(node: Node, backward: set[Node]) -> str:
     """fprop, dgrad or wgrad: a backward product that reads a decoded weight is dgrad, a decoded activation wgrad.
 
-    Where that operand is not quantized, or nothing says whose it is (the bodies of ``cond``), the two cannot be told apart from
-    the graph; such a product is called "backward".
+    Where that operand is not quantized, or nothing says whose it is (the bodies of ``cond``), the two cannot be told
+    apart from the graph; such a product is called "backward".
     """
     if node not in backward:
         return "fprop"

@@ -15,7 +15,7 @@ _EXPORTS = {
     "RECIPES": "qcompile.recipes",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"
 
 

@@ -1,8 +1,8 @@
 """The ``torch.compile`` backends: options → recipe → graph rewriting → Inductor.
 
 One function a recipe (``pyproject.toml`` names them in the entry-point group ``torch_dynamo_backends``), all of them
-:func:`compile_with`. Everything after the rewriting is Inductor's ``compile_fx`` with our passes in its hooks, which is how both
-caches, CUDA graphs, ``max-autotune``, inference and dynamic shapes come along.
+:func:`compile_with`. Everything after the rewriting is Inductor's ``compile_fx`` with our passes in its hooks, which is
+how both caches, CUDA graphs, ``max-autotune``, inference and dynamic shapes come along.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def compile_with(
         observe: where to record programs, products and saved tensors (`explain`).
         inner_compile: replaces Inductor's code generation, e.g. by :func:`compat.eager_inner_compile`.
 
-    Raises ``ValueError`` for an unknown or contradictory option of ours, ``RuntimeError`` for one of Inductor's. They reach the user
-    wrapped in ``BackendCompilerFailed``.
+    Raises ``ValueError`` for an unknown or contradictory option of ours, ``RuntimeError`` for one of Inductor's. They
+    reach the user wrapped in ``BackendCompilerFailed``.
     """
     ours, inductor = split_options(mode, options)
     recipe = recipe.override(ours)

@@ -81,9 +81,11 @@ def log_artifact(name: str, text: Callable[[], str]) -> None:
 
 
 def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
-    """An ``inner_compile`` for :data:`compile_fx` that runs every graph pass of Inductor and then executes the graph eagerly.
+    """An ``inner_compile`` for :data:`compile_fx` that runs every graph pass of Inductor and then executes the graph
+    eagerly.
 
-    Same rewriting, partitioning and saved tensors as a real compilation, in seconds. ``explain()`` and most tests use it.
+    Same rewriting, partitioning and saved tensors as a real compilation, in seconds. ``explain()`` and most tests use
+    it.
     """
     mode = torch._guards.detect_fake_mode(example_inputs) or fake_mode_of(gm.graph)
     inference = bool(kwargs.get("is_inference", False))
@@ -105,7 +107,9 @@ def is_parameter(value: Any) -> bool:
 
 
 def source_name(node: Node) -> str:
-    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if unknown."""
+    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if
+    unknown.
+    """
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None)
     if source is None:

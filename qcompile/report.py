@@ -1,7 +1,8 @@
 """What was quantized, how, by which kernel, and why the rest was not.
 
-``print(qcompile.explain(model, *args))`` compiles the model's graphs through every pass without generating code (seconds), runs its
-forward once, and prints one row a GEMM and role. Parameters, buffers, gradients and random state are left as they were.
+``print(qcompile.explain(model, *args))`` compiles the model's graphs through every pass without generating code
+(seconds), runs its forward once, and prints one row a GEMM and role. Parameters, buffers, gradients and random state
+are left as they were.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ class Row:
     """One GEMM in one role (or one site that was left alone).
 
     Attributes:
-        layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left alone.
-        shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
+        layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left
+        alone. shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
         formats: what each operand is read as, e.g. ``"e2m1 row + outliers × e2m1 row"``.
         estimator: backward estimators of the two operands (fprop rows).
         provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
-        decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark about
+        decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark
+        about
             granularity.
     """
 
@@ -68,8 +70,8 @@ class Report:
     """The plan of a whole model, with what the later passes made of it.
 
     Attributes:
-        backend: recipe name. rows: see :class:`Row`. programs: program text after each pass, keyed by graph, stage and pass.
-        saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
+        backend: recipe name. rows: see :class:`Row`. programs: program text after each pass, keyed by graph, stage and
+        pass. saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
         graphs: number of sub-graphs Dynamo handed over (1 if it found no graph break).
     """
 
@@ -122,7 +124,9 @@ class Report:
         return console.export_html()
 
     def table(self, compact: bool = False) -> Table:
-        """A rich table. ``compact`` folds rows that differ only in numbers in the layer name (``layers.*``) into one."""
+        """A rich table. ``compact`` folds rows that differ only in numbers in the layer name (``layers.*``) into
+        one.
+        """
         table = Table(title=self.summary(), title_justify="left", header_style="bold")
         table.add_column("layer", no_wrap=True)
         for column in ("op", "role", "shape", "formats", "estimator", "provider"):
@@ -135,7 +139,16 @@ class Report:
             verdict = row.decision + (f": {row.reason}" if row.reason else "")
             saved = _size(row.saved_bytes) if row.saved_bytes else ""
             table.add_row(
-                layer, row.op, row.role, row.shape, row.formats, row.estimator, row.provider, saved, verdict, style=style
+                layer,
+                row.op,
+                row.role,
+                row.shape,
+                row.formats,
+                row.estimator,
+                row.provider,
+                saved,
+                verdict,
+                style=style,
             )
         return table
 
@@ -162,8 +175,8 @@ def explain(
         args, kwargs: inputs of the forward.
         backend: name of a recipe. options: as for ``torch.compile``.
 
-    Raises ``ValueError`` for an unknown backend or option, :class:`UnmatchedRuleError` (a ``ValueError``) for a rule of the user's
-    that matches no GEMM of the model.
+    Raises ``ValueError`` for an unknown backend or option, :class:`UnmatchedRuleError` (a ``ValueError``) for a rule of
+    the user's that matches no GEMM of the model.
     """
     if backend not in RECIPES:
         msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
@@ -186,7 +199,9 @@ def explain(
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
     report = _make_report(backend, graphs)
-    session: Session = session_for(RECIPES[backend].override({k: v for k, v in options.items() if k in _fields()}), options)
+    session: Session = session_for(
+        RECIPES[backend].override({k: v for k, v in options.items() if k in _fields()}), options
+    )
     session.settled = True
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
@@ -200,8 +215,8 @@ def _fields() -> list[str]:
 def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
     """Something to call like ``model`` whose outermost code object is nobody else's.
 
-    Dynamo keeps what it compiled on the code object of the outermost frame, and gives up on one that has too many entries. Were
-    that the model's ``forward``, a few calls of `explain` would keep the model from being compiled later.
+    Dynamo keeps what it compiled on the code object of the outermost frame, and gives up on one that has too many
+    entries. Were that the model's ``forward``, a few calls of `explain` would keep the model from being compiled later.
     """
 
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +234,9 @@ def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(compiled: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Run the forward, and the backward where there is one (it compiles lazily); surface our errors without Dynamo's wrapping."""
+    """Run the forward, and the backward where there is one (it compiles lazily); surface our errors without Dynamo's
+    wrapping.
+    """
     try:
         results = torch.utils._pytree.tree_leaves(compiled(*args, **kwargs))
         outputs = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
@@ -320,7 +337,9 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 **base,
                 role=role,
                 formats=" × ".join(_format(text, product["dtype"]) for text in texts),
-                estimator=" × ".join(str(o.estimator) if o else "-" for o in decision.operands) if role == "fprop" else "",
+                estimator=" × ".join(str(o.estimator) if o else "-" for o in decision.operands)
+                if role == "fprop"
+                else "",
                 provider="" if dense else _provider(decision, product, role),
                 saved_bytes=saved if role == "fprop" else 0,
                 decision="skipped" if dense else "quantized",
@@ -336,7 +355,9 @@ def _uncomputed(base: dict[str, Any], role: str) -> Row:
 
 
 def _needs_gradient(decision: Decision, role: str) -> bool:
-    """Whether autograd asks for dX (dgrad) or dW (wgrad): by the operand as the model has it, before what `insert` put on it."""
+    """Whether autograd asks for dX (dgrad) or dW (wgrad): by the operand as the model has it, before what `insert` put
+    on it.
+    """
     kinds = [slot.kind for slot in decision.site.slots]
     weight = kinds.index("weight") if "weight" in kinds else 1
     node = decision.site.slots[weight if role == "wgrad" else 1 - weight].of(decision.site.node)
@@ -348,8 +369,8 @@ def _needs_gradient(decision: Decision, role: str) -> bool:
 def _implied(decision: Decision, role: str) -> dict[str, Any]:
     """What a product reads where the joint graph does not tell: autograd is given the decoded operands.
 
-    Products over one element become multiplications, equal products are merged, some ops have a backward of their own, and a
-    convolution reads windows that were put together again.
+    Products over one element become multiplications, equal products are merged, some ops have a backward of their own,
+    and a convolution reads windows that were put together again.
     """
     texts = [str(operand) if operand else "dense" for operand in decision.operands]
     if role != "fprop":
@@ -416,8 +437,8 @@ class SavedBytes:
 def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedBytes]:
     """Measure what autograd saves for the backward inside the ``with`` block, compiled or eager.
 
-    Parameters and buffers of ``model`` and the given inputs are not counted: they live whether or not they are saved. What counts
-    is storage: once if several saved tensors share it, and all of it if a saved tensor is a part of it.
+    Parameters and buffers of ``model`` and the given inputs are not counted: they live whether or not they are saved.
+    What counts is storage: once if several saved tensors share it, and all of it if a saved tensor is a part of it.
     """
     owners = [*model.parameters(), *model.buffers()] if model is not None else []
     owners += [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]

@@ -1,7 +1,9 @@
-"""What belongs to one ``torch.compile`` call although a backend sees one sub-graph at a time: have the user's rules matched?
+"""What belongs to one ``torch.compile`` call although a backend sees one sub-graph at a time: have the user's rules
+matched?
 
-Graph breaks, DDP buckets and regional compilation call the backend several times. A rule that matches nothing in one sub-graph is
-normal; one that has matched nothing once the first step is over is a mistake the user would otherwise never learn of.
+Graph breaks, DDP buckets and regional compilation call the backend several times. A rule that matches nothing in one
+sub-graph is normal; one that has matched nothing once the first step is over is a mistake the user would otherwise
+never learn of.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Session:
         warnings.warn(f"qcompile: {message}", UserWarning, stacklevel=2)
 
     def watch(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """``compiled``, judging when it is called a second time: by then the first step has compiled every sub-graph."""
+        """``compiled``, judging when it is called a second time: by then the first step has compiled every
+        sub-graph.
+        """
         if not self.matched or self.settled:
             return compiled
         calls = 0
@@ -77,7 +81,9 @@ _sessions: dict[tuple[int, str], Session] = {}
 
 
 def session_for(recipe: Recipe, options: Mapping[str, Any] | None) -> Session:
-    """The session of one ``torch.compile`` call, told apart by the options object that torch hands to every sub-graph."""
+    """The session of one ``torch.compile`` call, told apart by the options object that torch hands to every
+    sub-graph.
+    """
     key = (id(options), repr(recipe))
     if options is None or key not in _sessions:
         session = Session(recipe, options)

@@ -21,8 +21,9 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _OWN_CACHE
 
 import numpy as np  # noqa: E402
-import qcompile.kernels.register  # noqa: E402, F401  (kernels of the qcompile:: ops)
 import torch  # noqa: E402
+
+import qcompile.kernels.register  # noqa: E402, F401  (kernels of the qcompile:: ops)
 
 
 def _fill_fresh_memory_with_junk() -> None:

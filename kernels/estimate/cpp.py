@@ -13,13 +13,13 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
-from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
 from torch import Tensor
 
 from qcompile.ir.estimators import Estimator, clip_limit, widest_half_gap
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
+from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
 
 __all__ = [
     "estimator_mask",
@@ -209,9 +209,7 @@ def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
 
 @cache
-def _slope_kernel(
-    quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype
-) -> Callable[..., None]:
+def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
     slope = _slope_source(q.format, **dict(Estimator.parse(estimator).parameters))
     source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
@@ -247,9 +245,7 @@ def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:
     rows, mask = rows_of(grad, axis), mask.contiguous()
     size = rows.shape[-1]
     if mask.shape != (*rows.shape[:-1], (size + 7) // 8):
-        msg = (
-            f"mask_gradient: mask {tuple(mask.shape)} does not fit gradient {tuple(grad.shape)}, axis {axis}"
-        )
+        msg = f"mask_gradient: mask {tuple(mask.shape)} does not fit gradient {tuple(grad.shape)}, axis {axis}"
         raise ValueError(msg)
     kernel = _mask_gradient_kernel(grad.dtype)
     pointers = rows.data_ptr(), mask.data_ptr(), buffer.data_ptr()

@@ -84,18 +84,14 @@ class _Bins:
 # --- what is supported --------------------------------------------------------------------------------------
 
 
-def supports_estimator_mask(
-    q: Quantizer, estimator: Estimator, device: torch.device | None = None
-) -> tuple[bool, str]:
+def supports_estimator_mask(q: Quantizer, estimator: Estimator, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
     if estimator.name not in MASK_BOUNDS:
         return False, f"the mask of estimator {estimator.name} is not generated"
     return supports_scales(q, device)  # rounding takes no part in it
 
 
-def supports_scale_gradient(
-    q: Quantizer, estimator: Estimator, device: torch.device | None = None
-) -> tuple[bool, str]:
+def supports_scale_gradient(q: Quantizer, estimator: Estimator, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_scale_gradient` generates code, and if not, why."""
     if estimator.name not in SLOPES:
         return False, f"the slope of estimator {estimator.name} is not generated"
@@ -139,9 +135,7 @@ def lower_mask_gradient(grad, mask, axis: int):
         kept = ops.ne(bit, ops.constant(0, torch.int32))
         return ops.where(kept, load_grad(index), ops.constant(0, dtype))
 
-    return ir.Pointwise.create(
-        device=grad.get_device(), dtype=dtype, inner_fn=element, ranges=list(grad.get_size())
-    )
+    return ir.Pointwise.create(device=grad.get_device(), dtype=dtype, inner_fn=element, ranges=list(grad.get_size()))
 
 
 def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: int, global_scale=None):
@@ -158,9 +152,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
         slope = SLOPES[spec.name](y, q.format, **dict(spec.parameters))
         return ops.to_dtype(ops.mul(ops.to_dtype(load_grad(index), torch.float32), slope), dtype)
 
-    return ir.Pointwise.create(
-        device=grad.get_device(), dtype=dtype, inner_fn=element, ranges=list(grad.get_size())
-    )
+    return ir.Pointwise.create(device=grad.get_device(), dtype=dtype, inner_fn=element, ranges=list(grad.get_size()))
 
 
 def _float(value: float) -> Value:

@@ -1,6 +1,7 @@
 """Plain-torch backward estimators on quantized operands: masks in one bit, and the slope on the gradient.
 
-The scaled input y = x / s is computed exactly as :mod:`qcompile.kernels.quantize.reference` does, so the mask agrees with the codes.
+The scaled input y = x / s is computed exactly as :mod:`qcompile.kernels.quantize.reference` does, so the mask agrees
+with the codes.
 """
 
 from __future__ import annotations

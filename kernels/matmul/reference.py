@@ -1,9 +1,10 @@
 """Plain-torch ``scaled_mm``: decode both operands to the output dtype and multiply.
 
-An operand is text and tensors. ``"dense"``: ``[tensor]``. Otherwise the text of an :class:`Operand` and ``[codes, scales]``,
-followed by ``global_scale`` if its scale rule has two levels and by ``values, positions`` if its outlier residual is
-compensated. It is stored ``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed`` swaps the two: fprop reads W transposed,
-dgrad reads it as stored, wgrad reads X transposed; the same codes serve all three.
+An operand is text and tensors. ``"dense"``: ``[tensor]``. Otherwise the text of an :class:`Operand` and ``[codes,
+scales]``, followed by ``global_scale`` if its scale rule has two levels and by ``values, positions`` if its outlier
+residual is compensated. It is stored ``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed``
+swaps the two: fprop reads W transposed, dgrad reads it as stored, wgrad reads X transposed; the same codes serve all
+three.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def scaled_mm(
     dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``op(a) @ op(b)`` in ``dtype``, 2-D or 3-D with a common batch; plus ``bias`` broadcast over the rows (2-D only)."""
+    """``op(a) @ op(b)`` in ``dtype``, 2-D or 3-D with a common batch; plus ``bias`` broadcast over the rows (2-D
+    only).
+    """
     left = decode_operand(a, a_operand, a_size, dtype)
     right = decode_operand(b, b_operand, b_size, dtype)
     left, right = left.mT if a_transposed else left, right.mT if b_transposed else right

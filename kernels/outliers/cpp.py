@@ -1,7 +1,8 @@
 """C++ outlier clamping: one pass that finds both bounds of a row, clamps, and collects what was cut.
 
-The bounds are the same order statistics as the reference's, so clamped values and the residual agree bit for bit. The residual
-is listed in the order of positions, the reference's in the order of a top-k; ties at a bound carry the value 0 in both.
+The bounds are the same order statistics as the reference's, so clamped values and the residual agree bit for bit. The
+residual is listed in the order of positions, the reference's in the order of a top-k; ties at a bound carry the value 0
+in both.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype
 from qcompile.ir.recipe import OutlierClamp
+from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 
 __all__ = ["clamp_outliers", "restore_outliers", "supports_clamp", "supports_restore"]
 
@@ -50,8 +51,8 @@ extern "C" int64_t run(ELEMENT* x, const RESIDUAL* values, const POSITION* posit
 """
 
 
-# The element of rank `rank` among `keys`, ascending. A handful of ranks from the edge, a sorted list of the candidates is
-# rarely touched and beats a partial sort.
+# The element of rank `rank` among `keys`, ascending. A handful of ranks from the edge, a sorted list of the candidates
+# is rarely touched and beats a partial sort.
 _CLAMP = r"""
 #include <algorithm>
 #include <vector>
@@ -88,7 +89,8 @@ template <class Key> static int32_t of_rank(Key key, int64_t size, int64_t rank,
 
 // Lists `count` elements beyond `bound` (key order `key`), then ties with it, and clamps them.
 template <class Key>
-static void cut(Key key, int32_t bound, float limit, const ELEMENT* x, ELEMENT* clamped, float* values, POSITION* positions,
+static void cut(Key key, int32_t bound, float limit, const ELEMENT* x, ELEMENT* clamped, float* values, POSITION*
+positions,
                 int64_t size, int64_t count) {
   int64_t strict = 0, n = 0;
   for (int64_t k = 0; k < size; ++k) strict += key(k) < bound;

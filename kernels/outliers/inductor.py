@@ -55,8 +55,7 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
     above, above_at = (_call(aten.slice.Tensor, t, last, 0, high) for t in (above, above_at))
     wide = residual_dtype(x.get_dtype())
     residual = [
-        _call(aten.sub.Tensor, _cast(cut, wide), _cast(bound, wide))
-        for cut, bound in ((below, lower), (above, upper))
+        _call(aten.sub.Tensor, _cast(cut, wide), _cast(bound, wide)) for cut, bound in ((below, lower), (above, upper))
     ]
     positions = _call(aten.cat.default, [below_at, above_at], last)
     if spec.per == "row":
@@ -77,13 +76,9 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
         rows = _call(aten.reshape.default, rows, [-1])
     last = len(rows.get_size()) - 1
     at = _cast(positions, torch.int64)
-    wide = _call(
-        aten.add.Tensor, _cast(_call(aten.gather.default, rows, last, at), values.get_dtype()), values
-    )
+    wide = _call(aten.add.Tensor, _cast(_call(aten.gather.default, rows, last, at), values.get_dtype()), values)
     raised = _cast(wide, x.get_dtype())
-    restored = _call(
-        aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None
-    )  # None: store
+    restored = _call(aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None)  # None: store
     return axis_back(_call(aten.reshape.default, restored, shape), axis)
 
 

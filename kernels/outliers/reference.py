@@ -1,9 +1,11 @@
 """Plain-torch outlier clamping (OCC, arXiv 2501.17116 §3.2): x = clamped + residual.
 
-Exactly so for 16-bit inputs; in float32 the difference may round once, so the sum may miss x by one unit in the last place.
+Exactly so for 16-bit inputs; in float32 the difference may round once, so the sum may miss x by one unit in the last
+place.
 
-The bounds are order statistics, so at most ⌊(1 − α)n⌋ elements lie below and n − 1 − ⌊αn⌋ above them: the residual has a
-fixed size known before the data is, and its positions come out of the same top-k that finds the bounds. No sort, no host sync.
+The bounds are order statistics, so at most ⌊(1 − α)n⌋ elements lie below and n − 1 − ⌊αn⌋ above them: the residual has
+a fixed size known before the data is, and its positions come out of the same top-k that finds the bounds. No sort, no
+host sync.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ __all__ = ["clamp_outliers", "restore_outliers"]
 def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Clamped tensor (layout of x), residual values ``[..., R, m]`` and their positions along ``axis``.
 
-    The residual is float32 for 16-bit inputs, so that ``clamped + residual`` rounds back to x: a difference of two bfloat16
-    numbers is no bfloat16 number.
+    The residual is float32 for 16-bit inputs, so that ``clamped + residual`` rounds back to x: a difference of two
+    bfloat16 numbers is no bfloat16 number.
 
     With ``per=tensor`` the residual is ``[m]`` and positions count through the flattened tensor (``axis`` moved last).
     Entries that the bounds do not cut (ties) carry the value 0.

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
 from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
 
 __all__ = ["dequantize", "quantize", "scaled_rows_source", "supports_dequantize", "supports_quantize"]
 

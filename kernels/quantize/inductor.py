@@ -219,9 +219,7 @@ def packed_bytes(units: GridUnits, code: Callable[[Index, Any], Value]) -> ir.Te
         return element([*lead, n // per_byte * block + byte])
 
     in_blocks = [*units.shape[:-1], FloorDiv(size, n), sympy.Integer(n // per_byte)]
-    packed = ir.Pointwise.create(
-        device=units.device, dtype=torch.uint8, inner_fn=element_of_block, ranges=in_blocks
-    )
+    packed = ir.Pointwise.create(device=units.device, dtype=torch.uint8, inner_fn=element_of_block, ranges=in_blocks)
     packed.realize()
     return lowerings[torch.ops.aten.reshape.default](packed, ranges)
 
@@ -268,15 +266,11 @@ class GridUnits:
 
     def load(self, index: Index, byte=None) -> Value:
         """Float32 y at ``index``, whose code goes to ``byte``."""
-        return ops.mul(
-            self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte))
-        )
+        return ops.mul(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
-        return self._per_group(
-            storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global)
-        )
+        return self._per_group(storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global))
 
     def _reciprocal(self, amax: Value) -> Value:
         return reciprocal(amax, self.q, self._load_global)
@@ -555,9 +549,7 @@ def _minifloat(fmt: Format) -> tuple[int, float] | None:
         if not as_float32[-1]:
             return None
         factor = fmt.max / as_float32[-1]
-        if factor < 2.0**128 and all(
-            m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)
-        ):
+        if factor < 2.0**128 and all(m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)):
             return mantissa_bits, factor
     return None
 

@@ -2,8 +2,8 @@
 
 All arithmetic is float32. For the elements that share a scale, with M the format's largest magnitude::
 
-    amax = max(|x|, 2^-100)          (NaN and infinity pass through: nothing of such a row dequantizes to a finite value)
-    s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
+    amax = max(|x|, 2^-100)          (NaN and infinity pass through: nothing of such a row dequantizes to a finite
+    value) s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
     y    = x · γ
     code = nearest level of min(|y|, M), sign kept
     x̂    = s · level
@@ -142,7 +142,9 @@ def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None)
 
 
 def _ratio(numerator: float, amax: Tensor) -> Tensor:
-    """One correctly rounded division. With a Python number on either side torch multiplies by a reciprocal (on CUDA at least)."""
+    """One correctly rounded division. With a Python number on either side torch multiplies by a reciprocal (on CUDA at
+    least).
+    """
     return torch.full_like(amax, numerator) / amax
 
 

@@ -5,11 +5,11 @@ estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. 
 
 * ``ste``: g = 1. Bengio et al., arXiv 1308.3432.
 * ``clip``: g = 1[|y| ≤ max (1 + 2⁻²²)]: elements outside the grid stop learning. Courbariaux et al., arXiv 1602.02830.
-* ``trust``: g = 1[|y − q| ≤ T], q the nearest level, T = half the widest gap of the grid: like ``clip``, but an element less than half a step
-  outside the last level is still trusted. QuEST, arXiv 2502.05003 §3.2.
-* ``dge(k=5,cap=3)``: g = min(|v|^(1/k − 1) / k, cap), v ∈ [−1, 1] the position of y between its two neighbouring levels.
-  The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level (rounding
-  noise of the scale, or a scale rule that clips) g takes its value at the last level, 1/k.
+* ``trust``: g = 1[|y − q| ≤ T], q the nearest level, T = half the widest gap of the grid: like ``clip``, but an element
+  less than half a step outside the last level is still trusted. QuEST, arXiv 2502.05003 §3.2.
+* ``dge(k=5,cap=3)``: g = min(|v|^(1/k − 1) / k, cap), v ∈ [−1, 1] the position of y between its two neighbouring
+  levels. The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level
+  (rounding noise of the scale, or a scale rule that clips) g takes its value at the last level, 1/k.
 
 What an estimator needs kept for the backward decides how it is lowered: nothing, one bit an element, or the input.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def _trust_mask(y: Tensor, q: Tensor, fmt: Format) -> Tensor:
 
 
 def clip_limit(fmt: Format) -> float:
-    """Where ``clip`` ends: the last level, and the two roundings by which x · (max / amax) can exceed it at x = amax."""
+    """Where ``clip`` ends: the last level, and the two roundings by which x · (max / amax) can exceed it at x =
+    amax.
+    """
     return fmt.max * (1 + 2.0**-22)
 
 
@@ -50,7 +52,9 @@ def widest_half_gap(fmt: Format) -> float:
 
 
 def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
-    """The smooth staircase f whose derivative DGE uses: float tensor in grid units in and out (arXiv 2501.17116 eq. 7)."""
+    """The smooth staircase f whose derivative DGE uses: float tensor in grid units in and out (arXiv 2501.17116 eq.
+    7).
+    """
     low, gap, position = _bin(y, fmt)
     rise = position.sign() * position.abs().pow(1 / k)
     return torch.where(y < 0, -1.0, 1.0) * (low + gap / 2 * (1 + rise))
@@ -81,8 +85,8 @@ def _plain(value: float) -> str:
 class EstimatorKind:
     """One row of the table: the parameters an estimator takes, and its formula.
 
-    Exactly one of ``mask`` (needs one bit an element) and ``slope`` (needs the input) is set, or neither (needs nothing).
-    Formulas take float32 tensors in grid units.
+    Exactly one of ``mask`` (needs one bit an element) and ``slope`` (needs the input) is set, or neither (needs
+    nothing). Formulas take float32 tensors in grid units.
     """
 
     parameters: dict[str, float] = field(default_factory=dict)
@@ -114,7 +118,7 @@ class Estimator:
         return f"{self.name}({arguments})" if arguments else self.name
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Estimator:
         """Raises ``ValueError`` for an unknown estimator or parameter, or a non-positive value."""
         match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text.replace(" ", ""))

@@ -1,11 +1,12 @@
 """The ``qcompile::`` dialect: schemas, shapes and autograd of the ops that passes insert.
 
-Layout: an operand is quantized along ``axis``, the contraction axis of the GEMM that reads it. Codes and scales are stored
-with that axis **last** ("K-major", what 8-bit tensor cores read), so with x of shape ``[..., R, K]`` after moving ``axis``
-to the end: codes are uint8 ``[..., R, packed(K)]``, scales ``[..., R, 1]`` (see :class:`Granularity` for the others).
+Layout: an operand is quantized along ``axis``, the contraction axis of the GEMM that reads it. Codes and scales are
+stored with that axis **last** ("K-major", what 8-bit tensor cores read), so with x of shape ``[..., R, K]`` after
+moving ``axis`` to the end: codes are uint8 ``[..., R, packed(K)]``, scales ``[..., R, 1]`` (see :class:`Granularity`
+for the others).
 
-Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay equal so
-that common-subexpression elimination lets q, k and v share one quantize.
+Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay
+equal so that common-subexpression elimination lets q, k and v share one quantize.
 
 Only :func:`fake_quantize` is differentiable; it is a composite whose autograd *is* the estimator, so AOTAutograd traces
 through it and the joint graph shows the ops below. Their kernels are registered by :mod:`qcompile.kernels`.
@@ -28,15 +29,18 @@ _SCHEMAS = (
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
     "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None) -> (Tensor, Tensor)",
-    # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis` again.
+    # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis`
+    # again.
     "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
     "Tensor? global_scale=None) -> Tensor",
-    # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last): [..., R, m] each.
+    # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last): [..., R,
+    # m] each.
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
     # Which elements let their gradient pass, one bit each, packed along `axis` (moved last): uint8 [..., R, ceil(K/8)].
-    "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, Tensor? global_scale=None) -> Tensor",
+    "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
+    "Tensor? global_scale=None) -> Tensor",
     # grad where the mask is set, else 0.
     "mask_gradient(Tensor grad, Tensor mask, int axis) -> Tensor",
     # grad ⊙ slope(x / scales): the estimators that need their input again.
@@ -76,8 +80,8 @@ def residual_dtype(dtype: torch.dtype) -> torch.dtype:
 def clamped_counts(clamp: OutlierClamp, extent):
     """How many elements out of ``extent`` can lie below the lower and above the upper quantile (order statistics).
 
-    The bounds are the elements of rank ⌊(1 − α)n⌋ and ⌊αn⌋ of the sorted row, as in the released code of arXiv 2501.17116.
-    Integer arithmetic, so that ``extent`` may be symbolic.
+    The bounds are the elements of rank ⌊(1 − α)n⌋ and ⌊αn⌋ of the sorted row, as in the released code of arXiv
+    2501.17116. Integer arithmetic, so that ``extent`` may be symbolic.
     """
     parts = 10**6
     upper = round(clamp.alpha * parts)
@@ -163,7 +167,11 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):  # type: ignore[override]
         ops = torch.ops.qcompile
         spec = Operand.parse(operand)
-        quantizer, clamp = str(spec.quantizer), spec.outliers and str(spec.outliers)
+        quantizer, clamp = str(spec.quantizer), None
+        if spec.outliers:
+            extent = x.shape[axis] if spec.outliers.per == "row" else x.numel()
+            if any(clamped_counts(spec.outliers, extent)):  # short rows have nothing beyond their quantiles
+                clamp = str(spec.outliers)
         values = positions = mask = None
         clamped = x
         if clamp:
@@ -191,9 +199,7 @@ class _FakeQuantize(torch.autograd.Function):
         spec = Operand.parse(ctx.operand)
         if spec.estimator.kind.slope:
             x, scales, global_scale = ctx.saved_tensors
-            grad = ops.scale_gradient(
-                grad, x, scales, str(spec.quantizer), str(spec.estimator), ctx.axis, global_scale
-            )
+            grad = ops.scale_gradient(grad, x, scales, str(spec.quantizer), str(spec.estimator), ctx.axis, global_scale)
         elif spec.estimator.kind.mask:
             grad = ops.mask_gradient(grad, ctx.saved_tensors[0], ctx.axis)
         return grad, None, None, None

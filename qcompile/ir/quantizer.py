@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from .formats import Format, get_format
 
@@ -69,7 +69,9 @@ SCALE_RULES: dict[str, ScaleRule] = {
     for rule in (
         ScaleRule("absmax", "float32", source="s = amax / max; arXiv 2501.17116 eq. 1"),
         ScaleRule("absmax_pow2", "float32", source="1/s = 2^⌊log2(max / amax)⌋; the released code of arXiv 2501.17116"),
-        ScaleRule("e8m0", "uint8", source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3"),
+        ScaleRule(
+            "e8m0", "uint8", source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3"
+        ),
         ScaleRule("e4m3", "float8_e4m3fn", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
     )
 }
@@ -95,10 +97,10 @@ class Quantizer:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
         if self.format.torch_dtype and self.rounding == "up":
-            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ are defined for the grids without a torch dtype"
+            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ are for grids without a torch dtype"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
-            msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, so values around zero cannot be drawn unbiased"
+            msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "tile"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
@@ -108,7 +110,7 @@ class Quantizer:
         return f"{self.format.name} {self.granularity} {self.scale.name} {self.rounding}"
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Quantizer:
         """Inverse of ``str()``; the granularity, scale rule and rounding may be left out from the right.
 

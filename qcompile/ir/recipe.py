@@ -1,7 +1,7 @@
 """Recipes: what to quantize, where, and how. A recipe is data; a backend is a recipe with a name.
 
-``torch.compile(model, backend="qcompile_fp4", options={...})``: every option is a field of :class:`Recipe`, given as plain
-data. Operands are given whole, as text, or in part, as a dictionary of the fields to change::
+``torch.compile(model, backend="qcompile_fp4", options={...})``: every option is a field of :class:`Recipe`, given as
+plain data. Operands are given whole, as text, or in part, as a dictionary of the fields to change::
 
     options={"activation": "e2m1 row absmax even; ste; occ(alpha=0.99,compensate=1)"}      # whole
     options={"activation": {"format": "e1m2"}, "weight": {"scale": "absmax_pow2"}}          # in part
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from .estimators import Estimator
@@ -31,9 +31,9 @@ STE = Estimator("ste")
 class OutlierClamp:
     """Outlier clamping and compensation (OCC), arXiv 2501.17116 §3.2.
 
-    ``x = clamped + residual`` exactly, with ``clamped`` inside the (1 − α, α) quantiles. ``per="row"`` takes the quantiles of
-    each token (the released code), ``per="tensor"`` those of the whole tensor. Without ``compensate`` the residual is
-    dropped (the released wiring).
+    ``x = clamped + residual`` exactly, with ``clamped`` inside the (1 − α, α) quantiles. ``per="row"`` takes the
+    quantiles of each token (the released code), ``per="tensor"`` those of the whole tensor. Without ``compensate`` the
+    residual is dropped (the released wiring).
     """
 
     alpha: float = 0.99
@@ -57,7 +57,9 @@ class OutlierClamp:
         if match is None:
             msg = f"outlier clamp {text!r} is not 'occ(alpha=0.99,per=row,compensate=1)'"
             raise ValueError(msg)
-        values = dict(part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(",")))
+        values = dict(
+            part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(","))
+        )
         _reject_unknown("occ", values, ("alpha", "per", "compensate"))
         try:
             if values.get("compensate", "1") not in ("0", "1"):
@@ -83,7 +85,7 @@ class Operand:
 
     def __post_init__(self) -> None:
         if self.outliers and self.estimator.kind.slope:
-            msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust with it"
+            msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
             raise ValueError(msg)
 
     def __str__(self) -> str:
@@ -91,7 +93,7 @@ class Operand:
         return "; ".join(parts)
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Operand:
         """``"<quantizer>[; <estimator>][; occ(...)]"``; inverse of ``str()``."""
         head, *rest = (part.strip() for part in text.split(";"))
@@ -148,7 +150,8 @@ class Rule:
         min_size, max_size: bounds on the number of elements of the weight operand.
         roles: for ``gradient``: the backward GEMMs whose gradient operand this rule changes.
         quantize: ``False`` keeps the site in high precision, ``True`` undoes an earlier skip.
-        activation, weight, gradient: operand overrides, as in :class:`Recipe`; ``"off"`` keeps that operand in high precision.
+        activation, weight, gradient: operand overrides, as in :class:`Recipe`; ``"off"`` keeps that operand in high
+        precision.
     """
 
     name: str = "*"
@@ -162,7 +165,13 @@ class Rule:
     gradient: Any = None
 
     def __post_init__(self) -> None:
-        expected = {"name": str, "op": str, "min_size": int, "max_size": (int, type(None)), "quantize": (bool, type(None))}
+        expected = {
+            "name": str,
+            "op": str,
+            "min_size": int,
+            "max_size": (int, type(None)),
+            "quantize": (bool, type(None)),
+        }
         for key, kinds in expected.items():
             if not isinstance(getattr(self, key), kinds):  # type: ignore[arg-type]
                 msg = f"rule {self.name!r}: {key}={getattr(self, key)!r} has the wrong type"
@@ -211,9 +220,11 @@ class Recipe:
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``.
         rules: further rules, applied in order after ``skip``.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
-        saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident anyway;
+        saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident
+        anyway;
             ``"codes"`` saves its codes (½ byte an element) instead of the work.
-        save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3) or ``"4bit"``
+        save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3) or
+        ``"4bit"``
             (E2M1), both with one scale a row. Lossy; off by default.
         enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.
         fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
@@ -245,7 +256,9 @@ class Recipe:
         return [f.name for f in fields(Recipe) if f.name not in ("name", "source", "user_patterns")]
 
     def override(self, options: Mapping[str, Any]) -> Recipe:
-        """A copy with options applied. Raises ``ValueError`` naming the option, its value and what would be accepted."""
+        """A copy with options applied. Raises ``ValueError`` naming the option, its value and what would be
+        accepted.
+        """
         _reject_unknown("option", options, self.option_names())
         changes: dict[str, Any] = {}
         for key, value in options.items():

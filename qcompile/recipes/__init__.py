@@ -1,4 +1,6 @@
-"""Named recipes, as data. Each becomes a ``torch.compile`` backend of the same name (``pyproject.toml``, entry points)."""
+"""Named recipes, as data. Each becomes a ``torch.compile`` backend of the same name (``pyproject.toml``, entry
+points).
+"""
 
 from .fp4 import FP4
 

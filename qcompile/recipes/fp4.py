@@ -1,9 +1,9 @@
 """``qcompile_fp4``: *Optimizing Large Language Model Training Using FP4 Quantization*, arXiv 2501.17116 (ICML 2025).
 
-As the paper prints it: activations E2M1, one scale a token, after clamping the outliers beyond the 1 % and 99 % quantiles
-of the token and compensating them by an exact residual; weights E2M1, one scale an output channel, with the
-differentiable gradient estimator (k = 5, factor capped at 3); exact 6/amax scales; dY in high precision (``gradient="fp8"``
-for the paper's per-tensor E5M2). Head, embeddings, norms and attention stay as they are.
+As the paper prints it: activations E2M1, one scale a token, after clamping the outliers beyond the 1 % and 99 %
+quantiles of the token and compensating them by an exact residual; weights E2M1, one scale an output channel, with the
+differentiable gradient estimator (k = 5, factor capped at 3); exact 6/amax scales; dY in high precision
+(``gradient="fp8"`` for the paper's per-tensor E5M2). Head, embeddings, norms and attention stay as they are.
 
 Where the authors' released code departs from their text, the difference is one option:
 

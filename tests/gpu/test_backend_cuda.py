@@ -1,7 +1,7 @@
 """The backend on a CUDA card: run by hand (`pytest tests/gpu`), never in CI.
 
-What would break: generated Triton that disagrees with the plain-torch reference, CUDA graphs that replay stale data, options that
-only work on CPUs.
+What would break: generated Triton that disagrees with the plain-torch reference, CUDA graphs that replay stale data,
+options that only work on CPUs.
 """
 
 import pytest
@@ -30,9 +30,7 @@ class Mlp(nn.Module):
 
     def reference(self, x):
         activation, weight = str(FP4.activation), str(FP4.weight)
-        h = F.linear(
-            fake_quantize(x, activation, -1), fake_quantize(self.up.weight, weight, -1), self.up.bias
-        )
+        h = F.linear(fake_quantize(x, activation, -1), fake_quantize(self.up.weight, weight, -1), self.up.bias)
         return F.linear(fake_quantize(F.gelu(h), activation, -1), fake_quantize(self.down.weight, weight, -1))
 
 
@@ -81,9 +79,7 @@ def test_first_layer_is_exact_because_nothing_rounds_before_it():
         fake_quantize(layer.weight, str(FP4.weight), -1),
         layer.bias,
     )
-    torch.testing.assert_close(
-        torch.compile(layer, backend="qcompile_fp4")(x), expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(torch.compile(layer, backend="qcompile_fp4")(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

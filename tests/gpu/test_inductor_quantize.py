@@ -34,8 +34,7 @@ SHAPES = [(37, 129), (3, 5, 254), (1030, 34), (5, 4099)]
 def _nan_filled_memory():
     """Blocks the caching allocator will hand out again, filled with NaN (0xFF bytes)."""
     blocks = [
-        torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-        for size in (2**9, 2**14, 2**20, 2**23, 2**25)
+        torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in (2**9, 2**14, 2**20, 2**23, 2**25)
     ]
     del blocks
 
@@ -47,9 +46,7 @@ def compiled(fn, *inputs):
     return torch.compile(fn, backend="inductor", fullgraph=True, dynamic=False)(*inputs)
 
 
-def inputs_for(
-    text: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def inputs_for(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ties, zeros, −0, NaN, infinity, rows of very different size; and the global scale, if needed."""
     q = Quantizer.parse(text)
     generator = torch.Generator(device="cuda").manual_seed(1)
@@ -78,18 +75,14 @@ def test_quantize_and_dequantize_are_the_references(dtype, axis):
             out = []
             for (text, _, scale), x in zip(cases, tensors, strict=True):
                 codes, scales = ops.quantize(x, text, axis, scale)
-                out.append(
-                    (codes, scales, ops.dequantize(codes, scales, text, axis, shape[axis], dtype, scale))
-                )
+                out.append((codes, scales, ops.dequantize(codes, scales, text, axis, shape[axis], dtype, scale)))
             return out
 
         outputs = compiled(there_and_back, *[x for _, x, _ in cases])
         for (text, x, scale), (codes, scales, dense) in zip(cases, outputs, strict=True):
             assert cuda_provider("quantize", text)[0] == "triton (inductor)"
             expected_codes, expected_scales = reference.quantize(x, text, axis, scale)
-            expected = reference.dequantize(
-                expected_codes, expected_scales, text, axis, shape[axis], dtype, scale
-            )
+            expected = reference.dequantize(expected_codes, expected_scales, text, axis, shape[axis], dtype, scale)
             where = f"{text}, {shape}, axis {axis}"
             torch.testing.assert_close(
                 scales.float(),
@@ -99,9 +92,7 @@ def test_quantize_and_dequantize_are_the_references(dtype, axis):
                 equal_nan=True,
                 msg=lambda m, w=where: f"{w}: {m}",
             )
-            torch.testing.assert_close(
-                codes, expected_codes, rtol=0, atol=0, msg=lambda m, w=where: f"{w}: {m}"
-            )
+            torch.testing.assert_close(codes, expected_codes, rtol=0, atol=0, msg=lambda m, w=where: f"{w}: {m}")
             torch.testing.assert_close(
                 dense, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, w=where: f"{w}: {m}"
             )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcompile.kernels.quantize.reference import decode, encode
 
 from qcompile.ir.estimators import ESTIMATORS, Estimator, dge_surrogate, widest_half_gap
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.quantize.reference import decode, encode
 
 E2M1 = FORMATS["e2m1"]
 DGE = Estimator.parse("dge")
@@ -132,9 +132,7 @@ def test_masks_by_definition(name):
     Checked point by point.
     """
     fmt = FORMATS[name]
-    half = {"e2m1": 1.0, "e1m2": 0.25, "e3m0": 4.0, "int4": 0.5, "int1": 0.5, "int4z": 0.5, "e4m3": 16.0}[
-        name
-    ]
+    half = {"e2m1": 1.0, "e1m2": 0.25, "e3m0": 4.0, "int4": 0.5, "int1": 0.5, "int4z": 0.5, "e4m3": 16.0}[name]
     assert widest_half_gap(fmt) == half
     points = [
         0.0,

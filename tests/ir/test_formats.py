@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from qcompile.kernels.quantize.reference import decode, encode
 
 from qcompile.ir.formats import FORMATS, get_format
+from qcompile.kernels.quantize.reference import decode, encode
 
 ALL = [pytest.param(fmt, id=name) for name, fmt in FORMATS.items()]
 

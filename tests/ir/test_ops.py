@@ -9,7 +9,6 @@ from functools import lru_cache
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from qcompile.kernels.quantize.reference import group_amax, spread
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -19,6 +18,7 @@ from qcompile.ir.estimators import Estimator
 from qcompile.ir.ops import global_scale_of, index_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import Operand
+from qcompile.kernels.quantize.reference import group_amax, spread
 
 OPS = torch.ops.qcompile
 ESTIMATORS = ["ste", "clip", "trust", "dge(k=5,cap=3)", "dge(k=3,cap=2)"]
@@ -59,9 +59,7 @@ def scaled(x: torch.Tensor, q: Quantizer, axis: int) -> tuple[torch.Tensor, torc
     """
     global_scale = global_scale_of(x, q)
     codes, scales = OPS.quantize(x, str(q), axis, global_scale)
-    back = OPS.dequantize(codes, scales, str(q), axis, x.shape[axis], torch.float32, global_scale).movedim(
-        axis, -1
-    )
+    back = OPS.dequantize(codes, scales, str(q), axis, x.shape[axis], torch.float32, global_scale).movedim(axis, -1)
     s = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
     s = s if global_scale is None else s * global_scale
     rows = x.movedim(axis, -1).double()
@@ -151,9 +149,7 @@ def test_no_gradient_is_computed_when_none_is_asked_for(generator):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", [*QUANTIZERS, f"e2m1 row absmax even; ste; {OCC}", "e2m1; ste; occ(per=tensor)"]
-)
+@pytest.mark.parametrize("text", [*QUANTIZERS, f"e2m1 row absmax even; ste; {OCC}", "e2m1; ste; occ(per=tensor)"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_fake_quantize_is_quantize_then_dequantize(text, dtype, generator):
     """In x's dtype and shape; the codes are those of the same values in float32, so no dtype rounds
@@ -217,9 +213,7 @@ def test_axis_is_a_transposition(text, axis, generator):
     assert torch.equal(out, OPS.fake_quantize(x.movedim(axis, -1).contiguous(), text, -1).movedim(-1, axis))
 
 
-@pytest.mark.parametrize(
-    "text", ["e2m1 row absmax even; dge", "e2m1 block16 e4m3 even; clip", f"e2m1; ste; {OCC}"]
-)
+@pytest.mark.parametrize("text", ["e2m1 row absmax even; dge", "e2m1 block16 e4m3 even; clip", f"e2m1; ste; {OCC}"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_change_codes(text, dtype, generator):
     """Forward and gradient under autocast are bitwise what they are without."""
@@ -307,9 +301,7 @@ def test_fake_agrees_with_real(op):
             fake = getattr(OPS, op)(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
         for r, f in zip(*(out if isinstance(out, tuple) else (out,) for out in (real, fake)), strict=True):
             described = [(tuple(t.shape), t.dtype, strides_that_count(t)) for t in (r, f)]
-            assert described[0] == described[1], (
-                f"{op}{[describe(a) for a in args]}: real, fake = {described}"
-            )
+            assert described[0] == described[1], f"{op}{[describe(a) for a in args]}: real, fake = {described}"
 
 
 def strides_that_count(x: torch.Tensor) -> tuple[int, ...]:
@@ -325,11 +317,7 @@ def describe(value):
 def test_outputs_do_not_alias_inputs(op):
     """The schemas promise fresh outputs; a view of the input would let an in-place write reach it."""
     for args in samples()[op]:
-        inputs = {
-            t.untyped_storage().data_ptr()
-            for t in torch.utils._pytree.tree_leaves(args)
-            if torch.is_tensor(t)
-        }
+        inputs = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)}
         for out in torch.utils._pytree.tree_leaves(getattr(OPS, op)(*args)):
             assert out.numel() == 0 or out.untyped_storage().data_ptr() not in inputs
 
@@ -367,9 +355,7 @@ def test_positions_have_one_dtype_whether_sizes_are_symbolic_or_not():
     real = OPS.clamp_outliers(x, "occ(alpha=0.9)", 1)[2]
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         symbolic = mode.from_tensor(x, static_shapes=False)
-        assert not isinstance(symbolic.shape[1], int), (
-            "the sizes have to be symbolic for this to test anything"
-        )
+        assert not isinstance(symbolic.shape[1], int), "the sizes have to be symbolic for this to test anything"
         fake = OPS.clamp_outliers(symbolic, "occ(alpha=0.9)", 1)[2]
     assert fake.dtype == real.dtype
 
@@ -379,9 +365,7 @@ def test_index_dtype_holds_every_position(extent):
     assert torch.iinfo(index_dtype(extent)).max >= extent - 1
 
 
-@pytest.mark.parametrize(
-    "text", ["e2m1 row absmax even; ste", "e2m1; clip", "e2m1; dge", f"e2m1; trust; {OCC}"]
-)
+@pytest.mark.parametrize("text", ["e2m1 row absmax even; ste", "e2m1; clip", "e2m1; dge", f"e2m1; trust; {OCC}"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fake_quantize_through_aot_autograd(text, dynamic, generator):
     """Forward and gradient of the traced joint graph are bitwise those of eager."""

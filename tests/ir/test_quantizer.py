@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcompile.kernels.quantize.reference import decode, encode, pack, unpack
 
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import global_scale_of
 from qcompile.ir.quantizer import AMAX_FLOOR, ROUNDINGS, SCALE_RULES, Granularity, Quantizer
+from qcompile.kernels.quantize.reference import decode, encode, pack, unpack
 
 OPS = torch.ops.qcompile
 TABLE_FORMATS = [name for name, fmt in FORMATS.items() if fmt.torch_dtype is None]
@@ -51,12 +51,8 @@ def hard_values(fmt) -> np.ndarray:
     """Float32 values where rounding goes wrong first: levels, ties, their float32 neighbours, both zeros,
     beyond the grid.
     """
-    points = np.array(
-        [*fmt.magnitudes, *fmt.thresholds, fmt.max * 1.0625, fmt.max * 2, fmt.max * 1e6], np.float32
-    )
-    around = np.concatenate(
-        [points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))]
-    )
+    points = np.array([*fmt.magnitudes, *fmt.thresholds, fmt.max * 1.0625, fmt.max * 2, fmt.max * 1e6], np.float32)
+    around = np.concatenate([points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))])
     around = np.concatenate([around, np.array([0.0, np.inf], np.float32)])
     return np.concatenate([around, -around])
 
@@ -209,9 +205,7 @@ def test_stochastic_rounding_takes_any_seed(seed):
     neighbour.
     """
     y = torch.full((20_000,), 2.25)
-    drawn = decode(
-        encode(y, Quantizer(FORMATS["e2m1"], rounding="stochastic"), torch.tensor([seed])), FORMATS["e2m1"]
-    )
+    drawn = decode(encode(y, Quantizer(FORMATS["e2m1"], rounding="stochastic"), torch.tensor([seed])), FORMATS["e2m1"])
     assert set(drawn.tolist()) == {2.0, 3.0}
     assert abs(drawn.mean() - 2.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000)
 
@@ -261,9 +255,7 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
     text = f"{fmt} {granularity} {rule} even"
     q = Quantizer.parse(text)
     for shape in SHAPES:
-        if (granularity == "tensor" and len(shape) > 2) or (
-            granularity.startswith("tile") and len(shape) < 2
-        ):
+        if (granularity == "tensor" and len(shape) > 2) or (granularity.startswith("tile") and len(shape) < 2):
             continue
         data = (rng.standard_normal(shape) * np.exp2(rng.uniform(-20, 20, shape))).astype(np.float32)
         for axis in range(len(shape)):
@@ -272,11 +264,7 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
             assert tuple(scales.shape) == q.scale_shape(shape)
             assert codes.shape == (*shape[:-1], q.packed_size(shape[-1]))
             assert scales.dtype == getattr(torch, q.scale.storage)
-            stored = (
-                np.ldexp(1.0, scales.int().numpy() - 127)
-                if rule == "e8m0"
-                else scales.numpy().astype(np.float64)
-            )
+            stored = np.ldexp(1.0, scales.int().numpy() - 127) if rule == "e8m0" else scales.numpy().astype(np.float64)
             levels, back = levels_of(codes, text, shape[-1]), dequantized.movedim(axis, -1).numpy()
             for where, members in groups(shape, granularity):
                 where, members = where[-len(shape) :], members[-len(shape) :]
@@ -285,9 +273,9 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
                 np.testing.assert_array_equal(back[members], levels[members] * np.float32(scale))
                 y = data[members].astype(np.float64) / scale
                 error = np.abs(np.clip(y, -q.format.max, q.format.max) - levels[members])
-                assert np.all(
-                    error <= half_gap(levels[members], y, q.format) * (1 + 1e-5) + 1e-6 * np.abs(y)
-                ), "not nearest"
+                assert np.all(error <= half_gap(levels[members], y, q.format) * (1 + 1e-5) + 1e-6 * np.abs(y)), (
+                    "not nearest"
+                )
 
 
 def half_gap(level: np.ndarray, y: np.ndarray, fmt) -> np.ndarray:
@@ -333,9 +321,7 @@ FLOOR = int(math.log2(AMAX_FLOOR))
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rule", ["absmax", "absmax_pow2", "e8m0"])
-@pytest.mark.parametrize(
-    "exponent", [-148, -130, FLOOR - 1, FLOOR, FLOOR + 1, FLOOR + 5, FLOOR + 9, -60, 60, 120, 126]
-)
+@pytest.mark.parametrize("exponent", [-148, -130, FLOOR - 1, FLOOR, FLOOR + 1, FLOOR + 5, FLOOR + 9, -60, 60, 120, 126])
 def test_extreme_rows_stay_in_scale(fmt, rule, exponent):
     """Rows from denormal to huge: no overflow in the scale or its reciprocal. Rows below the floor all but
     vanish.
@@ -421,9 +407,7 @@ def test_mxfp4_equals_torchao_bitwise(rng):
 @pytest.mark.parametrize("fmt", ["float8_e4m3fn", "float8_e5m2"])
 def test_mxfp8_equals_torchao_bitwise(fmt, rng):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    x = torch.from_numpy(
-        (rng.standard_normal((32, 128)) * np.exp2(rng.uniform(-20, 20, (32, 1)))).astype(np.float32)
-    )
+    x = torch.from_numpy((rng.standard_normal((32, 128)) * np.exp2(rng.uniform(-20, 20, (32, 1)))).astype(np.float32))
     theirs = mx.MXTensor.to_mx(x, getattr(torch, fmt), 32)
     name = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}[fmt]
     codes, scales, _, _ = quantize(x, f"{name} block32 e8m0 even")
@@ -437,12 +421,7 @@ def nvfp4_by_the_formulas(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     """
     s_dec = np.abs(x).max() / (6 * 448)
     blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
-    s_block = (
-        (np.abs(blocks).max(-1) / 6 / s_dec)
-        .astype(np.float32)
-        .astype(ml_dtypes.float8_e4m3fn)
-        .astype(np.float64)
-    )
+    s_block = (np.abs(blocks).max(-1) / 6 / s_dec).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
     y = blocks / (s_block * s_dec)[..., None]
     levels = np.clip(y, -6, 6).astype(np.float32).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
     return s_block, levels.reshape(x.shape), (levels * (s_block * s_dec)[..., None]).reshape(x.shape)

@@ -38,9 +38,7 @@ def test_fp4_is_what_the_paper_prints():
     assert FP4.activation is not None
     assert FP4.weight is not None
     exact = Quantizer(FORMATS["e2m1"], Granularity("row"), SCALE_RULES["absmax"], "even")
-    assert FP4.activation == Operand(
-        exact, Estimator("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True)
-    )
+    assert FP4.activation == Operand(exact, Estimator("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True))
     assert FP4.weight == Operand(exact, Estimator("dge", (("k", 5.0), ("cap", 3.0))))
     assert FP4.gradient is None
     assert FP4.skip == ("lm_head",)
@@ -103,9 +101,7 @@ def test_the_table_of_departures_is_the_one_in_the_docstring():
     from qcompile.recipes import fp4
 
     rows = dict(re.findall(r"^(\S.*?)\s{2,}``(\{.*\})``$", fp4.__doc__ or "", re.M))
-    assert {name: eval(options) for name, options in rows.items()} == {
-        n: o for n, (o, _) in DEPARTURES.items()
-    }
+    assert {name: eval(options) for name, options in rows.items()} == {n: o for n, (o, _) in DEPARTURES.items()}
 
 
 # --- Recipe.override
@@ -369,9 +365,7 @@ def test_outlier_clamp_parse_is_the_inverse_of_str(clamp):
 
 
 @given(
-    quantizer=st.sampled_from(
-        ["e2m1 row absmax even", "int4 block16 e8m0 up", "e2m1 tile16 e4m3 stochastic"]
-    ),
+    quantizer=st.sampled_from(["e2m1 row absmax even", "int4 block16 e8m0 up", "e2m1 tile16 e4m3 stochastic"]),
     estimator=st.sampled_from(["ste", "clip", "trust", "dge(k=5,cap=3)", "dge(k=2.5,cap=1)"]),
     alpha=st.sampled_from([None, 0.9, 0.97, 0.99, 0.999]),
     compensate=st.booleans(),

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from qcompile.kernels.matmul.reference import scaled_mm
-from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 
 from qcompile.ir.ops import clamped_counts
 from qcompile.ir.recipe import OutlierClamp
+from qcompile.kernels.matmul.reference import scaled_mm
+from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 
 OPS = torch.ops.qcompile
 
@@ -22,16 +22,10 @@ OPS = torch.ops.qcompile
 # -----------------------------------------------------------------------------------------------
 
 
-def dense_residual(
-    x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, per: str, axis: int
-) -> torch.Tensor:
+def dense_residual(x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, per: str, axis: int) -> torch.Tensor:
     """The residual in the shape of ``x``, summed by a loop."""
     rows = x.movedim(axis, -1)
-    flat = (
-        np.zeros(rows.shape, np.float64).reshape(1, -1)
-        if per == "tensor"
-        else np.zeros(rows.shape, np.float64)
-    )
+    flat = np.zeros(rows.shape, np.float64).reshape(1, -1) if per == "tensor" else np.zeros(rows.shape, np.float64)
     flat = flat.reshape(-1, flat.shape[-1])
     v, p = values.double().reshape(len(flat), -1).numpy(), positions.long().reshape(len(flat), -1).numpy()
     for row, vs, ps in zip(flat, v, p, strict=True):
@@ -155,9 +149,7 @@ def test_clamped_plus_residual_is_x_bit_for_bit(clamp, kind, dtype, generator):
     clamped, values, positions = clamp_outliers(x, clamp, 1)
     restored = restore_outliers(clamped, values, positions, clamp, 1)
     wrong = (restored != x).sum().item()
-    assert wrong == 0, (
-        f"{wrong} of {(clamped != x).sum().item()} clamped elements differ after the round trip"
-    )
+    assert wrong == 0, f"{wrong} of {(clamped != x).sum().item()} clamped elements differ after the round trip"
 
 
 @pytest.mark.parametrize("clamp", ["occ(alpha=0.9)", "occ(alpha=0.9,per=tensor)"])
@@ -304,9 +296,7 @@ def test_scaled_mm_with_dense_operands(dense, rng):
 
 def test_scaled_mm_is_the_matmul_of_fake_quantized_operands(rng):
     """The three roles of one GEMM from one set of codes: fprop X·Wᵀ, dgrad dY·W, wgrad dYᵀ·X; bitwise."""
-    x, w, g = (
-        torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((9, 20), (11, 20), (9, 11))
-    )
+    x, w, g = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((9, 20), (11, 20), (9, 11)))
     text = "e2m1 row absmax even"
     xq, wq = (list(OPS.quantize(t, text, -1)) for t in (x, w))
     xd, wd = (OPS.fake_quantize(t, text, -1) for t in (x, w))

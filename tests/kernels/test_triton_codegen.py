@@ -32,6 +32,7 @@ from qcompile.ir.formats import Format  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_lowerings  # noqa: E402
+from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,9 +168,7 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 
 @compiled
-@pytest.mark.parametrize(
-    "text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"]
-)
+@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"])
 def test_one_kernel_for_other_scales(generate, text):
     """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
     scale = torch.ones(()) if "e4m3" in text else None
@@ -181,9 +180,7 @@ def test_one_kernel_for_other_scales(generate, text):
 def test_dequantize_fuses_with_its_reader(generate):
     """The dense tensor is never written: one kernel from codes to the result."""
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
-    _, kernels = generate(
-        lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales
-    )
+    _, kernels = generate(lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales)
     assert len(kernels) == 1
 
 
@@ -223,9 +220,7 @@ def test_the_cpu_calls_the_ops_own_kernel():
     """With Inductor's C++ backend nothing of ours is expanded into loops."""
     register_lowerings()
     x = torch.randn(5, 7)
-    with mock.patch.object(
-        torch._inductor.ir.Pointwise, "create", side_effect=AssertionError("a loop was made")
-    ):
+    with mock.patch.object(torch._inductor.ir.Pointwise, "create", side_effect=AssertionError("a loop was made")):
         outputs = torch.compile(lambda x: quantize(x, E2M1, -1), backend="inductor")(x)
     torch.testing.assert_close(outputs, reference.quantize(x, E2M1, -1), rtol=0, atol=0)
 
@@ -264,7 +259,8 @@ def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
 
 # --- numerics in the interpreter ----------------------------------------------------------------------------
 
-#: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, 1, 2, 4 and 8 bits a code.
+#: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, 1, 2, 4 and 8 bits a
+#: code.
 FORMATS = ["e2m1", "e3m0", "int4", "int8z", "int2", "int1", "int3z"]
 GRANULARITIES = ["tensor", "block16", "block5", "tile3"]
 
@@ -276,15 +272,11 @@ def test_numerics_under_the_interpreter():
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-x", "-k", "test_interpreted", "--show-capture=no"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [*command, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def assert_quantizes_as_the_reference(
-    generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options
-):
+def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options):
     """Codes and scales of all ``texts`` from one compiled graph, bit for bit."""
     outputs, kernels = generate(
         lambda *xs: [quantize(x, t, axis) for x, t in zip(xs, texts, strict=True)], *xs, **options
@@ -344,9 +336,7 @@ def test_interpreted_dequantize(generate):
     outputs, _ = generate(decode_all, *stored)
     for got, codes, scales, (text, axis) in zip(outputs, stored[::2], stored[1::2], cases, strict=True):
         expected = reference.dequantize(codes, scales, text, axis, shape[axis], torch.float32)
-        torch.testing.assert_close(
-            got, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}"
-        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}")
         assert torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan()), text
 
 

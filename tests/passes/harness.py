@@ -1,8 +1,8 @@
 """Compile in seconds, look at what the passes did, and compare with plain eager torch.
 
-:func:`compile_and_run` sends a function or module through every pass of a real compilation and executes the resulting graphs
-eagerly instead of generating code. :class:`QuantizedProducts` is the independent reference: it knows nothing of graphs, and
-quantizes the operands of products as eager torch calls them, with an autograd function of its own.
+:func:`compile_and_run` sends a function or module through every pass of a real compilation and executes the resulting
+graphs eagerly instead of generating code. :class:`QuantizedProducts` is the independent reference: it knows nothing of
+graphs, and quantizes the operands of products as eager torch calls them, with an autograd function of its own.
 
 Tolerance: the compiled and the eager side do the same float32 arithmetic on the same codes and differ in the order of
 accumulation only. :func:`assert_same` allows ``2e-5`` of the largest element, about K·2⁻²⁴ for the K ≤ 300 used here.
@@ -180,7 +180,9 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """One operand, by the formulas of the kernels' references: clamp → quantize → dequantize → restore; estimator back."""
+    """One operand, by the formulas of the kernels' references: clamp → quantize → dequantize → restore; estimator
+    back.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: str, axis: int) -> Tensor:
@@ -209,7 +211,9 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, operand: Operand | str | None, axis: int) -> Tensor:
-    """``x`` quantized along ``axis`` and decoded again, differentiable through its estimator; ``None`` leaves it alone."""
+    """``x`` quantized along ``axis`` and decoded again, differentiable through its estimator; ``None`` leaves it
+    alone.
+    """
     if operand is None:
         return x
     return _FakeQuantize.apply(x, str(operand), axis - x.dim() if axis >= 0 else axis)

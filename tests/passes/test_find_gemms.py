@@ -1,7 +1,7 @@
 """Detection: every spelling of a product, one row each, compared with the same spelling on operands quantized by hand.
 
-A row that passes says four things: the site was found with the right kinds and axes, only its operands were quantized, along
-the contraction axis, and forward and every gradient equal eager torch's.
+A row that passes says four things: the site was found with the right kinds and axes, only its operands were quantized,
+along the contraction axis, and forward and every gradient equal eager torch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BACKWARD_FUSED = {"dgrad": 1, "wgrad": 1}
 
 @dataclass
 class Row:
-    """``f(m, x)`` with weight ``m.w`` of shape ``w`` and bias ``m.b``; ``axes`` are those of x and m.w as they are stored."""
+    """``f(m, x)`` with weight ``m.w`` of shape ``w`` and bias ``m.b``; ``axes`` are those of x and m.w as they are
+    stored.
+    """
 
     op: str
     f: Callable[[Any, Tensor], Tensor]
@@ -479,7 +481,7 @@ def test_flex_attention_is_left_alone_with_a_reason() -> None:
     assert not result.quantized
 
 
-def test_multi_head_attention_and_rnn_are_named_in_the_plan() -> None:
+def test_multi_head_attention_is_named_in_the_plan() -> None:
     """A model whose products hide in one opaque op must not read as fully quantized."""
 
     class Opaque(nn.Module):

@@ -150,8 +150,8 @@ class Projections(nn.Module):
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_one_quantization_serves_all_consumers(between: Callable[..., Tensor], times: int) -> None:
-    """An in-place write, or another mode, between two consumers starts afresh; sharing across it would be wrong numbers or
-    wrong gradients."""
+    """An in-place write, or another mode, between two consumers starts afresh; sharing across it would be wrong numbers
+    or wrong gradients."""
     model, x = Projections(between), torch.randn(9, 64)
     result = compile_and_run(model, x)
     activations = [
@@ -203,13 +203,13 @@ def test_stochastic_gradient_rounding_is_unbiased_and_seeded_per_step() -> None:
     exact = compile_and_run(layer, x)
     compiled, _ = compiler(layer, FP4, gradient="e2m1 block16 e4m3 stochastic")
     cotangent = torch.randn(24, 48, generator=torch.Generator().manual_seed(7))
-    steps = [torch.autograd.grad(compiled(x), (x, layer.weight), cotangent) for _ in range(200)]
+    steps = [torch.autograd.grad(compiled(x), (x, layer.weight), cotangent) for _ in range(100)]
     for i, name in ((0, 0), (1, "weight")):
         samples = torch.stack([step[i] for step in steps])
         assert not torch.equal(samples[0], samples[1])
         error = (samples.mean(0) - exact.gradients[name]).abs().max() / exact.gradients[name].abs().max()
         single = (samples[0] - exact.gradients[name]).abs().max() / exact.gradients[name].abs().max()
-        assert error < 0.2 * single, (name, float(error), float(single))  # 1/√200 = 0.07
+        assert error < 0.25 * single, (name, float(error), float(single))  # 1/√100 = 0.1
 
 
 def test_a_rule_keeps_one_layer_s_gradient_exact() -> None:
