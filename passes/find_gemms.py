@@ -415,13 +415,14 @@ def static_size(size: Any) -> int | None:
 _TRANSPARENT_METHODS = frozenset(
     {
         "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
-        "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as", "type_as",
-        "__getitem__",
+        "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as",
+        "type_as", "__getitem__",
     }
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = frozenset(
     {
-        torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.unflatten,
+        torch.t, torch.transpose,
+        torch.permute, torch.reshape, torch.flatten, torch.unflatten,
         torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
     }
 )  # fmt: skip

@@ -97,7 +97,7 @@ class Quantizer:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
         if self.format.torch_dtype and self.rounding == "up":
-            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ are for grids without a torch dtype"
+            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
             msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"

@@ -222,7 +222,7 @@ def test_rules_from_plain_data():
             "option 'weight': scale rule e4m3 needs blocks, for example block16; got row",
         ),
         ({"activation": {"outliers": "ooc"}}, "option 'activation': outlier clamp 'ooc' is not 'occ("),
-        ({"activation": {"estimator": "dge"}}, "use ste, clip or trust with it"),
+        ({"activation": {"estimator": "dge"}}, "use ste, clip or trust"),
         (
             {"gradient": {"rounding": "stochastic"}},
             "option 'gradient': there is nothing to change in part; give the whole",
@@ -411,7 +411,7 @@ def test_operands_with_a_part_twice_or_empty_are_refused(text):
 
 
 def test_occ_and_dge_do_not_combine():
-    with raises("occ(...) clamps the input that dge takes its slope from; use ste, clip or trust with it"):
+    with raises("occ(...) clamps the input that dge takes its slope from; use ste, clip or trust"):
         Operand.parse("e2m1; dge; occ")
 
 
