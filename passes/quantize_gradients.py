@@ -101,10 +101,8 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
         )
     global_scale = None
     if quantizer.scale.two_level:
-        magnitude = emit(graph, gemm, aten.abs.default, x)
-        amax = emit(
-            graph, gemm, aten._to_copy.default, emit(graph, gemm, aten.amax.default, magnitude), dtype=torch.float32
-        )
+        amax = emit(graph, gemm, aten.amax.default, emit(graph, gemm, aten.abs.default, x))
+        amax = emit(graph, gemm, torch.ops.prims.convert_element_type.default, amax, torch.float32)
         # 2^-100 keeps an all-zero gradient from dividing by zero; its codes are zero whatever the scale.
         floored = emit(graph, gemm, aten.clamp_min.default, amax, 2.0**-100)
         global_scale = emit(graph, gemm, aten.div.Tensor, floored, 448.0 * quantizer.format.max)

@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_bytes": 240,
     },
     "cuda": {
-        "steps": 1000,
+        "steps": 400,
         "batch": 64,
         "sequence": 256,
         "hidden": 512,

@@ -14,6 +14,7 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -186,10 +187,14 @@ def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: s
 
 def _stochastic_index(magnitude: Tensor, fmt: Format, seed: Tensor | None) -> Tensor:
     assert seed is not None, "stochastic rounding needs a seed tensor"
-    levels = torch.tensor(fmt.magnitudes, device=magnitude.device)
-    low = (torch.bucketize(magnitude, levels, right=True) - 1).clamp(max=len(fmt.magnitudes) - 2)
-    fraction = (magnitude - levels[low]) / (levels[low + 1] - levels[low])
-    return (low + (uniform(magnitude, seed) < fraction)).to(torch.int32)
+    index = torch.zeros_like(magnitude, dtype=torch.int32)
+    fraction = torch.zeros_like(magnitude)
+    # Level by level with Python numbers: copying a table to a GPU could not be recorded in a CUDA graph.
+    for i, (low, high) in enumerate(pairwise(fmt.magnitudes)):
+        above = magnitude >= low
+        index = torch.where(above, i, index)
+        fraction = torch.where(above, (magnitude - low) / (high - low), fraction)
+    return index + (uniform(magnitude, seed) < fraction).to(torch.int32)
 
 
 def uniform(like: Tensor, seed: Tensor) -> Tensor:

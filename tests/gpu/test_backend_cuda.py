@@ -34,6 +34,12 @@ class Mlp(nn.Module):
         return F.linear(fake_quantize(F.gelu(h), activation, -1), fake_quantize(self.down.weight, weight, -1))
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """Every test compiles the same forward: without this, one's graphs are another's recompilation."""
+    torch._dynamo.reset()
+
+
 def build(dtype=torch.float32):
     torch.manual_seed(0)
     return Mlp().to("cuda", dtype), torch.randn(37, 96, device="cuda", dtype=dtype)
