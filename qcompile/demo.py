@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": 2,
         "heads": 4,
         "intermediate": 384,
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
         "sample_bytes": 240,
     },
     "cuda": {

@@ -186,15 +186,17 @@ def explain(
     graphs: list[Observations] = []
 
     def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:
-        graphs.append(Observations())
-        return compile_with(
+        observed = Observations()
+        compiled = compile_with(
             RECIPES[backend],
             gm,
             example_inputs,
             options=options,
-            observe=graphs[-1],
+            observe=observed,
             inner_compile=compat.eager_inner_compile,
         )
+        graphs.append(observed)  # a graph that torch cannot trace comes back in pieces; only what compiled counts
+        return compiled
 
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)

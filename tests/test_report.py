@@ -135,7 +135,10 @@ def test_what_the_joint_graph_does_not_show_as_a_product_is_listed_all_the_same(
 
     rows = qcompile.explain(Batched(), torch.randn(5, 40, 1, requires_grad=True)).rows
     assert [(row.role, row.decision) for row in rows] == [(role, "quantized") for role in ROLES]
-    assert rows[-1].reason == "not a matrix product in the joint graph; it reads the decoded operands"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        assert "e2m1 row" in rows[-1].formats  # torch 2.11 leaves it a bmm
+    else:
+        assert rows[-1].reason == "not a matrix product in the joint graph; it reads the decoded operands"
 
 
 def test_a_convolution_reads_what_the_plan_says():
@@ -439,7 +442,8 @@ qcompile.explain(nn.Linear(40, 28), torch.randn(6, 40))
 def test_environment_variables_open_the_log_and_the_trace(tmp_path):
     """``QCOMPILE_LOGS`` prints without logging set-up; ``TORCH_TRACE`` receives every program for tlparse."""
     environment = {**os.environ, "QCOMPILE_LOGS": "debug", "TORCH_TRACE": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", SCRIPT]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "joint/fuse: 2 matches in " in run.stderr
     assert "qcompile.scaled_mm.default 0 → 2" in run.stderr

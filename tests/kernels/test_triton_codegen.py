@@ -243,7 +243,7 @@ def test_division_is_exact_in_ptx(generate):
     """An approximate division changes scales in the last place; nothing flushes subnormal numbers."""
     _, (kernel,) = generate(lambda x: quantize(x, E2M1, -1), torch.randn(37, 254))
     ptx = kernel.ptx()
-    assert "div.rn.f32" in ptx
+    assert "div.rn.f32" in ptx or "div.rn.f64" in ptx  # torch 2.11 has no float32 one to ask for
     assert "div.full" not in ptx
     assert "div.approx" not in ptx
     assert ".ftz" not in ptx
