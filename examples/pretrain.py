@@ -36,8 +36,8 @@ def main(path: str, steps: int = STEPS) -> float:
     )
     model = LlamaForCausalLM(config).to(device)  # parameters, checkpoints and optimizer stay FP32
     compiled = torch.compile(model, backend="qcompile_fp4")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
 
     for step in range(steps):
         starts = torch.randint(len(text) - SEQUENCE, (BATCH, 1))
