@@ -618,5 +618,7 @@ def final_line(results: list[ArmResult]) -> str:
         f"{ARMS[row['arm']].label} {row['gap_to_bf16']:+.3f}" for row in summary_rows(results) if row["gap_to_bf16"]
     ]
     return (
-        f"Validation loss against BF16 (nats a byte): {'; '.join(gaps)}" if gaps else "No gap to state: one arm only."
+        f"Validation loss against BF16 (nats a byte, one seed; repeats differ by about 0.03): {'; '.join(gaps)}"
+        if gaps
+        else "No gap to state: one arm only."
     )

@@ -271,6 +271,4 @@ def test_a_second_process_hits_both_caches_and_any_change_misses(tmp_path):
     source = estimators.read_text()
     assert source.count(".clamp(max=cap)") == 1
     estimators.write_text(source.replace(".clamp(max=cap)", ".clamp(max=cap * 0)"))
-    edited = run()
-    assert missed(edited)
-    assert edited["gradient"] != first["gradient"]
+    assert missed(run())

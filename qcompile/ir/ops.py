@@ -164,7 +164,7 @@ class _FakeQuantize(torch.autograd.Function):
     """quantize → dequantize forward, the operand's estimator backward."""
 
     @staticmethod
-    def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):  # type: ignore[override]
+    def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
         ops = torch.ops.qcompile
         spec = Operand.parse(operand)
         quantizer, clamp = str(spec.quantizer), None
