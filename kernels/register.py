@@ -46,8 +46,7 @@ class Provider:
         name: what the report calls it.
         run: the kernel, with the signature of the op.
         supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the
-        op
-            takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
+            op takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
         key: the arguments of ``supports`` out of the arguments of the op.
         texts: how many texts ``supports`` takes.
     """

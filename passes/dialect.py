@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from qcompile.ir.recipe import Operand
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_relayout",
     "operand_kind",
     "quantized_operand",
+    "same_sizes",
     "through_views",
 ]
 
@@ -142,18 +144,21 @@ def matrix_form(operand: QuantizedOperand, seen: Node) -> tuple[bool, list[Any]]
     return None
 
 
-def stored_view(graph: Graph, operand: QuantizedOperand, tensor: Node, lead: list[Any], emit: Any) -> Node | None:
-    """``tensor`` (codes, scales or residual, any leading shape) viewed as ``[*lead, last]``; ``None`` if it does not
-    factor.
-    """
+def stored_view(tensor: Node, lead: list[Any], emit: Any) -> Node | None:
+    """``tensor`` (codes, scales, residual) viewed as ``[*lead, last]``; ``None`` if its rows do not factor that way."""
     shape = tensor.meta["val"].shape
     target = [*lead, shape[-1]]
-    if len(shape) == len(target) and all(_same(a, b) for a, b in zip(shape, target, strict=True)):
+    if same_sizes(shape, target):
         return tensor
     sizes = [static_size(n) for n in target]
-    if sizes.count(None) > 1:
+    if sizes.count(None) > 1 or (None in sizes and 0 in sizes):
         return None
     return emit(aten.view.default, tensor, [-1 if n is None else n for n in sizes])
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal as far as can be told without adding a guard."""
+    return len(a) == len(b) and all(_same(m, n) for m, n in zip(a, b, strict=True))
 
 
 def _same(a: Any, b: Any) -> bool:

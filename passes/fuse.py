@@ -2,8 +2,8 @@
 
 ::
 
-    mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))   ─►   scaled_mm([codes_x, s_x], [codes_w,
-    s_w])
+    mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))
+        ─►   scaled_mm([codes_x, s_x], [codes_w, s_w])
 
 Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and
 saves codes, without being told. Numbers do not change: ``scaled_mm`` is defined as decode, then multiply.
@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 
 from qcompile.ir.recipe import Operand
 
-from .dialect import decode_root, gemm_operands, is_call, matrix_form, quantized_operand, stored_view
+from .dialect import decode_root, gemm_operands, is_call, matrix_form, quantized_operand, same_sizes, stored_view
 from .pass_base import Context, emit
 
 __all__ = ["fuse"]
@@ -72,15 +72,15 @@ def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any
         return None
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
-    if kind == "tile" and quantized.codes.meta["val"].dim() != len(lead) + 1:
-        return None
+    if kind == "tile" and not same_sizes(quantized.codes.meta["val"].shape[:-1], lead):
+        return None  # tiles span rows, so rows may not be regrouped
     tensors = []
     for i, tensor in enumerate(quantized.tensors):
         shared = (i == 1 and kind in ("tensor", "tile")) or (i == 2 and spec.quantizer.scale.two_level)
         view = (
             _shared_scale(graph, gemm, tensor, len(lead) + 1, i)
             if shared
-            else stored_view(graph, quantized, tensor, lead, lambda *a: emit(graph, gemm, *a))
+            else stored_view(tensor, lead, lambda *a: emit(graph, gemm, *a))
         )
         if view is None:
             return None

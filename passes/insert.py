@@ -72,11 +72,11 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
 
 
 def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[Any, Node]) -> Node:
-    """The quantized operand, made once per (source, dtype, frame, axis, operand)."""
+    """The quantized operand, made once per (source, dtype, frame, axis, kind, operand)."""
     source = slot.of(gemm)
     dtype = _gemm_dtype(gemm, source)
     axis = slot.axis if slot.axis < 0 or slot.frame else slot.axis - _value(source).dim()
-    key = (source, dtype, slot.frame, axis, str(operand))
+    key = (source, dtype, slot.frame, axis, slot.kind, str(operand))
     if key not in shared:
         with graph.inserting_before(gemm):
             shared[key] = _build(_Builder(graph, gemm, slot.kind), source, dtype, slot.frame, axis, operand)
@@ -109,7 +109,7 @@ def _per_patch(build: _Builder, x: Node, patch: tuple[int, ...], quantize: Any) 
     rows = build(torch.flatten, windows, 1 + dims)
     restored = build(torch.Tensor.view_as, quantize(rows), windows)
     inverse = tuple(order.index(axis) for axis in range(len(order)))
-    return build(torch.Tensor.reshape, build(torch.permute, restored, inverse), _value(x).shape)
+    return build(torch.Tensor.reshape_as, build(torch.permute, restored, inverse), x)
 
 
 class _Builder:
@@ -120,7 +120,7 @@ class _Builder:
         self.fake_mode = compat.fake_mode_of(graph)
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        method = target.__name__ if target in (torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.reshape) else None
+        method = target.__name__ if target in (torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.reshape_as) else None
         node = (
             self.graph.call_method(method, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
         )
@@ -155,16 +155,40 @@ def _is_barrier(node: Node) -> bool:
         return False
     target = node.target
     name = getattr(target, "__name__", str(target))
-    if node.op == "call_method" or getattr(target, "__module__", "") in ("_operator", "torch._C"):
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "imatmul"):
-            return True
+    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE_OPERATORS:
+        return True
+    # F.relu(x, inplace=True), or positionally; taking another flag for it costs no more than one quantization.
+    flags = node.args if getattr(target, "__module__", "") == "torch.nn.functional" else ()
+    if node.kwargs.get("inplace") or any(flag is True for flag in flags) or "out" in node.kwargs:
+        return True
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
         return True
-    return "out" in node.kwargs or any(mark in name for mark in _MODE_CHANGES)
+    return any(mark in name for mark in _BOUNDARIES)
 
 
-_MODE_CHANGES = ("set_grad_enabled", "inference_mode", "_enter_autocast", "_exit_autocast", "_nesting")
+_IN_PLACE_OPERATORS = frozenset(
+    f"i{operator}"
+    for operator in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    ]
+) | {"setitem"}
+
+#: Parts of the names of nodes that change how what follows is computed, or write where a schema does not show it.
+_BOUNDARIES = (
+    "set_grad_enabled", "inference_mode", "_enter_autocast", "_exit_autocast", "_nesting", "triton_kernel_wrapper",
+)  # fmt: skip
 
 
 def _value(node: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Post-grad graphs: choose a provider for every dialect op that Inductor should not see, and say which.
+"""Post-grad graphs: replace ``scaled_mm``, which Inductor does not know, by decode + ATen product.
 
-``scaled_mm`` becomes decode + ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue fusion) apply
+So Inductor's own choices (cuBLAS, templates, epilogue fusion) apply
 to it; one decoded operand serves all products of the graph that read it::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))

@@ -66,7 +66,7 @@ def hints(graph: Graph, context: Context) -> int:
                 tags[node] = _SAVE
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
-    return 0 if not tags else len(tags)
+    return len(tags)
 
 
 def _casts(source: Any) -> list[Node]:

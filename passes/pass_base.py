@@ -38,7 +38,7 @@ class Observations:
 
     Attributes:
         programs: readable program after each pass, by stage and pass name.
-        gemms: rows the joint audit and the lowering leave: one a GEMM of the joint graph.
+        gemms: rows the joint audit leaves: one a GEMM of the joint graph.
         saved: tensors the partitioner keeps for the backward.
         plan: the decisions about the graph.
     """

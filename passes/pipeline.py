@@ -58,7 +58,7 @@ def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None
     if observe is not None:
         observe.plan = plan
     dump("dynamo_captured", gm.graph, context)
-    if plan.quantized and "insert" not in recipe.disable_passes:
+    if plan.quantized:
         wrapped = insert(gm, plan)
         log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))
         dump("dynamo_insert", gm.graph, context)

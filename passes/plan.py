@@ -108,6 +108,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         return Decision(site, False, site.obstacle)
     if not recipe.enabled:
         return Decision(site, False, "quantization is off (enabled=False)")
+    if "insert" in recipe.disable_passes:
+        return Decision(site, False, "the pass insert is disabled")
     verdict = next((r for r in reversed(applicable) if r.quantize is not None), None)
     if verdict is not None and not verdict.quantize:
         return Decision(site, False, describe(verdict))

@@ -1,4 +1,4 @@
-"""Every private torch API the project touches, in one place. Tried with torch 2.11 and 2.13."""
+"""The private torch API that backend, passes and report touch; the kernels keep theirs. Tried with 2.11 and 2.13."""
 
 from __future__ import annotations
 

@@ -45,12 +45,11 @@ class Row:
     Attributes:
         layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left
         alone. shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
-        formats: what each operand is read as, e.g. ``"e2m1 row + outliers × e2m1 row"``.
+        formats: what each operand is read as, e.g. ``"e2m1 row + residual × e2m1 row"``.
         estimator: backward estimators of the two operands (fprop rows).
         provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
         decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark
-        about
-            granularity.
+            about granularity.
     """
 
     layer: str
@@ -326,6 +325,8 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 rows.append(_uncomputed(base, role))
                 continue
             product = products.get("dgrad+wgrad") or products.get("backward")
+            if product is None and "weight" not in [slot.kind for slot in site.slots]:
+                product = products.get("wgrad")  # both gradients of a product of activations go by that name
         reason = decision.reason if role == "fprop" else ""
         if product is None:
             product = _implied(decision, role)

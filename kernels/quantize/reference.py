@@ -2,8 +2,8 @@
 
 All arithmetic is float32. For the elements that share a scale, with M the format's largest magnitude::
 
-    amax = max(|x|, 2^-100)          (NaN and infinity pass through: nothing of such a row dequantizes to a finite
-    value) s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
+    amax = max(|x|, 2^-100)     (NaN and infinity pass through: nothing of such a row decodes to a finite value)
+    s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
     y    = x · γ
     code = nearest level of min(|y|, M), sign kept
     x̂    = s · level

@@ -30,11 +30,11 @@ _SCHEMAS = (
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
     "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None) -> (Tensor, Tensor)",
     # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis`
-    # again.
+    # again afterwards.
     "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
     "Tensor? global_scale=None) -> Tensor",
-    # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last): [..., R,
-    # m] each.
+    # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last):
+    # [..., R, m] each.
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",

@@ -31,9 +31,9 @@ STE = Estimator("ste")
 class OutlierClamp:
     """Outlier clamping and compensation (OCC), arXiv 2501.17116 §3.2.
 
-    ``x = clamped + residual`` exactly, with ``clamped`` inside the (1 − α, α) quantiles. ``per="row"`` takes the
-    quantiles of each token (the released code), ``per="tensor"`` those of the whole tensor. Without ``compensate`` the
-    residual is dropped (the released wiring).
+    ``x = clamped + residual``, exactly for 16-bit x and to one rounding for float32, with ``clamped`` inside the
+    (1 − α, α) quantiles. ``per="row"`` takes the quantiles of each token (the released code), ``per="tensor"`` those of
+    the whole tensor. Without ``compensate`` the residual is dropped (the released wiring).
     """
 
     alpha: float = 0.99
@@ -221,11 +221,9 @@ class Recipe:
         rules: further rules, applied in order after ``skip``.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
         saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident
-        anyway;
-            ``"codes"`` saves its codes (½ byte an element) instead of the work.
-        save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3) or
-        ``"4bit"``
-            (E2M1), both with one scale a row. Lossy; off by default.
+            anyway; ``"codes"`` saves its codes (½ byte an element) instead of the work.
+        save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3, one scale
+            a row) or ``"4bit"`` (E2M1, one scale per 32 elements). Lossy; off by default.
         enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.
         fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
         disable_passes: names of passes to leave out.
@@ -283,21 +281,29 @@ def override_operand(base: Operand | None, value: Any, name: str) -> Operand | N
     """Apply an operand option: ``None``/"off", a whole operand as text, or a dictionary of changed fields."""
     if value is None or value == "off":
         return None
-    if isinstance(value, Operand):
-        return value
     try:
-        if isinstance(value, str):
-            text = GRADIENT_ALIASES.get(value, value) if name == "gradient" else value
-            return None if text is None else Operand.parse(text)
-        if isinstance(value, Mapping):
-            if base is None:
-                msg = "there is nothing to change in part; give the whole operand as text"
-                raise ValueError(msg)
-            return base.override(value)
+        operand = _operand_from(base, value, name)
+        if name == "gradient" and operand and (operand.outliers or operand.estimator != STE):
+            msg = f"{operand}: a gradient takes a quantizer only, no estimator and no outlier clamp"
+            raise ValueError(msg)
     except ValueError as error:
         msg = f"option {name!r}: {error}"
         raise ValueError(msg) from None
-    msg = f"option {name!r} takes text, a dictionary or None, got {type(value).__name__} {value!r}"
+    return operand
+
+
+def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:
+    if isinstance(value, Operand):
+        return value
+    if isinstance(value, str):
+        text = GRADIENT_ALIASES.get(value, value) if name == "gradient" else value
+        return None if text is None else Operand.parse(text)
+    if isinstance(value, Mapping):
+        if base is None:
+            msg = "there is nothing to change in part; give the whole operand as text"
+            raise ValueError(msg)
+        return base.override(value)
+    msg = f"takes text, a dictionary or None, got {type(value).__name__} {value!r}"
     raise ValueError(msg)
 
 
