@@ -71,12 +71,13 @@ def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: C
     for graph_pass in passes:
         if graph_pass.name in context.recipe.disable_passes:
             continue
-        before, start = count_ops(graph), time.perf_counter()
+        debugging = log.isEnabledFor(logging.DEBUG)
+        before, start = count_ops(graph) if debugging else Counter(), time.perf_counter()
         matches = graph_pass.run(graph, context)
         if matches:
             graph.eliminate_dead_code()
             graph.lint()
-        if log.isEnabledFor(logging.DEBUG):
+        if debugging:
             elapsed = (time.perf_counter() - start) * 1e3
             diff = op_diff(before, count_ops(graph))
             log.debug("%s/%s: %d matches in %.1f ms%s", stage, graph_pass.name, matches, elapsed, diff)

@@ -11,7 +11,7 @@ axes; with one scale per tensor they are equal nodes and share one quantization.
 
 from __future__ import annotations
 
-from operator import getitem as _getitem
+import operator
 from typing import Any
 
 import torch
@@ -107,8 +107,8 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
         floored = emit(graph, gemm, aten.clamp_min.default, amax, 2.0**-100)
         global_scale = emit(graph, gemm, aten.div.Tensor, floored, 448.0 * quantizer.format.max)
     pair = emit(graph, gemm, ops.quantize.default, x, str(quantizer), axis, global_scale, seed)
-    codes = emit(graph, gemm, _getitem, pair, 0)
-    scales = emit(graph, gemm, _getitem, pair, 1)
+    codes = emit(graph, gemm, operator.getitem, pair, 0)
+    scales = emit(graph, gemm, operator.getitem, pair, 1)
     value = x.meta["val"]
     size = value.shape[axis]
     if not isinstance(size, int):

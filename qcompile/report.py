@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,14 +22,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qcompile.ir.recipe import Operand
-from qcompile.kernels.lowerings import cuda_provider
 from qcompile.kernels.register import provider_of
 from qcompile.passes import lower
 from qcompile.passes.pass_base import Observations
 from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision
 
 from . import compat
-from .backends import compile_with
+from .backends import compile_with, split_options
 from .recipes import RECIPES
 from .session import Session, UnmatchedRuleError, session_for, unmatched_message
 
@@ -200,17 +199,12 @@ def explain(
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
     report = _make_report(backend, graphs)
-    session: Session = session_for(
-        RECIPES[backend].override({k: v for k, v in options.items() if k in _fields()}), options
-    )
+    ours, _ = split_options(None, options)
+    session: Session = session_for(RECIPES[backend].override(ours), options)
     session.settled = True
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report
-
-
-def _fields() -> list[str]:
-    return RECIPES["qcompile_fp4"].option_names()
 
 
 def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,8 +305,7 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     shape = " · ".join("×".join(str(n) for n in operand) for operand in site.shape)
     base = {"layer": site.name, "op": site.op, "shape": shape}
     if not decision.quantized:
-        empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
-        return [Row(**base, **empty, role="-", decision="skipped", reason=decision.reason)]
+        return [_bare_row(base, "-", "skipped", decision.reason)]
     saved = sum(t["bytes"] for t in observed.saved if t["codes"] and t["custom"].get(SITE_KEY) == site.index)
     products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
     rows = []
@@ -322,7 +315,7 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
             if not site.training:
                 continue
             if not _needs_gradient(decision, role):
-                rows.append(_uncomputed(base, role))
+                rows.append(_bare_row(base, role, "not computed", "nothing upstream needs this gradient"))
                 continue
             product = products.get("dgrad+wgrad") or products.get("backward")
             if product is None and "weight" not in [slot.kind for slot in site.slots]:
@@ -352,17 +345,23 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
     return rows
 
 
-def _uncomputed(base: dict[str, Any], role: str) -> Row:
+def _bare_row(base: dict[str, Any], role: str, decision: str, reason: str) -> Row:
+    """A row of which there is nothing to say but why."""
     empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
-    return Row(**base, **empty, role=role, decision="not computed", reason="nothing upstream needs this gradient")
+    return Row(**base, **empty, role=role, decision=decision, reason=reason)
+
+
+def _weight_position(decision: Decision) -> int:
+    """Which operand is the weight; the right one of a product without."""
+    kinds = [slot.kind for slot in decision.site.slots]
+    return kinds.index("weight") if "weight" in kinds else 1
 
 
 def _needs_gradient(decision: Decision, role: str) -> bool:
     """Whether autograd asks for dX (dgrad) or dW (wgrad): by the operand as the model has it, before what `insert` put
     on it.
     """
-    kinds = [slot.kind for slot in decision.site.slots]
-    weight = kinds.index("weight") if "weight" in kinds else 1
+    weight = _weight_position(decision)
     node = decision.site.slots[weight if role == "wgrad" else 1 - weight].of(decision.site.node)
     while KIND_KEY in (node.meta.get("custom") or {}):
         node = node.args[0]
@@ -377,8 +376,7 @@ def _implied(decision: Decision, role: str) -> dict[str, Any]:
     """
     texts = [str(operand) if operand else "dense" for operand in decision.operands]
     if role != "fprop":
-        kinds = [slot.kind for slot in decision.site.slots]
-        weight = kinds.index("weight") if "weight" in kinds else 1
+        weight = _weight_position(decision)
         texts = ["dense", texts[weight if role == "dgrad" else 1 - weight]]
     dtype = str(decision.site.node.meta["example_value"].dtype).removeprefix("torch.")
     return {"operands": texts, "fused": False, "dtype": dtype}
@@ -398,10 +396,7 @@ def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
         return product_by
     value = decision.site.node.meta["example_value"]
     texts = [str(operand.quantizer) for operand in decision.operands if operand]
-    if value.device.type == "cuda":
-        quantizers = [cuda_provider("quantize", text) for text in texts]
-    else:
-        quantizers = [provider_of("quantize", value.device.type, text, value.dtype) for text in texts]
+    quantizers = [provider_of("quantize", value.device.type, text, value.dtype) for text in texts]
     names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
     return f"{', '.join(names)} quantize; {product_by}"
 
@@ -409,7 +404,7 @@ def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
 def _folded(rows: list[Row]) -> list[tuple[Row, int]]:
     counts: dict[Row, int] = {}
     for row in rows:
-        folded = Row(**{**asdict(row), "layer": re.sub(r"\b\d+\b", "*", row.layer), "saved_bytes": row.saved_bytes})
+        folded = replace(row, layer=re.sub(r"\b\d+\b", "*", row.layer))
         counts[folded] = counts.get(folded, 0) + 1
     return list(counts.items())
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qcompile.ir.formats import Format
+from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
 
 __all__ = ["decode", "dequantize", "encode", "pack", "quantize", "scale_pair", "scaled_input", "unpack"]
@@ -218,7 +218,7 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes along the last axis, lower index in the lower bits; a short last byte is filled with zeros."""
-    per_byte = 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
+    per_byte = codes_per_byte(bits)
     if per_byte == 1:
         return codes
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
@@ -231,7 +231,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
     """Inverse of :func:`pack` for ``size`` codes a row."""
-    per_byte = 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
+    per_byte = codes_per_byte(bits)
     if per_byte == 1:
         return packed
     width = 8 // per_byte

@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["FORMATS", "Format", "get_format"]
+__all__ = ["FORMATS", "Format", "codes_per_byte", "get_format"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Format:
     @property
     def codes_per_byte(self) -> int:
         """Codes that share a byte: 8, 4, 2 or 1."""
-        return 8 if self.bits == 1 else 4 if self.bits == 2 else 2 if self.bits <= 4 else 1
+        return codes_per_byte(self.bits)
 
     @cached_property
     def tensor_core_type(self) -> str | None:
@@ -81,6 +81,11 @@ class Format:
             if any(all(m * factor in values for m in self.magnitudes) for factor in (1, 2)):
                 return candidate
         return None
+
+
+def codes_per_byte(bits: int) -> int:
+    """How many codes of ``bits`` bits are packed into one byte."""
+    return 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
 
 
 def _floor_log2(value: float) -> int:
