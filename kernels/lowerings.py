@@ -33,6 +33,7 @@ class Lowering:
 
 LOWERINGS: dict[str, Lowering] = {
     "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
+    "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask),
     "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient),

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+import qcompile.ir.tensor_core_ops  # noqa: F401  (defines the ops)
 from qcompile.ir.ops import LIB
 
 from .estimate import cpp as estimate_cpp
 from .estimate import reference as estimate
+from .matmul import providers as matmul_providers
 from .matmul import reference as matmul
 from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
@@ -28,6 +30,11 @@ __all__ = ["REFERENCES", "Provider", "provider_of"]
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
+    "quantize_compensated": quantize.quantize_compensated,
+    "quantize_8bit": quantize.quantize_8bit,
+    "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
+    "quantize_8bit_pair": quantize.quantize_8bit_pair,
+    "recode": quantize.recode,
     "dequantize": quantize.dequantize,
     "clamp_outliers": outliers.clamp_outliers,
     "restore_outliers": outliers.restore_outliers,
@@ -35,6 +42,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "mask_gradient": estimate.mask_gradient,
     "scale_gradient": estimate.scale_gradient,
     "scaled_mm": matmul.scaled_mm,
+    "mm_8bit": matmul.mm_8bit,
 }
 
 
@@ -58,7 +66,7 @@ class Provider:
     texts: int
 
 
-def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None):
+def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None, fold=None):
     return (x.dtype,), quantizer
 
 
@@ -84,6 +92,10 @@ def _key_of_mask_gradient(grad, mask, axis):
 
 def _key_of_slope(grad, x, scales, quantizer, estimator, axis, global_scale=None):
     return (x.dtype, grad.dtype), quantizer, estimator
+
+
+def _no_key(*arguments):
+    return ()
 
 
 #: Providers that are tried before the reference, best first, by device type and op.
@@ -112,6 +124,10 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "scale_gradient": (
             Provider("cpp", estimate_cpp.scale_gradient, estimate_cpp.supports_slope, _key_of_slope, 2),
         ),
+    },
+    "cuda": {
+        # It chooses by the extents of each product.
+        "mm_8bit": (Provider("tensor cores", matmul_providers.mm_8bit, lambda: (True, ""), _no_key, 0),),
     },
 }
 

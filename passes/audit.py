@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from qcompile.ir.recipe import Operand
-
 from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
+from .fold import why_not_folded
+from .lower import product_provider
 from .pass_base import Context
 from .plan import site_index
 from .quantize_gradients import ROLE_OF_OPERAND, depends_on_tangents, gemm_role
@@ -24,10 +25,17 @@ def audit(graph: Graph, context: Context) -> int:
     if context.observe is None:
         return 0
     backward = depends_on_tangents(graph)
+    decisions = {decision.site.index: decision for decision in context.plan.quantized}
     for node in graph.nodes:
+        provider, reason = "", ""
         if is_call(node, ops.scaled_mm.default):
-            operands, fused = [node.args[1], node.args[5]], True
+            operands, fused = [_text(node.args[i], node.args[i + 1]) for i in (0, 4)], True
             role = "fprop" if node not in backward else _fused_role(node, backward)
+            provider, reason = product_provider(node)
+            decision = decisions.get(site_index(node))  # type: ignore[arg-type]
+            if decision is not None and role in decision.folded and "dense" in operands:
+                codes = 0 if operands[1] == "dense" else 4
+                reason = why_not_folded(node, codes) or reason
         elif is_call(node, *GEMMS) or is_call(node, aten.convolution_backward.default):
             operands, fused = _operand_texts(node), False
             role = _unfused_role(node, backward)
@@ -40,6 +48,8 @@ def audit(graph: Graph, context: Context) -> int:
                 "role": role,
                 "operands": operands,
                 "fused": fused,
+                "provider": provider,
+                "reason": reason,
                 "dtype": str(_output_dtype(node)).removeprefix("torch."),
             }
         )
@@ -55,6 +65,13 @@ def _fused_role(node: Node, backward: set[Node]) -> str:
     return "backward"
 
 
+def _text(tensors: Any, text: Any) -> str:
+    """How an operand of ``scaled_mm`` was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
+    codes = through_views(tensors[0])
+    source: Any = codes.args[0] if is_call(codes, operator.getitem) else None
+    return str(source.args[1] if is_call(source, ops.quantize_compensated.default) else text)
+
+
 def _unfused_role(node: Node, backward: set[Node]) -> str:
     if is_call(node, aten.convolution_backward.default):
         return "dgrad+wgrad"
@@ -66,7 +83,11 @@ def _operand_texts(node: Node) -> list[str]:
     texts = []
     for operand in operands:
         root = decode_root(operand)  # type: ignore[arg-type]
-        texts.append("dense" if root is None else str(Operand.parse(quantized_operand(root).text)))
+        if root is None:
+            texts.append("dense")
+        else:
+            quantized = quantized_operand(root)
+            texts.append(_text(quantized.tensors, quantized.text))
     return texts
 
 

@@ -1,52 +1,195 @@
-"""Post-grad graphs: replace ``scaled_mm``, which Inductor does not know, by decode + ATen product.
+"""Post-grad graphs: give every ``scaled_mm`` the product that runs it.
 
-So Inductor's own choices (cuBLAS, templates, epilogue fusion) apply
-to it; one decoded operand serves all products of the graph that read it::
+Where 8-bit tensor cores hold both operands exactly, they read the codes::
+
+    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
+
+`merge_quantize` then joins ``quantize`` and ``recode``. Elsewhere the operands are decoded for an ATen product, so that
+Inductor's own choices (cuBLAS, templates, epilogue fusion) apply to it; one decoded operand serves all products of
+the graph that read it::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
 
-``quantize``, ``dequantize`` and the estimators stay: Inductor has lowerings for them (kernels/lowerings.py): generated
-Triton on a GPU, and on a CPU a call of one C++ kernel shared by all sites.
+``quantize``, ``dequantize`` and the estimators stay: they have kernels and Inductor lowerings of their own
+(kernels/lowerings.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from qcompile import compat
+from qcompile.ir.formats import Format, get_format
 from qcompile.ir.recipe import Operand
+from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.matmul import providers
+from qcompile.kernels.matmul.reference import LEVELS
 
-from .dialect import is_call
+from .dialect import aten, is_call, ops
+from .find_gemms import static_size
 from .pass_base import Context, emit
 
-__all__ = ["lower"]
+__all__ = ["DECODED", "lower", "product_provider"]
 
-aten, ops = torch.ops.aten, torch.ops.qcompile
+#: The provider that reads decoded operands.
+DECODED = "dequantize + aten"
+#: Tensor cores, through whichever kernel fits the extents.
+AT_RUN_TIME = "cublaslt or triton"
 
-PROVIDER = "dequantize + aten"
+
+@dataclass(frozen=True)
+class Side:
+    """One operand of a ``scaled_mm``: its tensors and text, and how the product reads what is stored."""
+
+    tensors: tuple[Node, ...]
+    text: str
+    size: Any
+    transposed: bool
+
+    @staticmethod
+    def of(node: Node, position: int) -> Side:
+        tensors, text, size, transposed = node.args[position : position + 4]
+        return Side(tuple(tensors), text, size, bool(transposed))  # type: ignore[arg-type]
+
+    @property
+    def format(self) -> Format:
+        if self.text.startswith(LEVELS):
+            return get_format(self.text.removeprefix(LEVELS))
+        return Operand.parse(self.text).quantizer.format
+
+    def contracts_rows(self, left: bool) -> bool:
+        """Whether the product sums over the stored rows, so that the codes have to be transposed for it."""
+        return self.transposed == left
+
+    def why_not_8bit(self, left: bool) -> str:
+        """Why tensor cores cannot read the codes; "" if they can."""
+        if self.text == "dense":
+            return "an operand in high precision"
+        if self.format.tensor_core_type is None:
+            return f"{self.format.name} fits no 8-bit tensor-core type"
+        if self.text.startswith(LEVELS):
+            return ""
+        quantizer = Operand.parse(self.text).quantizer
+        kind = quantizer.granularity.kind
+        if kind not in ("row", "tensor") or quantizer.scale.storage != "float32":
+            return f"scales {quantizer.granularity} {quantizer.scale.name} change along the contraction"
+        if kind == "row" and self.contracts_rows(left):
+            return "scales of rows change along the contraction (backward= folds them into the gradient)"
+        if len(self.tensors) != 2:
+            return "the exact residual of the outliers (occ(residual=e4m3) is a code)"
+        return ""
+
+
+def product_provider(node: Node) -> tuple[str, str]:
+    """What runs a ``scaled_mm``, and why not something faster; the report prints it."""
+    left, right, value = Side.of(node, 0), Side.of(node, 4), node.meta["val"]
+    capability = compat.tensor_core_capability(value.device)
+    if capability is None:
+        return DECODED, f"no 8-bit tensor cores on {value.device.type}"
+    if value.dim() != 2:
+        return DECODED, "a product of batches"
+    if why := left.why_not_8bit(left=True) or right.why_not_8bit(left=False):
+        return DECODED, why
+    types = {left.format.tensor_core_type, right.format.tensor_core_type}
+    if len(types) > 1 and "int8" in types:
+        return DECODED, f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
+    rows, columns, contraction = *(static_size(n) for n in value.shape), _contraction(left)
+    if rows is None or columns is None or contraction is None:
+        return AT_RUN_TIME, "extents are known at run time only"
+    product = providers.Product(
+        shape=(rows, columns, contraction),
+        dtypes=(tensor_core_dtype(left.format), tensor_core_dtype(right.format)),
+        dtype=value.dtype,
+        capability=capability,
+        bias=_bias_dtype(node),
+        tensor_scales=all(_is_scalar(side) for side in (left, right)),
+    )
+    provider, why = providers.choose(product)
+    return (DECODED if provider.name == "reference" else provider.name), why
+
+
+def _bias_dtype(node: Node) -> torch.dtype | None:
+    bias: Any = node.args[9] if len(node.args) > 9 else None
+    return None if bias is None else bias.meta["val"].dtype
+
+
+def _is_scalar(side: Side) -> bool:
+    """Whether the operand has one scale, or none."""
+    return side.text.startswith(LEVELS) or Operand.parse(side.text).quantizer.granularity.kind == "tensor"
+
+
+def _contraction(left: Side) -> int | None:
+    """Length of the contraction, ``None`` if it is known at run time only."""
+    if left.contracts_rows(True):
+        return static_size(left.tensors[0].meta["val"].shape[-2])
+    return left.size if isinstance(left.size, int) else None
 
 
 def lower(graph: Graph, context: Context) -> int:
     """Returns how many products were lowered."""
-    decoded: dict[Any, Node] = {}
+    made: dict[Any, Node] = {}
     count = 0
     for node in list(graph.nodes):
         if not is_call(node, ops.scaled_mm.default):
             continue
         with graph.inserting_before(node):
-            replacement = _lower_product(graph, node, decoded)
+            lowering = _decoded_product if product_provider(node)[0] == DECODED else _tensor_core_product
+            replacement = lowering(graph, node, made)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
         count += 1
     return count
 
 
-def _lower_product(graph: Graph, node: Node, decoded: dict[Any, Node]) -> Node:
-    a, a_text, a_size, a_transposed, b, b_text, b_size, b_transposed, dtype, *rest = node.args
-    left = _operand(graph, node, a, a_text, a_size, a_transposed, dtype, decoded)
-    right = _operand(graph, node, b, b_text, b_size, b_transposed, dtype, decoded)
+# --- products on tensor cores -------------------------------------------------------------------------------------
+
+
+def _tensor_core_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
+    sides = Side.of(node, 0), Side.of(node, 4)
+    codes = [_codes(graph, node, side, side is sides[0], made) for side in sides]
+    scales = [_scale(graph, node, side, operand, made) for side, operand in zip(sides, codes, strict=True)]
+    dtype, *bias = node.args[8:]
+    return emit(graph, node, ops.mm_8bit.default, *codes, *scales, dtype, *bias)
+
+
+def _codes(graph: Graph, gemm: Node, side: Side, left: bool, made: dict[Any, Node]) -> Node:
+    """8-bit codes of one operand, contraction last."""
+    transposed = side.contracts_rows(left)
+    fmt = side.format
+    key = (side.tensors[0], fmt.name, transposed)
+    if key not in made:
+        codes = side.tensors[0]
+        if fmt.torch_dtype and not transposed:
+            made[key] = emit(graph, gemm, aten.view.dtype, codes, tensor_core_dtype(fmt))
+        else:
+            made[key] = emit(graph, gemm, ops.recode.default, codes, fmt.name, side.size, transposed)
+    return made[key]
+
+
+def _scale(graph: Graph, gemm: Node, side: Side, codes: Node, made: dict[Any, Node]) -> Node:
+    """Its scales; where they were folded away, ones for every row, as cuBLASLt wants them beside another's rows."""
+    factor = 1 / side.format.tensor_core_factor
+    if not side.text.startswith(LEVELS):
+        scales = side.tensors[1]
+        return scales if factor == 1 else emit(graph, gemm, aten.mul.Tensor, scales, factor)
+    value = codes.meta["val"]
+    rows = static_size(value.shape[0]) or 1
+    key = ("scale", factor, rows)
+    if key not in made:
+        made[key] = emit(graph, gemm, aten.full.default, [rows, 1], factor, dtype=torch.float32, device=value.device)
+    return made[key]
+
+
+# --- products of decoded operands ---------------------------------------------------------------------------------
+
+
+def _decoded_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
+    dtype, *rest = node.args[8:]
+    left, right = (_decoded(graph, node, Side.of(node, position), dtype, made) for position in (0, 4))
     bias = rest[0] if rest else None
     if bias is not None:
         return emit(graph, node, aten.addmm.default, bias, left, right)
@@ -54,32 +197,29 @@ def _lower_product(graph: Graph, node: Node, decoded: dict[Any, Node]) -> Node:
     return emit(graph, node, product, left, right)
 
 
-def _operand(
-    graph: Graph,
-    gemm: Node,
-    tensors: Any,
-    text: Any,
-    size: Any,
-    transposed: Any,
-    dtype: Any,
-    decoded: dict[Any, Node],
-) -> Node:
-    if text == "dense":
-        return tensors[0]
-    key = (tuple(tensors), text, dtype)
-    if key not in decoded:
-        decoded[key] = _decode(graph, gemm, list(tensors), Operand.parse(text), size, dtype)
-    dense = decoded[key]
-    if not transposed:
+def _decoded(graph: Graph, gemm: Node, side: Side, dtype: Any, made: dict[Any, Node]) -> Node:
+    if side.text == "dense":
+        return side.tensors[0]
+    key = (side.tensors, side.text, dtype)
+    if key not in made:
+        made[key] = _decode(graph, gemm, side, dtype)
+    dense = made[key]
+    if not side.transposed:
         return dense
     order = [1, 0] if dense.meta["val"].dim() == 2 else [0, 2, 1]
     return emit(graph, gemm, aten.permute.default, dense, order)
 
 
-def _decode(graph: Graph, gemm: Node, tensors: list[Node], spec: Operand, size: Any, dtype: torch.dtype) -> Node:
-    codes, scales, *rest = tensors
+def _decode(graph: Graph, gemm: Node, side: Side, dtype: torch.dtype) -> Node:
+    codes, *rest = side.tensors
+    if side.text.startswith(LEVELS):
+        levels = emit(graph, gemm, ops.recode.default, codes, side.format.name, side.size, False)
+        return emit(graph, gemm, torch.ops.prims.convert_element_type.default, levels, dtype)
+    spec = Operand.parse(side.text)
+    scales = rest.pop(0)
     global_scale = rest.pop(0) if spec.quantizer.scale.two_level else None
-    dense = emit(graph, gemm, ops.dequantize.default, codes, scales, str(spec.quantizer), -1, size, dtype, global_scale)
+    quantizer = str(spec.quantizer)
+    dense = emit(graph, gemm, ops.dequantize.default, codes, scales, quantizer, -1, side.size, dtype, global_scale)
     if rest:
         dense = emit(graph, gemm, ops.restore_outliers.default, dense, *rest, str(spec.outliers), -1)
     return dense

@@ -35,7 +35,7 @@ __all__ = ["Partitioner", "hints"]
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qcompile
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
 
-_ENCODERS = (ops.quantize.default, ops.clamp_outliers.default)
+_ENCODERS = (ops.quantize.default, ops.quantize_compensated.default, ops.clamp_outliers.default)
 _DECODERS = (ops.dequantize.default, ops.restore_outliers.default)
 
 #: ``save=`` option → quantizer of the tensors it narrows.

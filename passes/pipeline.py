@@ -7,10 +7,11 @@ dynamo         Dynamo FX graph, one a sub-graph                  find_gemms → 
 dynamo                                                           insert                  **yes, by the recipe**
 joint          forward and backward in ATen, before partitioning quantize_gradients      **yes, if gradient= is set**
 joint                                                            fuse                    no
+joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
 joint                                                            audit                   no (records what is left)
 partition      joint → forward, backward                         narrow_saved            **yes, if save= is set**
-post_grad      forward, then backward                            lower                   no
+post_grad      forward, then backward                            lower → merge_quantize  no
 ============== ================================================= ======================= =============================
 """
 
@@ -29,9 +30,11 @@ from qcompile.ir.recipe import Recipe
 
 from .audit import audit
 from .find_gemms import find_gemms
+from .fold import fold
 from .fuse import fuse
 from .insert import insert
 from .lower import lower
+from .merge_quantize import merge_quantize
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
 from .plan import Plan, make_plan
@@ -42,10 +45,11 @@ __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 JOINT = (
     GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
+    GraphPass("fold", fold),
     GraphPass("hints", hints),
     GraphPass("audit", audit),
 )
-POST_GRAD = (GraphPass("lower", lower),)
+POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
 PASS_NAMES = ("insert", *(p.name for p in (*JOINT, *POST_GRAD)))

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.fx import Node
 
-from qcompile.ir.recipe import Operand, Recipe, Rule, override_operand
+from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
 
 from .find_gemms import Site
 
@@ -25,13 +25,18 @@ KIND_KEY = "qcompile_kind"
 
 @dataclass
 class Decision:
-    """What one site gets. ``operands`` follow the site's slots; ``gradients`` are keyed by role (dgrad, wgrad)."""
+    """What one site gets.
+
+    ``operands`` follow the site's slots. ``gradients`` says what dY is quantized to, by role (dgrad, wgrad); for
+    the roles in ``folded``, times the scales of the other operand.
+    """
 
     site: Site
     quantized: bool
     reason: str
     operands: tuple[Operand | None, ...] = ()
     gradients: dict[str, Operand | None] = field(default_factory=dict)
+    folded: tuple[str, ...] = ()
 
 
 @dataclass
@@ -46,7 +51,8 @@ class Plan:
         it.
         """
         return repr([
-            (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients))
+            (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
+             d.folded)
             for d in self.decisions
         ])  # fmt: skip
 
@@ -116,19 +122,34 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     kinds = [slot.kind for slot in site.slots]
     if "weight" not in kinds and not recipe.attention and verdict is None:
         return Decision(site, False, "no weight operand (attention-like product); attention=True quantizes these")
-    chosen = {key: _resolve(recipe, applicable, key) for key in ("activation", "weight")}
+    chosen = {key: _resolve(getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
         return Decision(site, False, "the recipe quantizes none of its operands")
-    gradients = {
-        role: _resolve(recipe, [r for r in applicable if role in r.roles], "gradient") for role in ("dgrad", "wgrad")
-    }
+    folded = BACKWARD_ROLES[recipe.backward]
+    gradients: dict[str, Operand | None] = {}
+    for role in ("dgrad", "wgrad"):
+        base = recipe.gradient or (FOLDED_GRADIENT if role in folded else None)
+        gradient = _resolve(base, [r for r in applicable if role in r.roles], "gradient")
+        if role in folded and gradient is not None:
+            _check_folded(site, gradient.quantizer)
+        gradients[role] = gradient
     notes = "; ".join(dict.fromkeys(slot.note for slot in site.slots if slot.note))
-    return Decision(site, True, notes, operands, gradients)
+    return Decision(site, True, notes, operands, gradients, folded)
 
 
-def _resolve(recipe: Recipe, rules: list[Rule], key: str) -> Operand | None:
-    operand: Any = getattr(recipe, key)
+def _check_folded(site: Site, quantizer: Quantizer) -> None:
+    """Raises ``ValueError`` if dY, times the scales of the other operand, cannot be quantized so."""
+    rows = quantizer.granularity.kind in ("row", "tensor") and quantizer.scale.storage == "float32"
+    if not (rows and quantizer.format.tensor_core_type in ("e4m3", "e5m2")):
+        msg = (
+            f"layer {site.name!r}: option 'backward' needs a gradient exact in 8-bit floating point, with one float32 "
+            f"scale a row or tensor, for example 'e4m3 row'; got '{quantizer}'"
+        )
+        raise ValueError(msg)
+
+
+def _resolve(operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
     for rule in rules:
         change = getattr(rule, key)
         if change is not None:

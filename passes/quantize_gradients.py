@@ -7,6 +7,8 @@ the other::
 
 dgrad contracts dY over its output features and wgrad over its tokens, so the two take their scales along different
 axes; with one scale per tensor they are equal nodes and share one quantization.
+
+Products that are to run on 8-bit tensor cores (``backward=…``) are left to `fold`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import Operand
 
 from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind
 from .pass_base import Context, emit
 from .plan import site_index
 
-__all__ = ["depends_on_tangents", "gemm_role", "quantize_gradients"]
+__all__ = ["depends_on_tangents", "encode_gradient", "gemm_role", "quantize_gradients", "size_along"]
 
 aten, ops = torch.ops.aten, torch.ops.qcompile
 
@@ -71,8 +74,9 @@ def quantize_gradients(graph: Graph, context: Context) -> int:
         operands = gemm_operands(node)
         if is_call(node, aten.convolution.default) or sum(o in backward for o in operands) != 1:
             continue
-        gradient = decision.gradients.get(gemm_role(node, backward))
-        if gradient is None:
+        role = gemm_role(node, backward)
+        gradient = decision.gradients.get(role)
+        if gradient is None or role in decision.folded:
             continue
         side = 0 if operands[0] in backward else 1
         with graph.inserting_before(node):
@@ -93,6 +97,19 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
     key = (x, axis, operand)
     if key in shared:
         return shared[key]
+    codes, scales, global_scale = encode_gradient(graph, gemm, x, axis, quantizer)
+    value = x.meta["val"]
+    size = size_along(graph, gemm, x, axis)
+    shared[key] = emit(
+        graph, gemm, ops.dequantize.default, codes, scales, str(quantizer), axis, size, value.dtype, global_scale
+    )
+    return shared[key]
+
+
+def encode_gradient(
+    graph: Graph, gemm: Node, x: Node, axis: int, quantizer: Quantizer, fold: Node | None = None
+) -> tuple[Node, Node, Node | None]:
+    """Codes, scales and global scale of ``x · fold``, emitted at the insertion point."""
     seed = None
     if quantizer.rounding == "stochastic":
         device = x.meta["val"].device
@@ -106,14 +123,15 @@ def _quantized(graph: Graph, gemm: Node, x: Node, axis: int, operand: Operand, s
         # 2^-100 keeps an all-zero gradient from dividing by zero; its codes are zero whatever the scale.
         floored = emit(graph, gemm, aten.clamp_min.default, amax, 2.0**-100)
         global_scale = emit(graph, gemm, aten.div.Tensor, floored, 448.0 * quantizer.format.max)
-    pair = emit(graph, gemm, ops.quantize.default, x, str(quantizer), axis, global_scale, seed)
-    codes = emit(graph, gemm, operator.getitem, pair, 0)
-    scales = emit(graph, gemm, operator.getitem, pair, 1)
+    optional = [argument for argument in (global_scale, seed, fold) if argument is not None]
+    arguments = (global_scale, seed, fold) if optional else ()
+    pair = emit(graph, gemm, ops.quantize.default, x, str(quantizer), axis, *arguments)
+    codes, scales = (emit(graph, gemm, operator.getitem, pair, i) for i in range(2))
+    return codes, scales, global_scale
+
+
+def size_along(graph: Graph, gemm: Node, x: Node, axis: int) -> Any:
+    """Length of an axis, as a number or as a node."""
     value = x.meta["val"]
     size = value.shape[axis]
-    if not isinstance(size, int):
-        size = emit(graph, gemm, aten.sym_size.int, x, value.dim() + axis)
-    shared[key] = emit(
-        graph, gemm, ops.dequantize.default, codes, scales, str(quantizer), axis, size, value.dtype, global_scale
-    )
-    return shared[key]
+    return size if isinstance(size, int) else emit(graph, gemm, aten.sym_size.int, x, axis % value.dim())

@@ -72,8 +72,18 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
+#: Ops that read codes; after `lower` those of tensor cores too.
+_CODE_READERS = (
+    ops.dequantize.default,
+    ops.scaled_mm.default,
+    ops.recode.default,
+    ops.mm_8bit.default,
+    torch.ops.aten.view.dtype,
+)
+
+
 def _consumes_codes(node: Node) -> bool:
-    return node.op == "output" or is_call(node, ops.dequantize.default, ops.scaled_mm.default)
+    return node.op == "output" or is_call(node, *_CODE_READERS)
 
 
 def _expect(stage: str, node: Node, what: str, value: torch.Tensor, shape: Any, dtype: torch.dtype) -> None:

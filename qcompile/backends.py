@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
+from qcompile.kernels.choices import quantize_choices
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.passes.pass_base import Observations, log
 from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
@@ -75,7 +76,8 @@ def compile_with(
         patches["fx_graph_cache"] = False
         compiled = compat.compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
     else:
-        compiled = compat.compile_fx(gm, example_inputs, config_patches=patches)
+        with quantize_choices():
+            compiled = compat.compile_fx(gm, example_inputs, config_patches=patches)
     return session.watch(compiled)
 
 

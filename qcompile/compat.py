@@ -29,6 +29,7 @@ __all__ = [
     "inductor_options",
     "log_artifact",
     "min_cut_partition",
+    "tensor_core_capability",
     "unlimited_recompiles",
     "user_hook",
 ]
@@ -99,6 +100,11 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, ``None`` for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def is_parameter(value: Any) -> bool:

@@ -22,8 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qcompile.ir.recipe import Operand
+from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
-from qcompile.passes import lower
+from qcompile.passes.lower import DECODED
 from qcompile.passes.pass_base import Observations
 from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision
 
@@ -339,7 +340,9 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 provider="" if dense else _provider(decision, product, role),
                 saved_bytes=saved if role == "fprop" else 0,
                 decision="skipped" if dense else "quantized",
-                reason="both operands are kept in high precision" if dense else reason,
+                reason="both operands are kept in high precision"
+                if dense
+                else "; ".join(filter(None, (reason, product["reason"]))),
             )
         )
     return rows
@@ -379,19 +382,23 @@ def _implied(decision: Decision, role: str) -> dict[str, Any]:
         weight = _weight_position(decision)
         texts = ["dense", texts[weight if role == "dgrad" else 1 - weight]]
     dtype = str(decision.site.node.meta["example_value"].dtype).removeprefix("torch.")
-    return {"operands": texts, "fused": False, "dtype": dtype}
+    return {"operands": texts, "fused": False, "dtype": dtype, "provider": "", "reason": ""}
 
 
 def _format(text: str, dense: str) -> str:
     if text == "dense":
         return dense or "high precision"
+    if text.startswith(LEVELS):
+        return text.removeprefix(LEVELS)  # its scales are in the gradient
     operand = Operand.parse(text)
     quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
-    return quantizer + (" + residual" if operand.outliers and operand.outliers.compensate else "")
+    if not (operand.outliers and operand.outliers.compensate):
+        return quantizer
+    return quantizer + (" + residual" if operand.outliers.residual == "exact" else " + e4m3 outliers")
 
 
 def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
-    product_by = lower.PROVIDER if product["fused"] else f"dequantize + aten {decision.site.op}"
+    product_by = product["provider"] if product["fused"] else f"{DECODED} {decision.site.op}"
     if role != "fprop":
         return product_by
     value = decision.site.node.meta["example_value"]

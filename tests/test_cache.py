@@ -66,6 +66,7 @@ OTHER_VALUES = {
     "activation": Operand.parse("e1m2 row"),
     "weight": Operand.parse("e2m1 row absmax even; dge(k=4,cap=3)"),
     "gradient": Operand.parse("e5m2 tensor"),
+    "backward": "fp8",
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
     "attention": True,

@@ -21,10 +21,12 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.inductor import (
     GridUnits,
     Value,
+    group_of,
     index_of_moved,
     is_empty,
     packed_bytes,
     run_reference,
+    scale_value,
     select,
     supports_scales,
     threshold_bits,
@@ -139,16 +141,23 @@ def lower_mask_gradient(grad, mask, axis: int):
 
 
 def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: int, global_scale=None):
-    """``qcompile::scale_gradient``: a loop over the gradient, behind the reduction to scales of x."""
+    """``qcompile::scale_gradient``: a loop over the gradient.
+
+    y is x over the stored scale, which saves the search for the absolute maximum. It can be two units in the last place
+    from what the quantizer rounded; the slope is continuous, so that is all it differs by.
+    """
     q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
     if not ir.is_triton(grad) or is_empty(grad) or not supports_scale_gradient(q, spec, grad.get_device())[0]:
         op = torch.ops.qcompile.scale_gradient.default
         return run_reference(op, grad, x, scales, quantizer, estimator, axis, global_scale)
-    units = GridUnits(x, q, axis, per_byte=1, global_scale=global_scale)
     load_grad, dtype = grad.make_loader(), grad.get_dtype()
+    load_x, load_scale = x.make_loader(), scales.make_loader()
+    load_global = global_scale.make_loader() if global_scale is not None else None
 
     def element(index) -> Value:
-        y = units.load(index_of_moved(index, axis))
+        scale = scale_value(load_scale(group_of(index_of_moved(index, axis), q)), q, load_global)
+        y = ops.truediv(ops.to_dtype(load_x(index), torch.float32), scale)
+        y = ops.where(ops.eq(scale, _float(0.0)), _float(0.0), y)
         slope = SLOPES[spec.name](y, q.format, **dict(spec.parameters))
         return ops.to_dtype(ops.mul(ops.to_dtype(load_grad(index), torch.float32), slope), dtype)
 

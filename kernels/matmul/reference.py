@@ -1,6 +1,7 @@
 """Plain-torch ``scaled_mm``: decode both operands to the output dtype and multiply.
 
-An operand is text and tensors. ``"dense"``: ``[tensor]``. Otherwise the text of an :class:`Operand` and ``[codes,
+An operand is text and tensors. ``"dense"``: ``[tensor]``. ``"levels <format>"``: ``[codes]``, what they stand for
+without a scale, which has been folded into the other operand. Otherwise the text of an :class:`Operand` and ``[codes,
 scales]``, followed by ``global_scale`` if its scale rule has two levels and by ``values, positions`` if its outlier
 residual is compensated. It is stored ``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed``
 swaps the two: fprop reads W transposed, dgrad reads it as stored, wgrad reads X transposed; the same codes serve all
@@ -12,15 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.ir.formats import get_format
 from qcompile.ir.recipe import Operand
+from qcompile.kernels.quantize.reference import decode, unpack
 
-__all__ = ["decode_operand", "scaled_mm"]
+__all__ = ["LEVELS", "decode_operand", "mm_8bit", "scaled_mm"]
+
+#: First word of the text of an operand without scales.
+LEVELS = "levels "
 
 
 def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.dtype) -> Tensor:
     """The dense operand ``[batch…, rows, size]`` in ``dtype``."""
     if operand == "dense":
         return tensors[0]
+    if operand.startswith(LEVELS):
+        fmt = get_format(operand.removeprefix(LEVELS))
+        return decode(unpack(tensors[0], fmt.bits, size), fmt).to(dtype)
     spec = Operand.parse(operand)
     codes, scales, *rest = tensors
     if spec.quantizer.scale.two_level and not rest:
@@ -52,3 +61,11 @@ def scaled_mm(
     right = decode_operand(b, b_operand, b_size, dtype)
     left, right = left.mT if a_transposed else left, right.mT if b_transposed else right
     return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def mm_8bit(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` of 8-bit codes a ``[M, K]`` and b ``[N, K]``, summed in float32."""
+    product = a.float() @ b.float().t() * scale_a * scale_b.t()
+    return (product if bias is None else product + bias.float()).to(dtype)

@@ -358,11 +358,18 @@ def matrix_count(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def quantize(
-    x: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None, seed: Tensor | None = None
+    x: Tensor,
+    quantizer: str,
+    axis: int,
+    global_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    fold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize`; float32, bfloat16 or float16."""
     q = Quantizer.parse(quantizer)
     x = rows_of(x, axis)
+    if fold is not None:
+        x = x.float() * fold.reshape(-1)
     codes = x.new_empty((*x.shape[:-1], q.packed_size(x.shape[-1])), dtype=torch.uint8)
     scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=getattr(torch, q.scale.storage))
     kernel = _quantize_kernel(quantizer, x.dtype)

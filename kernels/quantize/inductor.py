@@ -34,6 +34,7 @@ from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.tensor_core_ops import tensor_core_dtype
 
 __all__ = [
     "GridUnits",
@@ -42,6 +43,7 @@ __all__ = [
     "is_empty",
     "lower_dequantize",
     "lower_quantize",
+    "lower_quantize_8bit",
     "packed_bytes",
     "run_reference",
     "select",
@@ -61,6 +63,7 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 #: then stands in the low mantissa bits. Two additions; a conversion to an integer runs at a quarter of their
 #: rate.
 _ROUNDER = 1.5 * 2.0**_MANTISSA_BITS
+_BITS = 8  # of a tensor-core code
 #: Most magnitudes for which comparisons and selections are generated.
 _MAX_SELECTED = 16
 
@@ -114,14 +117,56 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
 # --- the two ops --------------------------------------------------------------------------------------------
 
 
-def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None):
+def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None):
     """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated."""
     q = Quantizer.parse(quantizer)
     if not ir.is_triton(x) or is_empty(x) or not supports_quantize(q, x.get_device())[0]:
-        return run_reference(torch.ops.qcompile.quantize.default, x, quantizer, axis, global_scale, seed)
-    units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale)
+        return run_reference(torch.ops.qcompile.quantize.default, x, quantizer, axis, global_scale, seed, fold)
+    units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
     codes = packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
     return codes, units.stored_scale()
+
+
+def lower_quantize_8bit(x, quantizer: str, packed: bool, fold=None):
+    """``qcompile::quantize_8bit``: loops that fuse with what computes x; x that lies in memory goes to the op's kernel.
+
+    With ``packed``, one iteration makes a byte of stored codes and the 8-bit codes that belong to it, as one integer.
+    """
+    q = Quantizer.parse(quantizer)
+    if not ir.is_triton(x) or is_empty(x) or is_in_memory(x) or not supports_quantize_8bit(q, packed, x)[0]:
+        return run_reference(torch.ops.qcompile.quantize_8bit.default, x, quantizer, packed, fold)
+    per_byte = q.format.codes_per_byte if packed else 1
+    units = GridUnits(x, q, 1, per_byte, fold=fold)
+    dtype = tensor_core_dtype(q.format)
+
+    if not packed:
+        make = partial(ir.Pointwise.create, device=units.device, dtype=dtype, ranges=units.shape)
+        codes = make(inner_fn=lambda index: tensor_core_code(units.load(index, index[-1]), q))
+        stored = lowerings[torch.ops.aten.empty.memory_format](
+            [units.shape[0], 0], dtype=torch.uint8, device=units.device
+        )
+        return codes, units.stored_scale(), stored
+    whole = {2: torch.int16, 4: torch.int32}[per_byte]
+
+    def group(index: Index) -> Value:
+        *row, first = index
+        elements = [[*row, per_byte * first + i] for i in range(per_byte)]
+        codes = [_as_byte(tensor_core_code(units.load(at, first), q), dtype) for at in elements]
+        return ops.to_dtype(_joined(codes, _BITS), whole)
+
+    ranges = [units.shape[0], FloorDiv(units.shape[1], per_byte)]
+    groups = ir.Pointwise.create(device=units.device, dtype=whole, inner_fn=group, ranges=ranges)
+    groups.realize()
+    codes = lowerings[torch.ops.aten.view.dtype](groups, dtype)
+    return codes, units.stored_scale(), packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
+
+
+def supports_quantize_8bit(q: Quantizer, packed: bool, x) -> tuple[bool, str]:
+    """Whether :func:`lower_quantize_8bit` generates code, and if not, why."""
+    per_byte = q.format.codes_per_byte
+    if packed and not (per_byte in (2, 4) and _divides(per_byte, x.get_size()[-1])):
+        return False, "stored codes do not fill whole bytes, or one byte each"
+    return supports_quantize(q, x.get_device())
 
 
 def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torch.dtype, global_scale=None):
@@ -143,6 +188,14 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     order = list(range(len(shape) - 1))
     order.insert(axis % len(shape), len(shape) - 1)
     return lowerings[torch.ops.aten.permute.default](moved, order)
+
+
+def is_in_memory(x) -> bool:
+    """Whether ``x`` is an input or the result of a kernel that is not generated: there is nothing to fuse with."""
+    data = x.data
+    while isinstance(data, (ir.BaseView, ir.StorageBox)):
+        data = data.data
+    return isinstance(data, (ir.InputBuffer, ir.ExternKernel, ir.TemplateBuffer, ir.MultiOutput))
 
 
 # --- layout -------------------------------------------------------------------------------------------------
@@ -245,7 +298,7 @@ class GridUnits:
     absolute maxima takes as many, so that Inductor can put both into one kernel.
     """
 
-    def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None) -> None:
+    def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None, fold=None) -> None:
         moved = axis_last(x, axis)
         self.q, self.per_byte, self.device = q, per_byte, x.get_device()
         self.shape = list(moved.get_size())
@@ -253,13 +306,16 @@ class GridUnits:
         self.groups = [sympy.sympify(size) for size in q.scale_shape(tuple(self.shape))]
         self._load_x = moved.make_loader()
         self._load_global = global_scale.make_loader() if global_scale is not None else None
+        flat = None if fold is None else lowerings[torch.ops.aten.reshape.default](fold, [-1])
+        self._load_fold = flat.make_loader() if flat is not None else None
         # Buffers, so that a reader in another kernel does not divide once an element; inside one kernel they
         # are registers.
         self._load_amax = self._reduce_amax().make_loader()
         self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
 
     def load_x(self, index: Index) -> Value:
-        return ops.to_dtype(self._load_x(index), _FP32)
+        x = ops.to_dtype(self._load_x(index), _FP32)
+        return x if self._load_fold is None else ops.mul(x, self._load_fold([index[-1]]))
 
     def _magnitude(self, index: Index) -> Value:
         return ops.abs(self.load_x(index))
@@ -427,6 +483,47 @@ def encode(y: Value, q: Quantizer) -> Value:
     else:
         index = _index_by_search(magnitude, negative, fmt, q.rounding)
     return ops.bitwise_or(index, sign)
+
+
+def tensor_core_code(y: Value, q: Quantizer) -> Value:
+    """The level nearest to float32 ``y`` in grid units, times the format's factor, in the tensor-core dtype."""
+    fmt, dtype = q.format, tensor_core_dtype(q.format)
+    value = _rounded(y, q)
+    if fmt.tensor_core_factor != 1:
+        value = ops.mul(value, _float(fmt.tensor_core_factor))
+    return ops.to_dtype(value, dtype, use_compute_types=False)
+
+
+def _rounded(y: Value, q: Quantizer) -> Value:
+    """Float32 level; by arithmetic where the format allows, else by way of the code."""
+    fmt, layout = q.format, _minifloat(q.format)
+    if q.rounding != "even" or fmt.torch_dtype or layout is None or layout[0] == 0:
+        return decode(encode(y, q), fmt)
+    mantissa_bits, factor = layout
+    y = ops.where(ops.eq(y, y), y, _float(fmt.max))
+    sign = ops.bitwise_and(ops.to_dtype_bitcast(y, _INT32, _FP32), _int(-(2**31)))
+    magnitude = ops.abs(y)
+    # A selection also keeps the product that made y from being contracted with the addition below.
+    magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
+    exponent = ops.bitwise_and(ops.to_dtype_bitcast(magnitude, _INT32, _FP32), _int(0xFF << _MANTISSA_BITS))
+    smallest_normal = _float_bits(2 * factor * 2.0**-_EXPONENT_BIAS)
+    exponent = ops.maximum(exponent, _int(smallest_normal))
+    # Added to a number of this exponent, 2^(23 − mantissa bits) times its power of two rounds to nearest even.
+    shift = _int((_MANTISSA_BITS - mantissa_bits) << _MANTISSA_BITS)
+    rounder = ops.to_dtype_bitcast(ops.add(exponent, shift), _FP32, _INT32)
+    return _with_sign(ops.sub(ops.add(magnitude, rounder), rounder), sign)
+
+
+def _as_byte(code: Value, dtype: torch.dtype) -> Value:
+    return ops.bitwise_and(ops.to_dtype(ops.to_dtype_bitcast(code, torch.uint8, dtype), _INT32), _int(0xFF))
+
+
+def _joined(parts: Sequence[Value], bits: int) -> Value:
+    """Int32 with the parts side by side, the first in the lowest bits."""
+    whole = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        whole = ops.bitwise_or(whole, ops.bitwise_left_shift(part, _int(bits * i)))
+    return whole
 
 
 def decode(code: Value, fmt: Format) -> Value:

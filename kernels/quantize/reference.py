@@ -20,17 +20,44 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.formats import Format, codes_per_byte
+from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.recipe import Operand
+from qcompile.ir.tensor_core_ops import tensor_core_dtype
 
-__all__ = ["decode", "dequantize", "encode", "pack", "quantize", "scale_pair", "scaled_input", "unpack"]
+__all__ = [
+    "decode",
+    "dequantize",
+    "encode",
+    "pack",
+    "quantize",
+    "quantize_8bit",
+    "quantize_8bit_pair",
+    "quantize_8bit_transposed",
+    "quantize_compensated",
+    "recode",
+    "scale_pair",
+    "scaled_input",
+    "unpack",
+]
 
 
 def quantize(
-    x: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None, seed: Tensor | None = None
+    x: Tensor,
+    quantizer: str,
+    axis: int,
+    global_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    fold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes ``[..., R, packed(K)]`` uint8 and scales (see :class:`Granularity`); x floating point, any strides."""
+    """Codes ``[..., R, packed(K)]`` uint8 and scales (see :class:`Granularity`); x floating point, any strides.
+
+    ``fold``: float32 factors with K elements; x · fold, rounded to float32, is quantized in place of x.
+    """
     q = Quantizer.parse(quantizer)
     x = x.movedim(axis, -1).float().contiguous()
+    if fold is not None:
+        x = x * fold.reshape(-1)
     amax = group_amax(x, q)
     stored, _, reciprocal = scale_pair(amax, q, global_scale)
     codes = encode(x * spread(reciprocal, x.shape, q), q, seed)
@@ -51,6 +78,63 @@ def dequantize(
     levels = decode(unpack(codes, q.format.bits, size), q.format)
     scale = load_scale(scales, q, global_scale)
     return (levels * spread(scale, levels.shape, q)).to(dtype).movedim(-1, axis)
+
+
+def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 ``[..., R, K]`` of E4M3 and scales ``[..., R, 1]`` of an operand with outliers.
+
+    The levels of the clamped row, plus (x − clamped) · γ rounded to E4M3, saturating, where x was clamped. A row with
+    a NaN or an infinity takes its absolute maximum for the scale, so that nothing of it decodes to a finite value.
+    """
+    spec = Operand.parse(operand)
+    assert spec.outliers is not None
+    x = x.movedim(axis, -1).contiguous()
+    low, high = clamped_counts(spec.outliers, x.shape[-1])
+    if x.numel() == 0:
+        return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty([*x.shape[:-1], 1], dtype=torch.float32)
+    lower = x.topk(low + 1, largest=False).values[..., -1:].float()
+    upper = x.topk(high + 1).values[..., -1:].float()
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    amax = torch.where(largest.isfinite(), torch.maximum(lower.abs(), upper.abs()).clamp(min=AMAX_FLOOR), largest)
+    scale, _, reciprocal = scale_pair(amax, spec.quantizer)
+    clamped = x.clamp(lower, upper)
+    levels = decode(encode(clamped * reciprocal, spec.quantizer), spec.quantizer.format)
+    raised = levels + (x - clamped) * reciprocal
+    return encode(torch.where(x == clamped, levels, raised), Quantizer.parse(COMPENSATED)), scale
+
+
+def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """8-bit codes ``[R, K]``, scales ``[R, 1]``, and the stored codes (empty unless ``packed``) of x ``[R, K]``."""
+    codes, scales = quantize(x, quantizer, -1, fold=fold)
+    recoded = recode(codes, quantizer, x.shape[-1], False)
+    return recoded, scales, codes if packed else codes.new_empty([x.shape[0], 0])
+
+
+def quantize_8bit_transposed(x: Tensor, quantizer: str) -> tuple[Tensor, Tensor]:
+    """8-bit codes ``[K, R]`` and scales ``[R, 1]`` of x ``[R, K]``."""
+    codes, scales = quantize(x, quantizer, -1)
+    return recode(codes, quantizer, x.shape[-1], True), scales
+
+
+def quantize_8bit_pair(
+    x: Tensor, quantizer: str, fold: Tensor | None, fold_rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x ``[M, N]`` by rows and by columns: codes ``[M, N]``, scales ``[M, 1]``, codes ``[N, M]``, scales ``[N, 1]``."""
+    by_rows, by_columns = quantize(x, quantizer, -1, fold=fold), quantize(x, quantizer, 0, fold=fold_rows)
+    return (
+        recode(by_rows[0], quantizer, x.shape[1], False),
+        by_rows[1],
+        recode(by_columns[0], quantizer, x.shape[0], False),
+        by_columns[1],
+    )
+
+
+def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor:
+    """Stored codes ``[R, packed(K)]`` as 8-bit tensor-core codes ``[R, K]`` (or ``[K, R]``), contiguous."""
+    fmt = Quantizer.parse(quantizer).format
+    values = (decode(unpack(codes, fmt.bits, size), fmt) * fmt.tensor_core_factor).to(tensor_core_dtype(fmt))
+    return values.t().contiguous() if transposed else values
 
 
 def scaled_input(

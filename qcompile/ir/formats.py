@@ -72,15 +72,25 @@ class Format:
 
     @cached_property
     def tensor_core_type(self) -> str | None:
-        """Narrowest tensor-core type that holds every value exactly, up to one common factor of two.
+        """8-bit tensor-core type that holds every value exactly, up to :attr:`tensor_core_factor`.
 
         ``"e4m3"`` for every 4-bit grid (odd numerators 2k+1 ≤ 15 fit its four significant bits), ``"int8"`` for the
-        integer grids up to 7 bits (numerators ≤ 127), ``None`` for the rest.
+        integer grids up to 7 bits (numerators ≤ 127) and int8z, ``None`` for the rest.
         """
-        for candidate, values in (("e4m3", _E4M3_VALUES), ("int8", _INT8_VALUES)):
-            if any(all(m * factor in values for m in self.magnitudes) for factor in (1, 2)):
-                return candidate
-        return None
+        return self._tensor_core[0]
+
+    @property
+    def tensor_core_factor(self) -> float:
+        """What values are multiplied with to stand in :attr:`tensor_core_type`: 2 for half-integers in int8, else 1."""
+        return self._tensor_core[1]
+
+    @cached_property
+    def _tensor_core(self) -> tuple[str | None, float]:
+        for factor in (1.0, 2.0):
+            for candidate, values in _TENSOR_CORE_VALUES.items():
+                if all(m * factor in values for m in self.magnitudes):
+                    return candidate, factor
+        return None, 1.0
 
 
 def codes_per_byte(bits: int) -> int:
@@ -108,8 +118,12 @@ def _float_magnitudes(exponent_bits: int, mantissa_bits: int, reserved: int = 0)
     return tuple(values)
 
 
-_E4M3_VALUES = frozenset(_float_magnitudes(4, 3, reserved=1))
-_INT8_VALUES = frozenset(float(i) for i in range(128))
+#: Magnitudes of the 8-bit tensor-core types, the preferred ones first.
+_TENSOR_CORE_VALUES = {
+    "e4m3": frozenset(_float_magnitudes(4, 3, reserved=1)),
+    "int8": frozenset(float(i) for i in range(128)),
+    "e5m2": frozenset(_float_magnitudes(5, 2, reserved=4)),
+}
 
 _ALL = (
     Format("e2m1", 4, _float_magnitudes(2, 1)),

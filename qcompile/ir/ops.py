@@ -20,7 +20,7 @@ from torch import Tensor
 from .quantizer import Quantizer
 from .recipe import Operand, OutlierClamp
 
-__all__ = ["LIB", "clamped_counts", "index_dtype"]
+__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype"]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -28,7 +28,9 @@ _SCHEMAS = (
     # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
-    "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None) -> (Tensor, Tensor)",
+    # `fold`: float32 factors along the axis, as many as it has elements; x · fold is quantized.
+    "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None, Tensor? fold=None) "
+    "-> (Tensor, Tensor)",
     # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis`
     # again afterwards.
     "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
@@ -38,6 +40,8 @@ _SCHEMAS = (
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
+    # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; and scales.
+    "quantize_compensated(Tensor x, str operand, int axis) -> (Tensor, Tensor)",
     # Which elements let their gradient pass, one bit each, packed along `axis` (moved last): uint8 [..., R, ceil(K/8)].
     "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
@@ -46,12 +50,16 @@ _SCHEMAS = (
     # grad ⊙ slope(x / scales): the estimators that need their input again.
     "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
-    # a @ b (+ bias) on quantized operands, see kernels/matmul for the operands' tensors and text.
+    # a @ b (+ bias) on quantized operands, see kernels/matmul/reference.py for the operands' tensors and text.
     "scaled_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
     "bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+#: Quantizer whose decoder reads what ``quantize_compensated`` writes.
+COMPENSATED = "e4m3 row absmax even"
 
 
 def register_fake(name: str):
@@ -93,7 +101,7 @@ def storage_dtype(quantizer: Quantizer) -> torch.dtype:
 
 
 @register_fake("quantize")
-def _(x, quantizer, axis, global_scale=None, seed=None):
+def _(x, quantizer, axis, global_scale=None, seed=None, fold=None):
     q = Quantizer.parse(quantizer)
     shape = moved_shape(x.shape, axis)
     codes = x.new_empty([*shape[:-1], q.packed_size(shape[-1])], dtype=torch.uint8)
@@ -122,6 +130,12 @@ def _(x, values, positions, clamp, axis):
     return torch.empty_like(x)
 
 
+@register_fake("quantize_compensated")
+def _(x, operand, axis):
+    shape = moved_shape(x.shape, axis)
+    return x.new_empty(shape, dtype=torch.uint8), x.new_empty([*shape[:-1], 1], dtype=torch.float32)
+
+
 @register_fake("estimator_mask")
 def _(x, scales, quantizer, estimator, axis, global_scale=None):
     shape = moved_shape(x.shape, axis)
@@ -142,7 +156,7 @@ def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
 def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape
-        return shape if operand == "dense" else (*shape[:-1], size)
+        return shape if operand == "dense" else (*shape[:-1], size)  # codes are packed along the last axis
 
     a_shape, b_shape = stored(a, a_operand, a_size), stored(b, b_operand, b_size)
     rows = a_shape[-1] if a_transposed else a_shape[-2]
@@ -174,6 +188,9 @@ class _FakeQuantize(torch.autograd.Function):
                 clamp = str(spec.outliers)
         values = positions = mask = None
         clamped = x
+        if clamp and spec.outliers.residual == "e4m3":  # type: ignore[union-attr]
+            codes, scales = ops.quantize_compensated(x, operand, axis)
+            return ops.dequantize(codes, scales, COMPENSATED, axis, x.shape[axis], x.dtype), scales, None, None
         if clamp:
             clamped, values, positions = ops.clamp_outliers(x, clamp, axis)
         global_scale = global_scale_of(clamped, spec.quantizer)

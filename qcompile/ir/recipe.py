@@ -34,11 +34,16 @@ class OutlierClamp:
     ``x = clamped + residual``, exactly for 16-bit x and to one rounding for float32, with ``clamped`` inside the
     (1 − α, α) quantiles. ``per="row"`` takes the quantiles of each token (the released code), ``per="tensor"`` those of
     the whole tensor. Without ``compensate`` the residual is dropped (the released wiring).
+
+    ``residual="exact"`` keeps the residual apart, in high precision. ``residual="e4m3"`` adds it to the code of the
+    clamped element, rounded to E4M3 (relative error ≤ 2⁻⁴; the levels in between stay what they are): one product
+    on 8-bit tensor cores then serves both. It saturates at 448/max times the clamped row's absolute maximum.
     """
 
     alpha: float = 0.99
     per: str = "row"
     compensate: bool = True
+    residual: str = "exact"
 
     def __post_init__(self) -> None:
         if not 0.5 < self.alpha <= 0.999999:
@@ -47,9 +52,16 @@ class OutlierClamp:
         if self.per not in ("row", "tensor"):
             msg = f"occ: per must be 'row' or 'tensor', got {self.per!r}"
             raise ValueError(msg)
+        if self.residual not in ("exact", "e4m3"):
+            msg = f"occ: residual must be 'exact' or 'e4m3', got {self.residual!r}"
+            raise ValueError(msg)
+        if self.residual == "e4m3" and not (self.compensate and self.per == "row"):
+            msg = "occ: residual=e4m3 goes with compensate=1 and per=row"
+            raise ValueError(msg)
 
     def __str__(self) -> str:
-        return f"occ(alpha={self.alpha!r},per={self.per},compensate={int(self.compensate)})"
+        residual = f",residual={self.residual}" if self.residual != "exact" else ""
+        return f"occ(alpha={self.alpha!r},per={self.per},compensate={int(self.compensate)}{residual})"
 
     @staticmethod
     def parse(text: str) -> OutlierClamp:
@@ -60,7 +72,7 @@ class OutlierClamp:
         values = dict(
             part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(","))
         )
-        _reject_unknown("occ", values, ("alpha", "per", "compensate"))
+        _reject_unknown("occ", values, ("alpha", "per", "compensate", "residual"))
         try:
             if values.get("compensate", "1") not in ("0", "1"):
                 msg = f"compensate must be 0 or 1, got {values['compensate']!r}"
@@ -69,6 +81,7 @@ class OutlierClamp:
                 alpha=float(values.get("alpha", 0.99)),
                 per=values.get("per", "row"),
                 compensate=values.get("compensate", "1") == "1",
+                residual=values.get("residual", "exact"),
             )
         except ValueError as error:
             msg = f"outlier clamp {text!r}: {error}"
@@ -86,6 +99,18 @@ class Operand:
     def __post_init__(self) -> None:
         if self.outliers and self.estimator.kind.slope:
             msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
+            raise ValueError(msg)
+        if self.outliers and self.outliers.residual == "e4m3":
+            self._check_e4m3_residual()
+
+    def _check_e4m3_residual(self) -> None:
+        q = self.quantizer
+        fits = q.format.tensor_core_type == "e4m3" and q.format.bits <= 4
+        if not (fits and q.granularity.kind == "row" and q.scale.name == "absmax" and q.rounding != "stochastic"):
+            msg = f"occ: residual=e4m3 goes with a grid of up to 4 bits, granularity row and scale absmax, not {q}"
+            raise ValueError(msg)
+        if self.estimator != STE:
+            msg = f"occ: residual=e4m3 goes with the estimator ste, not {self.estimator}"
             raise ValueError(msg)
 
     def __str__(self) -> str:
@@ -137,6 +162,12 @@ class Operand:
 
 #: Short names for the gradient operand. "fp8" is per-tensor E5M2, as published (arXiv 2501.17116 §4.1).
 GRADIENT_ALIASES: dict[str, str | None] = {"bf16": None, "fp8": "e5m2 tensor absmax even"}
+
+#: ``backward=`` → roles whose products run on 8-bit tensor cores.
+BACKWARD_ROLES: dict[str, tuple[str, ...]] = {"bf16": (), "dgrad_fp8": ("dgrad",), "fp8": ("dgrad", "wgrad")}
+
+#: What dY is quantized to for those products unless ``gradient=`` says otherwise.
+FOLDED_GRADIENT = Operand(Quantizer(get_format("e4m3")))
 
 
 @dataclass(frozen=True)
@@ -217,6 +248,9 @@ class Recipe:
         name, source: the backend's name, and where the recipe is published.
         activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
+        backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
+            dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
+            or to E4M3 with one scale a row; the codes themselves are exact.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``.
         rules: further rules, applied in order after ``skip``.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
@@ -236,6 +270,7 @@ class Recipe:
     activation: Operand | None = None
     weight: Operand | None = None
     gradient: Operand | None = None
+    backward: str = "bf16"
     skip: tuple[str, ...] = ("lm_head",)
     rules: tuple[Rule, ...] = ()
     attention: bool = False
@@ -308,6 +343,7 @@ def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None
 
 
 _ACCEPTED: dict[str, tuple[str, Any]] = {
+    "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
     "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
     "saved_weights": ("one of recompute, codes", lambda v: v in ("recompute", "codes")),
     "save": ("one of exact, 8bit, 4bit", lambda v: v in ("exact", "8bit", "4bit")),

@@ -106,13 +106,16 @@ def _exact_in(dtype, values: np.ndarray) -> bool:
 def test_tensor_core_type_by_brute_force(fmt):
     """The named type holds m or 2m exactly for every magnitude m; where none is named, none does."""
     fits = []
-    for name, dtype in (("e4m3", ml_dtypes.float8_e4m3fn), ("int8", np.int8)):
-        for factor in (1.0, 2.0):
+    for factor in (1.0, 2.0):
+        for name, dtype, limit in (
+            ("e4m3", ml_dtypes.float8_e4m3fn, 448),
+            ("int8", np.int8, 127),
+            ("e5m2", ml_dtypes.float8_e5m2, 57344),
+        ):
             values = factor * np.array(fmt.magnitudes)
-            limit = 448 if name == "e4m3" else 127
             if values.max() <= limit and _exact_in(dtype, values):
-                fits.append(name)
-    assert fmt.tensor_core_type == (fits[0] if fits else None)
+                fits.append((name, factor))
+    assert (fmt.tensor_core_type, fmt.tensor_core_factor) == (fits[0] if fits else (None, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,8 @@ def test_tensor_core_type_by_brute_force(fmt):
     {
         **dict.fromkeys(("e2m1", "e1m2", "e3m0", "int4", "int4z", "e4m3"), "e4m3"),
         **dict.fromkeys(("int5", "int7", "int8z"), "int8"),
-        **dict.fromkeys(("int8", "e5m2"), None),
+        "e5m2": "e5m2",
+        "int8": None,
     }.items(),
 )
 def test_tensor_core_type_of_the_formats_recipes_use(name, expected):

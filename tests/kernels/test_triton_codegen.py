@@ -177,6 +177,22 @@ def test_one_kernel_for_other_scales(generate, text):
 
 
 @compiled
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_kernel_for_gelu_and_quantize_8bit(generate, packed):
+    """8-bit codes, scales and stored codes come out of the pass that computes x."""
+    x = torch.randn(37, 254, dtype=torch.bfloat16)
+    _, kernels = generate(lambda x: torch.ops.qcompile.quantize_8bit(F.gelu(x), E2M1, packed), x)
+    assert len(kernels) == 1
+
+
+@compiled
+def test_quantize_8bit_of_an_input_is_the_ops_own_kernel(generate):
+    """There is nothing to fuse with, and the hand-written kernel reads x once."""
+    _, kernels = generate(lambda x: torch.ops.qcompile.quantize_8bit(x, E2M1, True), torch.randn(37, 254))
+    assert not kernels
+
+
+@compiled
 def test_dequantize_fuses_with_its_reader(generate):
     """The dense tensor is never written: one kernel from codes to the result."""
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
@@ -288,6 +304,24 @@ def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch
             scales, expected_scales, rtol=0, atol=0, equal_nan=True, msg=lambda m, t=text: f"{t}: {m}"
         )
         torch.testing.assert_close(codes, expected_codes, rtol=0, atol=0, msg=lambda m, t=text: f"{t}: {m}")
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True])
+def test_interpreted_8bit_codes(generate, packed):
+    """Every way to round to a level: arithmetic with and without subnormals, uniform grids, by code; sign of zero."""
+    texts = ["e2m1", "int4", "int4z", "e3m0", "e1m2", "e2m1 row absmax up", "int2"]
+    xs = [rows_of_everything(19, 40, Quantizer.parse(text).format) for text in texts]
+    quantize_8bit = torch.ops.qcompile.quantize_8bit
+    outputs, kernels = generate(
+        lambda *xs: [quantize_8bit(x * 1, t, packed) for x, t in zip(xs, texts, strict=True)], *xs
+    )
+    assert kernels
+    for text, x, (codes, scales, stored) in zip(texts, xs, outputs, strict=True):
+        expected = reference.quantize_8bit(x, text, packed)
+        assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8)), text
+        torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(stored, expected[2]), text
 
 
 @interpreted

@@ -1,0 +1,192 @@
+"""What can run ``mm_8bit``, which of it runs a given product, and why nothing better does.
+
+========= ============================================ ========================== ==================================
+provider  operands                                     scales                     output
+========= ============================================ ========================== ==================================
+cublaslt  FP8, at most one e5m2; N and K multiples     a row, or a whole tensor   bfloat16, bias bfloat16
+          of 16
+triton    FP8 or INT8, any extents                     a row, or a whole tensor   bfloat16, float16, float32
+reference anything                                     anything                   anything
+========= ============================================ ========================== ==================================
+
+cuBLASLt sums with fast accumulation: the tensor cores' own accumulator, 14 significant bits on Hopper, over all of K.
+4-bit codes are exact in it (see :mod:`qcompile.kernels.matmul.triton`); arbitrary FP8 codes, those of a gradient, lose
+about 2^-14 of the running sum an addition there as in Triton.
+
+Blackwell (compute capability 10) multiplies FP4 natively, through ``torch._scaled_mm`` on ``float4_e2m1fn_x2`` or
+Triton's ``dot_scaled``, with a scale for every 16 or 32 elements of K. A scale for a row needs neither: the same FP8
+codes give the same product there at half the rate of FP4. None of it has been run on that card.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["PROVIDERS", "Product", "Provider", "choose", "mm_8bit"]
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: Newest compute capability on which any of this has run.
+_TESTED = (9, 0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What decides about the provider of one ``mm_8bit``.
+
+    Attributes:
+        shape: (M, N, K); symbolic extents count as multiples of 16 where they are so by their form.
+        dtypes: of a and b.
+        dtype: of the output.
+        capability: compute capability of the card.
+        bias: dtype of the bias, ``None`` without one.
+        tensor_scales: whether both scales are ``[1, 1]``.
+    """
+
+    shape: tuple[Any, Any, Any]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    dtype: torch.dtype
+    capability: tuple[int, int]
+    bias: torch.dtype | None = None
+    tensor_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of ``mm_8bit``.
+
+    Attributes:
+        name: what the report calls it.
+        run: the kernel, with the signature of the op.
+        obstacle: why it cannot run a product, empty if it can.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    obstacle: Callable[[Product], str]
+
+
+def choose(product: Product) -> tuple[Provider, str]:
+    """The first provider that can run ``product``, and what kept those before it, one reason each.
+
+    The reason also says when the card is newer than any this was tried on. ``reference`` can always run.
+    """
+    reasons = []
+    for provider in PROVIDERS:
+        obstacle = provider.obstacle(product)
+        if not obstacle:
+            break
+        reasons.append(f"{provider.name}: {obstacle}")
+    if product.capability > _TESTED and provider.name != "reference":
+        major, minor = product.capability
+        reasons.append(f"untested on compute capability {major}.{minor}, whose FP4 needs scales of 16 or 32 elements")
+    return provider, "; ".join(reasons)
+
+
+def mm_8bit(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """``qcompile::mm_8bit`` on CUDA by the provider that :func:`choose` names; shapes as in the reference."""
+    product = Product(
+        shape=(a.shape[0], b.shape[0], a.shape[1]),
+        dtypes=(a.dtype, b.dtype),
+        dtype=dtype,
+        capability=_capability(a.device),
+        bias=None if bias is None else bias.dtype,
+        tensor_scales=scale_a.shape[0] == scale_b.shape[0] == 1,
+    )
+    return _chosen(product).run(a, b, scale_a, scale_b, dtype, bias)
+
+
+@cache
+def _chosen(product: Product) -> Provider:
+    return choose(product)[0]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# --- cuBLASLt -------------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_cublaslt(product: Product) -> str:
+    _, n, k = product.shape
+    checks = {
+        "it multiplies FP8 only": all(dtype in _FP8 for dtype in product.dtypes),
+        "it does not multiply e5m2 with e5m2": torch.float8_e4m3fn in product.dtypes,
+        "there is nothing to multiply": 0 not in product.shape,
+        "FP8 needs compute capability 8.9": product.capability >= (8, 9),
+        "scales of rows need compute capability 9.0": product.capability >= (9, 0) or product.tensor_scales,
+        f"this build of torch has CUDA {torch.version.cuda}, it needs 12.1": _cuda_version() >= (12, 1),
+        f"K = {k} is no multiple of 16": k % 16 == 0,
+        f"N = {n} is no multiple of 16": n % 16 == 0,
+        f"it writes bfloat16, not {_name(product.dtype)}": product.dtype == torch.bfloat16,
+        f"its bias is bfloat16, not {_name(product.bias)}": product.bias in (None, torch.bfloat16),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _run_cublaslt(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    if scale_a.shape[0] != 1 or scale_b.shape[0] != 1:  # scales of rows on both sides, or none
+        scale_a = scale_a.expand(a.shape[0], 1).contiguous()
+        scale_b = scale_b.expand(b.shape[0], 1).contiguous()
+    # scale_result belongs to FP8 outputs.
+    return torch._scaled_mm(
+        a.contiguous(), b.contiguous().t(), scale_a, scale_b.t(), bias, None, dtype, use_fast_accum=True
+    )
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0").split("."))
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_triton(product: Product) -> str:
+    fp8 = all(dtype in _FP8 for dtype in product.dtypes)
+    int8 = product.dtypes == (torch.int8, torch.int8)
+    checks = {
+        f"tensor cores do not multiply {' with '.join(map(_name, product.dtypes))}": fp8 or int8,
+        "there is nothing to multiply": 0 not in product.shape,
+        "INT8 needs compute capability 8.0": fp8 or product.capability >= (8, 0),
+        "FP8 needs compute capability 8.9; INT8 codes, where the format has them, need 8.0": int8
+        or product.capability >= (8, 9),
+        "it is not installed": _has_triton(),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _run_triton(*arguments: Any) -> Tensor:
+    from . import triton  # imports Triton, which a build of torch for CPUs does without
+
+    return triton.mm_8bit(*arguments)
+
+
+#: Best first.
+PROVIDERS = (
+    Provider("cublaslt", _run_cublaslt, _obstacle_to_cublaslt),
+    Provider("triton", _run_triton, _obstacle_to_triton),
+    Provider("reference", reference.mm_8bit, lambda product: ""),
+)

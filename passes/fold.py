@@ -1,0 +1,98 @@
+"""Joint graph: quantize dY for 8-bit tensor cores (``backward="dgrad_fp8" | "fp8"``).
+
+The scales of the codes that a backward product reads lie along its contraction: an output channel's scale along
+dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY can take them before it is quantized::
+
+    dX = dY · (s_w ⊙ Wq) = (dY ⊙ s_w) · Wq            dW = dYᵀ · (s_x ⊙ Xq) = (dY ⊙ s_x)ᵀ · Xq
+
+    scaled_mm(dy, [codes_w, s_w])   ─►   scaled_mm(quantize(dy, fold=s_w), levels [codes_w])
+
+So one set of codes serves all three products exactly, and dY is the only operand that is rounded. dgrad takes dY's
+scales along its rows and wgrad along its columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.recipe import Operand
+from qcompile.kernels.matmul.reference import LEVELS
+
+from .dialect import aten, is_call, operand_kind, ops, through_views
+from .pass_base import Context, emit
+from .plan import site_index
+from .quantize_gradients import ROLE_OF_OPERAND, depends_on_tangents, encode_gradient, size_along
+
+__all__ = ["fold", "why_not_folded"]
+
+
+def fold(graph: Graph, context: Context) -> int:
+    """Returns how many backward products read a quantized gradient now."""
+    decisions = {d.site.index: d for d in context.plan.quantized if d.folded}
+    if not decisions:
+        return 0
+    backward, count = depends_on_tangents(graph), 0
+    for node in list(graph.nodes):
+        decision = decisions.get(site_index(node))  # type: ignore[arg-type]
+        if decision is None or node not in backward or not is_call(node, ops.scaled_mm.default):
+            continue
+        sides = _gradient_and_codes(node, backward)
+        if sides is None or why_not_folded(node, sides[1]):
+            continue
+        codes: Any = node.args[sides[1]]
+        role = ROLE_OF_OPERAND[operand_kind(through_views(codes[0]))]
+        gradient = decision.gradients.get(role)
+        if gradient is None or role not in decision.folded:
+            continue
+        with graph.inserting_before(node):
+            _fold_into_gradient(graph, node, *sides, gradient.quantizer)
+        count += 1
+    return count
+
+
+def _gradient_and_codes(node: Node, backward: set[Node]) -> tuple[int, int] | None:
+    """Positions, among the arguments of a ``scaled_mm``, of the gradient and of the operand that is codes."""
+    for gradient, codes in ((0, 4), (4, 0)):
+        tensors: Any = node.args[gradient]
+        if node.args[gradient + 1] == "dense" and tensors[0] in backward and node.args[codes + 1] != "dense":
+            return gradient, codes
+    return None
+
+
+def why_not_folded(node: Node, position: int) -> str:
+    """Why the scales of the operand at ``position`` cannot be folded into the gradient; "" if they can."""
+    tensors, text, _, transposed = node.args[position : position + 4]
+    spec = Operand.parse(text)  # type: ignore[arg-type]
+    quantizer = spec.quantizer
+    if node.meta["val"].dim() != 2:
+        return "a product of batches"
+    if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
+        return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor a row"
+    if len(tensors) != 2:  # type: ignore[arg-type]
+        return "the exact residual of the outliers is no code; occ(residual=e4m3) is"
+    if quantizer.format.tensor_core_type not in ("e4m3", "e5m2"):
+        return f"{quantizer.format.name} is not exact in 8-bit floating point, which gradients need"
+    # Stored rows are contracted unless the right operand is read transposed or the left one is not.
+    if bool(transposed) != (position == 0):
+        return "its scales do not lie along the contraction"
+    return ""
+
+
+def _fold_into_gradient(graph: Graph, gemm: Node, gradient: int, codes: int, quantizer: Quantizer) -> None:
+    arguments: list[Any] = list(gemm.args)
+    dense = arguments[gradient][0]
+    axis = 1 if gradient == 0 else 0
+    if is_call(dense, aten.t.default) or (is_call(dense, aten.permute.default) and dense.args[1] == [1, 0]):
+        dense, axis = dense.args[0], 1 - axis
+    size = size_along(graph, gemm, dense, axis)
+    stored, scales = arguments[codes]
+    encoded, its_scales, _ = encode_gradient(graph, gemm, dense, axis, quantizer, scales)
+    arguments[gradient : gradient + 4] = [encoded, its_scales], str(Operand(quantizer)), size, gradient == 4
+    levels = Operand.parse(arguments[codes + 1]).quantizer.format.name
+    arguments[codes : codes + 2] = [stored], LEVELS + levels
+    fused = emit(graph, gemm, ops.scaled_mm.default, *arguments)
+    gemm.replace_all_uses_with(fused)
+    graph.erase_node(gemm)

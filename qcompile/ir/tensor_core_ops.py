@@ -1,0 +1,89 @@
+"""The ops between a lowered graph and 8-bit tensor cores; `lower` puts them into the post-grad graphs.
+
+A grid whose values are all exact in an 8-bit tensor-core type (:attr:`Format.tensor_core_type`) can be multiplied there
+without rounding. The operand of such a product is
+
+* **8-bit codes** ``[rows, K]``, contiguous ("K-major", the only layout in which Hopper reads 8-bit operands), in the
+  torch dtype of that type; and
+* **scales**, float32 ``[rows, 1]`` or ``[1, 1]``, those of ``quantize``. Where 8-bit codes are levels times
+  :attr:`Format.tensor_core_factor` (half-integer grids in int8), whoever emits the product divides them by it.
+
+None of these ops is differentiable, and none is saved for the backward: packed codes are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import Format
+from .ops import LIB, register_fake
+from .quantizer import Quantizer
+
+__all__ = ["TENSOR_CORE_DTYPES", "tensor_core_dtype"]
+
+_SCHEMAS = (
+    # Row-wise quantization of x [R, K], optionally of x · fold (float32, K elements): 8-bit codes [R, K], scales
+    # [R, 1], and, if `packed`, codes as `quantize` stores them (else uint8 [R, 0]).
+    "quantize_8bit(Tensor x, str quantizer, bool packed, Tensor? fold=None) -> (Tensor, Tensor, Tensor)",
+    # The same codes and scales, the codes transposed: [K, R] and [R, 1].
+    "quantize_8bit_transposed(Tensor x, str quantizer) -> (Tensor, Tensor)",
+    # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
+    # [M, N], [M, 1], [N, M], [N, 1].
+    "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R].
+    "recode(Tensor codes, str quantizer, SymInt size, bool transposed) -> Tensor",
+    # a [M, K] times b [N, K] transposed, times both scales (M or 1, N or 1), plus bias [N]: [M, N] in `dtype`.
+    "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+#: Tensor-core type → torch dtype.
+TENSOR_CORE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+
+
+def tensor_core_dtype(fmt: Format) -> torch.dtype:
+    """Raises ``ValueError`` for a format that no 8-bit tensor-core type holds exactly."""
+    if fmt.tensor_core_type is None:
+        msg = f"{fmt.name} has values that no 8-bit tensor-core type holds"
+        raise ValueError(msg)
+    return TENSOR_CORE_DTYPES[fmt.tensor_core_type]
+
+
+@register_fake("quantize_8bit")
+def _(x, quantizer, packed, fold=None):
+    q = Quantizer.parse(quantizer)
+    rows, size = x.shape
+    codes = x.new_empty([rows, size], dtype=tensor_core_dtype(q.format))
+    stored = x.new_empty([rows, q.packed_size(size) if packed else 0], dtype=torch.uint8)
+    return codes, x.new_empty([rows, 1], dtype=torch.float32), stored
+
+
+@register_fake("quantize_8bit_transposed")
+def _(x, quantizer):
+    rows, size = x.shape
+    codes = x.new_empty([size, rows], dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
+    return codes, x.new_empty([rows, 1], dtype=torch.float32)
+
+
+@register_fake("quantize_8bit_pair")
+def _(x, quantizer, fold, fold_rows):
+    rows, columns = x.shape
+    dtype = tensor_core_dtype(Quantizer.parse(quantizer).format)
+    return (
+        x.new_empty([rows, columns], dtype=dtype),
+        x.new_empty([rows, 1], dtype=torch.float32),
+        x.new_empty([columns, rows], dtype=dtype),
+        x.new_empty([columns, 1], dtype=torch.float32),
+    )
+
+
+@register_fake("recode")
+def _(codes, quantizer, size, transposed):
+    shape = [size, codes.shape[0]] if transposed else [codes.shape[0], size]
+    return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
+
+
+@register_fake("mm_8bit")
+def _(a, b, scale_a, scale_b, dtype, bias=None):
+    return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
