@@ -17,6 +17,7 @@ from qcompile.ir.estimators import Estimator
 from qcompile.ir.quantizer import Quantizer
 
 from .estimate import inductor as estimate
+from .matmul import inductor as matmul
 from .outliers import inductor as outliers
 from .quantize import inductor as quantize
 
@@ -35,6 +36,7 @@ LOWERINGS: dict[str, Lowering] = {
     "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
+    "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask),
     "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient),
     "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient),

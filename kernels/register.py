@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -94,8 +95,42 @@ def _key_of_slope(grad, x, scales, quantizer, estimator, axis, global_scale=None
     return (x.dtype, grad.dtype), quantizer, estimator
 
 
+def _key_of_recode(codes, quantizer, size, transposed):
+    return (), quantizer
+
+
+def _key_of_8bit(x, quantizer, *rest):
+    return (x.dtype,), quantizer
+
+
+def _key_of_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None):
+    by_columns = x.dim() == 2 and axis % 2 == 0 and global_scale is None and seed is None
+    return (x.dtype,), quantizer, by_columns
+
+
+def _key_of_compensated(x, operand, axis):
+    return (x.dtype,), operand, x.shape[axis]
+
+
+def _key_of_clamp_on_cuda(x, clamp, axis):
+    return (x.dtype,), clamp, x.shape[axis]
+
+
 def _no_key(*arguments):
     return ()
+
+
+def _triton(folder: str, name: str) -> Callable[..., Any]:
+    """A function of kernels/<folder>/triton.py, imported at its first call: torch for CPUs comes without Triton."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f"qcompile.kernels.{folder}.triton"), name)(*arguments)
+
+    return call
+
+
+def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None):
+    return _triton("quantize", "quantize_columns")(x, quantizer, fold)
 
 
 #: Providers that are tried before the reference, best first, by device type and op.
@@ -126,6 +161,28 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         ),
     },
     "cuda": {
+        **{
+            op: (Provider("triton", _triton("quantize", op), _triton("quantize", f"supports_{kind}"), key, 1),)
+            for op, kind, key in (
+                ("quantize_8bit", "quantize_8bit", _key_of_8bit),
+                ("quantize_8bit_transposed", "quantize_8bit", _key_of_8bit),
+                ("quantize_8bit_pair", "quantize_8bit", _key_of_8bit),
+                ("recode", "recode", _key_of_recode),
+                ("quantize_compensated", "quantize_compensated", _key_of_compensated),
+            )
+        },
+        "quantize": (
+            Provider("triton", _quantize_columns, _triton("quantize", "supports_columns"), _key_of_columns, 1),
+        ),
+        "clamp_outliers": (
+            Provider(
+                "triton",
+                _triton("outliers", "clamp_outliers"),
+                _triton("outliers", "supports_clamp_outliers"),
+                _key_of_clamp_on_cuda,
+                0,
+            ),
+        ),
         # It chooses by the extents of each product.
         "mm_8bit": (Provider("tensor cores", matmul_providers.mm_8bit, lambda: (True, ""), _no_key, 0),),
     },

@@ -24,6 +24,7 @@ from qcompile.ir.quantizer import Quantizer
 
 from .dialect import aten, is_call, ops, same_sizes, through_views
 from .pass_base import Context, emit
+from .quantize_gradients import size_along
 
 __all__ = ["merge_quantize"]
 
@@ -122,9 +123,9 @@ def _replace_pair(graph: Graph, rows: Use, columns: Use) -> None:
             graph, columns.node, ops.quantize_8bit_pair.default, columns.x, str(rows.quantizer), rows.fold, columns.fold
         )
         items = [emit(graph, columns.node, operator.getitem, made, i) for i in range(4)]
-    for use, (codes, scales) in ((rows, items[:2]), (columns, items[2:])):
-        _replace_all(use.plain, codes)
-        _replace_scales(graph, use, scales)
+        for use, (codes, scales) in ((rows, items[:2]), (columns, items[2:])):
+            _replace_all(use.plain, codes)
+            _replace_stored(graph, use, 1, scales)
 
 
 def _replace_single(graph: Graph, use: Use) -> bool:
@@ -138,12 +139,10 @@ def _replace_single(graph: Graph, use: Use) -> bool:
         else:
             made = emit(graph, use.node, ops.quantize_8bit.default, x, text, use.packed, use.fold)
         codes, scales = (emit(graph, use.node, operator.getitem, made, i) for i in range(2))
-        stored = _item(use.node, 0)
-        if use.packed and stored is not None:
-            packed = emit(graph, use.node, operator.getitem, made, 2)
-            _replace_all([stored], _reshaped(graph, use.node, packed, stored))
-    _replace_all([*use.plain, *use.transposed], codes)
-    _replace_scales(graph, use, scales)
+        _replace_all([*use.plain, *use.transposed], codes)
+        _replace_stored(graph, use, 1, scales)
+        if use.packed:
+            _replace_stored(graph, use, 0, emit(graph, use.node, operator.getitem, made, 2))
     return True
 
 
@@ -152,21 +151,21 @@ def _as_matrix(graph: Graph, use: Use) -> Node:
     return use.x if value.dim() == 2 else emit(graph, use.node, aten.reshape.default, use.x, [-1, value.shape[-1]])
 
 
-def _replace_scales(graph: Graph, use: Use, scales: Node) -> None:
-    stored = _item(use.node, 1)
+def _replace_stored(graph: Graph, use: Use, index: int, by: Node) -> None:
+    """Stored codes (0) or scales (1), in the shape they had."""
+    stored = _item(use.node, index)
     if stored is not None:
-        with graph.inserting_after(scales):
-            _replace_all([stored], _reshaped(graph, use.node, scales, stored))
+        _replace_all([stored], _reshaped(graph, use, by, stored))
 
 
-def _reshaped(graph: Graph, serves: Node, node: Node, like: Node) -> Node:
-    """``node``, a matrix of rows, in the shape of ``like``, whose leading axes are those rows."""
+def _reshaped(graph: Graph, use: Use, node: Node, like: Node) -> Node:
+    """``node``, a matrix of rows, in the shape of ``like``, whose leading axes are those of x."""
     shape = like.meta["val"].shape
     if same_sizes(node.meta["val"].shape, shape):
         return node
-    sizes = [n if isinstance(n, int) else -1 for n in shape]
-    assert sizes.count(-1) <= 1, f"{like.name}: more than one size is known at run time only"
-    return emit(graph, serves, aten.reshape.default, node, sizes)
+    rows = [size_along(graph, use.node, use.x, axis) for axis in range(len(shape) - 1)]
+    last = shape[-1] if isinstance(shape[-1], int) else -1
+    return emit(graph, use.node, aten.reshape.default, node, [*rows, last])
 
 
 def _replace_all(nodes: list[Node], by: Node) -> None:

@@ -1,13 +1,14 @@
 """What can run ``mm_8bit``, which of it runs a given product, and why nothing better does.
 
-========= ============================================ ========================== ==================================
-provider  operands                                     scales                     output
-========= ============================================ ========================== ==================================
-cublaslt  FP8, at most one e5m2; N and K multiples     a row, or a whole tensor   bfloat16, bias bfloat16
-          of 16
-triton    FP8 or INT8, any extents                     a row, or a whole tensor   bfloat16, float16, float32
-reference anything                                     anything                   anything
-========= ============================================ ========================== ==================================
+========= =============================================== ======================= =========================
+provider  operands                                        compute capability      output
+========= =============================================== ======================= =========================
+cublaslt  FP8, not both e5m2; N and K multiples of 16     9.0; 8.9 with one scale bfloat16, as is its bias
+                                                          a tensor
+triton    FP8, or both INT8; any extents                  8.9 for FP8, 8.0 for    bfloat16, float16, float32
+                                                          INT8
+reference any                                             any                     any
+========= =============================================== ======================= =========================
 
 cuBLASLt sums with fast accumulation: the tensor cores' own accumulator, 14 significant bits on Hopper, over all of K.
 4-bit codes are exact in it (see :mod:`qcompile.kernels.matmul.triton`); arbitrary FP8 codes, those of a gradient, lose
@@ -34,7 +35,7 @@ from . import reference
 __all__ = ["PROVIDERS", "Product", "Provider", "choose", "mm_8bit"]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-#: Newest compute capability on which any of this has run.
+#: The compute capability on which all of this has run.
 _TESTED = (9, 0)
 
 
@@ -77,7 +78,7 @@ class Provider:
 def choose(product: Product) -> tuple[Provider, str]:
     """The first provider that can run ``product``, and what kept those before it, one reason each.
 
-    The reason also says when the card is newer than any this was tried on. ``reference`` can always run.
+    The reason also says if this was never tried on such a card. ``reference`` can always run.
     """
     reasons = []
     for provider in PROVIDERS:
@@ -85,9 +86,11 @@ def choose(product: Product) -> tuple[Provider, str]:
         if not obstacle:
             break
         reasons.append(f"{provider.name}: {obstacle}")
-    if product.capability > _TESTED and provider.name != "reference":
+    if product.capability != _TESTED and provider.name != "reference":
         major, minor = product.capability
-        reasons.append(f"untested on compute capability {major}.{minor}, whose FP4 needs scales of 16 or 32 elements")
+        reasons.append(f"{provider.name} is untested on compute capability {major}.{minor}")
+        if major >= 10:
+            reasons.append("its native FP4 would need a scale for every 16 or 32 elements")
     return provider, "; ".join(reasons)
 
 
@@ -166,8 +169,7 @@ def _obstacle_to_triton(product: Product) -> str:
         f"tensor cores do not multiply {' with '.join(map(_name, product.dtypes))}": fp8 or int8,
         "there is nothing to multiply": 0 not in product.shape,
         "INT8 needs compute capability 8.0": fp8 or product.capability >= (8, 0),
-        "FP8 needs compute capability 8.9; INT8 codes, where the format has them, need 8.0": int8
-        or product.capability >= (8, 9),
+        "FP8 needs compute capability 8.9 (integer grids as INT8: 8.0)": int8 or product.capability >= (8, 9),
         "it is not installed": _has_triton(),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")

@@ -1,4 +1,4 @@
-"""Outlier clamping for Inductor: top-k stays aten's kernel, everything around it is lowered and fuses.
+"""Outlier clamping for Inductor: an extern kernel finds the bounds, what can be loops around it is and fuses.
 
 The residual's positions are distinct wherever its values are not zero (an element below the lower bound is
 not above the upper one), so restoring is a gather, an addition and a plain scatter instead of atomic
@@ -36,10 +36,17 @@ def supports_restore_outliers() -> tuple[bool, str]:
 
 
 def lower_clamp_outliers(x, clamp: str, axis: int):
-    """``qcompile::clamp_outliers``: two extern top-k, then loops for the clamped tensor and the residual."""
+    """``qcompile::clamp_outliers``: the op's own kernel, which searches a row for its quantiles without sorting it.
+
+    Where it does not apply (quantiles of a whole tensor, very long rows, other axes): two extern top-k, then loops for
+    the clamped tensor and the residual.
+    """
     if not ir.is_triton(x) or is_empty(x):
         return run_reference(torch.ops.qcompile.clamp_outliers.default, x, clamp, axis)
     spec, axis = OutlierClamp.parse(clamp), axis % len(x.get_size())
+    if axis == len(x.get_size()) - 1 and _has_kernel(x, clamp):
+        rows = ir.TensorBox(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)))
+        return run_reference(torch.ops.qcompile.clamp_outliers.default, rows, clamp, axis)
     rows = axis_last(x, axis)
     if spec.per == "tensor":
         rows = _call(aten.reshape.default, rows, [-1])
@@ -62,6 +69,13 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
         lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
     clamped = _call(aten.minimum.default, _call(aten.maximum.default, x, lower), upper)
     return clamped, _call(aten.cat.default, residual, last), _cast(positions, index_dtype(size))
+
+
+def _has_kernel(x, clamp: str) -> bool:
+    from .triton import supports_clamp_outliers  # imports Triton, which a build of torch for CPUs does without
+
+    size = _known(x.get_size()[-1])
+    return size is not None and supports_clamp_outliers((x.get_dtype(),), clamp, size)[0]
 
 
 def lower_restore_outliers(x, values, positions, clamp: str, axis: int):

@@ -17,7 +17,6 @@ Index tuples are of x with the quantization axis moved last: ``[..., r, k]``.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +34,8 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+
+from .grid import bits_of, minifloat, uniform_offset
 
 __all__ = [
     "GridUnits",
@@ -64,6 +65,8 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 #: rate.
 _ROUNDER = 1.5 * 2.0**_MANTISSA_BITS
 _BITS = 8  # of a tensor-core code
+#: Stored codes that share a byte → an integer as wide as that many 8-bit codes.
+_GROUPS = {2: torch.int16, 4: torch.int32}
 #: Most magnitudes for which comparisons and selections are generated.
 _MAX_SELECTED = 16
 
@@ -75,7 +78,7 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
-    if not (q.format.torch_dtype or _uniform_offset(q.format) is not None or _selectable(q.format)):
+    if not (q.format.torch_dtype or uniform_offset(q.format) is not None or _selectable(q.format)):
         reason = f"{q.format.name} has too many levels for comparisons, no even spacing and no torch dtype"
         return False, reason
     return supports_scales(q, device)
@@ -84,7 +87,7 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_dequantize` generates code for ``q``, and if not, why."""
     fmt = q.format
-    by_bits = fmt.torch_dtype or _uniform_offset(fmt) is not None or _minifloat(fmt) is not None
+    by_bits = fmt.torch_dtype or uniform_offset(fmt) is not None or minifloat(fmt) is not None
     if not (by_bits or _selectable(fmt)):
         return False, f"{fmt.name} has too many levels for selections and is no number format of known layout"
     return supports_scales(q, device)
@@ -130,41 +133,53 @@ def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, f
 def lower_quantize_8bit(x, quantizer: str, packed: bool, fold=None):
     """``qcompile::quantize_8bit``: loops that fuse with what computes x; x that lies in memory goes to the op's kernel.
 
-    With ``packed``, one iteration makes a byte of stored codes and the 8-bit codes that belong to it, as one integer.
+    Stored codes are packed from 8-bit codes in a loop of its own, which reads the codes of a byte as one integer: made
+    together with the 8-bit codes, they would have the loop read x in strides.
     """
     q = Quantizer.parse(quantizer)
     if not ir.is_triton(x) or is_empty(x) or is_in_memory(x) or not supports_quantize_8bit(q, packed, x)[0]:
         return run_reference(torch.ops.qcompile.quantize_8bit.default, x, quantizer, packed, fold)
-    per_byte = q.format.codes_per_byte if packed else 1
-    units = GridUnits(x, q, 1, per_byte, fold=fold)
-    dtype = tensor_core_dtype(q.format)
+    units = GridUnits(x, q, 1, 1, fold=fold)
+    rows, size = units.shape
+    codes = ir.Pointwise.create(
+        device=units.device,
+        dtype=tensor_core_dtype(q.format),
+        inner_fn=lambda index: tensor_core_code(units.load(index, index[-1]), q),
+        ranges=[rows, size],
+    )
+    if packed:
+        codes.realize()
+        return codes, units.stored_scale(), _packed_from(codes, q)
+    empty = lowerings[torch.ops.aten.empty.memory_format]([rows, 0], dtype=torch.uint8, device=units.device)
+    return codes, units.stored_scale(), empty
 
-    if not packed:
-        make = partial(ir.Pointwise.create, device=units.device, dtype=dtype, ranges=units.shape)
-        codes = make(inner_fn=lambda index: tensor_core_code(units.load(index, index[-1]), q))
-        stored = lowerings[torch.ops.aten.empty.memory_format](
-            [units.shape[0], 0], dtype=torch.uint8, device=units.device
-        )
-        return codes, units.stored_scale(), stored
-    whole = {2: torch.int16, 4: torch.int32}[per_byte]
 
-    def group(index: Index) -> Value:
-        *row, first = index
-        elements = [[*row, per_byte * first + i] for i in range(per_byte)]
-        codes = [_as_byte(tensor_core_code(units.load(at, first), q), dtype) for at in elements]
-        return ops.to_dtype(_joined(codes, _BITS), whole)
+def _packed_from(codes, q: Quantizer):
+    """Stored codes of 8-bit codes in memory."""
+    per_byte, dtype = q.format.codes_per_byte, tensor_core_dtype(q.format)
+    rows, size = codes.get_size()
+    groups = lowerings[torch.ops.aten.view.dtype](codes, _GROUPS[per_byte])
+    load = groups.make_loader()
 
-    ranges = [units.shape[0], FloorDiv(units.shape[1], per_byte)]
-    groups = ir.Pointwise.create(device=units.device, dtype=whole, inner_fn=group, ranges=ranges)
-    groups.realize()
-    codes = lowerings[torch.ops.aten.view.dtype](groups, dtype)
-    return codes, units.stored_scale(), packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
+    def element(index: Index) -> Value:
+        group = ops.to_dtype(load(index), _INT32)
+        packed = None
+        for i in range(per_byte):
+            byte = ops.bitwise_and(ops.bitwise_right_shift(group, _int(_BITS * i)), _int(0xFF))
+            level = ops.to_dtype(ops.to_dtype_bitcast(ops.to_dtype(byte, torch.uint8), dtype, torch.uint8), _FP32)
+            code = _code_of_level(ops.mul(level, _float(1 / q.format.tensor_core_factor)), q)
+            part = ops.bitwise_left_shift(code, _int(_BITS // per_byte * i))
+            packed = part if packed is None else ops.bitwise_or(packed, part)
+        return ops.to_dtype(packed, torch.uint8)
+
+    ranges = [rows, FloorDiv(size, per_byte)]
+    return ir.Pointwise.create(device=codes.get_device(), dtype=torch.uint8, inner_fn=element, ranges=ranges)
 
 
 def supports_quantize_8bit(q: Quantizer, packed: bool, x) -> tuple[bool, str]:
     """Whether :func:`lower_quantize_8bit` generates code, and if not, why."""
     per_byte = q.format.codes_per_byte
-    if packed and not (per_byte in (2, 4) and _divides(per_byte, x.get_size()[-1])):
+    if packed and not (per_byte in _GROUPS and _divides(per_byte, x.get_size()[-1])):
         return False, "stored codes do not fill whole bytes, or one byte each"
     return supports_quantize(q, x.get_device())
 
@@ -478,7 +493,7 @@ def encode(y: Value, q: Quantizer) -> Value:
     magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
     if fmt.torch_dtype:
         index = _index_by_cast(magnitude, getattr(torch, fmt.torch_dtype))
-    elif (offset := _uniform_offset(fmt)) is not None:
+    elif (offset := uniform_offset(fmt)) is not None:
         index = _index_by_rounding(magnitude, negative, fmt, offset, q.rounding)
     else:
         index = _index_by_search(magnitude, negative, fmt, q.rounding)
@@ -496,7 +511,7 @@ def tensor_core_code(y: Value, q: Quantizer) -> Value:
 
 def _rounded(y: Value, q: Quantizer) -> Value:
     """Float32 level; by arithmetic where the format allows, else by way of the code."""
-    fmt, layout = q.format, _minifloat(q.format)
+    fmt, layout = q.format, minifloat(q.format)
     if q.rounding != "even" or fmt.torch_dtype or layout is None or layout[0] == 0:
         return decode(encode(y, q), fmt)
     mantissa_bits, factor = layout
@@ -506,7 +521,7 @@ def _rounded(y: Value, q: Quantizer) -> Value:
     # A selection also keeps the product that made y from being contracted with the addition below.
     magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
     exponent = ops.bitwise_and(ops.to_dtype_bitcast(magnitude, _INT32, _FP32), _int(0xFF << _MANTISSA_BITS))
-    smallest_normal = _float_bits(2 * factor * 2.0**-_EXPONENT_BIAS)
+    smallest_normal = bits_of(2 * factor * 2.0**-_EXPONENT_BIAS)
     exponent = ops.maximum(exponent, _int(smallest_normal))
     # Added to a number of this exponent, 2^(23 − mantissa bits) times its power of two rounds to nearest even.
     shift = _int((_MANTISSA_BITS - mantissa_bits) << _MANTISSA_BITS)
@@ -514,16 +529,23 @@ def _rounded(y: Value, q: Quantizer) -> Value:
     return _with_sign(ops.sub(ops.add(magnitude, rounder), rounder), sign)
 
 
-def _as_byte(code: Value, dtype: torch.dtype) -> Value:
-    return ops.bitwise_and(ops.to_dtype(ops.to_dtype_bitcast(code, torch.uint8, dtype), _INT32), _int(0xFF))
-
-
-def _joined(parts: Sequence[Value], bits: int) -> Value:
-    """Int32 with the parts side by side, the first in the lowest bits."""
-    whole = parts[0]
-    for i, part in enumerate(parts[1:], 1):
-        whole = ops.bitwise_or(whole, ops.bitwise_left_shift(part, _int(bits * i)))
-    return whole
+def _code_of_level(level: Value, q: Quantizer) -> Value:
+    """Int32 code of a float32 number that is a level: nothing is left to round."""
+    fmt, layout, offset = q.format, minifloat(q.format), uniform_offset(q.format)
+    bits = ops.to_dtype_bitcast(level, _INT32, _FP32)
+    if offset is not None:
+        assert fmt.step is not None
+        position = ops.sub(ops.mul(ops.abs(level), _float(1 / fmt.step)), _float(offset))
+        raised = ops.to_dtype_bitcast(ops.add(position, _float(_ROUNDER)), _INT32, _FP32)
+        index = ops.sub(raised, _int(bits_of(_ROUNDER)))
+    elif layout is not None:
+        mantissa_bits, factor = layout
+        fields = ops.to_dtype_bitcast(ops.mul(ops.abs(level), _float(1 / factor)), _INT32, _FP32)
+        index = ops.bitwise_right_shift(fields, _int(_MANTISSA_BITS - mantissa_bits))
+    else:
+        return encode(level, q)
+    sign = ops.bitwise_and(ops.bitwise_right_shift(bits, _int(32 - fmt.bits)), _int(1 << (fmt.bits - 1)))
+    return ops.bitwise_or(index, sign)
 
 
 def decode(code: Value, fmt: Format) -> Value:
@@ -535,11 +557,11 @@ def decode(code: Value, fmt: Format) -> Value:
     index = ops.bitwise_and(code, _int(sign_bit - 1))
     # The sign goes in as a bit: Triton negates by subtracting from zero, which loses −0.
     sign = ops.bitwise_left_shift(ops.bitwise_and(code, _int(sign_bit)), _int(32 - fmt.bits))
-    if (offset := _uniform_offset(fmt)) is not None:
+    if (offset := uniform_offset(fmt)) is not None:
         assert fmt.step is not None
         position = ops.add(ops.to_dtype(index, _FP32), _float(offset))
         return _with_sign(ops.mul(position, _float(fmt.step)), sign)
-    if (layout := _minifloat(fmt)) is not None:
+    if (layout := minifloat(fmt)) is not None:
         mantissa_bits, factor = layout
         bits = ops.bitwise_left_shift(index, _int(_MANTISSA_BITS - mantissa_bits))
         return ops.mul(ops.to_dtype_bitcast(ops.bitwise_or(bits, sign), _FP32, _INT32), _float(factor))
@@ -563,7 +585,7 @@ def _index_by_rounding(magnitude: Value, negative: Value, fmt: Format, offset: f
     assert fmt.step is not None
     position = ops.sub(ops.mul(magnitude, _float(1 / fmt.step)), _float(offset))
     rounded = ops.add(position, _float(_ROUNDER))  # the one that rounds: to the nearest integer, ties to even
-    index = ops.sub(ops.to_dtype_bitcast(rounded, _INT32, _FP32), _int(_float_bits(_ROUNDER)))
+    index = ops.sub(ops.to_dtype_bitcast(rounded, _INT32, _FP32), _int(bits_of(_ROUNDER)))
     if rounding == "even":
         return index
     # Ties toward +∞: repair those that went the other way.
@@ -622,41 +644,6 @@ def select(bits: Sequence[Value], table: Sequence[float]) -> Value:
 
 def _index_bits(count: int) -> int:
     return (count - 1).bit_length()
-
-
-def _uniform_offset(fmt: Format) -> float | None:
-    """o where magnitude i is ``(i + o) · step`` and the step a power of two (exact division), else None."""
-    if fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
-        return None
-    offset = fmt.magnitudes[0] / fmt.step
-    uniform = all(m == (i + offset) * fmt.step for i, m in enumerate(fmt.magnitudes))
-    return offset if uniform else None
-
-
-def _minifloat(fmt: Format) -> tuple[int, float] | None:
-    """(mantissa bits, 2^(127 − bias)) if an index is exponent and mantissa of a small float, subnormal
-    numbers included.
-
-    Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of
-    the biases.
-    """
-    for mantissa_bits in range(fmt.bits):
-        shift = _MANTISSA_BITS - mantissa_bits
-        as_float32 = [_bits_float(index << shift) for index in range(len(fmt.magnitudes))]
-        if not as_float32[-1]:
-            return None
-        factor = fmt.max / as_float32[-1]
-        if factor < 2.0**128 and all(m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)):
-            return mantissa_bits, factor
-    return None
-
-
-def _float_bits(value: float) -> int:
-    return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def _bits_float(bits: int) -> float:
-    return struct.unpack("<f", struct.pack("<i", bits))[0]
 
 
 def _float(value: float) -> Value:

@@ -12,6 +12,7 @@ departure                           options
 =================================== ===============================================================================
 power-of-two scales                 ``{"activation": {"scale": "absmax_pow2"}, "weight": {"scale": "absmax_pow2"}}``
 no compensation of the residual     ``{"activation": {"outliers": "occ(compensate=0)"}}``
+residual on 8-bit tensor cores      ``{"activation": {"outliers": "occ(residual=e4m3)"}}`` (ours, not the authors')
 quantile over the whole tensor      ``{"activation": {"outliers": "occ(per=tensor)"}}``
 E1M2 activations (fork ``pai``)     ``{"activation": {"format": "e1m2", "outliers": "occ(alpha=0.97)"}}``
 ties toward +∞ (look-up kernel)     ``{"activation": {"rounding": "up"}, "weight": {"rounding": "up"}}``

@@ -185,13 +185,15 @@ def test_without_tensor_cores_folded_gradients_are_the_same_numbers() -> None:
     assert {row["reason"] for row in decoded.gemms} == {"no 8-bit tensor cores on cpu"}
 
 
-def test_dynamic_tokens() -> None:
-    """Tokens are wgrad's contraction: its length is known at run time only."""
+@pytest.mark.parametrize("lead", [(1,), (3,)], ids=["matrix", "batch"])
+def test_dynamic_tokens(lead: tuple[int, ...]) -> None:
+    """Tokens are wgrad's contraction: its length is known at run time only, and so may be every leading axis."""
     model = Block()
     compiled, observations = compiler(model, fp4(activation=OFF), dynamic=True, backward="fp8")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (35, 17, 64):
-            x = torch.randn(tokens, 48, requires_grad=True)
+            shape = (tokens,) if lead == (1,) else (lead[0] + tokens // 16, tokens)
+            x = torch.randn(*shape, 48, requires_grad=True)
             compiled(x).sum().backward()
             assert x.grad is not None
             assert x.grad.isfinite().all()

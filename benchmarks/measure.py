@@ -1,0 +1,182 @@
+"""What the benchmarks share: how long a kernel takes, where it was measured, and what is left of a failure."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Call",
+    "copy_microseconds",
+    "environment",
+    "failure",
+    "fresh_log",
+    "microseconds",
+    "quiet_stderr",
+    "rotations",
+    "write_rows",
+]
+
+Call = Callable[[], object]
+
+#: Second-level cache that buffers must outgrow; the H200's is 60 MB, and unknown caches are taken to be that large.
+L2_BYTES = 60 * 2**20
+
+
+def environment() -> dict[str, str]:
+    """Date, card and versions: the columns that every row of a CSV file starts with."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: _version(name) for name in ("triton", "torchao")}
+    return {"date": str(datetime.date.today()), "card": card, "torch": torch.__version__, **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """A CSV file of one or more equal dataclasses, the environment in front of each."""
+    columns = environment()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns, *asdict(rows[0])])
+        writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow({**columns, **values})
+
+
+def fresh_log(out: Path) -> Path:
+    """An empty file beside ``out`` (.log), whose folder is made if need be."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".log")
+    log.write_bytes(b"")
+    return log
+
+
+def brief(error: BaseException, width: int = 160) -> str:
+    """The error that others were raised from, in one line."""
+    while (cause := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:width]
+
+
+def failure(error: BaseException, log: Path, what: str) -> str:
+    """The line that stands for a failed measurement; the traceback goes to ``log``."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"=== {what}\n{''.join(traceback.format_exception(error))}\n")
+    return f"FAILED: {brief(error)}"
+
+
+@contextmanager
+def quiet_stderr(log: Path) -> Iterator[None]:
+    """Append to ``log`` what would go to standard error: compilers, below Python too, print pages about one failure."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def rotations(bytes_of_a_call: int) -> int:
+    """How many buffer sets a benchmark must go round for none to be in cache when its turn comes again (CPU: one)."""
+    if not torch.cuda.is_available():
+        return 1
+    return max(3, -(-4 * L2_BYTES // max(1, bytes_of_a_call)) + 1)
+
+
+def microseconds(calls: Sequence[Call], repeats: int = 20) -> float:
+    """Median time of one call; ``calls`` do the same work on different buffers.
+
+    On CUDA the calls are recorded into one graph, whose replays are timed: launches from Python take longer than small
+    kernels. Only calls that make the host wait, which no graph can record, are launched one by one.
+    """
+    if not torch.cuda.is_available():
+        return 1e6 * statistics.median(_seconds(call) for call in calls for _ in range(repeats))
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):  # compiles and tunes, neither of which can be recorded
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    torch.cuda.synchronize()
+    rounds = max(1, 16 // len(calls))
+    if _host_waits(calls[0]):
+        return _device_microseconds(partial(_go_round, calls, rounds), repeats) / (rounds * len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _go_round(calls, rounds)
+    median = _device_microseconds(graph.replay, repeats)
+    graph.reset()
+    return median / (rounds * len(calls))
+
+
+def _go_round(calls: Sequence[Call], rounds: int) -> None:
+    """As many results as there are calls stay alive at any time, so that outputs rotate as inputs do."""
+    results: list[object] = [None] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            results[i] = call()
+
+
+def _host_waits(call: Call) -> bool:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _device_microseconds(run: Call, repeats: int) -> float:
+    """Median over ``repeats`` runs, queued without waiting, so that the card never idles between two marks."""
+    for _ in range(3):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@cache
+def copy_microseconds(total_bytes: int) -> float:
+    """Time of a device-to-device copy that reads and writes ``total_bytes`` in all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = max(1, total_bytes // 2)
+    sources = [torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(rotations(total_bytes))]
+    targets = [torch.empty_like(source) for source in sources]
+    return microseconds([partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)])

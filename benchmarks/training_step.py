@@ -1,0 +1,451 @@
+"""Time and peak memory of a whole training step: BF16, torchao's float8 and ours, in one process and run.
+
+    python benchmarks/training_step.py --out benchmarks/h200/training_step.csv
+    python benchmarks/training_step.py --arms ours_fp8,ours_fp8_occ --sizes d4096      # or --arms all
+
+A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py). Arms
+run one after the other on the same seed and data, BF16 first and once more at the end: the difference of the two is the
+drift of the run, and ratios are against their mean. Compiling takes most of the time. BF16's second compilation is read
+from Inductor's cache.
+
+Nothing is timed before it is right. An arm's first loss must be within 2 % of BF16's, which says little: at
+initialization it is close to the logarithm of the vocabulary whatever the model computes. Gradients say more. Those of
+an FP8 backward must have a cosine of at least 0.97, for every parameter, with those of the same recipe with its
+backward in BF16: the forward is the same, so that only the rounding of dY is between them. What has no such counterpart
+is compared with BF16, where the noise of a quantized forward at initialization is large (worst at the queries and keys
+of the last layer, whose gradients nearly cancel): the median over parameters must be at least 0.2, where a wrong
+operand leaves 0.
+
+Writes the CSV file after every arm, a plot beside it (.png) and what a failing arm had to say (.log).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._logging
+from measure import environment, failure, fresh_log, quiet_stderr, write_rows
+from model import SIZES, Llama, Size, build, random_batch
+from torch import Tensor, nn
+
+__all__ = ["ARMS", "OURS", "Arm", "Result", "Run", "Trainer", "main", "release", "run_size"]
+
+LOSS_BOUND = 0.02
+WORST_COSINE = 0.97
+MEDIAN_COSINE = 0.2
+BASELINE = "bf16"
+AGAIN = f"{BASELINE}_again"
+
+#: Inductor's options, the same for all arms of a run.
+Options = Mapping[str, Any]
+
+
+# --- the arms -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to compile a model.
+
+    Attributes:
+        label: what plots and tables call it.
+        compile: ``(model, Inductor options) -> compiled model``; may replace the model's linears.
+        provider: ``"bf16"``, ``"torchao"`` or ``"ours"``.
+        roles: the GEMMs of a linear that run in 8 bits, out of fprop, dgrad and wgrad.
+        outliers: whether activations are clamped and compensated (OCC).
+        counterpart: the arm with the same forward and an exact backward, "" if there is none.
+    """
+
+    label: str
+    compile: Callable[[nn.Module, Options], Callable[..., Tensor]]
+    provider: str = "bf16"
+    roles: frozenset[str] = frozenset()
+    outliers: bool = False
+    counterpart: str = ""
+
+
+def inductor(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+    return torch.compile(model, dynamic=False, options=dict(options) or None)
+
+
+def torchao(recipe: str) -> Arm:
+    """torchao's float8 training; ``lm_head`` stays in BF16, as in ours."""
+
+    def compile_float8(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        if not next(model.parameters()).is_cuda:
+            config = replace(config, emulate=True)
+        convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: "lm_head" not in name)
+        return inductor(model, options)
+
+    high_precision_wgrad = recipe.endswith("gw_hp")
+    roles = frozenset(("fprop", "dgrad") if high_precision_wgrad else ("fprop", "dgrad", "wgrad"))
+    return Arm(f"torchao {recipe}", compile_float8, "torchao", roles)
+
+
+def ours(label: str, recipe: Options) -> Arm:
+    def compile_fp4(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        return torch.compile(model, dynamic=False, backend="qcompile_fp4", options={**recipe, **options})
+
+    roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
+    outliers = recipe["activation"]["outliers"] is not None
+    exact = "ours_bf16_occ" if outliers else "ours_bf16"
+    return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
+
+
+ROLES_OF_BACKWARD = {"bf16": ("fprop",), "dgrad_fp8": ("fprop", "dgrad"), "fp8": ("fprop", "dgrad", "wgrad")}
+
+NO_OUTLIERS = {"activation": {"outliers": None}}
+OUTLIERS = {"activation": {"outliers": "occ(alpha=0.99,residual=e4m3)"}}
+
+#: Options of ``backend="qcompile_fp4"`` by arm.
+OURS: dict[str, dict[str, Any]] = {
+    "ours_bf16": {"backward": "bf16", **NO_OUTLIERS},
+    "ours_bf16_occ": {"backward": "bf16", **OUTLIERS},
+    "ours_dgrad_fp8": {"backward": "dgrad_fp8", **NO_OUTLIERS},
+    "ours_dgrad_fp8_occ": {"backward": "dgrad_fp8", **OUTLIERS},
+    "ours_fp8": {"backward": "fp8", **NO_OUTLIERS},
+    "ours_fp8_occ": {"backward": "fp8", **OUTLIERS},
+    "ours_fp8_save8": {"backward": "fp8", "save": "8bit", **NO_OUTLIERS},
+    "ours_fp8_occ_save8": {"backward": "fp8", "save": "8bit", **OUTLIERS},
+}
+
+
+def _label(recipe: Options) -> str:
+    parts = [f"FP4, backward {recipe['backward']}"]
+    parts += ["OCC"] if recipe["activation"]["outliers"] else []
+    parts += ["save 8bit"] if "save" in recipe else []
+    return ", ".join(parts)
+
+
+ARMS: dict[str, Arm] = {
+    BASELINE: Arm("BF16", inductor),
+    "torchao_tensorwise": torchao("tensorwise"),
+    "torchao_rowwise": torchao("rowwise"),
+    "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
+    **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
+}
+
+#: Measured unless ``--arms`` says otherwise: what fits into five minutes with two sizes.
+DEFAULT_ARMS = (
+    BASELINE, "torchao_tensorwise", "torchao_rowwise", "ours_bf16", "ours_bf16_occ", "ours_dgrad_fp8", "ours_fp8",
+    "ours_fp8_occ", "ours_fp8_save8",
+)  # fmt: skip
+
+
+# --- one arm --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """A row of the CSV file. ``speedup`` is BF16's median time over this arm's; figures of a failed arm stay NaN."""
+
+    size: str
+    arm: str
+    status: str = "ok"
+    median_ms: float = math.nan
+    min_ms: float = math.nan
+    speedup: float = math.nan
+    peak_gib: float = math.nan
+    tokens_per_second: float = math.nan
+    compile_s: float = math.nan
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    gradient_cosine: float = math.nan
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all arms share."""
+
+    device: torch.device
+    steps: int = 15
+    warm_up: int = 5
+    seed: int = 0
+    cudagraphs: bool = False
+
+    @property
+    def options(self) -> Options:
+        return {"triton.cudagraphs": True} if self.cudagraphs else {}
+
+
+class Trainer:
+    """A compiled model with its optimizer and batch."""
+
+    def __init__(self, arm: Arm, size: Size, run: Run) -> None:
+        self.run = run
+        self.model: Llama = build(size, run.device, torch.bfloat16, run.seed)
+        self.compiled = arm.compile(self.model, run.options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
+        self.batch = random_batch(size, run.device, run.seed)
+
+    def forward_backward(self) -> Tensor:
+        """The loss, detached; gradients in the parameters."""
+        if self.run.cudagraphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = self.compiled(*self.batch)
+        loss.backward()
+        return loss.detach().clone()  # a CUDA graph writes the next one to the same place
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> Tensor:
+        loss = self.forward_backward()
+        self.update()
+        return loss
+
+    def milliseconds(self, steps: int) -> tuple[list[float], float]:
+        """Times of ``steps`` steps, and the loss of the last one."""
+        cuda = self.run.device.type == "cuda"
+        marks: list[Any] = [_mark(cuda)]
+        for _ in range(steps):
+            loss = self.step()
+            marks.append(_mark(cuda))
+        last = loss.item()
+        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)], last
+
+    def gradients(self) -> dict[str, Tensor]:
+        """About 16,384 evenly spread elements of every parameter's gradient, float32 on the CPU."""
+        return {
+            name: p.grad.flatten()[:: max(1, p.numel() // 16384)].float().cpu()
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+
+
+def _mark(cuda: bool) -> Any:
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the gate compares with: loss and gradients of an arm's first step."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+class GateError(Exception):
+    """An arm whose first step differs from its reference's by more than quantization explains."""
+
+
+def first_step(arm: Arm, size: Size, run: Run) -> Reference:
+    """Loss and gradients of an arm that is not measured."""
+    trainer = Trainer(arm, size, run)
+    return Reference(trainer.forward_backward().item(), trainer.gradients())
+
+
+def measure(arm: Arm, size: Size, run: Run, reference: Reference | None) -> tuple[dict[str, float], Reference]:
+    """Figures of one arm, and its first step. Raises :class:`GateError` before anything is timed."""
+    cuda = run.device.type == "cuda"
+    held_before = torch.cuda.memory_allocated() if cuda else 0
+    trainer = Trainer(arm, size, run)
+    start = time.perf_counter()
+    own = Reference(trainer.forward_backward().item(), trainer.gradients())
+    first_seconds = time.perf_counter() - start
+    cosine = check(own, reference or own, exact_forward=bool(arm.counterpart))
+    trainer.update()
+    for _ in range(run.warm_up):
+        trainer.step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times, last_loss = trainer.milliseconds(run.steps)
+    median = statistics.median(times)
+    figures = {
+        "median_ms": median,
+        "min_ms": min(times),
+        "peak_gib": (torch.cuda.max_memory_allocated() - held_before) / 2**30 if cuda else math.nan,
+        "tokens_per_second": 1e3 * size.tokens / median,
+        "compile_s": first_seconds - median / 1e3,
+        "first_loss": own.loss,
+        "last_loss": last_loss,
+        "gradient_cosine": cosine,
+    }
+    return figures, own
+
+
+def check(own: Reference, reference: Reference, exact_forward: bool) -> float:
+    """The worst cosine between gradients of one parameter if the forwards are the same, else the median.
+
+    Raises :class:`GateError` naming what is out of bounds.
+    """
+    if not abs(own.loss - reference.loss) <= LOSS_BOUND * reference.loss:
+        msg = f"first loss {own.loss:.4f}, the reference's is {reference.loss:.4f}"
+        raise GateError(msg)
+    if missing := reference.gradients.keys() - own.gradients.keys():
+        msg = f"no gradient for {', '.join(sorted(missing)[:3])}"
+        raise GateError(msg)
+    cosines = {
+        name: torch.cosine_similarity(own.gradients[name], expected, 0).item()
+        for name, expected in reference.gradients.items()
+    }
+    ordered = sorted(cosines, key=lambda name: cosines[name] if math.isfinite(cosines[name]) else -math.inf)
+    if not math.isfinite(cosines[ordered[0]]):
+        msg = f"gradient of {ordered[0]} has a cosine of {cosines[ordered[0]]}"
+        raise GateError(msg)
+    name, bound = (ordered[0], WORST_COSINE) if exact_forward else (ordered[len(ordered) // 2], MEDIAN_COSINE)
+    if not cosines[name] >= bound:
+        which = "" if exact_forward else ", the median,"
+        msg = f"gradient of {name} has a cosine of {cosines[name]:.3f}{which} with its reference"
+        raise GateError(msg)
+    return cosines[name]
+
+
+def release() -> None:
+    """Forget compiled code and give cached memory back, so that the next arm starts as the first did."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- all arms -------------------------------------------------------------------------------------------------------
+
+
+def run_size(size: Size, arms: list[str], run: Run, log: Path) -> Iterator[Result]:
+    """Measure BF16, the arms, and BF16 again; a failing arm is one line, and the others go on."""
+    references: dict[str, Reference] = {}
+    for name in [BASELINE, *(arm for arm in arms if arm != BASELINE), AGAIN]:
+        result = Result(size.name, name)
+        try:
+            arm = ARMS[BASELINE if name == AGAIN else name]
+            with quiet_stderr(log):
+                if arm.counterpart and arm.counterpart not in references:
+                    references[arm.counterpart] = first_step(ARMS[arm.counterpart], size, run)
+                    release()
+                reference = references.get(arm.counterpart or BASELINE)
+                figures, references[name] = measure(arm, size, run, reference)
+            result = replace(result, **figures)
+        except Exception as error:
+            result.status = failure(error, log, f"{size.name} {name}")
+        release()
+        yield result
+        if BASELINE not in references:
+            return
+
+
+def with_speedups(results: list[Result]) -> list[Result]:
+    """The results with ``speedup`` against the mean of the BF16 medians of their size."""
+    base: dict[str, float] = {}
+    for size in {r.size for r in results}:
+        medians = [r.median_ms for r in results if r.size == size and r.arm in (BASELINE, AGAIN) and r.status == "ok"]
+        base[size] = statistics.fmean(medians) if medians else math.nan
+    return [replace(r, speedup=base[r.size] / r.median_ms) for r in results]
+
+
+def label_of(arm: str) -> str:
+    return f"{ARMS[BASELINE].label} again" if arm == AGAIN else ARMS[arm].label
+
+
+def plot(path: Path, results: list[Result]) -> None:
+    """Bars of time and peak memory, a row of the figure a size."""
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(r.size for r in results))
+    longest = max(sum(r.size == size for r in results) for size in sizes)
+    figure = Figure(figsize=(11, 0.8 + len(sizes) * (0.9 + 0.3 * longest)), layout="constrained")
+    grid = figure.subplots(len(sizes), 2, squeeze=False)
+    colors = {"bf16": "0.55", "torchao": "tab:orange", "ours": "tab:blue"}
+    for size, (times, memory) in zip(sizes, grid, strict=True):
+        rows = [r for r in results if r.size == size]
+        names = [label_of(r.arm) for r in rows]
+        shades = [colors[ARMS.get(r.arm, ARMS[BASELINE]).provider] for r in rows]
+        panels = (
+            (times, [r.median_ms for r in rows], [f" {r.median_ms:.1f} ms  {r.speedup:.2f}×" for r in rows]),
+            (memory, [r.peak_gib for r in rows], [f" {r.peak_gib:.2f} GiB" for r in rows]),
+        )
+        for axes, values, texts in panels:
+            finite = [v if math.isfinite(v) else 0.0 for v in values]
+            bars = axes.barh(names, finite, color=shades)
+            shown = [t if math.isfinite(v) else " failed" for t, v in zip(texts, values, strict=True)]
+            axes.bar_label(bars, labels=shown, fontsize=8)
+            axes.margins(x=0.3, y=0.01)
+            axes.invert_yaxis()
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+        memory.set_yticklabels([])
+        times.set_title(f"{size}: milliseconds a step (median)", fontsize=9, loc="left")
+        memory.set_title("peak memory", fontsize=9, loc="left")
+    where = environment()
+    figure.suptitle(f"{where['card']}, torch {where['torch']}, {where['date']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def line(result: Result) -> str:
+    """One row of the printed table."""
+    head = f"{result.size:6} {result.arm:22}"
+    if result.status != "ok":
+        return f"{head} {result.status}"
+    return (
+        f"{head} {result.median_ms:8.1f} {result.min_ms:8.1f} {result.speedup:8.3f} {result.peak_gib:8.2f}"
+        f" {result.tokens_per_second:9.0f} {result.compile_s:8.1f} {result.first_loss:7.3f} {result.last_loss:7.3f}"
+        f" {result.gradient_cosine:7.3f}"
+    )
+
+
+HEAD = (
+    f"{'size':6} {'arm':22} {'ms':>8} {'min ms':>8} {'× BF16':>8} {'GiB':>8} {'tokens/s':>9} {'compile':>8}"
+    f" {'loss 1':>7} {'last':>7} {'cosine':>7}"
+)
+
+
+def names_from(known: Mapping[str, object], given: str) -> list[str]:
+    """Comma-separated names, each known, or "all"; for argparse."""
+    names = list(known) if given == "all" else given.split(",")
+    for name in names:
+        if name not in known:
+            msg = f"unknown {name!r}; known: {', '.join(known)}"
+            raise argparse.ArgumentTypeError(msg)
+    return names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", type=lambda s: names_from(ARMS, s), default=list(DEFAULT_ARMS), help=", ".join(ARMS))
+    parser.add_argument("--sizes", type=lambda s: names_from(SIZES, s), default=["d4096", "d2048"])
+    parser.add_argument("--steps", type=int, default=15, help="measured steps an arm")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them, the first one not counted")
+    parser.add_argument("--cudagraphs", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("training_step.csv"))
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("training_step: needs a CUDA card (or --device cpu)", file=sys.stderr)
+        return 2
+    torch._logging.set_logs(all=logging.CRITICAL)
+    run = Run(torch.device(given.device), given.steps, given.warm_up, cudagraphs=given.cudagraphs)
+    log = fresh_log(given.out)
+    results: list[Result] = []
+    for size in given.sizes:
+        for result in run_size(SIZES[size], given.arms, run, log):
+            results = with_speedups([*results, result])
+            write_rows(given.out, results)
+            print(line(results[-1]), flush=True)
+        plot(given.out.with_suffix(".png"), results)
+    print(f"\n{HEAD}", *map(line, results), sep="\n")
+    return 0 if all(r.status == "ok" for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Outlier clamping by rows in Triton: order statistics without a sort.
+
+A program has its row in registers and finds both bounds by counting. A *pivot* that more than ``rank`` elements reach
+is not above the element of that rank; one that fewer reach is. Pivots are *keys*, integers that order like the numbers
+of x's dtype, so two neighbouring ones enclose the answer in the end.
+
+Bisection would take as many counts as a key has bits. But tails are regular: the logarithm of the count falls about
+linearly with the key, which is itself about a logarithm. The first pivot is the mean key of the largest elements of
+groups of ln 2 / (1 − α), whose median is the quantile, whatever the distribution; their spread says how steeply counts
+fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: four to
+eight counts on activations.
+
+On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
+from qcompile.ir.recipe import OutlierClamp
+from qcompile.kernels.triton import (
+    INTERPRETED,
+    MAGNITUDE,
+    RUN,
+    as_bits,
+    greater,
+    launch,
+    maximum,
+    row_block,
+    runs,
+    supports_dtypes,
+    supports_size,
+    warps,
+    with_dense_rows,
+)
+
+from . import reference
+
+__all__ = ["clamp_outliers", "clamped", "comparisons", "group_size", "row_bounds", "supports_clamp_outliers"]
+
+#: PTX types of two elements in a register.
+_PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
+
+
+@cache
+def comparisons(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """PTX that compares the two 16-bit elements of ``$1`` with those of ``$2``: ≥ and ≤. Empty: compare in float32."""
+    if INTERPRETED or dtype not in _PAIRS or torch.cuda.get_device_capability(device) < (9, 0):
+        return "", ""
+    pair = _PAIRS[dtype]
+    return f"set.ge.u32.{pair} $0, $1, $2;", f"set.le.u32.{pair} $0, $1, $2;"
+
+
+def group_size(alpha: float, block: int) -> int:
+    """Elements of a row of ``block`` whose maximum is a guess at the α quantile; a power of two, 16 at least."""
+    wanted = math.log(2) / (1 - alpha)
+    return min(block, max(RUN.value, 2 ** round(math.log2(wanted))))
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _key(value, dtype: tl.constexpr):
+    """Integer that orders like float32 ``value``, a number of ``dtype``: int64 for float32, else int32."""
+    if dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True).to(tl.int64)
+        key = bits ^ ((bits >> 63) & 0x7FFFFFFF)
+    else:
+        bits = value.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        key = bits ^ ((bits >> 31) & 0x7FFF)
+    return key
+
+
+@triton.jit
+def _number(key, dtype: tl.constexpr):
+    """Inverse of :func:`_key`, in ``dtype``."""
+    if dtype == tl.float32:
+        bits = (key ^ ((key >> 63) & 0x7FFFFFFF)).to(tl.int32)
+    else:
+        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
+    return bits.to(dtype, bitcast=True)
+
+
+# --- counting -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pairs(x):
+    """16-bit elements [n, 16] as int32 [n, 8]."""
+    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2]))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _matches(pairs, bound, comparison: tl.constexpr):
+    """How many elements satisfy ``comparison`` with ``bound``.
+
+    It gives 0xffff in the place of each one that does. Added up as integers, with a of them in low halves and b in high
+    ones, that is 65536 (a − b) − a.
+    """
+    bounds = (bound.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+    masks = tl.inline_asm_elementwise(comparison, "=r,r,r", [pairs, bounds], dtype=tl.int32, is_pure=True, pack=1)
+    total = tl.sum(masks)
+    low = -total & 0xFFFF
+    return 2 * low - ((total + low) >> 16)
+
+
+@triton.jit
+def _count_at_least(data, bound, comparison: tl.constexpr):
+    """How many elements of float32 data, or of pairs, are ≥ ``bound``; no NaN is."""
+    if comparison != "":
+        count = _matches(data, bound, comparison)
+    else:
+        count = tl.sum((data >= bound.to(tl.float32)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def _count_at_most(data, bound, comparison: tl.constexpr):
+    """The same for ≤."""
+    if comparison != "":
+        count = _matches(data, bound, comparison)
+    else:
+        count = tl.sum((data <= bound.to(tl.float32)).to(tl.int32))
+    return count
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_pivot(keys, first, end):
+    """A pivot in [first, end), and how many keys double the count, from the keys of the largest elements of groups."""
+    coarse: tl.constexpr = 16 if keys.dtype == tl.int64 else 0  # so that their sum is an int32
+    keys = (keys >> coarse).to(tl.int32)
+    mean = tl.sum(keys) // keys.shape[0]
+    spread = tl.sum(tl.abs(keys - mean)).to(tl.float32) / keys.shape[0]
+    # The maxima of an exponential tail e^(−x/β) spread by about β (Gumbel), and it doubles every β ln 2.
+    slope = tl.maximum(spread * 0.7, 1.0) * 2.0**coarse
+    pivot = mean.to(end.dtype) << coarse
+    return tl.minimum(tl.maximum(pivot, first + 1), end - 1), slope
+
+
+@triton.jit
+def _narrowed(first, end, pivot, slope, direction, count, rank):
+    """One step: the key of the element is in [first, end), and ``count`` elements reach the pivot."""
+    above = count > rank
+    first = tl.where(above, pivot, first)
+    end = tl.where(above, end, pivot)
+    if pivot.dtype == tl.int64:  # near enough: the element is the smallest one that reaches `first`
+        end = tl.where(count == rank + 1, first + 1, end)
+    towards = tl.where(above, 1, -1)
+    slope = tl.where(towards == direction, slope * 1.5, slope)
+    width = (end - first).to(tl.float32)
+    # The bits of a float32 number are about its logarithm.
+    doublings = (as_bits(count.to(tl.float32) + 0.5) - as_bits(rank.to(tl.float32) + 1.0)).to(tl.float32) * 2.0**-23
+    step = doublings * slope
+    pivot += tl.minimum(tl.maximum(step, -width), width).to(pivot.dtype) + towards
+    pivot = tl.where((pivot > first) & (pivot < end), pivot, (first + end) >> 1)
+    return first, end, pivot, slope, towards
+
+
+@triton.jit
+def row_bounds(x, inside, padding, low, high, group: tl.constexpr, at_least: tl.constexpr, at_most: tl.constexpr):
+    """The elements of rank ``low`` from below and ``high`` from above, and the largest magnitude; float32 scalars.
+
+    NaN is above all numbers, and each result may be NaN. A zero is −0 for the lower and +0 for the upper bound.
+    x [n, 16] of a float dtype of up to 32 bits; ``inside``: which elements are the row's; ``padding``: how many are
+    not, and are 0. ``group`` is :func:`group_size`, ``at_least`` and ``at_most`` are :func:`comparisons`.
+    """
+    dtype: tl.constexpr = x.dtype
+    value = x.to(tl.float32)
+    maxima = maximum(tl.reshape(maximum(value, 1), [group // RUN, x.shape[0] * RUN // group]), 0)
+    minima = tl.min(tl.reshape(tl.min(value, 1), [group // RUN, x.shape[0] * RUN // group]), 0)
+    top, bottom = maximum(maxima, 0), tl.min(minima, 0)
+    largest = greater(tl.abs(top), tl.abs(bottom))
+    # From here on 16-bit elements stay packed where they can be compared so: half the registers.
+    data = _pairs(x) if at_least != "" else value
+    nans = low * 0
+    if top != top:
+        top = tl.full([], float("inf"), tl.float32)
+        nans = x.shape[0] * RUN - _count_at_least(data, (-top).to(dtype), at_least)
+    # The lower bound is minus the upper one of −x, and ~key is the key of the number's opposite.
+    above, below = high - nans, low
+    upper, upper_end = _key(bottom, dtype), _key(top, dtype) + 1
+    lower, lower_end = ~_key(top, dtype), ~_key(bottom, dtype) + 1
+    upper_pivot, upper_slope = _first_pivot(_key(maxima, dtype), upper, upper_end)
+    lower_pivot, lower_slope = _first_pivot(~_key(minima, dtype), lower, lower_end)
+    upper_direction, lower_direction = nans * 0, nans * 0
+    while (upper_end - upper > 1) | (lower_end - lower > 1):
+        reaching = _count_at_least(data, _number(upper_pivot, dtype), at_least) - tl.where(upper_pivot <= 0, padding, 0)
+        staying = _count_at_most(data, _number(~lower_pivot, dtype), at_most) - tl.where(lower_pivot <= 0, padding, 0)
+        upper, upper_end, upper_pivot, upper_slope, upper_direction = _narrowed(
+            upper, upper_end, upper_pivot, upper_slope, upper_direction, reaching, above
+        )
+        lower, lower_end, lower_pivot, lower_slope, lower_direction = _narrowed(
+            lower, lower_end, lower_pivot, lower_slope, lower_direction, staying, below
+        )
+    highest, lowest = _number(upper, dtype).to(tl.float32), _number(~lower, dtype).to(tl.float32)
+    if dtype == tl.float32:
+        highest = tl.min(tl.where(inside & (value >= highest), value, float("inf")))
+        lowest = tl.max(tl.where(inside & (value <= lowest), value, float("-inf")))
+        highest, lowest = tl.where(highest == 0.0, 0.0, highest), tl.where(lowest == 0.0, -0.0, lowest)
+    if nans > 0:
+        highest = tl.where(above < 0, float("nan"), highest)
+        lowest = tl.where(below >= x.shape[0] * RUN - padding - nans, float("nan"), lowest)
+    return lowest, highest, largest
+
+
+# --- clamping -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def clamped(value, lowest, highest):
+    """``torch.clamp`` with the results of :func:`row_bounds`: NaN where one of the three is, and zeros keep their sign.
+
+    On a GPU +0 is greater than −0, so a lowest −0 and a highest +0 leave both as they are.
+    """
+    if INTERPRETED:
+        inner = tl.where(value < lowest, lowest, tl.where(value > highest, highest, value))
+        inner = tl.where(lowest == lowest, tl.where(highest == highest, inner, highest), lowest)
+    else:
+        inner = tl.minimum(greater(value, lowest), highest, propagate_nan=tl.PropagateNan.ALL)
+    return inner
+
+
+@triton.jit
+def _order(value):
+    """Int32 that orders like float32 ``value``, both zeros alike and NaN above everything."""
+    bits = as_bits(value + 0.0)
+    return tl.where(value == value, bits ^ ((bits >> 31) & MAGNITUDE), MAGNITUDE)
+
+
+@triton.jit
+def _write_residual(values, positions, room, total, seen, residual, at, beyond, ties):
+    """Entries of one side for a part of a row; the new ``seen``.
+
+    The ``total`` elements beyond the bound come first, then as many that tie with it as there is ``room`` for.
+    ``seen``: how many there were in earlier parts, those beyond in the low half, ties in the high half.
+    """
+    both = tl.reshape(beyond.to(tl.int32) | (ties.to(tl.int32) << 16), [at.shape[0] * RUN])
+    counts = tl.reshape(tl.cumsum(both, 0), at.shape) + seen
+    entry = tl.where(beyond, counts & 0xFFFF, total + (counts >> 16)) - 1
+    chosen = beyond | (ties & (entry < room))
+    tl.store(values + entry, residual, mask=chosen)
+    tl.store(positions + entry, at, mask=chosen)
+    return seen + tl.sum(both)
+
+
+@triton.jit(do_not_specialize=["low", "high"])
+def _clamp_row(
+    x,
+    clipped,
+    values,
+    positions,
+    row_stride,
+    size,
+    low,
+    high,
+    group: tl.constexpr,
+    at_least: tl.constexpr,
+    at_most: tl.constexpr,
+    block: tl.constexpr,
+    part: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * row_stride
+    clipped += row * size
+    values += row * (low + high)
+    positions += row * (low + high)
+    whole = runs(block, RUN)
+    row_elements = tl.load(x + whole, mask=whole < size, other=0.0)
+    lowest, highest, _ = row_bounds(row_elements, whole < size, block - size, low, high, group, at_least, at_most)
+    first, last, row_order = _order(lowest), _order(highest), _order(row_elements.to(tl.float32))
+    below = tl.sum(((whole < size) & (row_order < first)).to(tl.int32))
+    above = tl.sum(((whole < size) & (row_order > last)).to(tl.int32))
+    seen_below, seen_above = below * 0, above * 0
+    # x is read again, from L1 or L2, and in parts: the search has filled the registers.
+    for start in range(0, size, part):
+        at = start + runs(part, RUN)
+        inside = at < size
+        element = tl.load(x + at, mask=inside, other=0.0)
+        value = element.to(tl.float32)
+        tl.store(clipped + at, clamped(value, lowest, highest).to(element.dtype), mask=inside)
+        order = _order(value)
+        out, ties, residual = inside & (order < first), inside & (order == first), value - lowest
+        seen_below = _write_residual(values, positions, low, below, seen_below, residual, at, out, ties)
+        out, ties, residual = inside & (order > last), inside & (order == last), value - highest
+        seen_above = _write_residual(values + low, positions + low, high, above, seen_above, residual, at, out, ties)
+
+
+def supports_clamp_outliers(dtypes: tuple[torch.dtype, ...], clamp: str, size: int) -> tuple[bool, str]:
+    """Whether :func:`clamp_outliers` handles rows of ``size`` elements of ``dtypes``, and if not, why."""
+    if OutlierClamp.parse(clamp).per != "row":
+        return False, "quantiles of a whole tensor have no Triton kernel"
+    supported, reason = supports_dtypes(dtypes)
+    return supports_size(size) if supported else (False, reason)
+
+
+def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`qcompile.kernels.outliers.reference.clamp_outliers`, the residual in the order of positions.
+
+    x float32, bfloat16 or float16, any strides; per=row, at most ``LONGEST_ROW`` elements along ``axis``.
+    """
+    if x.numel() == 0:
+        return reference.clamp_outliers(x, clamp, axis)
+    spec = OutlierClamp.parse(clamp)
+    rows = x.movedim(axis, -1)
+    shape, size = rows.shape, rows.shape[-1]
+    rows = with_dense_rows(rows.reshape(-1, size))
+    low, high = clamped_counts(spec, size)
+    result = torch.empty_like(x)
+    moved = result.movedim(axis, -1)
+    clipped = moved if moved.is_contiguous() else rows.new_empty(shape)
+    values = x.new_empty((*shape[:-1], low + high), dtype=residual_dtype(x.dtype))
+    positions = values.new_empty(values.shape, dtype=index_dtype(size))
+    block = row_block(size)
+    at_least, at_most = comparisons(x.dtype, x.device)
+    launch(
+        _clamp_row,
+        rows.shape[0],
+        rows,
+        clipped,
+        values,
+        positions,
+        rows.stride(0),
+        size,
+        low,
+        high,
+        group=group_size(spec.alpha, block),
+        at_least=at_least,
+        at_most=at_most,
+        block=block,
+        part=max(RUN.value, block // 4),
+        num_warps=warps(block, 32),
+    )
+    if clipped is not moved:
+        moved.copy_(clipped)
+    return result, values, positions

@@ -1,0 +1,229 @@
+"""What the data of a format says about rounding to it and coding it: the constants of generated kernels.
+
+Three ways of rounding cover every grid, and the magnitudes alone say which applies:
+
+* ``uniform``: magnitude i is (i + o) · step, the step a power of two. Adding 1.5·2²³ rounds to the nearest integer.
+* ``minifloat``: an index is exponent and mantissa of a small float, subnormal numbers included. Adding 1.5·2²³ units in
+  the last place of the number's own binade rounds to the nearest of them.
+* ``thresholds``: anything else with few levels. The midpoints that lie below a magnitude are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from qcompile.ir.formats import Format
+from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.tensor_core_ops import tensor_core_dtype
+
+__all__ = ["MANTISSA_BITS", "Grid", "bits_of", "float_of", "grid_of", "minifloat", "uniform_offset", "unsupported"]
+
+#: Of float32.
+MANTISSA_BITS = 23
+
+#: Most midpoints that a kernel compares with.
+_MOST_MIDPOINTS = 15
+
+#: ``prmt`` takes four bytes out of eight, those that the nibbles of its last operand number. ``nibbles`` becomes four
+#: low ones and four high ones; then, for each four, both halves of the table are looked up by the lower three bits
+#: (``index``), and the highest bit chooses between the two bytes (``half``: j from the first, 4 + j from the second).
+_PAIR_LOOKUP = """
+{{
+.reg .b32 by4, by8, low, high, part, nibbles, index, half, lower, upper;
+shr.b32 by4, $2, 4;
+shr.b32 by8, $2, 8;
+and.b32 low, $2, 0x0f0f0f0f;
+and.b32 part, by4, 0xf0f0f0f0;
+or.b32 low, low, part;
+and.b32 high, by4, 0x0f0f0f0f;
+and.b32 part, by8, 0xf0f0f0f0;
+or.b32 high, high, part;
+prmt.b32 nibbles, low, high, 0x6420;
+and.b32 index, nibbles, 0x77777777;
+shr.b32 half, nibbles, 1;
+and.b32 half, half, 0x44444444;
+or.b32 half, half, 0x32103210;
+prmt.b32 lower, {0}, {1}, index;
+prmt.b32 upper, {2}, {3}, index;
+prmt.b32 $0, lower, upper, half;
+shr.b32 index, index, 16;
+shr.b32 half, half, 16;
+prmt.b32 lower, {0}, {1}, index;
+prmt.b32 upper, {2}, {3}, index;
+prmt.b32 $1, lower, upper, half;
+}}
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A quantizer with one scale a row, as constants for its kernels to be specialized by.
+
+    There is one of each (:func:`grid_of`), told apart by identity: Triton looks constants up at every launch.
+
+    Attributes:
+        bits: width of a stored code, sign included.
+        codes_per_byte: stored codes that share a byte.
+        largest: largest magnitude.
+        has_zero: whether 0 is a level; then the sign of a zero is kept.
+        ties_up: whether ties go toward +∞ instead of to the even index.
+        power_of_two: whether scales are powers of two.
+        plain_limit: largest absolute maximum of a row whose reciprocal scale is a normal number. No element of such a
+            row leaves the grid by more than rounding takes back; only other rows need to be clamped.
+        target: the 8-bit tensor-core type.
+        factor: what levels are multiplied with to stand in it.
+        is_target: whether the grid is that type's own, so that a conversion is rounding and code at once.
+        rounding: ``"uniform"``, ``"minifloat"`` or ``"thresholds"``.
+        step, offset: of a uniform grid.
+        mantissa_bits, smallest_normal: of a minifloat.
+        to_fields: factor that moves a minifloat's exponent and mantissa to where float32 has its own.
+        midpoints: float32 bits of magnitudes; index i + 1 begins right above the i-th.
+        gaps: distances between neighbouring magnitudes, the first one's from 0.
+        table: 8-bit codes by stored code, for stored codes of up to 4 bits.
+    """
+
+    bits: int
+    codes_per_byte: int
+    largest: float
+    has_zero: bool
+    ties_up: bool
+    power_of_two: bool
+    plain_limit: float
+    target: str
+    factor: float
+    is_target: bool
+    rounding: str
+    step: float = 1.0
+    offset: float = 0.0
+    mantissa_bits: int = 0
+    smallest_normal: float = 1.0
+    to_fields: float = 1.0
+    midpoints: tuple[int, ...] = ()
+    gaps: tuple[float, ...] = ()
+    table: tuple[int, ...] = ()
+
+    def table_word(self, first: int, count: int) -> int:
+        """``count`` (4 or 8) entries of :attr:`table` as one signed integer, the lowest first."""
+        entries = [*self.table[first : first + count], *[0] * count][:count]
+        return int.from_bytes(bytes(entries), "little", signed=True)
+
+    @property
+    def pair_lookup(self) -> str:
+        """PTX: the table's entries for the low ($0) and the high ($1) nibbles of four bytes ($2)."""
+        words = [f"0x{self.table_word(first, 4) & 0xFFFFFFFF:08x}" for first in (0, 4, 8, 12)]
+        return _PAIR_LOOKUP.format(*words)
+
+
+def unsupported(q: Quantizer) -> str:
+    """Why there is no :class:`Grid` for ``q``; empty if there is."""
+    fmt = q.format
+    if q.granularity.kind != "row" or q.scale.name not in ("absmax", "absmax_pow2"):
+        return f"scales other than absmax and absmax_pow2 by rows, here {q.granularity} {q.scale.name}"
+    if q.rounding == "stochastic":
+        return "stochastic rounding"
+    if fmt.tensor_core_type is None:
+        return f"{fmt.name} has values that no 8-bit tensor-core type holds"
+    if _rounding(fmt) is None:
+        return f"{fmt.name} is neither uniform nor a minifloat, and has more than {_MOST_MIDPOINTS + 1} magnitudes"
+    return ""
+
+
+@cache
+def grid_of(quantizer: str) -> Grid:
+    """The constants of a quantizer. Raises ``ValueError`` where :func:`unsupported` has a reason."""
+    q = Quantizer.parse(quantizer)
+    reason, fmt = unsupported(q), q.format
+    if reason:
+        msg = f"{q}: {reason}"
+        raise ValueError(msg)
+    rounding = _rounding(fmt)
+    assert rounding is not None
+    kind, constants = rounding
+    if kind == "thresholds":
+        ties = [q.rounding == "even" and i % 2 == 1 for i in range(len(fmt.thresholds))]
+        constants["midpoints"] = tuple(
+            bits_of(threshold) - tie for threshold, tie in zip(fmt.thresholds, ties, strict=True)
+        )
+    largest_float = torch.finfo(torch.float32).max
+    dtype = tensor_core_dtype(fmt)
+    return Grid(
+        bits=fmt.bits,
+        codes_per_byte=fmt.codes_per_byte,
+        largest=fmt.max,
+        has_zero=fmt.has_zero,
+        ties_up=q.rounding == "up",
+        power_of_two=q.scale.name == "absmax_pow2",
+        plain_limit=min(fmt.max * 2.0**126, largest_float),
+        target=fmt.tensor_core_type or "",
+        factor=fmt.tensor_core_factor,
+        is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
+        rounding=kind,
+        table=_table(fmt, dtype) if fmt.bits <= 4 else (),
+        **constants,
+    )
+
+
+def _rounding(fmt: Format) -> tuple[str, dict] | None:
+    """How to round to ``fmt``, with the constants that takes; ``None`` if no way is known."""
+    offset, layout = uniform_offset(fmt), minifloat(fmt)
+    if offset is not None:
+        return "uniform", {"step": fmt.step, "offset": offset}
+    # Without mantissa bits the even index is not the even multiple of a unit in the last place.
+    if layout is not None and layout[0] > 0:
+        mantissa_bits, factor = layout
+        constants = {"mantissa_bits": mantissa_bits, "smallest_normal": factor * 2.0**-126, "to_fields": 1 / factor}
+        return "minifloat", constants
+    if len(fmt.thresholds) > _MOST_MIDPOINTS:
+        return None
+    magnitudes = (0.0, *fmt.magnitudes)
+    return "thresholds", {"gaps": tuple(b - a for a, b in pairwise(magnitudes))}
+
+
+def _table(fmt: Format, dtype: torch.dtype) -> tuple[int, ...]:
+    """The byte of the 8-bit code of every stored code."""
+    unused = [0.0] * (2 ** (fmt.bits - 1) - len(fmt.magnitudes))
+    magnitudes = torch.tensor([*fmt.magnitudes, *unused]) * fmt.tensor_core_factor
+    return tuple(torch.cat([magnitudes, -magnitudes]).to(dtype).view(torch.uint8).tolist())
+
+
+def uniform_offset(fmt: Format) -> float | None:
+    """o where magnitude i is ``(i + o) · step`` and the step a power of two (exact division), else ``None``."""
+    if fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
+        return None
+    offset = fmt.magnitudes[0] / fmt.step
+    uniform = all(m == (i + offset) * fmt.step for i, m in enumerate(fmt.magnitudes))
+    return offset if uniform else None
+
+
+def minifloat(fmt: Format) -> tuple[int, float] | None:
+    """(mantissa bits, 2^(127 − bias)) if an index is exponent and mantissa of a small float, subnormal numbers
+    included.
+
+    Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of the
+    biases.
+    """
+    for mantissa_bits in range(fmt.bits):
+        shift = MANTISSA_BITS - mantissa_bits
+        as_float32 = [float_of(index << shift) for index in range(len(fmt.magnitudes))]
+        if not as_float32[-1]:
+            return None
+        factor = fmt.max / as_float32[-1]
+        if factor < 2.0**128 and all(m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)):
+            return mantissa_bits, factor
+    return None
+
+
+def bits_of(value: float) -> int:
+    """The bits of a float32 number as a signed integer."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def float_of(bits: int) -> float:
+    """Inverse of :func:`bits_of`."""
+    return struct.unpack("<f", struct.pack("<i", bits))[0]

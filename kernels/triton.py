@@ -1,0 +1,133 @@
+"""What the Triton kernels share: float32 numbers as bits, maxima that pass on NaN, how a row is laid out, launching.
+
+The kernels also run in Triton's interpreter (``TRITON_INTERPRET=1``). It cannot convert to FP8 with rounding, reduce
+with NaN in reasonable time, or run inline PTX: for these, and nothing else, code asks for :data:`INTERPRETED`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "INTERPRETED",
+    "LONGEST_ROW",
+    "MAGNITUDE",
+    "RUN",
+    "SIGN",
+    "absolute_maximum",
+    "as_bits",
+    "as_float",
+    "greater",
+    "launch",
+    "maximum",
+    "processors",
+    "row_block",
+    "runs",
+    "supports_dtypes",
+    "supports_size",
+    "warps",
+    "with_dense_rows",
+]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+_ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Most elements of a row that a program keeps in registers.
+LONGEST_ROW = 16384
+#: Elements of a thread that lie side by side: as many as a store of 16 bytes has 8-bit codes. Blocks of a row are
+#: indexed [n, 16], so that elements, 8-bit codes and packed codes agree on who holds what and nothing moves between
+#: threads.
+RUN = tl.constexpr(16)
+
+#: Of the bits of a float32 number.
+SIGN = tl.constexpr(-(2**31))
+MAGNITUDE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def as_bits(x):
+    """Float32 as int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def as_float(bits):
+    """Inverse of :func:`as_bits`."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def greater(a, b):
+    """The greater of two numbers; NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(x, axis: tl.constexpr):
+    """Float32 maximum along ``axis``, or of all; NaN if there is one."""
+    if INTERPRETED:
+        bits = as_bits(tl.where(x == x, x, float("nan")))  # a positive one, the greatest of integers that order floats
+        bits = tl.max(bits ^ ((bits >> 31) & MAGNITUDE), axis)
+        largest = as_float(bits ^ ((bits >> 31) & MAGNITUDE))
+    else:
+        largest = tl.reduce(x, axis, greater)
+    return largest
+
+
+@triton.jit
+def absolute_maximum(x, axis: tl.constexpr):
+    """max |x|, float32, along ``axis``, or of all; NaN if there is one."""
+    return maximum(tl.abs(x), axis)
+
+
+@triton.jit
+def runs(block: tl.constexpr, run: tl.constexpr):
+    """0 … block − 1 as [block / run, run]."""
+    return tl.arange(0, block // run)[:, None] * run + tl.arange(0, run)[None, :]
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
+
+
+def supports_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+    """Whether the kernels read tensors of these dtypes, and if not, why."""
+    unsupported = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in _ELEMENT_TYPES]
+    return (False, f"no Triton kernel for {', '.join(unsupported)}") if unsupported else (True, "")
+
+
+def supports_size(size: int) -> tuple[bool, str]:
+    """Whether rows of ``size`` elements fit the registers of a program, and if not, that."""
+    return size <= LONGEST_ROW, "" if size <= LONGEST_ROW else f"rows of more than {LONGEST_ROW} elements"
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it whose last axis has stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(kernel, programs: int | tuple[int, int], *arguments, **constants) -> None:
+    """Run ``kernel`` on the device of its first argument, a tensor; products and sums are not contracted."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def row_block(size: int) -> int:
+    """Elements of a row of ``size`` that a program takes at once."""
+    return max(RUN.value, triton.next_power_of_2(min(size, LONGEST_ROW)))
+
+
+def warps(elements: int, per_thread: int, most: int = 16) -> int:
+    """Warps of a program whose threads hold ``per_thread`` of its elements."""
+    return max(1, min(most, elements // (32 * per_thread)))

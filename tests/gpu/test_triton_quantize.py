@@ -1,0 +1,248 @@
+"""The Triton quantize kernels on a GPU, equal to the plain-torch references there bit for bit: run by hand.
+
+Memory that the caching allocator hands out holds NaN, so an element that a kernel does not write, or one that it reads
+past the end of a row, shows. What only a GPU runs: conversions to FP8, inline PTX (the look-up of stored codes, the
+comparison of two elements at once), reductions over several warps, and everything that depends on what memory is
+aligned to.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytest.importorskip("triton")
+
+from qcompile.ir.formats import FORMATS  # noqa: E402
+from qcompile.ir.quantizer import Quantizer  # noqa: E402
+from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
+from qcompile.kernels.outliers import triton as outliers  # noqa: E402
+from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.kernels.quantize import triton as kernels  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E2M1, E4M3 = "e2m1 row absmax even", "e4m3 row absmax even"
+NAMES = [name for name, fmt in FORMATS.items() if fmt.tensor_core_type]
+#: Rows of less than a run, of a warp, of several; of no whole run; as long as registers hold, and longer.
+SHAPES = [(1, 1), (37, 129), (130, 34), (5, 4099), (300, 2048), (64, 4096), (9, 14336), (7, 16384), (3, 20000)]
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_memory():
+    """Blocks the caching allocator will hand out again, filled with NaN (0xFF bytes)."""
+    blocks = [torch.full((2**n,), 0xFF, dtype=torch.uint8, device="cuda") for n in (9, 14, 18, 20, 22, 23, 25)]
+    del blocks
+
+
+def rows_of_everything(rows: int, columns: int, text: str, dtype: torch.dtype = FP32) -> torch.Tensor:
+    """Rows with ties, saturation, −0, tiny and huge scales, zeros only, NaN and infinity, as far as there are rows."""
+    fmt = Quantizer.parse(text).format
+    x = torch.randn(rows, columns, device="cuda") * torch.logspace(-6, 6, rows, device="cuda")[:, None]
+    ties = torch.tensor([*fmt.thresholds, *fmt.magnitudes, -0.0], device="cuda")[: columns - 1]
+    for row, factor in enumerate((1.0, -1.0, -(2.0**60))[:rows]):
+        x[row] = 0.0
+        x[row, : len(ties)] = ties * factor
+        x[row, -1] = fmt.max * factor
+    if rows > 9:
+        x[3], x[5] = 0.0, 3e38
+        x[4] *= 1e-38
+        x[6, 1], x[6, 2] = float("nan"), float("inf")
+        x[7, 1], x[7, 2] = float("inf"), -float("inf")
+    return x.to(dtype)
+
+
+def rows_with_outliers(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose order statistics are hard to find: ties, one sign, a shift, heavy tails, NaN in any number."""
+    x = torch.randn(rows, size, device="cuda")
+    kinds = (
+        lambda row: row * 0.0,
+        torch.relu,
+        lambda row: row * 100.0,
+        lambda row: row * 0.0 + 3.0,
+        lambda row: row.round(),
+        lambda row: row + 10.0,
+        lambda row: row**5,
+        lambda row: row.where(row.abs() < 2.5, float("inf") * row),
+        lambda row: row.where(row < 2.0, float("nan")),
+        lambda row: row.where(row < 0.0, float("nan")),
+        lambda row: row * float("nan"),
+    )
+    for i in range(rows):
+        x[i] = kinds[i % len(kinds)](x[i]) if i % 2 else x[i]
+    return x.to(dtype) + 0.0  # a −0 and a +0 that tie could each be the bound
+
+
+def assert_same(actual, expected, what: object = "") -> None:
+    """Equal bits, except that any NaN equals any other."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape), (what, i)
+        if a.dtype == FP32:
+            torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{what}[{i}]: {m}")
+        else:
+            differing = (a.contiguous().view(torch.uint8) != e.contiguous().view(torch.uint8)).nonzero()
+            assert not len(differing), (what, i, len(differing), differing[:5].tolist())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_formats(name):
+    """Every format with every rounding and scale rule, packed and not."""
+    for rounding in ("even",) if FORMATS[name].torch_dtype else ("even", "up"):
+        for rule in ("absmax", "absmax_pow2"):
+            text = f"{name} row {rule} {rounding}"
+            for shape in ((37, 129), (130, 34), (300, 512)):
+                x = rows_of_everything(*shape, text)
+                for packed in (False, True):
+                    actual = kernels.quantize_8bit(x, text, packed)
+                    assert_same(actual, reference.quantize_8bit(x, text, packed), (text, shape, packed))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows(dtype, shape):
+    """Block sizes, warps, alignment and long rows; with factors to fold."""
+    fold = torch.rand(1, shape[1], device="cuda") + 0.5
+    for text in (E2M1, E4M3, "int4 row absmax_pow2 up"):
+        x = rows_of_everything(*shape, text, dtype)
+        assert_same(kernels.quantize_8bit(x, text, True), reference.quantize_8bit(x, text, True), text)
+        folded = kernels.quantize_8bit(x, text, False, fold)
+        assert_same(folded, reference.quantize_8bit(x, text, False, fold), text)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transposed(dtype, shape):
+    for text in (E2M1, E4M3, "int8z row absmax_pow2 up"):
+        x = rows_of_everything(*shape, text, dtype)
+        assert_same(kernels.quantize_8bit_transposed(x, text), reference.quantize_8bit_transposed(x, text), text)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("shape", [*SHAPES, (2000, 70), (5000, 4096)])
+def test_pair(dtype, shape):
+    """Rows and columns of a gradient, with both folds and without; programs that take many rows."""
+    rows, columns = shape
+    x = torch.randn(shape, device="cuda") * torch.logspace(-4, 4, columns, device="cuda")
+    if rows > 9:
+        x[5, columns // 2], x[6, columns // 3], x[:, columns // 4] = float("nan"), float("inf"), 0.0
+    x = x.to(dtype)
+    for fold, fold_rows in ((None, None), (torch.rand(columns, device="cuda"), torch.rand(rows, 1, device="cuda"))):
+        for text in (E4M3, "e5m2 row absmax_pow2 even"):
+            actual = kernels.quantize_8bit_pair(x, text, fold, fold_rows)
+            assert_same(actual, reference.quantize_8bit_pair(x, text, fold, fold_rows), (text, fold is None))
+        assert_same(kernels.quantize_columns(x, E4M3, fold_rows), reference.quantize(x, E4M3, 0, fold=fold_rows))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recode(name):
+    """Every byte of stored codes, in odd rows, whole ones and parts of longer ones, as stored and transposed."""
+    fmt = FORMATS[name]
+    for rows, size in ((37, 129), (300, 34), (130, 4096), (9, 14336)):
+        x = torch.randn(rows, size, device="cuda")
+        codes, _ = reference.quantize(x, name, -1)
+        if fmt.bits == 4 and size % 2 == 0:
+            codes = torch.randint(256, codes.shape, dtype=torch.uint8, device="cuda")
+        apart = torch.full((rows, codes.shape[1] + 3), 255, dtype=torch.uint8, device="cuda")
+        apart = apart[:, : codes.shape[1]].copy_(codes)
+        for transposed in (False, True):
+            expected = [reference.recode(codes, name, size, transposed)]
+            for stored in (codes, apart):
+                assert_same([kernels.recode(stored, name, size, transposed)], expected, (size, transposed))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("size", [1, 5, 37, 600, 2048, 4099, 14336, 16384])
+@pytest.mark.parametrize("alpha", [0.6, 0.9, 0.99, 0.999])
+def test_compensated(dtype, size, alpha):
+    """Order statistics of easy and hard rows, and the codes that follow."""
+    x = rows_with_outliers(44, size, dtype)
+    for grid in ("e2m1", "int4 row absmax up", "e3m0"):
+        operand = f"{grid}; ste; occ(alpha={alpha},residual=e4m3)"
+        actual = kernels.quantize_compensated(x, operand, -1)
+        assert_same(actual, reference.quantize_compensated(x, operand, -1), operand)
+
+
+def test_compensated_along_other_axes():
+    x, operand = torch.randn(5, 70, 6, device="cuda", dtype=BF16), "e2m1; ste; occ(alpha=0.9,residual=e4m3)"
+    for axis in (0, 1, 2, -2):
+        actual = kernels.quantize_compensated(x, operand, axis)
+        assert_same(actual, reference.quantize_compensated(x, operand, axis), axis)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("size", [1, 5, 37, 600, 4099, 16384])
+def test_clamp(dtype, size):
+    """The clamped tensor bit for bit, and the residual wherever its entries stand. Of rows without NaN: which of
+    several NaN an entry stands for is open.
+    """
+    x = rows_with_outliers(44, size, dtype)
+    x = x[~x.isnan().any(1)]
+    for alpha in (0.6, 0.99):
+        clamp = f"occ(alpha={alpha})"
+        clamped, values, positions = outliers.clamp_outliers(x, clamp, -1)
+        expected, expected_values, expected_positions = outliers_reference.clamp_outliers(x, clamp, -1)
+        assert (values.shape, positions.dtype) == (expected_values.shape, expected_positions.dtype)
+        torch.testing.assert_close(clamped, expected, rtol=0, atol=0, equal_nan=True)
+        assert (positions.long() < size).all()
+        residual = values.new_zeros(x.shape).scatter_add_(-1, positions.long(), values)
+        expected_residual = values.new_zeros(x.shape).scatter_add_(-1, expected_positions.long(), expected_values)
+        torch.testing.assert_close(residual, expected_residual, rtol=0, atol=0, equal_nan=True)
+
+
+def test_strided_inputs():
+    """Views: padded rows, every other row, one row for all, columns instead of rows, and bases that are not aligned."""
+    whole = torch.randn(200, 1000, device="cuda", dtype=BF16)
+    operand = "e2m1; ste; occ(residual=e4m3)"
+    for x in (whole[:, :256], whole[::2, 3:700], whole[:1].expand(50, -1), whole.t(), whole[1:, 1:]):
+        assert_same(kernels.quantize_8bit(x, E2M1, True), reference.quantize_8bit(x, E2M1, True))
+        assert_same(kernels.quantize_8bit_transposed(x, E2M1), reference.quantize_8bit_transposed(x, E2M1))
+        actual = kernels.quantize_8bit_pair(x, E4M3, None, None)
+        assert_same(actual, reference.quantize_8bit_pair(x, E4M3, None, None))
+        assert_same(
+            kernels.quantize_compensated(x, operand, -1), reference.quantize_compensated(x.contiguous(), operand, -1)
+        )
+
+
+def test_cuda_graph():
+    """Captured launches read the data of the replay: no scalar of the data is baked in, and nothing synchronizes."""
+    x = torch.randn(256, 4096, device="cuda", dtype=BF16)
+    fold, fold_rows = torch.rand(4096, device="cuda"), torch.rand(256, device="cuda")
+    operand = f"{E2M1}; ste; occ(alpha=0.99,residual=e4m3)"
+
+    def everything(module, clamps):
+        packed = module.quantize_8bit(x, E2M1, True)
+        return [
+            *packed,
+            *module.quantize_8bit_transposed(x, E2M1),
+            *module.quantize_8bit_pair(x, E4M3, fold, fold_rows),
+            module.recode(packed[2], E2M1, 4096, True),
+            *module.quantize_compensated(x, operand, -1),
+            clamps.clamp_outliers(x, "occ(alpha=0.99)", -1)[0],
+        ]
+
+    everything(kernels, outliers)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(kernels, outliers)
+    for scale in (1.0, 1e-3):
+        x.normal_().mul_(scale)
+        fold.uniform_()
+        graph.replay()
+        assert_same(captured, everything(reference, outliers_reference), scale)
+
+
+def test_offsets_beyond_32_bits():
+    """More than 2³¹ elements: the last rows would be written to where the first ones are."""
+    rows, size = 2**31 // 16384 + 8, 16384
+    x = torch.randn(16, size, device="cuda", dtype=BF16).repeat(rows // 16 + 1, 1)[:rows]
+    x[-8:].normal_()
+    codes, scales, stored = kernels.quantize_8bit(x, E2M1, True)
+    for part in (slice(0, 8), slice(-8, None)):
+        assert_same([codes[part], scales[part], stored[part]], reference.quantize_8bit(x[part], E2M1, True))
+    del x, codes
+    recoded = kernels.recode(stored, E2M1, size, False)
+    assert_same([recoded[-8:]], [reference.recode(stored[-8:], E2M1, size, False)])
+    del recoded
+    transposed = kernels.recode(stored, E2M1, size, True)
+    assert_same([transposed[-8:, -8:]], [reference.recode(stored[-8:], E2M1, size, True)[-8:]])

@@ -1,0 +1,445 @@
+"""The Triton quantize kernels without a GPU: numerics in Triton's interpreter, and the machine code for Hopper.
+
+Codes, scales and packed codes are compared with the references bit for bit. Fresh memory holds junk (conftest.py), so
+an element that a kernel leaves out shows. The interpreter has to be chosen before Triton is imported: the tests named
+``test_interpreted_…`` run in a process of their own, which :func:`test_numerics_under_the_interpreter` starts.
+
+What the interpreter cannot run, inline PTX, is one table look-up and one comparison; the look-up's PTX is interpreted
+here, the comparison is left to tests/gpu.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qcompile.ir.formats import FORMATS, Format  # noqa: E402
+from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
+from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
+from qcompile.kernels.outliers import triton as outliers  # noqa: E402
+from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.kernels.quantize import triton as kernels  # noqa: E402
+from qcompile.kernels.quantize.grid import grid_of, unsupported  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAN, INFINITY = float("nan"), float("inf")
+E2M1, E4M3 = "e2m1 row absmax even", "e4m3 row absmax even"
+#: The interpreter computes with NaN and converts arrays of one element, and says so every time.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+SM90 = GPUTarget("cuda", 90, 32)
+
+
+def quantizers() -> list[str]:
+    """Every format for tensor cores with every rounding and scale rule of the kernels."""
+    texts = []
+    for fmt in FORMATS.values():
+        for rounding in ("even", "up"):
+            if fmt.tensor_core_type and not (fmt.torch_dtype and rounding == "up"):
+                texts += [f"{fmt.name} row {rule} {rounding}" for rule in ("absmax", "absmax_pow2")]
+    return texts
+
+
+def rows_of_everything(rows: int, columns: int, fmt: Format) -> torch.Tensor:
+    """Float32 rows with ties, saturation, −0, tiny and huge scales, zeros only, NaN and infinity."""
+    x = torch.randn(rows, columns)
+    ties = torch.tensor([*fmt.thresholds, *fmt.magnitudes, -0.0][: columns - 1])
+    for row, factor in ((0, 1.0), (1, -1.0), (2, -(2.0**60))):
+        x[row] = 0.0
+        x[row, : len(ties)] = ties * factor
+        x[row, -1] = fmt.max * factor  # the scale is then a power of two, and ties stay ties
+    x[3] = 0.0
+    x[4] *= 1e-38
+    x[5] = 3.4e38
+    x[6, 1:4] = torch.tensor([NAN, INFINITY, -0.0])
+    x[7, 1:4] = torch.tensor([INFINITY, -INFINITY, -0.0])
+    return x
+
+
+def assert_same(actual, expected, what: object = "") -> None:
+    """Equal bits, except that any NaN equals any other."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype, (what, i)
+        assert a.shape == e.shape, (what, i)
+        if a.dtype == FP32:
+            torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{what}[{i}]: {m}")
+        else:
+            differing = (a.contiguous().view(torch.uint8) != e.contiguous().view(torch.uint8)).nonzero()
+            assert not len(differing), (what, i, differing[:5].tolist())
+
+
+# --- the data of formats --------------------------------------------------------------------------------------------
+
+
+def test_grids_say_why_there_is_none():
+    """A quantizer without constants would otherwise be rounded by those of another."""
+    for text, reason in {
+        "int8": "no 8-bit tensor-core type holds",
+        "e2m1 block16": "scales other than",
+        "e2m1 row e8m0": "scales other than",
+        "e2m1 row absmax stochastic": "stochastic rounding",
+    }.items():
+        assert reason in unsupported(Quantizer.parse(text))
+        with pytest.raises(ValueError, match=reason):
+            grid_of(text)
+    assert {text.rpartition(" ")[2] for text in quantizers()} | {"stochastic"} == set(ROUNDINGS)
+
+
+def test_what_is_supported():
+    """A kernel that is asked for what it cannot do has no other way to refuse."""
+    bf16 = (BF16,)
+    for text in quantizers():
+        assert kernels.supports_quantize_8bit(bf16, text) == (True, "")
+        assert kernels.supports_recode((), text) == (True, "")
+    assert not kernels.supports_quantize_8bit((torch.float64,), E2M1)[0]
+    assert not kernels.supports_quantize_8bit(bf16, "int8")[0]
+    assert kernels.supports_recode((), "e2m1 block16 e8m0") == (True, "")
+    assert kernels.supports_columns(bf16, E4M3, True) == (True, "")
+    assert not kernels.supports_columns(bf16, E4M3, False)[0]
+    assert not kernels.supports_columns(bf16, E2M1, True)[0]
+    operand = "e2m1 row absmax even; ste; occ(residual=e4m3)"
+    assert kernels.supports_quantize_compensated(bf16, operand, 16384) == (True, "")
+    assert not kernels.supports_quantize_compensated(bf16, operand, 16385)[0]
+    assert outliers.supports_clamp_outliers(bf16, "occ(alpha=0.99)", 4096) == (True, "")
+    assert not outliers.supports_clamp_outliers(bf16, "occ(per=tensor)", 4096)[0]
+
+
+@pytest.mark.parametrize("name", ["e2m1", "int4", "e3m0", "int3z"])
+def test_ptx_of_the_look_up(name):
+    """Every byte in every place, through the PTX text: a wrong selector would swap or negate levels."""
+    fmt = FORMATS[name]
+    fields = torch.arange(256, dtype=torch.uint8)
+    expected = reference.recode(fields[:, None], name, 2, False) if fmt.bits == 4 else None
+    table = grid_of(name).table
+    for byte in range(0, 256, 1 if fmt.bits == 4 else 17):
+        word = int.from_bytes(bytes([byte, 255 - byte, 0x3C, byte ^ 0x5A]), "little")
+        if fmt.bits == 3:  # such codes leave the highest bit of their four unused
+            word &= 0x77777777
+        low, high = run_ptx(grid_of(name).pair_lookup, word)
+        for place in range(4):
+            code = word >> 8 * place & 255
+            assert low >> 8 * place & 255 == table[code & 15]
+            assert high >> 8 * place & 255 == table[code >> 4]
+        if expected is not None:
+            assert [low & 255, high & 255] == expected.view(torch.uint8)[byte].tolist()
+
+
+def run_ptx(text: str, word: int) -> tuple[int, int]:
+    """$0 and $1 of straight-line PTX with and, or, shr and prmt, from $2."""
+    registers = {"$2": word}
+
+    def value(operand: str) -> int:
+        return int(operand, 16) if operand.startswith("0x") else registers.get(operand) or int(operand or "0")
+
+    for line in re.findall(r"(\w+)\.b32 ([^;]*);", text):
+        name, operands = line[0], [operand.strip() for operand in line[1].split(",")]
+        if name == "reg":
+            registers |= dict.fromkeys(operands, 0)
+            continue
+        destination, *sources = operands
+        a, b, *c = (registers[s] if s in registers else value(s) for s in sources)
+        if name == "prmt":
+            eight = (a | b << 32).to_bytes(8, "little")
+            selectors = [c[0] >> 4 * i & 15 for i in range(4)]
+            assert all(selector < 8 for selector in selectors)  # the others replicate signs
+            registers[destination] = int.from_bytes(bytes(eight[s] for s in selectors), "little")
+        else:
+            registers[destination] = {"and": a & b, "or": a | b, "shr": a >> b}[name]
+    return registers["$0"], registers["$1"]
+
+
+# --- numerics in the interpreter ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_numerics_under_the_interpreter():
+    """Runs the tests below in a process where Triton interprets kernels."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-x", "-n0", "-k", "test_interpreted", "--show-capture=no"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def quick_interpreter(monkeypatch):
+    """Device functions prepare ``triton.language`` once a module instead of at every call: five times as fast."""
+    from triton.runtime import interpreter
+
+    prepared = set()
+
+    def call(function, *arguments, **keywords):
+        if function.fn.__module__ not in prepared:
+            prepared.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **keywords)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@interpreted
+@pytest.mark.parametrize("text", quantizers())
+def test_interpreted_formats(text):
+    """Threshold, tie, sign, saturation or padding arithmetic off by one bit in any grid; odd K; packed codes."""
+    fmt = Quantizer.parse(text).format
+    x = rows_of_everything(9, 37 if fmt.bits <= 5 else 291, fmt)
+    assert_same(kernels.quantize_8bit(x, text, True), reference.quantize_8bit(x, text, True))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_interpreted_rows(dtype):
+    """Element types, tiny rows, strides, the fold, and rows that do not fit registers."""
+    for shape in ((1, 1), (3, 2), (5, 130), (2, 16401)):
+        x, fold = torch.randn(shape).to(dtype), torch.rand(1, shape[1]) + 0.5
+        for text in (E2M1, E4M3):
+            assert_same(kernels.quantize_8bit(x, text, True, fold), reference.quantize_8bit(x, text, True, fold), shape)
+        assert_same(kernels.quantize_8bit(x, E2M1, False), reference.quantize_8bit(x, E2M1, False), shape)
+    x = torch.randn(37, 80).to(dtype)
+    for view in (x[::3, 5:41], x.t()[:4], x[:1].expand(3, -1)):
+        assert_same(kernels.quantize_8bit(view, E2M1, True), reference.quantize_8bit(view, E2M1, True))
+    empty = x[:0]
+    assert_same(kernels.quantize_8bit(empty, E2M1, True), reference.quantize_8bit(empty, E2M1, True))
+
+
+@interpreted
+@pytest.mark.parametrize("text", [E2M1, E4M3, "int4 row absmax_pow2 up", "int8z", "e5m2"])
+def test_interpreted_transposed(text):
+    """Both edges of tiles, strides, and rows that are not finite, each with scales of its own."""
+    for shape in ((1, 1), (19, 37), (131, 70)):
+        x = rows_of_everything(max(9, shape[0]), max(7, shape[1]), Quantizer.parse(text).format)[: shape[0], : shape[1]]
+        for view in (x, x.t()):
+            actual = kernels.quantize_8bit_transposed(view, text)
+            assert_same(actual, reference.quantize_8bit_transposed(view, text), shape)
+
+
+@interpreted
+@pytest.mark.parametrize("text", [E4M3, "e5m2", "e2m1 row absmax_pow2 up"])
+def test_interpreted_pair(text):
+    """Rows and columns of one matrix: running maxima, both folds, columns that are not finite, more rows than
+    programs.
+    """
+    for rows, columns in ((1, 1), (19, 37), (70, 19)):
+        x = torch.randn(rows, columns)
+        if rows > 1:
+            x = torch.cat([rows_of_everything(9, columns, Quantizer.parse(text).format), x[9:]])
+        if rows == 70:
+            x[:9] = 1e-3 * torch.randn(9, 19)
+            x[40, 3], x[41, 4], x[:, 5] = NAN, INFINITY, 0.0
+        for fold, fold_rows in ((None, None), (torch.rand(columns), torch.rand(rows, 1))):
+            actual = kernels.quantize_8bit_pair(x, text, fold, fold_rows)
+            assert_same(actual, reference.quantize_8bit_pair(x, text, fold, fold_rows), (rows, columns))
+
+
+@interpreted
+def test_interpreted_columns():
+    """Columns alone, of a transposed view; and the pair for rows that are too long for registers."""
+    x, fold_rows = torch.randn(45, 150), torch.rand(45, 1)
+    x[7, 8] = NAN
+    actual = kernels.quantize_columns(x.t().contiguous().t(), E4M3, fold_rows)
+    assert_same(actual, reference.quantize(x, E4M3, 0, fold=fold_rows))
+    x, fold, fold_rows = torch.randn(2, 16401), torch.rand(16401), torch.rand(2)
+    actual_pair = kernels.quantize_8bit_pair(x, E4M3, fold, fold_rows)
+    assert_same(actual_pair, reference.quantize_8bit_pair(x, E4M3, fold, fold_rows))
+
+
+@interpreted
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.tensor_core_type])
+def test_interpreted_recode(name):
+    """Every code of every format, in odd rows and whole ones, side by side and apart, as stored and transposed."""
+    fmt = FORMATS[name]
+    for size in (37, 64):
+        x = torch.randn(9, size)
+        x[0, :] = torch.linspace(-fmt.max, fmt.max, size)
+        codes, _ = reference.quantize(x, name, -1)
+        apart = torch.full((9, codes.shape[1] + 3), 255, dtype=torch.uint8)[:, : codes.shape[1]].copy_(codes)
+        for stored in (codes, apart):
+            for transposed in (False, True):
+                actual = kernels.recode(stored, name, size, transposed)
+                assert_same([actual], [reference.recode(codes, name, size, transposed)], (size, transposed))
+    scaled_otherwise = kernels.recode(codes, f"{name} block32 e8m0", size, False)
+    assert_same([scaled_otherwise], [reference.recode(codes, name, size, False)])
+
+
+def rows_with_outliers(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose order statistics are hard to find: ties, one sign, a shift, extremes, NaN in any number."""
+    x = torch.randn(12, size)
+    x[1] = 0.0
+    x[2] = x[2].relu()
+    x[3] *= 100.0
+    x[4] = 3.0
+    x[5] = torch.randint(-2, 3, (size,)).float()
+    x[6] += 10.0
+    x[7, size // 2], x[7, 0] = INFINITY, -INFINITY
+    x[8] = 2.0 ** -torch.arange(size).clamp(max=100).float()
+    x[9, size // 2] = NAN
+    x[10, : size // 2] = NAN
+    x[11] = NAN
+    return x.to(dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_interpreted_compensated(dtype):
+    """Order statistics with ties and NaN, what is raised above the grid, and rows without a finite code."""
+    for size, grid, alpha in (
+        (1, "e2m1", 0.9),
+        (37, "int4 row absmax up", 0.6),
+        (37, "e3m0", 0.9),
+        (600, "e2m1", 0.99),
+    ):
+        operand = f"{grid}; ste; occ(alpha={alpha},residual=e4m3)"
+        x = rows_with_outliers(size, dtype)
+        assert_same(kernels.quantize_compensated(x, operand, -1), reference.quantize_compensated(x, operand, -1), size)
+    x = torch.randn(2, 33, 2).to(dtype)
+    assert_same(kernels.quantize_compensated(x, operand, 1), reference.quantize_compensated(x, operand, 1))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_interpreted_clamp(dtype):
+    """The clamped tensor bit for bit, and the residual wherever its entries stand; one position a value."""
+    for size, alpha in ((1, 0.9), (5, 0.6), (37, 0.6), (300, 0.9)):
+        assert_clamps(rows_with_outliers(size, dtype)[:10], f"occ(alpha={alpha})", -1)
+    assert_clamps(torch.randn(2, 33, 2).to(dtype), "occ(alpha=0.9)", 1)
+
+
+def assert_clamps(x: torch.Tensor, clamp: str, axis: int) -> None:
+    clamped, values, positions = outliers.clamp_outliers(x, clamp, axis)
+    expected, expected_values, expected_positions = outliers_reference.clamp_outliers(x, clamp, axis)
+    assert clamped.stride() == expected.stride()
+    assert (values.dtype, values.shape) == (expected_values.dtype, expected_values.shape)
+    assert (positions.dtype, positions.shape) == (expected_positions.dtype, expected_positions.shape)
+    torch.testing.assert_close(clamped, expected, rtol=0, atol=0, equal_nan=True)
+    rows = x.movedim(axis, -1)
+    torch.testing.assert_close(
+        dense(values, positions, rows), dense(expected_values, expected_positions, rows), rtol=0, atol=0, equal_nan=True
+    )
+    for row, at in zip(values.flatten(0, -2), positions.flatten(0, -2), strict=True):
+        assert len(at[row != 0].unique()) == (row != 0).sum()
+
+
+def dense(values: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(rows.shape).scatter_add_(-1, positions.long(), values)
+
+
+# --- machine code ---------------------------------------------------------------------------------------------------
+
+
+def launches_of(call: Callable[[], object]) -> list:
+    """The kernels that ``call`` would launch on a Hopper card, compiled; its tensors are on the meta device."""
+    found = []
+
+    def compile_instead(kernel, programs, *arguments, num_warps: int, **constants):
+        found.append(compile_for_hopper(kernel, arguments, constants, num_warps))
+
+    with (
+        mock.patch.object(kernels, "launch", compile_instead),
+        mock.patch.object(outliers, "launch", compile_instead),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+    ):
+        call()
+    return found
+
+
+def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int):
+    """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
+    names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.int32: "*i32"}
+    signature, constants, aligned = {}, dict(constants), []
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+        plain = parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = names[value.dtype]
+        elif value is None or (value == 1 and not plain):
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not plain):
+            aligned.append((i,))
+    signature = {p.name: signature.get(p.name, "constexpr") for p in kernel.params}
+    source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
+    return triton.compile(source, target=SM90, options={"num_warps": num_warps, "enable_fp_fusion": False})
+
+
+def spills(kernel, folder: Path) -> int:
+    """Instructions that store registers to local memory."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in code
+    return len(re.findall(r"\bSTL\b", code))
+
+
+def on_meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def all_calls(rows: int, size: int, dtype: torch.dtype = BF16) -> dict[str, Callable[[], object]]:
+    x = on_meta(rows, size, dtype=dtype)
+    fold, fold_rows = on_meta(size, dtype=FP32), on_meta(rows, dtype=FP32)
+    packed = on_meta(rows, (size + 1) // 2, dtype=torch.uint8)
+    occ = "occ(alpha=0.99,residual=e4m3)"
+    return {
+        "rows e2m1": lambda: kernels.quantize_8bit(x, E2M1, True),
+        "rows int4": lambda: kernels.quantize_8bit(x, "int4 row absmax up", True),
+        "rows e4m3": lambda: kernels.quantize_8bit(x, E4M3, False, fold),
+        "transposed e2m1": lambda: kernels.quantize_8bit_transposed(x, E2M1),
+        "pair e4m3": lambda: kernels.quantize_8bit_pair(x, E4M3, fold, fold_rows),
+        "columns e4m3": lambda: kernels.quantize_columns(x, E4M3, fold_rows),
+        "recode e2m1": lambda: kernels.recode(packed, E2M1, size, False),
+        "recode e2m1 transposed": lambda: kernels.recode(packed, E2M1, size, True),
+        "compensated": lambda: kernels.quantize_compensated(x, f"{E2M1}; ste; {occ}", -1),
+        "clamp": lambda: outliers.clamp_outliers(x, "occ(alpha=0.99)", -1),
+    }
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2048, 4096, 14336])
+@pytest.mark.parametrize("name", all_calls(1, 1))
+def test_nothing_spills(name, size, tmp_path):
+    """A row that does not fit the registers goes to memory instead, and the kernel to a fraction of its speed."""
+    for kernel in launches_of(all_calls(16384, size)[name]):
+        assert not spills(kernel, tmp_path), kernel.name
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(1, 1, FP32), (19, 37, FP16), (3, 16401, BF16)])
+def test_odd_shapes_compile(rows, size, dtype):
+    """Sizes of 1 are constants to the compiler, odd ones leave nothing aligned, long rows take other kernels."""
+    for name, call in all_calls(rows, size, dtype).items():
+        if size <= 16384 or name not in ("compensated", "clamp"):
+            assert launches_of(call), name
+
+
+@compiled
+def test_arithmetic_in_ptx():
+    """Approximate divisions change scales in the last place, contraction changes codes, flushing loses small rows."""
+    (kernel,) = launches_of(all_calls(64, 256)["rows e2m1"])
+    ptx = kernel.asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full" not in ptx
+    assert ".ftz" not in ptx
+    # Two fused multiply-adds round an element; both products are exact.
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2 * 256 // 32
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert "ld.global.v4.b32" in ptx or "ld.global.v8.b32" in ptx
