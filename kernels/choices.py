@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
 __all__ = ["QuantizeChoices", "quantize_choices"]
@@ -34,11 +35,15 @@ class QuantizeChoices(InductorChoices):
         quantizes = any(
             origin.target in _QUANTIZERS for node in features.scheduler_nodes() for origin in node.node.origins
         )
+        # Rows, not columns: those of a persistent reduction would be read element by element.
+        quantizes = quantizes and features.get_reduction_hint() == ReductionHint.INNER
         return quantizes and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
 
 
 def quantize_choices() -> AbstractContextManager[Any]:
     """Within it Inductor compiles by :class:`QuantizeChoices`, unless the user has heuristics of their own.
+
+    A backward that AOTAutograd compiles at its first call comes after it and keeps Inductor's choices.
 
     Not set through ``config.inductor_choices_class``: Inductor reads that once a thread, so it would stay for other
     backends.

@@ -200,7 +200,7 @@ def provider_of(
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
-    if device_type == "cuda":
+    if device_type == "cuda" and op_name not in ("quantize_compensated", "recode", "mm_8bit"):
         from .lowerings import cuda_provider  # imports Inductor, which registering kernels must not
 
         return cuda_provider(
@@ -208,6 +208,8 @@ def provider_of(
         )
     if op_name not in PROVIDERS.get(device_type, {}):
         return "reference", f"no other provider of {op_name} on {device_type}"
+    if device_type == "cuda":
+        return PROVIDERS[device_type][op_name][0].name, ""  # shapes decide about a second choice
     reasons: list[str] = []
     for provider in PROVIDERS[device_type][op_name]:
         supported, reason = provider.supports((dtype,), *(quantizer_text, estimator)[: provider.texts])

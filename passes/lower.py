@@ -29,7 +29,7 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 from qcompile.kernels.matmul.reference import LEVELS
 
-from .dialect import aten, is_call, ops
+from .dialect import aten, is_call, ops, same_sizes
 from .find_gemms import static_size
 from .pass_base import Context, emit
 
@@ -39,6 +39,8 @@ __all__ = ["DECODED", "lower", "product_provider"]
 DECODED = "dequantize + aten"
 #: Tensor cores, through whichever kernel fits the extents.
 AT_RUN_TIME = "cublaslt or triton"
+#: Stands for an extent that is known at run time only: one that keeps no provider away.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,22 @@ def product_provider(node: Node) -> tuple[str, str]:
     types = {left.format.tensor_core_type, right.format.tensor_core_type}
     if len(types) > 1 and "int8" in types:
         return DECODED, f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
-    rows, columns, contraction = *(static_size(n) for n in value.shape), _contraction(left)
-    if rows is None or columns is None or contraction is None:
-        return AT_RUN_TIME, "extents are known at run time only"
+    bias: Any = node.args[9] if len(node.args) > 9 else None
+    if bias is not None and not same_sizes(bias.meta["val"].shape, value.shape[1:]):
+        return DECODED, "a bias that is broadcast over the columns"
+    extents = (*(static_size(n) for n in value.shape), _contraction(left))
     product = providers.Product(
-        shape=(rows, columns, contraction),
+        shape=tuple(_ALIGNED if n is None else n for n in extents),
         dtypes=(tensor_core_dtype(left.format), tensor_core_dtype(right.format)),
         dtype=value.dtype,
         capability=capability,
-        bias=_bias_dtype(node),
+        bias=None if bias is None else bias.meta["val"].dtype,
         tensor_scales=all(_is_scalar(side) for side in (left, right)),
     )
     provider, why = providers.choose(product)
-    return (DECODED if provider.name == "reference" else provider.name), why
-
-
-def _bias_dtype(node: Node) -> torch.dtype | None:
-    bias: Any = node.args[9] if len(node.args) > 9 else None
-    return None if bias is None else bias.meta["val"].dtype
+    if provider.name == "reference":
+        return DECODED, why
+    return (AT_RUN_TIME, "extents are known at run time only") if None in extents else (provider.name, why)
 
 
 def _is_scalar(side: Side) -> bool:
@@ -213,8 +213,10 @@ def _decoded(graph: Graph, gemm: Node, side: Side, dtype: Any, made: dict[Any, N
 def _decode(graph: Graph, gemm: Node, side: Side, dtype: torch.dtype) -> Node:
     codes, *rest = side.tensors
     if side.text.startswith(LEVELS):
-        levels = emit(graph, gemm, ops.recode.default, codes, side.format.name, side.size, False)
-        return emit(graph, gemm, torch.ops.prims.convert_element_type.default, levels, dtype)
+        stored = codes.meta["val"]
+        ones = emit(graph, gemm, aten.full.default, [1] * stored.dim(), 1.0, dtype=torch.float32, device=stored.device)
+        quantizer = f"{side.format.name} tensor absmax even"
+        return emit(graph, gemm, ops.dequantize.default, codes, ones, quantizer, -1, side.size, dtype)
     spec = Operand.parse(side.text)
     scales = rest.pop(0)
     global_scale = rest.pop(0) if spec.quantizer.scale.two_level else None

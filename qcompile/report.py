@@ -402,10 +402,18 @@ def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
     if role != "fprop":
         return product_by
     value = decision.site.node.meta["example_value"]
-    texts = [str(operand.quantizer) for operand in decision.operands if operand]
-    quantizers = [provider_of("quantize", value.device.type, text, value.dtype) for text in texts]
+    quantizers = [
+        provider_of(_quantize_op(operand), value.device.type, str(operand.quantizer), value.dtype)
+        for operand in decision.operands
+        if operand
+    ]
     names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
     return f"{', '.join(names)} quantize; {product_by}"
+
+
+def _quantize_op(operand: Operand) -> str:
+    in_codes = operand.outliers is not None and operand.outliers.residual == "e4m3"
+    return "quantize_compensated" if in_codes else "quantize"
 
 
 def _folded(rows: list[Row]) -> list[tuple[Row, int]]:

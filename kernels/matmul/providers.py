@@ -170,6 +170,8 @@ def _obstacle_to_triton(product: Product) -> str:
         "there is nothing to multiply": 0 not in product.shape,
         "INT8 needs compute capability 8.0": fp8 or product.capability >= (8, 0),
         "FP8 needs compute capability 8.9 (integer grids as INT8: 8.0)": int8 or product.capability >= (8, 9),
+        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype
+        in (torch.bfloat16, torch.float16, torch.float32),
         "it is not installed": _has_triton(),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")

@@ -211,7 +211,7 @@ def row_bounds(x, inside, padding, low, high, group: tl.constexpr, at_least: tl.
         highest, lowest = tl.where(highest == 0.0, 0.0, highest), tl.where(lowest == 0.0, -0.0, lowest)
     if nans > 0:
         highest = tl.where(above < 0, float("nan"), highest)
-        lowest = tl.where(below >= x.shape[0] * RUN - padding - nans, float("nan"), lowest)
+        lowest = tl.where(nans + below + padding >= x.shape[0] * RUN, float("nan"), lowest)
     return lowest, highest, largest
 
 

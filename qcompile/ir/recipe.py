@@ -250,7 +250,8 @@ class Recipe:
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
             dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
-            or to E4M3 with one scale a row; the codes themselves are exact.
+            or to E4M3 with one scale a row; the codes themselves are exact. Where scales cannot be folded (the exact
+            residual of outliers, batches, convolutions) dY stays in high precision, ``gradient`` or not.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``.
         rules: further rules, applied in order after ``skip``.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.

@@ -206,6 +206,25 @@ def test_gradients_that_tensor_cores_cannot_fold_are_refused(gradient: str) -> N
         compile_and_run(nn.Linear(48, 64), torch.randn(9, 48, requires_grad=True), backward="fp8", gradient=gradient)
 
 
+@pytest.mark.parametrize("_hopper", [(8, 0)], indirect=True)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_card_without_fp8_decodes_whatever_the_shapes(dynamic: bool) -> None:
+    x = torch.randn(35, 48, requires_grad=True)
+    result = compile_and_run(Block(), x, recipe=fp4(activation=OFF), backward="fp8", dynamic=dynamic)
+    assert {row["provider"] for row in result.gemms} == {"dequantize + aten"}
+    assert all("FP8 needs compute capability 8.9" in row["reason"] for row in result.gemms)
+
+
+def test_float64_and_a_broadcast_bias_decode() -> None:
+    """Tensor cores sum and scale in float32; their epilogue reads one bias a column."""
+    wide = compile_and_run(nn.Linear(48, 64).double(), torch.randn(9, 48).double(), recipe=fp4(activation=OFF))
+    weight = nn.Parameter(torch.randn(64, 48))
+    scalar = compile_and_run(lambda x, b: F.linear(x, weight, b), torch.randn(9, 48), torch.randn(1))
+    for result in (wide, scalar):
+        providers = {row["provider"] for row in result.gemms if row["role"] == "fprop"}
+        assert providers <= {"dequantize + aten"}
+
+
 def test_rules_reach_folded_gradients() -> None:
     """A rule may keep one role of one layer wide."""
     rules = [{"name": "down", "roles": ["wgrad"], "gradient": "off"}]
