@@ -26,22 +26,23 @@ __all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
 
 @dataclass(frozen=True)
 class Lowering:
-    """How an op is lowered, and ``supports(*parsed texts of its node) -> (ok, reason)``."""
+    """How an op is lowered, and ``supports(*the first texts of its node, parsed) -> (ok, reason)``."""
 
     lower: Callable
     supports: Callable[..., tuple[bool, str]]
+    texts: int = 1
 
 
 LOWERINGS: dict[str, Lowering] = {
     "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
-    "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit),
-    "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask),
-    "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient),
-    "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient),
-    "clamp_outliers": Lowering(outliers.lower_clamp_outliers, outliers.supports_clamp_outliers),
-    "restore_outliers": Lowering(outliers.lower_restore_outliers, outliers.supports_restore_outliers),
+    "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
+    "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),
+    "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient, texts=0),
+    "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient, texts=2),
+    "clamp_outliers": Lowering(outliers.lower_clamp_outliers, outliers.supports_clamp_outliers, texts=0),
+    "restore_outliers": Lowering(outliers.lower_restore_outliers, outliers.supports_restore_outliers, texts=0),
 }
 
 
@@ -66,5 +67,5 @@ def cuda_provider(op: str, quantizer: str | None = None, estimator: str | None =
         texts.append(Quantizer.parse(quantizer))
     if estimator is not None:
         texts.append(Estimator.parse(estimator))
-    supported, reason = LOWERINGS[op].supports(*texts)
+    supported, reason = LOWERINGS[op].supports(*texts[: LOWERINGS[op].texts])
     return ("triton (inductor)", "") if supported else ("reference", reason)

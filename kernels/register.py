@@ -200,16 +200,14 @@ def provider_of(
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
-    if device_type == "cuda" and op_name not in ("quantize_compensated", "recode", "mm_8bit"):
-        from .lowerings import cuda_provider  # imports Inductor, which registering kernels must not
+    if device_type == "cuda":
+        from .lowerings import LOWERINGS, cuda_provider  # imports Inductor, which registering kernels must not
 
-        return cuda_provider(
-            op_name, quantizer_text, estimator if op_name in ("estimator_mask", "scale_gradient") else None
-        )
+        if op_name in LOWERINGS or op_name not in PROVIDERS[device_type]:
+            return cuda_provider(op_name, quantizer_text, estimator)
+        return PROVIDERS[device_type][op_name][0].name, ""  # shapes decide about a second choice
     if op_name not in PROVIDERS.get(device_type, {}):
         return "reference", f"no other provider of {op_name} on {device_type}"
-    if device_type == "cuda":
-        return PROVIDERS[device_type][op_name][0].name, ""  # shapes decide about a second choice
     reasons: list[str] = []
     for provider in PROVIDERS[device_type][op_name]:
         supported, reason = provider.supports((dtype,), *(quantizer_text, estimator)[: provider.texts])

@@ -22,6 +22,7 @@ __all__ = [
     "absolute_maximum",
     "as_bits",
     "as_float",
+    "as_rows",
     "greater",
     "launch",
     "maximum",
@@ -108,6 +109,12 @@ def supports_size(size: int) -> tuple[bool, str]:
 def with_dense_rows(x: Tensor) -> Tensor:
     """x, or a copy of it whose last axis has stride 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_rows(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
+    """x ``[R, K]`` with ``axis`` last and dense, and the shape it has with ``axis`` moved last."""
+    moved = x.movedim(axis, -1)
+    return with_dense_rows(moved.reshape(-1, moved.shape[-1])), moved.shape
 
 
 def launch(kernel, programs: int | tuple[int, int], *arguments, **constants) -> None:

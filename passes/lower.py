@@ -118,8 +118,8 @@ def product_provider(node: Node) -> tuple[str, str]:
 
 
 def _is_scalar(side: Side) -> bool:
-    """Whether the operand has one scale, or none."""
-    return side.text.startswith(LEVELS) or Operand.parse(side.text).quantizer.granularity.kind == "tensor"
+    """Whether the operand has one scale; where scales were folded away, :func:`_scale` gives every row a one."""
+    return not side.text.startswith(LEVELS) and Operand.parse(side.text).quantizer.granularity.kind == "tensor"
 
 
 def _contraction(left: Side) -> int | None:

@@ -652,16 +652,18 @@ def test_switched_off_it_is_inductor_bit_for_bit(options):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("model", "shape"), [(Mlp(), (7, 210)), (Block(), (2, 11, 36))], ids=["mlp", "block"])
+@pytest.mark.parametrize(("model", "shape"), [(Mlp, (7, 210)), (Block, (2, 11, 36))], ids=["mlp", "block"])
 def test_generated_code_agrees_with_the_graphs_it_comes_from(model, shape):
     """Same codes and scales, so products differ by the order of accumulation alone."""
-    model, x = copy.deepcopy(model), torch.randn(shape)
+    model, x = model(), torch.randn(shape)
     expected = step(model, compiled(model), x)
     torch._dynamo.reset()
     actual = step(model, torch.compile(model, backend="qcompile_fp4", fullgraph=True), x)
     assert_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    # Gradients as well: the loss of one lucky initialization may well agree to three digits.
     plain = step(model, model, x)
-    assert not torch.allclose(actual[0], plain[0], rtol=1e-3)
+    gradients = zip(actual[1:], plain[1:], strict=True)
+    assert min(torch.norm(one - other) / torch.norm(other) for one, other in gradients) > 0.01
 
 
 @pytest.mark.inductor

@@ -62,9 +62,9 @@ def _dge_slope(y: Value, fmt: Format, k: float, cap: float) -> Value:
     found = threshold_bits(bins.low[1:], lambda edge, odd: ops.ge(magnitude, edge))
     above = ops.sub(magnitude, select(found, bins.low))
     position = ops.sub(ops.mul(above, select(found, bins.to_unit)), _float(1.0))
-    # A power by way of the hardware's logarithm and exponential; the general function takes ten times as long.
     if k == 1:  # the surrogate is the identity, and 0 · log2 0 would be no number
         return ops.where(ops.eq(position, position), _float(min(1.0, cap)), position)
+    # A power by way of the hardware's logarithm and exponential; the general function takes ten times as long.
     power = ops.exp2(ops.mul(ops.log2(ops.abs(position)), _float(1 / k - 1)))
     slope = ops.mul(power, _float(1 / k))
     return ops.minimum(slope, _float(cap))

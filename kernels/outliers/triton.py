@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from qcompile.kernels.triton import (
     MAGNITUDE,
     RUN,
     as_bits,
+    as_rows,
     greater,
     launch,
     maximum,
@@ -38,12 +40,11 @@ from qcompile.kernels.triton import (
     supports_dtypes,
     supports_size,
     warps,
-    with_dense_rows,
 )
 
 from . import reference
 
-__all__ = ["clamp_outliers", "clamped", "comparisons", "group_size", "row_bounds", "supports_clamp_outliers"]
+__all__ = ["clamp_outliers", "clamped", "row_bounds", "search_constants", "supports_clamp_outliers"]
 
 #: PTX types of two elements in a register.
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
@@ -62,6 +63,14 @@ def group_size(alpha: float, block: int) -> int:
     """Elements of a row of ``block`` whose maximum is a guess at the α quantile; a power of two, 16 at least."""
     wanted = math.log(2) / (1 - alpha)
     return min(block, max(RUN.value, 2 ** round(math.log2(wanted))))
+
+
+def search_constants(rows: Tensor, alpha: float) -> dict[str, Any]:
+    """Compile-time arguments of a kernel that searches ``rows`` [R, K]; it writes in parts, a quarter of a row each."""
+    block = row_block(rows.shape[-1])
+    at_least, at_most = comparisons(rows.dtype, rows.device)
+    part = max(RUN.value, block // 4)
+    return {"group": group_size(alpha, block), "at_least": at_least, "at_most": at_most, "block": block, "part": part}
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -313,17 +322,14 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
     if x.numel() == 0:
         return reference.clamp_outliers(x, clamp, axis)
     spec = OutlierClamp.parse(clamp)
-    rows = x.movedim(axis, -1)
-    shape, size = rows.shape, rows.shape[-1]
-    rows = with_dense_rows(rows.reshape(-1, size))
+    rows, shape = as_rows(x, axis)
+    size = shape[-1]
     low, high = clamped_counts(spec, size)
     result = torch.empty_like(x)
     moved = result.movedim(axis, -1)
     clipped = moved if moved.is_contiguous() else rows.new_empty(shape)
     values = x.new_empty((*shape[:-1], low + high), dtype=residual_dtype(x.dtype))
     positions = values.new_empty(values.shape, dtype=index_dtype(size))
-    block = row_block(size)
-    at_least, at_most = comparisons(x.dtype, x.device)
     launch(
         _clamp_row,
         rows.shape[0],
@@ -335,12 +341,8 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
         size,
         low,
         high,
-        group=group_size(spec.alpha, block),
-        at_least=at_least,
-        at_most=at_most,
-        block=block,
-        part=max(RUN.value, block // 4),
-        num_warps=warps(block, 32),
+        **search_constants(rows, spec.alpha),
+        num_warps=warps(row_block(size), 32),
     )
     if clipped is not moved:
         moved.copy_(clipped)

@@ -32,14 +32,7 @@ from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.outliers.triton import (
-    clamp_outliers,
-    clamped,
-    comparisons,
-    group_size,
-    row_bounds,
-    supports_clamp_outliers,
-)
+from qcompile.kernels.outliers.triton import clamped, row_bounds, search_constants
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,
@@ -49,6 +42,7 @@ from qcompile.kernels.triton import (
     absolute_maximum,
     as_bits,
     as_float,
+    as_rows,
     greater,
     launch,
     processors,
@@ -64,14 +58,12 @@ from . import reference
 from .grid import MANTISSA_BITS, grid_of, uniform_offset, unsupported
 
 __all__ = [
-    "clamp_outliers",
     "quantize_8bit",
     "quantize_8bit_pair",
     "quantize_8bit_transposed",
     "quantize_columns",
     "quantize_compensated",
     "recode",
-    "supports_clamp_outliers",
     "supports_columns",
     "supports_quantize_8bit",
     "supports_quantize_8bit_pair",
@@ -902,13 +894,10 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         return reference.quantize_compensated(x, operand, axis)
     spec = Operand.parse(operand)
     assert spec.outliers is not None
-    rows = x.movedim(axis, -1)
-    shape, size = rows.shape, rows.shape[-1]
-    rows = with_dense_rows(rows.reshape(-1, size))
+    rows, shape = as_rows(x, axis)
+    size = shape[-1]
     codes = x.new_empty(shape, dtype=torch.uint8)
     scales = x.new_empty((*shape[:-1], 1), dtype=torch.float32)
-    block = row_block(size)
-    at_least, at_most = comparisons(x.dtype, x.device)
     launch(
         _quantize_compensated_row,
         rows.shape[0],
@@ -920,11 +909,7 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         *clamped_counts(spec.outliers, size),
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
-        group=group_size(spec.outliers.alpha, block),
-        at_least=at_least,
-        at_most=at_most,
-        block=block,
-        part=max(RUN.value, block // 4),
-        num_warps=warps(block, SEARCHED_BYTES_PER_THREAD // x.element_size()),
+        **search_constants(rows, spec.outliers.alpha),
+        num_warps=warps(row_block(size), SEARCHED_BYTES_PER_THREAD // x.element_size()),
     )
     return codes, scales

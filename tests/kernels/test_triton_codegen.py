@@ -10,9 +10,6 @@ is imported, so the tests named ``test_interpreted_…`` run in a process of the
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +21,6 @@ triton = pytest.importorskip("triton")
 
 import torch._inductor.config as inductor_config  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import qcompile.kernels  # noqa: E402, F401
@@ -35,28 +31,10 @@ from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_loweri
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
+
 E2M1 = "e2m1 row absmax even"
-SM90 = GPUTarget("cuda", 90, 32)
 quantize, dequantize = torch.ops.qcompile.quantize, torch.ops.qcompile.dequantize
-
-
-class ClaimedDriver:
-    """A driver that answers what Inductor asks while it generates code, and can launch nothing."""
-
-    def get_current_target(self):
-        return SM90
-
-    def get_current_device(self):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def is_active(self):
-        return True
 
 
 class Kernel:
@@ -299,12 +277,7 @@ GRANULARITIES = ["tensor", "block16", "block5", "tile3"]
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_interpreted", "--show-capture=no"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch.Tensor], axis: int, **options):

@@ -9,10 +9,8 @@ starts. It truncates where it should round to bfloat16, so outputs are float32 a
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +33,8 @@ from qcompile.kernels.matmul import inductor, providers, reference  # noqa: E402
 from qcompile.kernels.matmul import triton as gemm  # noqa: E402
 from qcompile.kernels.matmul.providers import Product, choose  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+from .harness import INTERPRETED, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
+
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PAIRS = [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2), (E5M2, E5M2), (INT8, INT8)]
@@ -72,12 +69,7 @@ def exact(a, b, scale_a, scale_b, bias=None) -> torch.Tensor:
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-x", "-n0", "-k", "test_interpreted", "--show-capture=no"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_interpreted(__file__, "-n0")
 
 
 @pytest.fixture
@@ -404,22 +396,6 @@ def test_cublaslt_is_called_with_scales_that_it_takes(monkeypatch, rows):
 
 
 # --- Inductor -------------------------------------------------------------------------------------------------------
-
-
-class ClaimedDriver:
-    """A driver that answers what Inductor asks while it generates code, and can launch nothing."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def is_active(self):
-        return True
 
 
 class Kernel:

@@ -10,10 +10,8 @@ here, the comparison is left to tests/gpu.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -23,7 +21,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from qcompile.ir.formats import FORMATS, Format  # noqa: E402
@@ -34,15 +31,13 @@ from qcompile.kernels.quantize import reference  # noqa: E402
 from qcompile.kernels.quantize import triton as kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, unsupported  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+from .harness import INTERPRETED, SM90, compiled, interpreted, run_interpreted  # noqa: E402
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
 E2M1, E4M3 = "e2m1 row absmax even", "e4m3 row absmax even"
 #: The interpreter computes with NaN and converts arrays of one element, and says so every time.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
-SM90 = GPUTarget("cuda", 90, 32)
 
 
 def quantizers() -> list[str]:
@@ -169,12 +164,7 @@ def run_ptx(text: str, word: int) -> tuple[int, int]:
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-x", "-n0", "-k", "test_interpreted", "--show-capture=no"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_interpreted(__file__, "-n0")
 
 
 @pytest.fixture(autouse=INTERPRETED)

@@ -1,0 +1,46 @@
+"""What the tests of Triton kernels share: the process in which Triton interprets, and a driver that only claims a card.
+
+The interpreter has to be chosen before Triton is imported, so tests named ``test_interpreted_…`` run in a process of
+their own, which one test of their file starts through :func:`run_interpreted`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+SM90 = GPUTarget("cuda", 90, 32)
+
+
+def run_interpreted(file: str, *options: str) -> None:
+    """Run the interpreted tests of ``file``; skips if this is that process."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-x", *options, "-k", "test_interpreted", "--show-capture=no", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+class ClaimedDriver:
+    """A driver that answers what Inductor asks while it generates code, and can launch nothing."""
+
+    def get_current_target(self):
+        return SM90
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def is_active(self):
+        return True
