@@ -127,6 +127,8 @@ def unsupported(q: Quantizer) -> str:
         return f"scales other than absmax and absmax_pow2 by rows, here {q.granularity} {q.scale.name}"
     if q.rounding == "stochastic":
         return "stochastic rounding"
+    if fmt.pruned:
+        return f"{fmt.name}, which rounds to the levels of {fmt.pruned}"
     if fmt.tensor_core_type is None:
         return f"{fmt.name} has values that no 8-bit tensor-core type holds"
     if _rounding(fmt) is None:

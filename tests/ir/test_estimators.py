@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.ir.estimators import ESTIMATORS, Estimator, dge_surrogate, widest_half_gap
+from qcompile.ir.estimators import ESTIMATORS, Estimator, dge_surrogate, trust_threshold
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.reference import decode, encode
@@ -133,7 +133,7 @@ def test_masks_by_definition(name):
     """
     fmt = FORMATS[name]
     half = {"e2m1": 1.0, "e1m2": 0.25, "e3m0": 4.0, "int4": 0.5, "int1": 0.5, "int4z": 0.5, "e4m3": 16.0}[name]
-    assert widest_half_gap(fmt) == half
+    assert trust_threshold(fmt) == half
     points = [
         0.0,
         0.3,
@@ -148,6 +148,9 @@ def test_masks_by_definition(name):
     clip, trust = (Estimator.parse(text).mask(y, q, fmt) for text in ("clip", "trust"))
     assert clip.tolist() == [True, True, True, False, False, False, False] * 2
     assert trust.tolist() == [True, True, True, True, True, False, False] * 2
+    wider, narrower = (Estimator.parse(text).mask(y, q, fmt) for text in ("clip(s=1.5)", f"trust(t={half / 2})"))
+    assert torch.equal(wider, y.abs() <= 1.5 * fmt.max * (1 + 2.0**-22))
+    assert torch.equal(narrower, (y - q).abs() <= half / 2)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -73,7 +73,7 @@ def test_derived_attributes(fmt):
     """Thresholds, largest value and exponent, and the uniform step follow from the magnitudes."""
     m = fmt.magnitudes
     assert list(m) == sorted(set(m)), "ascending, no value twice"
-    assert fmt.has_zero == (m[0] == 0)
+    assert fmt.has_zero == (fmt.grid.magnitudes[0] == 0)
     assert fmt.max == m[-1]
     assert fmt.max_exponent == math.floor(math.log2(m[-1]))
     assert len(fmt.thresholds) == len(m) - 1
@@ -139,7 +139,24 @@ def test_levels_survive_a_round_trip(fmt):
     from qcompile.ir.quantizer import Quantizer
 
     codes = every_code(fmt)
-    assert torch.equal(encode(decode(codes, fmt), Quantizer(fmt)), codes)
+    levels = decode(codes, fmt)
+    if fmt.pruned:  # 0 has one code, and nothing is rounded to it
+        codes, levels = codes[levels != 0], levels[levels != 0]
+    assert torch.equal(encode(levels, Quantizer(fmt)), codes)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.pruned], ids=lambda fmt: fmt.name)
+def test_pruned_formats_give_zero_to_what_is_dropped_only(fmt):
+    """Kept elements take the codes of the grid, one magnitude up; the smallest of them is not drawn to 0."""
+    from qcompile.ir.quantizer import Quantizer
+
+    y = torch.linspace(-fmt.max - 1, fmt.max + 1, 501)
+    keep = torch.arange(501) % 3 > 0
+    levels = decode(encode(y, Quantizer(fmt), keep=keep), fmt)
+    expected = decode(encode(y, Quantizer(fmt.grid)), fmt.grid)
+    assert torch.equal(levels, torch.where(keep, expected, 0.0))
+    assert fmt.grid.with_zero == fmt == fmt.with_zero
+    assert fmt.levels[0] == 0
 
 
 def test_unknown_format_lists_the_known_ones():

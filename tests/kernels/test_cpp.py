@@ -28,7 +28,13 @@ UP_FORMATS = ("e2m1", "e1m2", "e3m0", "int1", "int4", "int5", "int8", "int8z")
 #: Every format and rounding, every scale rule and granularity, and the 16-bit dtypes, each combined with a
 #: few of the others: a kernel takes half a second to build.
 CASES = [
-    *((f"{fmt} row absmax even", torch.float32) for fmt in FORMATS),
+    *((f"{name} row absmax even", torch.float32) for name, fmt in FORMATS.items() if not fmt.pruned),
+    *(
+        (f"{name} {g} rms up", torch.bfloat16)
+        for name in ("int1", "int4", "int8")
+        for g in ("row", "tensor", "block16")
+    ),
+    ("e2m1 tile3 rms even", torch.float32),
     *(
         (f"{fmt} row absmax up", torch.float32)
         for fmt in ["e2m1", "e1m2", "e3m0", "int1", "int4", "int5", "int8", "int8z"]
@@ -78,7 +84,7 @@ def assert_same_codes(got: torch.Tensor, expected: torch.Tensor, x: torch.Tensor
     leaves the sign of inf · 0 and NaN · NaN open, and torch's own vector loop and its tail differ in it."""
     q = Quantizer.parse(quantizer)
     x = x.float()
-    y = x * quantize.spread(quantize.scale_pair(quantize.group_amax(x, q), q)[2], x.shape, q)
+    y = x * quantize.spread(quantize.scale_pair(quantize.group_statistic(x, x, q), q)[2], x.shape, q)
     padded = q.packed_size(x.shape[-1]) * q.format.codes_per_byte
     sign = torch.where(y.isnan(), 1 << (q.format.bits - 1), 0).to(torch.uint8)
     sign = torch.nn.functional.pad(sign, (0, padded - x.shape[-1]))
@@ -286,7 +292,7 @@ def test_registered_ops_run_what_the_table_says(monkeypatch):
     calls = []
     monkeypatch.setattr(quantize_cpp, "_quantize_kernel", lambda *key: calls.append(key) or (lambda *_: None))
     torch.ops.qcompile.quantize(torch.ones(2, 3), "e2m1 row absmax even", -1)
-    assert calls == [("e2m1 row absmax even", torch.float32)]
+    assert calls == [("e2m1 row absmax even", "", torch.float32)]
     torch.ops.qcompile.quantize(torch.ones(2, 3, dtype=torch.float64), "e2m1 row absmax even", -1)
     assert len(calls) == 1
 

@@ -45,7 +45,7 @@ def quantizers() -> list[str]:
     texts = []
     for fmt in FORMATS.values():
         for rounding in ("even", "up"):
-            if fmt.tensor_core_type and not (fmt.torch_dtype and rounding == "up"):
+            if fmt.tensor_core_type and not (fmt.pruned or (fmt.torch_dtype and rounding == "up")):
                 texts += [f"{fmt.name} row {rule} {rounding}" for rule in ("absmax", "absmax_pow2")]
     return texts
 
@@ -250,7 +250,7 @@ def test_interpreted_columns():
 
 
 @interpreted
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.tensor_core_type])
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.tensor_core_type and not fmt.pruned])
 def test_interpreted_recode(name):
     """Every code of every format, in odd rows and whole ones, side by side and apart, as stored and transposed."""
     fmt = FORMATS[name]
