@@ -18,7 +18,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -355,8 +355,16 @@ def train(given: argparse.Namespace) -> None:
                 csv.writer(file).writerow(asdict(Run(setting, bits, size.parameters, tokens, loss)).values())
 
 
-def train_one(experiment: demo.Experiment, backend: str, options: dict[str, Any] | None) -> float:
-    """Validation loss after QuEST's training: its initialization, AdamW and schedule, for all bits alike."""
+def train_one(
+    experiment: demo.Experiment,
+    backend: str,
+    options: dict[str, Any] | None,
+    watch: Callable[[int, Any], None] = lambda step, compiled: None,
+) -> float:
+    """Validation loss after QuEST's training: its initialization, AdamW and schedule, for all bits alike.
+
+    ``watch`` is called with the number of the step and the compiled model after every step.
+    """
     config = experiment.config
     model: Any = demo.build_model(config, experiment.device)
     generator = torch.Generator(experiment.device).manual_seed(config.seed)
@@ -374,12 +382,13 @@ def train_one(experiment: demo.Experiment, backend: str, options: dict[str, Any]
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1, div_factor=100, final_div_factor=0.1,
         cycle_momentum=False,
     )  # fmt: skip
-    for _, (inputs, targets) in zip(range(config.steps), demo.batches(experiment), strict=False):
+    for step, (inputs, targets) in zip(range(config.steps), demo.batches(experiment), strict=False):
         demo.loss_of(compiled, inputs, targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
+        watch(step + 1, compiled)
     return demo.validate(compiled, experiment)
 
 

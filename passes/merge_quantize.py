@@ -89,8 +89,9 @@ def _is_mask_of(user: Node, quantize: Node, text: Any, axis: Any, transform: Any
     """Whether ``user`` masks the elements of the tensor that ``quantize`` encodes."""
     if not is_call(user, ops.estimator_mask.default) or user.args[1] is not _item(quantize, 1):
         return False
-    same = (user.args[2], user.args[4], user.kwargs.get("transform", "")) == (text, axis, transform)
-    return same and len(user.args) <= 6 and (len(user.args) < 6 or user.args[5] is None)
+    its_text, _, its_axis, global_scale, its_transform = [*user.args[2:], None, ""][:5]
+    its_transform = user.kwargs.get("transform", its_transform)
+    return (its_text, its_axis, global_scale, its_transform) == (text, axis, None, transform)
 
 
 def merge_quantize(graph: Graph, context: Context) -> int:

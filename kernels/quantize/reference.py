@@ -128,11 +128,10 @@ def quantize_8bit_masked(x: Tensor, operand: str, packed: bool) -> tuple[Tensor,
     quantizer, transform = str(spec.stored), str(spec.transform)
     codes, scales = quantize(x, quantizer, -1, transform=transform)
     recoded = recode(codes, quantizer, x.shape[-1], False)
-    empty = codes.new_empty([x.shape[0], 0])
-    mask = empty
+    mask = codes.new_empty([x.shape[0], 0])
     if spec.estimator.kind.mask:
         mask = torch.ops.qcompile.estimator_mask(x, scales, quantizer, str(spec.estimator), -1, None, transform)
-    return recoded, scales, codes if packed else empty, mask
+    return recoded, scales, codes if packed else codes.new_empty([x.shape[0], 0]), mask
 
 
 def quantize_8bit_transposed(x: Tensor, quantizer: str, transform: str = "") -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompile import compat
-from qcompile.recipes import FP4
+from qcompile.recipes import FP4, QUEST
 from qcompile.report import saved_bytes
 
 from .harness import assert_same, compile_and_run, compiler, fp4, run_eager
@@ -232,3 +232,59 @@ def test_rules_reach_folded_gradients() -> None:
     result = compile_and_run(Block(), x, recipe=fp4(activation=OFF), backward="fp8", rules=rules)
     wide = [row["role"] for row in result.gemms if "dense" in row["operands"]]
     assert wide == ["wgrad"]
+
+
+# --- rotated operands (QuEST) ---------------------------------------------------------------------------------------
+
+
+def test_rotated_operands_are_encoded_and_masked_in_one_kernel() -> None:
+    """Codes for the product, packed codes and mask for the backward from one reading of x; weights are masked where
+    their gradient is.
+    """
+    x = torch.randn(35, 48, requires_grad=True)
+    result = compile_and_run(Block(), x, recipe=QUEST, backward="fp8")
+    forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
+    assert forward.count("qcompile.quantize_8bit_masked.default(") == 5  # two activations, three weights
+    assert forward.count("qcompile.mm_8bit.default(") == 3
+    assert "estimator_mask" not in forward
+    assert backward.count("qcompile.quantize_8bit_transposed.default(") == 3
+    assert backward.count("qcompile.estimator_mask.default(") == 3
+    assert backward.count("qcompile.quantize_8bit_pair.default(") == 3
+    assert backward.count("qcompile.mm_8bit.default(") == 6
+    assert backward.count("qcompile.hadamard.default(") == 5  # each gradient of a rotated operand, once
+    for program in (forward, backward):
+        assert "qcompile.quantize.default(" not in program
+        assert "dequantize" not in program
+
+
+@pytest.mark.parametrize("backward", ["bf16", "fp8"])
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, "ternary", "fp4"])
+def test_rotated_codes_on_tensor_cores_are_the_same_numbers(bits: Any, backward: str) -> None:
+    model, x = Block(), torch.randn(35, 48, requires_grad=True)
+    options: dict[str, Any] = {"recipe": QUEST, "bits": bits, "backward": backward}
+    on_codes = compile_and_run(model, x, **options)
+    with mock.patch.object(compat, "tensor_core_capability", return_value=None):
+        decoded = compile_and_run(model, x, **options)
+    assert_same(on_codes.outputs, decoded.outputs)
+    assert_same(on_codes.gradients, decoded.gradients)
+    forward = {row["provider"] for row in on_codes.gemms if row["role"] == "fprop"}
+    assert not any(name.startswith("dequantize") for name in forward)
+
+
+def test_eight_bits_say_why_they_stay_wide() -> None:
+    result = compile_and_run(nn.Linear(128, 64), torch.randn(9, 128), recipe=QUEST, bits=8)
+    (row,) = (row for row in result.gemms if row["role"] == "fprop")
+    assert row["reason"] == "int8 fits no 8-bit tensor-core type"
+
+
+@pytest.mark.parametrize("sparsity", ["4:8", "2:4"])
+def test_sparse_weights_reach_tensor_cores(sparsity: str) -> None:
+    """Zeros are a code of their own, exact in E4M3 like the levels."""
+    model, x = Block(), torch.randn(35, 48, requires_grad=True)
+    options: dict[str, Any] = {"recipe": QUEST, "weight": {"sparsity": sparsity}, "backward": "fp8"}
+    on_codes = compile_and_run(model, x, **options)
+    with mock.patch.object(compat, "tensor_core_capability", return_value=None):
+        decoded = compile_and_run(model, x, **options)
+    assert_same(on_codes.outputs, decoded.outputs)
+    assert_same(on_codes.gradients, decoded.gradients)
+    assert {row["provider"].startswith("dequantize") for row in on_codes.gemms} == {False}
