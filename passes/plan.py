@@ -126,6 +126,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
         return Decision(site, False, "the recipe quantizes none of its operands")
+    if misfit := _misfit(site, operands):
+        return Decision(site, False, misfit)
     folded = BACKWARD_ROLES[recipe.backward]
     gradients: dict[str, Operand | None] = {}
     for role in ("dgrad", "wgrad"):
@@ -136,6 +138,15 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         gradients[role] = gradient
     notes = "; ".join(dict.fromkeys(slot.note for slot in site.slots if slot.note))
     return Decision(site, True, notes, operands, gradients, folded)
+
+
+def _misfit(site: Site, operands: tuple[Operand | None, ...]) -> str:
+    """Why the granularity of an operand does not fit its shape; "" if it does."""
+    for slot, operand, shape in zip(site.slots, operands, site.shape, strict=False):
+        rank = slot.frame.flatten + 1 if slot.frame and slot.frame.flatten is not None else len(shape)
+        if operand is not None and operand.quantizer.granularity.kind == "tile" and rank < 2:
+            return f"granularity {operand.quantizer.granularity} needs a matrix, but the {slot.kind} is one row"
+    return ""
 
 
 def _check_folded(site: Site, quantizer: Quantizer) -> None:
@@ -153,5 +164,9 @@ def _resolve(operand: Operand | None, rules: list[Rule], key: str) -> Operand | 
     for rule in rules:
         change = getattr(rule, key)
         if change is not None:
-            operand = override_operand(operand, change, key)
+            try:
+                operand = override_operand(operand, change, key)
+            except ValueError as error:
+                msg = f"rule {rule.name!r}: {error}"
+                raise ValueError(msg) from None
     return operand

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --programs 500 --seed 1``: fresh programs, one line of totals; wrong ones are printed whole."""
+"""``python -m tests.fuzz --programs 500 --seed 1``: fresh programs, one line of totals. Wrong ones are printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import qcompile
 
-from .check import Mismatch, check
+from .check import MismatchError, check
 from .test_fuzz import cases
 
 
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     totals, reasons, start = Counter[str](), Counter[str](), time.perf_counter()
+    seen: set[str] = set()
 
     @seed(options.seed)
     @settings(
@@ -35,11 +36,12 @@ def main() -> int:
     )
     @given(cases())
     def run(case) -> None:
-        if totals["programs"] == options.programs or not case[0].products:
+        if totals["programs"] == options.programs or not case[0].products or case[0].source() in seen:
             return
+        seen.add(case[0].source())
         try:
             outcome = check(*case)
-        except Mismatch as mismatch:
+        except MismatchError as mismatch:
             totals.update(programs=1, wrong=1)
             print(f"--- wrong {totals['wrong']}\n{mismatch}\n", flush=True)
             return

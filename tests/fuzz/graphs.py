@@ -180,7 +180,7 @@ class ProgramModule(nn.Module):
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a product is written. ``a``, ``b``, ``c``: dimensions of its operands by letter, equal letters equal sizes."""
+    """How a product is written. ``a``, ``b``, ``c``: dimensions of its operands; equal letters are equal sizes."""
 
     text: str
     a: str

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Numbers", "QuantizedProducts", "quantize"]
@@ -89,7 +90,7 @@ def _bounds(rows: Tensor, numbers: Numbers) -> Any:
 
 def _scaled(rows: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """y = x · γ in float32, and s; γ and s are each rounded once from the absolute maximum."""
-    magnitude, n = rows.abs(), rows.shape[-1]
+    magnitude = rows.abs()
     if numbers.group == "tensor":
         amax = magnitude.amax().expand(rows.shape)
     elif numbers.group == "row":
@@ -131,7 +132,7 @@ def _factor(y: Tensor, level: Tensor, numbers: Numbers) -> Tensor | None:
     if numbers.estimator == "clip":  # arXiv 1602.02830; two roundings may carry y just beyond the last level
         return y.abs() <= levels[-1] * (1 + 2.0**-22)
     if numbers.estimator == "trust":  # arXiv 2502.05003 §3.2
-        gaps = [b - a for a, b in zip(levels, levels[1:], strict=False)] + ([2 * levels[0]] if levels[0] else [])
+        gaps = [b - a for a, b in pairwise(levels)] + ([2 * levels[0]] if levels[0] else [])
         return (y - level).abs() <= max(gaps) / 2
     # dge(k=5,cap=3), arXiv 2501.17116 eq. 8: v ∈ [−1, 1] is the position between two neighbouring levels.
     edges = torch.tensor(levels if levels[0] == 0 else (-levels[0], *levels), dtype=torch.float32)
@@ -145,7 +146,7 @@ def _factor(y: Tensor, level: Tensor, numbers: Numbers) -> Tensor | None:
 # --- products -------------------------------------------------------------------------------------------------------
 
 
-class LeftAlone(Exception):  # noqa: N818  (a reason, not an error)
+class LeftAlone(Exception):  # noqa: N818  (not an error)
     """A product whose operands keep their precision."""
 
 
@@ -184,16 +185,18 @@ class QuantizedProducts(TorchFunctionMode):
         self.activation, self.weight, self.attention = activation, weight, attention
         self.weights = {id(t) for t in weights}
         self.quantized: list[bool] = []
-        self.origins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sources: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func in CONTRACTIONS:
             return self._product(func, list(args), kwargs)
-        if name == "relu_" or kwargs.get("inplace"):  # saves its own result
-            return args[0].copy_(torch.relu(args[0].clone()).clone())
-        if name in _CHANGES or (name.endswith("_") and not name.endswith("__")):
+        if name in _CHANGES or kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")):
+            self.written[args[0].untyped_storage()._cdata] = args[0]
+            if name.startswith("relu"):  # saves its own result
+                return args[0].copy_(torch.relu(args[0].clone()).clone())
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         source = args[0] if args and isinstance(args[0], Tensor) else None
@@ -205,12 +208,23 @@ class QuantizedProducts(TorchFunctionMode):
             out = func(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs).clone()
             results = [out]
         if all(views) or name in _COPIES:
-            self.origins.update((id(r), (r, self.origin(source))) for r in results)
+            self.sources.update((id(r), (r, source)) for r in results if r is not source)
         return out
 
-    def origin(self, tensor: Tensor) -> Tensor:
-        """The leaf that a tensor is a view, cast or copy of; itself if it was computed."""
-        return self.origins[id(tensor)][1] if id(tensor) in self.origins else tensor
+    def origin(self, tensor: Tensor) -> Tensor | None:
+        """The tensor that one is a view, cast or copy of; ``None`` if data was written into it on the way.
+
+        A parameter stays a weight whatever is written into it; a copy of one, or a buffer, does not.
+        """
+        written = False
+        while True:
+            written = written or tensor.untyped_storage()._cdata in self.written
+            if id(tensor) not in self.sources:
+                return None if written and not isinstance(tensor, nn.Parameter) else tensor
+            source = self.sources[id(tensor)][1]
+            if written and not _same_memory(source, tensor):
+                return None
+            tensor = source
 
     def _product(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if func is torch.einsum and isinstance(args[1], (list, tuple)):
@@ -237,15 +251,16 @@ class QuantizedProducts(TorchFunctionMode):
         first, second = (self.origin(t) for t in operands)
         kinds = [id(first) in self.weights, id(second) in self.weights]
         convolution = places[1].rows is not None
-        if not any(kinds) and second is not first and second.is_leaf and second.requires_grad:
+        leaf = second is not None and second.is_leaf and second.requires_grad
+        if not any(kinds) and second is not first and leaf:
             kinds[1] = second.dim() == 2 or (second.dim() > 2 and convolution)  # functional code passes weights so
         if not any(kinds) and not self.attention:
-            raise LeftAlone("no weight")
+            raise LeftAlone  # no weight
         size = operands[1].shape[1:].numel() if convolution else operands[0].shape[places[0].axis]
         if size <= 1:
-            raise LeftAlone("nothing is summed")
+            raise LeftAlone  # nothing is summed
         if any(t.numel() == 0 for t in operands):
-            raise LeftAlone("empty")
+            raise LeftAlone  # empty
         return [self.weight if kind else self.activation for kind in kinds]
 
 
@@ -255,7 +270,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 _CHANGES = ("__setitem__", "__iadd__", "__imul__")
 #: Copies of the same values, whether or not they alias.
-_COPIES = ("to", "clone", "contiguous", "reshape", "flatten", "detach")
+_COPIES = ("to", "clone", "contiguous", "reshape", "flatten")
 
 Contraction = Callable[[list[Any], dict[str, Any]], tuple[Place, Place]]
 
@@ -268,7 +283,7 @@ def _matmul(args: list[Any], kwargs: dict[str, Any]) -> tuple[Place, Place]:
     left, right = Place(0, "input"), Place(1, "other", -2)
     dims = [place.get(args, kwargs).dim() for place in (left, right)]
     if dims == [1, 1]:
-        raise LeftAlone("two vectors")
+        raise LeftAlone  # two vectors
     return left, right if dims[1] > 1 else Place(1, "other", -1)
 
 
@@ -279,7 +294,7 @@ def _einsum(args: list[Any], kwargs: dict[str, Any]) -> tuple[Place, Place]:
         output = "".join(c for c in set(inputs) if inputs.count(c) == 1)
     summed = [c for c in dict.fromkeys(terms[0]) if c.isalpha() and c in terms[1] and c not in output]
     if len(summed) != 1 or any(len(set(t)) < len(t) for t in terms if "." not in t):
-        raise LeftAlone("not one pair of axes")
+        raise LeftAlone  # not one pair of axes
     axes = [t.index(summed[0]) - len(t) for t in terms]
     return Place(1, "", axes[0]), Place(2, "", axes[1])
 
@@ -289,7 +304,7 @@ def _tensordot(args: list[Any], kwargs: dict[str, Any]) -> tuple[Place, Place]:
     if dims == 1:
         return Place(0, "a", -1), Place(1, "b", 0)
     if dims == 2:
-        raise LeftAlone("two axes")
+        raise LeftAlone  # two axes
     return Place(0, "a", dims[0][0]), Place(1, "b", dims[1][0])
 
 
@@ -347,7 +362,7 @@ CONTRACTIONS: dict[Any, Contraction] = {
 
 
 def _refused(args: list[Any], kwargs: dict[str, Any]) -> tuple[Place, Place]:
-    raise LeftAlone("two vectors")
+    raise LeftAlone  # two vectors
 
 
 CONTRACTIONS[torch.dot] = _refused
