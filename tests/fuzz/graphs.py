@@ -10,6 +10,7 @@ allows an in-place op then need no rules of our own, and a step that torch refus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -298,6 +299,7 @@ class _Builder:
         self.steps: list[Step] = []
         self.values: dict[str, Tensor] = {}
         self.read: set[str] = set()
+        self.multiplied: dict[str, None] = {}  # operands of products, in order
         self.roots: dict[str, str] = {}
         self.pinned: set[str] = set()
 
@@ -337,7 +339,9 @@ class _Builder:
             return None
         if not isinstance(value, Tensor) or value.numel() > 4096 or value.dim() > 5:
             return None
-        self.read.update(operands.values())
+        self.read.update(name for side, name in operands.items() if not (in_place and side == "x"))
+        if product:
+            self.multiplied.update(dict.fromkeys(operands.values()))
         if in_place:
             self.steps.append(Step(text))
             return operands["x"]
@@ -364,7 +368,8 @@ class _Builder:
                 continue
             candidates = [name for name, value in self.values.items() if self._fits(value, letters, sizes, dtype)]
             if candidates and self.chance(80):
-                names[side] = self.pick(candidates)
+                again = [name for name in candidates if name in self.multiplied]
+                names[side] = self.pick(again if again and self.chance(40) else candidates)
             else:
                 shape = tuple(sizes[c] if c in sizes else self._size() for c in letters)
                 names[side] = self._operand(shape, dtype or self.dtype)
@@ -398,7 +403,7 @@ class _Builder:
         if not floating:
             return
         x = self.pick(floating)
-        kind = self.pick(("view", "pointwise", "view", "binary", "in place", "cast"))
+        kind = self.pick(("view", "in place", "pointwise", "view", "binary", "in place", "cast"))
         if kind == "view":
             self.step(self.pick(VIEWS), x=x)
         elif kind == "pointwise":
@@ -410,7 +415,8 @@ class _Builder:
             # Products of two values grow beyond what float32 holds exactly.
             self.step(self.pick([t for t in BINARY if not (self.exact and " * " in t)]), x=x, y=self.pick(same))
         else:
-            self._in_place(x, floating)
+            # What has been an operand and may become one again: a quantized copy must not outlive the change.
+            self._in_place(self.pick(self.multiplied) if self.multiplied and self.chance(70) else x, floating)
 
     def _in_place(self, x: str, names: list[str]) -> None:
         value = self.values[x]
@@ -444,8 +450,9 @@ def programs(draw: Any, exact: bool | None = None) -> Program:
     # Whatever nobody reads, and products, so that neither is dead code.
     results = tuple(t for t in targets if t not in builder.read)
     autocast = draw(st.sampled_from((None,) * 9 + (torch.bfloat16,))) if dtype == torch.float32 else None
+    used = [leaf for leaf in builder.leaves if any(re.search(rf"\b{leaf.name}\b", s.text) for s in builder.steps)]
     return Program(
-        tuple(builder.leaves),
+        tuple(used),
         tuple(builder.steps),
         results,
         exact,
