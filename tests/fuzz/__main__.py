@@ -52,7 +52,7 @@ def main() -> int:
                 quantized=outcome.quantized,
                 refused=bool(outcome.refused),
                 redrawn=outcome.redrawn,
-                exact=case[0].exact,
+                exact=case[0].bitwise,
             )
             reasons.update(outcome.reasons)
             if outcome.refused:

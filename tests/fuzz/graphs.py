@@ -106,6 +106,7 @@ class Step:
     text: str
     target: str = ""
     product: bool = False
+    addend: bool = False
 
     def __str__(self) -> str:
         return f"{self.target} = {self.text}" if self.target else self.text
@@ -130,6 +131,14 @@ class Program:
     @property
     def products(self) -> int:
         return sum(step.product for step in self.steps)
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether forward values have no choice. Where a product of 16 bits adds something, it may round once or
+        twice.
+        """
+        narrow = self.dtypes != {torch.float32}
+        return self.exact and not (narrow and any(step.addend for step in self.steps))
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -346,7 +355,7 @@ class _Builder:
             self.steps.append(Step(text))
             return operands["x"]
         target = f"v{len(self.values)}"
-        self.steps.append(Step(text, target, product))
+        self.steps.append(Step(text, target, product, addend="c" in operands))
         self.values[target] = value
         # A cat or an arithmetic step makes memory of its own; anything else may look at its first operand's.
         first = next(iter(operands.values()))

@@ -64,8 +64,9 @@ class _Quantize(torch.autograd.Function):
         level = _nearest(y, numbers)
         result = (level * scale).to(x.dtype)
         if low is not None:
-            # The residual is exact for 16-bit inputs; both sums round once, to x's dtype.
-            result = (result.float() + (rows - clamped)).to(x.dtype)
+            # The residual is exact for 16-bit inputs; both sums round once, to x's dtype. ∞ − ∞ is none.
+            residual = torch.where(rows == clamped, 0, rows - clamped)
+            result = (result.float() + residual).to(x.dtype)
         ctx.axis, ctx.factor = axis, _factor(y, level, numbers)
         return result.movedim(-1, axis)
 
