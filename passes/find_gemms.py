@@ -372,7 +372,10 @@ def _describe(site: Site) -> None:
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(_value(node), torch.Tensor):
         site.obstacle = site.obstacle or "its operands are not plain tensors"
         return
-    origins = [origin(slot.of(node)) for slot in site.slots]
+    if any(v.is_nested or v.layout is not torch.strided for v in values):
+        site.obstacle = site.obstacle or "an operand is nested or sparse; only dense tensors are quantized"
+        return
+    origins = [origin(slot.of(node), node) for slot in site.slots]
     weights = [is_weight(source) for source in origins]
     if not any(weights):
         weights[1] = origins[0] is not origins[1] and is_functional_weight(origins[1], site.op)
@@ -421,12 +424,18 @@ def static_size(size: Any) -> int | None:
 
 # --- where operands come from ---------------------------------------------------------------------------------------
 
+#: Python's in-place operators, by name.
+IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift",
+     "irshift", "setitem"}
+)  # fmt: skip
+
 #: Ops that keep an operand the same matrix up to layout and precision.
 _TRANSPARENT_METHODS = frozenset(
     {
         "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
         "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as",
-        "type_as", "__getitem__",
+        "type_as", "__getitem__", "chunk", "split", "narrow", "select", "unbind", "diagonal",
     }
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = frozenset(
@@ -434,20 +443,59 @@ _TRANSPARENT_FUNCTIONS = frozenset(
         torch.t, torch.transpose,
         torch.permute, torch.reshape, torch.flatten, torch.unflatten,
         torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
+        torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.diagonal,
     }
 )  # fmt: skip
 
 
-def origin(node: Any) -> Any:
-    """The node an operand comes from through views, casts and attributes like ``.T``."""
-    while isinstance(node, Node) and node.args:
-        attribute = node.target is getattr and node.args[1] in ("T", "mT", "H", "mH", "data")
-        method = node.op == "call_method" and node.target in _TRANSPARENT_METHODS
-        function = node.op == "call_function" and _lookup(dict.fromkeys(_TRANSPARENT_FUNCTIONS), node.target)
-        if not (attribute or method or function):
+#: Those that may make memory of its own.
+_COPIES = frozenset({"reshape", "contiguous", "flatten", "to", "type", "float", "half", "bfloat16", "clone", "type_as"})
+
+
+def origin(node: Any, reader: Node) -> Any:
+    """The node an operand of ``reader`` comes from through views, casts and attributes like ``.T``.
+
+    A copy that something is written into before it is read holds data of its own, and a buffer then holds no weight
+    (a cache of keys); a parameter stays one whatever is written into it.
+    """
+    written = False
+    while isinstance(node, Node):
+        written = written or is_written(node, reader)
+        if not node.args or not (_writes_first_argument(node) or _is_transparent(node)):
+            break
+        if written and _name(node) in _COPIES:
             break
         node = node.args[0]
-    return node
+    return None if written and not compat.is_parameter(_value(node)) else node
+
+
+def _is_transparent(node: Node) -> bool:
+    attribute = node.target is getattr and node.args[1] in ("T", "mT", "H", "mH", "data")
+    method = node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+    return attribute or method or (node.op == "call_function" and _lookup(_TRANSPARENT_FUNCTIONS, node.target))
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _writes_first_argument(node: Node) -> bool:
+    """Whether a call changes its first argument in place (and returns it, if anything)."""
+    name = _name(node)
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS
+
+
+def is_written(node: Node, before: Node) -> bool:
+    """Whether anything is written into ``node``, or into a view of it, before ``before`` reads it."""
+    for user in node.users:
+        if user < before and user.args and user.args[0] is node:
+            if _writes_first_argument(user) or user.kwargs.get("inplace"):
+                return True
+            if _is_transparent(user) and _name(user) != "clone" and is_written(user, before):
+                return True
+    return False
 
 
 def is_weight(node: Any) -> bool:

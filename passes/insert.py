@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile import compat
 from qcompile.ir.recipe import Operand
 
-from .find_gemms import Frame, Slot
+from .find_gemms import IN_PLACE_OPERATORS, Frame, Slot
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
 
 __all__ = ["insert"]
@@ -155,7 +155,7 @@ def _is_barrier(node: Node) -> bool:
         return False
     target = node.target
     name = getattr(target, "__name__", str(target))
-    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE_OPERATORS:
+    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS:
         return True
     # F.relu(x, inplace=True), or positionally; taking another flag for it costs no more than one quantization.
     flags = node.args if getattr(target, "__module__", "") == "torch.nn.functional" else ()
@@ -165,25 +165,6 @@ def _is_barrier(node: Node) -> bool:
         return True
     return any(mark in name for mark in _BOUNDARIES)
 
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{operator}"
-    for operator in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    ]
-) | {"setitem"}
 
 #: Parts of the names of nodes that change how what follows is computed, or write where a schema does not show it.
 _BOUNDARIES = (

@@ -126,6 +126,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
         return Decision(site, False, "the recipe quantizes none of its operands")
+    if misfit := _misfit(site, operands):
+        return Decision(site, False, misfit)
     folded = BACKWARD_ROLES[recipe.backward]
     gradients: dict[str, Operand | None] = {}
     for role in ("dgrad", "wgrad"):
@@ -148,6 +150,15 @@ def _rotation_note(slot: Slot, operand: Operand | None, node: Node) -> str:
     return f"{f'hadamard({rotation})' if rotation > 1 else 'no rotation'}, since K = {size}"
 
 
+def _misfit(site: Site, operands: tuple[Operand | None, ...]) -> str:
+    """Why the granularity of an operand does not fit its shape; "" if it does."""
+    for slot, operand, shape in zip(site.slots, operands, site.shape, strict=False):
+        rank = slot.frame.flatten + 1 if slot.frame and slot.frame.flatten is not None else len(shape)
+        if operand is not None and operand.quantizer.granularity.kind == "tile" and rank < 2:
+            return f"granularity {operand.quantizer.granularity} needs a matrix, but the {slot.kind} is one row"
+    return ""
+
+
 def _check_folded(site: Site, quantizer: Quantizer) -> None:
     """Raises ``ValueError`` if dY, times the scales of the other operand, cannot be quantized so."""
     rows = quantizer.granularity.kind in ("row", "tensor") and quantizer.scale.storage == "float32"
@@ -165,5 +176,9 @@ def _resolve(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: st
             operand = recipe.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)
         change = getattr(rule, key)
         if change is not None:
-            operand = override_operand(operand, change, key)
+            try:
+                operand = override_operand(operand, change, key)
+            except ValueError as error:
+                msg = f"rule {rule.name!r}: {error}"
+                raise ValueError(msg) from None
     return operand

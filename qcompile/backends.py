@@ -7,9 +7,12 @@ how both caches, CUDA graphs, ``max-autotune``, inference and dynamic shapes com
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -86,18 +89,38 @@ def compile_with(
     return session.watch(compiled)
 
 
+def _raise_unknown(key: str, names: list[str]) -> None:
+    """Say which name of ours, of Inductor's or of ``torch.compile``'s arguments the user may have meant."""
+    if key in inspect.signature(torch.compile).parameters:
+        hint = f"; it is an argument of torch.compile: torch.compile(model, backend=…, {key}=…)"
+    elif key.lower().replace("-", "_") in names:
+        hint = f"; did you mean {key.lower().replace('-', '_')!r}?"
+    else:
+        close = difflib.get_close_matches(key, [*names, *compat.inductor_option_names()], 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+    msg = f"unknown option {key!r}{hint} Known: {', '.join(names)}, and Inductor's"
+    raise ValueError(msg)
+
+
 def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part ``options`` into recipe fields and Inductor's, the latter checked and with ``mode`` expanded.
 
     A name that neither side knows raises ``ValueError`` with the closest of ours.
     """
+    if not isinstance(options, Mapping | None):
+        msg = f"options takes a dictionary, got {options!r}"
+        raise ValueError(msg)
     given = dict(options or {})
+    for key in given:
+        if not isinstance(key, str):
+            msg = f"options: the name of an option is text, got {key!r}"
+            raise ValueError(msg)
     mode = given.pop("mode", mode)
     names = Recipe.option_names()
     ours = {key: given.pop(key) for key in list(given) if key in names}
     unknown = [key for key in given if not compat.is_inductor_option(key)]
     if unknown:
-        Recipe(name="").override({unknown[0]: None})  # raises, with the closest name
+        _raise_unknown(unknown[0], names)
     inductor = compat.inductor_options(mode, None)
     inductor.update(compat.inductor_options(None, given))
     return ours, inductor

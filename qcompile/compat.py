@@ -48,9 +48,13 @@ def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
     return dict(torch._TorchCompileInductorWrapper(mode, dict(options) if options else None, None).config)
 
 
+def inductor_option_names() -> list[str]:
+    return list(torch._inductor.config.get_config_copy())
+
+
 def is_inductor_option(name: str) -> bool:
     """Whether Inductor's config has this entry (dashes allowed, as torch allows them)."""
-    return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+    return name.replace("-", "_") in inductor_option_names()
 
 
 def unlimited_recompiles() -> AbstractContextManager[Any]:

@@ -8,6 +8,8 @@ never learn of.
 
 from __future__ import annotations
 
+import difflib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,8 +27,13 @@ class UnmatchedRuleError(ValueError):
 
 
 def unmatched_message(rules: list[str], layers: list[str]) -> str:
-    known = ", ".join(sorted(set(layers))[:12]) or "none"
-    return f"{', '.join(rules)} matched no GEMM of the model; its layers: {known}"
+    names = sorted(set(layers))
+    known = ", ".join(names[:12]) or "none"
+    parts = sorted({part for name in names for part in (name, *name.split("."))})
+    patterns = [pattern for rule in rules for pattern in re.findall(r"'([^']+)'", rule)[:1]]
+    close = [match for p in patterns if (match := next(iter(difflib.get_close_matches(p, parts, 1)), ""))]
+    hint = f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+    return f"{', '.join(rules)} matched no GEMM of the model{hint}; its layers: {known}"
 
 
 class Session:

@@ -140,8 +140,11 @@ class Estimator:
             msg = f"unknown estimator {text!r}; known: {', '.join(ESTIMATORS)}"
             raise ValueError(msg)
         values = dict(ESTIMATORS[match[1]].parameters)
-        for part in filter(None, (match[2] or "").split(",")):
-            key, _, value = part.partition("=")
+        parts = [part.partition("=") for part in filter(None, (match[2] or "").split(","))]
+        if len({key for key, _, _ in parts}) < len(parts):
+            msg = f"estimator {text!r}: a parameter is given twice"
+            raise ValueError(msg)
+        for key, _, value in parts:
             if key not in values:
                 known = ", ".join(values) or "none"
                 msg = f"estimator {match[1]!r} has no parameter {key!r}; its parameters: {known}"

@@ -174,5 +174,6 @@ def get_format(name: str) -> Format:
     try:
         return FORMATS[name]
     except KeyError:
-        msg = f"unknown format {name!r}; known formats: {', '.join(FORMATS)}"
+        hint = f"did you mean {name.lower()!r}? " if isinstance(name, str) and name.lower() in FORMATS else ""
+        msg = f"unknown format {name!r}; {hint}known formats: {', '.join(FORMATS)}"
         raise ValueError(msg) from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -71,11 +72,16 @@ class OutlierClamp:
         if match is None:
             msg = f"outlier clamp {text!r} is not 'occ(alpha=0.99,per=row,compensate=1)'"
             raise ValueError(msg)
-        values = dict(
-            part.split("=", 1) if "=" in part else (part, "") for part in filter(None, (match[1] or "").split(","))
-        )
+        parts = [part.partition("=") for part in filter(None, (match[1] or "").split(","))]
+        values = {key: value for key, _, value in parts}
         _reject_unknown("occ", values, ("alpha", "per", "compensate", "residual"))
         try:
+            if len(values) < len(parts):
+                msg = "a parameter is given twice"
+                raise ValueError(msg)
+            if not _is_number(values.get("alpha", "0.99")):
+                msg = f"alpha={values['alpha']!r} is not a number"
+                raise ValueError(msg)
             if values.get("compensate", "1") not in ("0", "1"):
                 msg = f"compensate must be 0 or 1, got {values['compensate']!r}"
                 raise ValueError(msg)
@@ -239,21 +245,23 @@ class Rule:
     gradient: Any = None
 
     def __post_init__(self) -> None:
-        expected = {
-            "name": str,
-            "op": str,
-            "min_size": int,
-            "max_size": (int, type(None)),
-            "quantize": (bool, type(None)),
-        }
-        for key, kinds in expected.items():
-            if not isinstance(getattr(self, key), kinds):  # type: ignore[arg-type]
-                msg = f"rule {self.name!r}: {key}={getattr(self, key)!r} has the wrong type"
+        for key, (accepted, test) in _ACCEPTED_IN_RULES.items():
+            if not test(getattr(self, key)):
+                msg = f"rule {self.name!r}: {key}={getattr(self, key)!r} is not {accepted}"
                 raise ValueError(msg)
+        if self.max_size is not None and self.max_size < self.min_size:
+            msg = f"rule {self.name!r}: max_size={self.max_size} below min_size={self.min_size} matches nothing"
+            raise ValueError(msg)
         for role in self.roles:
             if role not in ("dgrad", "wgrad"):
                 msg = f"rule {self.name!r}: role {role!r} is not 'dgrad' or 'wgrad'"
                 raise ValueError(msg)
+        for key in ("activation", "weight", "gradient"):
+            try:
+                _check_override(getattr(self, key), key)
+            except ValueError as error:
+                msg = f"rule {self.name!r}: {error}"
+                raise ValueError(msg) from None
 
     def matches(self, name: str, op: str, size: int | None) -> bool:
         """Whether a site with this layer name, op kind and weight size (``None`` if unknown) falls under the rule."""
@@ -273,9 +281,24 @@ class Rule:
         _reject_unknown("rule", data, [f.name for f in fields(Rule)])
         values = dict(data)
         if "roles" in values:
-            roles = (values["roles"],) if isinstance(values["roles"], str) else values["roles"]
-            values["roles"] = _strings("rules: roles", roles)
+            roles = values["roles"]
+            values["roles"] = (roles,) if isinstance(roles, str) else tuple(roles) if isinstance(roles, list) else roles
         return Rule(**values)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+#: Field of a rule → what it takes, and the test. Operands are checked by :func:`_check_override`.
+_ACCEPTED_IN_RULES: dict[str, tuple[str, Any]] = {
+    "name": ("a pattern for layer names", lambda v: isinstance(v, str) and v != ""),
+    "op": ("an op kind as the report names it", lambda v: isinstance(v, str) and v != ""),
+    "min_size": ("an integer ≥ 0", _is_size),
+    "max_size": ("an integer ≥ 0 or None", lambda v: v is None or _is_size(v)),
+    "quantize": ("True, False or None", lambda v: v is None or isinstance(v, bool)),
+    "roles": ("a tuple with 'dgrad', 'wgrad' or both", lambda v: isinstance(v, tuple) and len(v) > 0),
+}
 
 
 def matches_name(name: str, pattern: str) -> bool:
@@ -356,7 +379,11 @@ class Recipe:
                 if not isinstance(value, (list, tuple)):
                     msg = f"option 'rules' takes a list of dictionaries, got {value!r}"
                     raise ValueError(msg)
-                changes[key] = tuple(Rule.from_data(rule) for rule in value)
+                try:
+                    changes[key] = tuple(Rule.from_data(rule) for rule in value)
+                except ValueError as error:
+                    msg = f"option 'rules': {error}"
+                    raise ValueError(msg) from None
             elif key == "disable_passes":
                 changes[key] = _strings(key, value)
             else:
@@ -393,18 +420,36 @@ def override_operand(base: Operand | None, value: Any, name: str) -> Operand | N
     return operand
 
 
+def _check_override(value: Any, name: str) -> None:
+    """Refuse what :func:`override_operand` would refuse whatever operand it starts from."""
+    if not isinstance(value, Mapping):
+        override_operand(None, value, name)
+        return
+    anything = Operand(Quantizer(get_format("e2m1"), Granularity("block", 16)))
+    for key, part in value.items():
+        override_operand(anything, {key: part}, name)
+
+
 def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:
     if isinstance(value, Operand):
         return value
     if isinstance(value, str):
-        text = GRADIENT_ALIASES.get(value, value) if name == "gradient" else value
-        return None if text is None else Operand.parse(text)
+        if name != "gradient":
+            return Operand.parse(value)
+        if value in GRADIENT_ALIASES:
+            alias = GRADIENT_ALIASES[value]
+            return None if alias is None else Operand.parse(alias)
+        try:
+            return Operand.parse(value)
+        except ValueError as error:
+            msg = f"{error}; or {', '.join(GRADIENT_ALIASES)} for short"
+            raise ValueError(msg) from None
     if isinstance(value, Mapping):
         if base is None:
             msg = "there is nothing to change in part; give the whole operand as text"
             raise ValueError(msg)
         return base.override(value)
-    msg = f"takes text, a dictionary or None, got {type(value).__name__} {value!r}"
+    msg = f"takes text, a dictionary or None, got {type(value).__name__} {reprlib.repr(value)}"
     raise ValueError(msg)
 
 
@@ -427,10 +472,18 @@ def _checked(key: str, value: Any) -> Any:
 def _strings(key: str, value: Any) -> tuple[str, ...]:
     names = () if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     listed = isinstance(value, Iterable) and not isinstance(value, str)
-    if not listed or not all(isinstance(name, str) for name in names):
+    if not listed or not all(isinstance(name, str) and name for name in names):
         msg = f"option {key!r} takes a list of names, got {value!r}"
         raise ValueError(msg)
     return names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _reject_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
