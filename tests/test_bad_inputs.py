@@ -53,7 +53,7 @@ def rule(**fields: Any) -> dict[str, Any]:
 
 
 FORMATS = r"known formats: e2m1, e1m2, e3m0, .*int8z$"
-OPTIONS = r"Known: activation, weight, gradient, backward, .*, and Inductor's$"
+OPTIONS = r"Known: bits, activation, weight, gradient, backward, .*, and Inductor's$"
 QUANTIZER = r"is not '<format> \[<granularity> \[<scale rule> \[<rounding>\]\]\]'$"
 
 #: What the user does → options, and a regular expression for the whole line.
@@ -78,14 +78,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "unknown granularity": ({"weight": "e2m1 column"}, r"option 'weight': unknown granularity 'column'; use tensor, row, block<n> or tile<n>, for example block16"),
     "blocks of nothing": ({"weight": "e2m1 block0"}, r"option 'weight': unknown granularity 'block0'; use tensor, row, block<n>.*"),
     "blocks without a size": ({"weight": {"granularity": "block"}}, r"option 'weight': unknown granularity 'block'; use tensor, row, block<n>.*"),
-    "unknown scale rule": ({"weight": "e2m1 row maxabs"}, r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, e4m3"),
+    "unknown scale rule": ({"weight": "e2m1 row maxabs"}, r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, rms, e4m3"),
     "unknown rounding": ({"weight": {"rounding": "nearest"}}, r"option 'weight': unknown rounding 'nearest'; known: even, up, stochastic"),
     "unknown estimator": ({"weight": "e2m1; stee"}, r"option 'weight': unknown estimator 'stee'; known: ste, clip, trust, dge"),
     "unknown parameter of an estimator": ({"weight": "e2m1; dge(kk=3)"}, r"option 'weight': estimator 'dge' has no parameter 'kk'; its parameters: k, cap"),
     "estimator's parameter is a word": ({"weight": "e2m1; dge(k=five)"}, r"option 'weight': estimator 'dge': k='five' is not a number"),
     "estimator's parameter is negative": ({"weight": "e2m1; dge(k=-1)"}, r"option 'weight': estimator 'dge': k must be positive and finite, got -1"),
     "estimator's parameter twice": ({"weight": "e2m1; dge(k=3,k=4)"}, r"option 'weight': estimator 'dge\(k=3,k=4\)': a parameter is given twice"),
-    "two estimators": ({"weight": "e2m1; ste; clip"}, r"option 'weight': operand 'e2m1; ste; clip' names more than one estimator or outlier clamp"),
+    "two estimators": ({"weight": "e2m1; ste; clip"}, r"option 'weight': operand 'e2m1; ste; clip' names more than one estimator, outlier clamp, rotation or sparsity"),
     "misspelt field": ({"weight": {"fromat": "e1m2"}}, r"option 'weight': unknown operand 'fromat'; did you mean 'format'\? Known: format, .*"),
     "number for an operand": ({"weight": 4}, r"option 'weight': takes text, a dictionary or None, got int 4"),
     "dtype for an operand": ({"activation": torch.float16}, r"option 'activation': takes text, a dictionary or None, got dtype torch\.float16"),
@@ -107,7 +107,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "two-level scales of rows": ({"weight": "e2m1 row e4m3"}, r"option 'weight': scale rule e4m3 needs blocks, for example block16; got row"),
     "stochastic rounding without a zero": ({"weight": "int4 row absmax stochastic"}, r"option 'weight': stochastic rounding on int4: .*"),
     "ties up on a float grid": ({"gradient": "e4m3 row absmax up"}, r"option 'gradient': e4m3 rounds to even or stochastically; .*"),
-    "estimator for a gradient": ({"gradient": "e5m2; clip"}, r"option 'gradient': e5m2 row absmax even; clip: a gradient takes a quantizer only, no estimator and no outlier clamp"),
+    "estimator for a gradient": ({"gradient": "e5m2; clip"}, r"option 'gradient': e5m2 row absmax even; clip: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"),
     "part of a gradient there is none of": ({"gradient": {"format": "e4m3"}}, r"option 'gradient': there is nothing to change in part; give the whole operand as text"),
     "unknown gradient": ({"gradient": "fp9"}, r"option 'gradient': unknown format 'fp9'; known formats: .*; or bf16, fp8 for short"),
     "gradient that tensor cores cannot read": ({"backward": "fp8", "gradient": "e4m3 block16"}, r"layer 'up': option 'backward' needs a gradient exact in 8-bit floating point, .* for example 'e4m3 row'; got 'e4m3 block16 absmax even'"),

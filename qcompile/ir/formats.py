@@ -174,6 +174,7 @@ def get_format(name: str) -> Format:
     try:
         return FORMATS[name]
     except KeyError:
+        known = [fmt.name for fmt in _ALL if not fmt.pruned]  # sparsity finds those by itself
         hint = f"did you mean {name.lower()!r}? " if isinstance(name, str) and name.lower() in FORMATS else ""
-        msg = f"unknown format {name!r}; {hint}known formats: {', '.join(FORMATS)}"
+        msg = f"unknown format {name!r}; {hint}known formats: {', '.join(known)}"
         raise ValueError(msg) from None
