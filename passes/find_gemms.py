@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -359,7 +359,7 @@ def _recognize(node: Node) -> Site | None:
         return Site(node, op, obstacle=str(reason))
 
 
-def _lookup(table: dict[Any, Any], target: Any) -> bool:
+def _lookup(table: Container[Any], target: Any) -> bool:
     try:
         return target in table
     except TypeError:  # unhashable targets are nobody's GEMM
@@ -460,10 +460,10 @@ def origin(node: Any, reader: Node) -> Any:
     """
     written = False
     while isinstance(node, Node):
-        written = written or is_written(node, reader)
+        written = written or _is_written(node, reader)
         if not node.args or not (_writes_first_argument(node) or _is_transparent(node)):
             break
-        if written and _name(node) in _COPIES:
+        if written and _target_name(node) in _COPIES:
             break
         node = node.args[0]
     return None if written and not compat.is_parameter(_value(node)) else node
@@ -475,25 +475,25 @@ def _is_transparent(node: Node) -> bool:
     return attribute or method or (node.op == "call_function" and _lookup(_TRANSPARENT_FUNCTIONS, node.target))
 
 
-def _name(node: Node) -> str:
+def _target_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
 def _writes_first_argument(node: Node) -> bool:
     """Whether a call changes its first argument in place (and returns it, if anything)."""
-    name = _name(node)
+    name = _target_name(node)
     if node.op not in ("call_function", "call_method") or not node.args:
         return False
     return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS
 
 
-def is_written(node: Node, before: Node) -> bool:
+def _is_written(node: Node, before: Node) -> bool:
     """Whether anything is written into ``node``, or into a view of it, before ``before`` reads it."""
     for user in node.users:
         if user < before and user.args and user.args[0] is node:
             if _writes_first_argument(user) or user.kwargs.get("inplace"):
                 return True
-            if _is_transparent(user) and _name(user) != "clone" and is_written(user, before):
+            if _is_transparent(user) and _target_name(user) != "clone" and _is_written(user, before):
                 return True
     return False
 

@@ -6,7 +6,7 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 * a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch) or rotated, is never
   saved but decoded again;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
-  instead);
+  instead), unless the forward changes that parameter: its codes are saved then;
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
 
 ``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates
@@ -47,9 +47,10 @@ def hints(graph: Graph, context: Context) -> int:
     tags: dict[Node, Any] = {}
     decoded: set[Node] = set()
     recompute_weights = context.recipe.saved_weights == "recompute"
+    overwritten = _from_overwritten_inputs(graph)
     for node in graph.nodes:
-        weight = operand_kind(node) == "weight" and recompute_weights
-        if is_call(node, ops.quantize.default) and operand_kind(node) == "weight":
+        weight = operand_kind(node) == "weight" and recompute_weights and node not in overwritten
+        if is_call(node, ops.quantize.default) and operand_kind(node) == "weight" and node not in overwritten:
             tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))
         if is_call(node, *_DECODERS) or (_keeps_size(node) and node.args[0] in decoded):
             decoded.add(node)
@@ -72,6 +73,16 @@ def hints(graph: Graph, context: Context) -> int:
 def _keeps_size(node: Node) -> bool:
     """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
     return is_relayout(node) or is_call(node, ops.hadamard.default)
+
+
+def _from_overwritten_inputs(graph: Graph) -> set[Node]:
+    """Nodes computed from an input that the graph writes to: the backward would compute them from the new value."""
+    writes = [node for node in graph.nodes if is_call(node, aten.copy_.default) and node.args[0].op == "placeholder"]
+    found = {node.args[0] for node in writes}
+    for node in graph.nodes if found else ():
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _casts(source: Any) -> list[Node]:

@@ -60,57 +60,171 @@ QUANTIZER = r"is not '<format> \[<granularity> \[<scale rule> \[<rounding>\]\]\]
 BAD: dict[str, tuple[Any, str]] = {
     # names of options
     "misspelt option": ({"activatoin": "e2m1"}, rf"unknown option 'activatoin'; did you mean 'activation'\? {OPTIONS}"),
-    "misspelt option of Inductor's": ({"max_autotun": True}, r"unknown option 'max_autotun'; did you mean 'max_autotune'\? Known: .*"),
-    "dashes in an option": ({"saved-weights": "codes"}, r"unknown option 'saved-weights'; did you mean 'saved_weights'\? Known: .*"),
+    "misspelt option of Inductor's": (
+        {"max_autotun": True},
+        r"unknown option 'max_autotun'; did you mean 'max_autotune'\? Known: .*",
+    ),
+    "dashes in an option": (
+        {"saved-weights": "codes"},
+        r"unknown option 'saved-weights'; did you mean 'saved_weights'\? Known: .*",
+    ),
     "capitals in an option": ({"Skip": ["up"]}, r"unknown option 'Skip'; did you mean 'skip'\? Known: .*"),
     "no option at all": ({"zzz": 1}, rf"unknown option 'zzz'\. {OPTIONS}"),
-    "argument of torch.compile": ({"dynamic": True}, r"unknown option 'dynamic'; it is an argument of torch\.compile: torch\.compile\(model, backend=…, dynamic=…\) Known: .*"),
+    "argument of torch.compile": (
+        {"dynamic": True},
+        r"unknown option 'dynamic'; it is an argument of torch\.compile: "
+        r"torch\.compile\(model, backend=…, dynamic=…\) Known: .*",
+    ),
     "field users may not set": ({"user_patterns": ["up"]}, r"unknown option 'user_patterns'.* Known: .*"),
     "name that is no text": ({3: True}, r"options: the name of an option is text, got 3"),
     "options as text": ("skip", r"options takes a dictionary, got 'skip'"),
     "options as pairs": ([("skip", ["up"])], r"options takes a dictionary, got \[\('skip', \['up'\]\)\]"),
-    "mistake beside an option of Inductor's": ({"max_autotune": True, "fuell": 1}, r"unknown option 'fuell'; did you mean 'fuel'\? Known: .*"),
+    "mistake beside an option of Inductor's": (
+        {"max_autotune": True, "fuell": 1},
+        r"unknown option 'fuell'; did you mean 'fuel'\? Known: .*",
+    ),
     # operands
     "unknown format": ({"weight": "e2m2"}, rf"option 'weight': unknown format 'e2m2'; {FORMATS}"),
-    "format in capitals": ({"weight": "E2M1"}, rf"option 'weight': unknown format 'E2M1'; did you mean 'e2m1'\? {FORMATS}"),
+    "format in capitals": (
+        {"weight": "E2M1"},
+        rf"option 'weight': unknown format 'E2M1'; did you mean 'e2m1'\? {FORMATS}",
+    ),
     "empty operand": ({"weight": ""}, rf"option 'weight': quantizer '' {QUANTIZER}"),
-    "too many words": ({"weight": "e2m1 row absmax even more"}, rf"option 'weight': quantizer 'e2m1 row absmax even more' {QUANTIZER}"),
-    "unknown granularity": ({"weight": "e2m1 column"}, r"option 'weight': unknown granularity 'column'; use tensor, row, block<n> or tile<n>, for example block16"),
-    "blocks of nothing": ({"weight": "e2m1 block0"}, r"option 'weight': unknown granularity 'block0'; use tensor, row, block<n>.*"),
-    "blocks without a size": ({"weight": {"granularity": "block"}}, r"option 'weight': unknown granularity 'block'; use tensor, row, block<n>.*"),
-    "unknown scale rule": ({"weight": "e2m1 row maxabs"}, r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, rms, e4m3"),
-    "unknown rounding": ({"weight": {"rounding": "nearest"}}, r"option 'weight': unknown rounding 'nearest'; known: even, up, stochastic"),
-    "unknown estimator": ({"weight": "e2m1; stee"}, r"option 'weight': unknown estimator 'stee'; known: ste, clip, trust, dge"),
-    "unknown parameter of an estimator": ({"weight": "e2m1; dge(kk=3)"}, r"option 'weight': estimator 'dge' has no parameter 'kk'; its parameters: k, cap"),
-    "estimator's parameter is a word": ({"weight": "e2m1; dge(k=five)"}, r"option 'weight': estimator 'dge': k='five' is not a number"),
-    "estimator's parameter is negative": ({"weight": "e2m1; dge(k=-1)"}, r"option 'weight': estimator 'dge': k must be positive and finite, got -1"),
-    "estimator's parameter twice": ({"weight": "e2m1; dge(k=3,k=4)"}, r"option 'weight': estimator 'dge\(k=3,k=4\)': a parameter is given twice"),
-    "two estimators": ({"weight": "e2m1; ste; clip"}, r"option 'weight': operand 'e2m1; ste; clip' names more than one estimator, outlier clamp, rotation or sparsity"),
-    "misspelt field": ({"weight": {"fromat": "e1m2"}}, r"option 'weight': unknown operand 'fromat'; did you mean 'format'\? Known: format, .*"),
+    "too many words": (
+        {"weight": "e2m1 row absmax even more"},
+        rf"option 'weight': quantizer 'e2m1 row absmax even more' {QUANTIZER}",
+    ),
+    "unknown granularity": (
+        {"weight": "e2m1 column"},
+        r"option 'weight': unknown granularity 'column'; use tensor, row, block<n> or tile<n>, for example block16",
+    ),
+    "blocks of nothing": (
+        {"weight": "e2m1 block0"},
+        r"option 'weight': unknown granularity 'block0'; use tensor, row, block<n>.*",
+    ),
+    "blocks without a size": (
+        {"weight": {"granularity": "block"}},
+        r"option 'weight': unknown granularity 'block'; use tensor, row, block<n>.*",
+    ),
+    "unknown scale rule": (
+        {"weight": "e2m1 row maxabs"},
+        r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, rms, e4m3",
+    ),
+    "unknown rounding": (
+        {"weight": {"rounding": "nearest"}},
+        r"option 'weight': unknown rounding 'nearest'; known: even, up, stochastic",
+    ),
+    "unknown estimator": (
+        {"weight": "e2m1; stee"},
+        r"option 'weight': unknown estimator 'stee'; known: ste, clip, trust, dge",
+    ),
+    "unknown parameter of an estimator": (
+        {"weight": "e2m1; dge(kk=3)"},
+        r"option 'weight': estimator 'dge' has no parameter 'kk'; its parameters: k, cap",
+    ),
+    "estimator's parameter is a word": (
+        {"weight": "e2m1; dge(k=five)"},
+        r"option 'weight': estimator 'dge': k='five' is not a number",
+    ),
+    "estimator's parameter is negative": (
+        {"weight": "e2m1; dge(k=-1)"},
+        r"option 'weight': estimator 'dge': k must be positive and finite, got -1",
+    ),
+    "estimator's parameter twice": (
+        {"weight": "e2m1; dge(k=3,k=4)"},
+        r"option 'weight': estimator 'dge\(k=3,k=4\)': a parameter is given twice",
+    ),
+    "two estimators": (
+        {"weight": "e2m1; ste; clip"},
+        r"option 'weight': operand 'e2m1; ste; clip' names more than one estimator, .*",
+    ),
+    "misspelt field": (
+        {"weight": {"fromat": "e1m2"}},
+        r"option 'weight': unknown operand 'fromat'; did you mean 'format'\? Known: format, .*",
+    ),
     "number for an operand": ({"weight": 4}, r"option 'weight': takes text, a dictionary or None, got int 4"),
-    "dtype for an operand": ({"activation": torch.float16}, r"option 'activation': takes text, a dictionary or None, got dtype torch\.float16"),
-    "recipe for an operand": ({"weight": FP4}, r"option 'weight': takes text, a dictionary or None, got Recipe .{1,60}"),
+    "dtype for an operand": (
+        {"activation": torch.float16},
+        r"option 'activation': takes text, a dictionary or None, got dtype torch\.float16",
+    ),
+    "recipe for an operand": (
+        {"weight": FP4},
+        r"option 'weight': takes text, a dictionary or None, got Recipe .{1,60}",
+    ),
     "number for a scale rule": ({"weight": {"scale": 2.0}}, r"option 'weight': scale takes text, got 2\.0"),
     # outliers
-    "unknown parameter of occ": ({"activation": "e2m1; occ(beta=1)"}, r"option 'activation': unknown occ 'beta'\. Known: alpha, per, compensate, residual"),
-    "quantile above one": ({"activation": "e2m1; occ(alpha=2)"}, r"option 'activation': .*alpha must lie in \(0\.5, 0\.999999\], got 2\.0"),
-    "quantile in words": ({"activation": "e2m1; occ(alpha=high)"}, r"option 'activation': outlier clamp 'occ\(alpha=high\)': alpha='high' is not a number"),
-    "quantile twice": ({"activation": "e2m1; occ(alpha=0.9,alpha=0.8)"}, r"option 'activation': .*: a parameter is given twice"),
-    "outliers per column": ({"activation": "e2m1; occ(per=col)"}, r"option 'activation': .*per must be 'row' or 'tensor', got 'col'"),
+    "unknown parameter of occ": (
+        {"activation": "e2m1; occ(beta=1)"},
+        r"option 'activation': unknown occ 'beta'\. Known: alpha, per, compensate, residual",
+    ),
+    "quantile above one": (
+        {"activation": "e2m1; occ(alpha=2)"},
+        r"option 'activation': .*alpha must lie in \(0\.5, 0\.999999\], got 2\.0",
+    ),
+    "quantile in words": (
+        {"activation": "e2m1; occ(alpha=high)"},
+        r"option 'activation': outlier clamp 'occ\(alpha=high\)': alpha='high' is not a number",
+    ),
+    "quantile twice": (
+        {"activation": "e2m1; occ(alpha=0.9,alpha=0.8)"},
+        r"option 'activation': .*: a parameter is given twice",
+    ),
+    "outliers per column": (
+        {"activation": "e2m1; occ(per=col)"},
+        r"option 'activation': .*per must be 'row' or 'tensor', got 'col'",
+    ),
     "True for outliers": ({"activation": {"outliers": True}}, r"option 'activation': outliers takes text, got True"),
-    "residual in a format without kernels": ({"activation": "e2m1; occ(residual=e5m2)"}, r"option 'activation': .*residual must be 'exact' or 'e4m3', got 'e5m2'"),
+    "residual in a format without kernels": (
+        {"activation": "e2m1; occ(residual=e5m2)"},
+        r"option 'activation': .*residual must be 'exact' or 'e4m3', got 'e5m2'",
+    ),
     # what does not go together
-    "dge on clamped activations": ({"activation": {"estimator": "dge"}}, r"option 'activation': occ\(\.\.\.\) clamps the input that dge takes its slope from; use ste, clip or trust"),
-    "residual as code, not compensated": ({"activation": "e2m1; occ(residual=e4m3,compensate=0)"}, r"option 'activation': .*residual=e4m3 goes with compensate=1 and per=row"),
-    "residual as code of eight bits": ({"activation": "int8; occ(residual=e4m3)"}, r"option 'activation': .*residual=e4m3 goes with a grid of up to 4 bits, .* not int8 row absmax even"),
-    "residual as code and trust": ({"activation": "e2m1; trust; occ(residual=e4m3)"}, r"option 'activation': .*goes with the estimator ste, not trust"),
-    "two-level scales of rows": ({"weight": "e2m1 row e4m3"}, r"option 'weight': scale rule e4m3 needs blocks, for example block16; got row"),
-    "stochastic rounding without a zero": ({"weight": "int4 row absmax stochastic"}, r"option 'weight': stochastic rounding on int4: .*"),
-    "ties up on a float grid": ({"gradient": "e4m3 row absmax up"}, r"option 'gradient': e4m3 rounds to even or stochastically; .*"),
-    "estimator for a gradient": ({"gradient": "e5m2; clip"}, r"option 'gradient': e5m2 row absmax even; clip: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"),
-    "part of a gradient there is none of": ({"gradient": {"format": "e4m3"}}, r"option 'gradient': there is nothing to change in part; give the whole operand as text"),
-    "unknown gradient": ({"gradient": "fp9"}, r"option 'gradient': unknown format 'fp9'; known formats: .*; or bf16, fp8 for short"),
-    "gradient that tensor cores cannot read": ({"backward": "fp8", "gradient": "e4m3 block16"}, r"layer 'up': option 'backward' needs a gradient exact in 8-bit floating point, .* for example 'e4m3 row'; got 'e4m3 block16 absmax even'"),
+    "dge on clamped activations": (
+        {"activation": {"estimator": "dge"}},
+        r"option 'activation': occ\(\.\.\.\) clamps the input that dge takes its slope from; use ste, clip or trust",
+    ),
+    "residual as code, not compensated": (
+        {"activation": "e2m1; occ(residual=e4m3,compensate=0)"},
+        r"option 'activation': .*residual=e4m3 goes with compensate=1 and per=row",
+    ),
+    "residual as code of eight bits": (
+        {"activation": "int8; occ(residual=e4m3)"},
+        r"option 'activation': .*residual=e4m3 goes with a grid of up to 4 bits, .* not int8 row absmax even",
+    ),
+    "residual as code and trust": (
+        {"activation": "e2m1; trust; occ(residual=e4m3)"},
+        r"option 'activation': .*goes with the estimator ste, not trust",
+    ),
+    "two-level scales of rows": (
+        {"weight": "e2m1 row e4m3"},
+        r"option 'weight': scale rule e4m3 needs blocks, for example block16; got row",
+    ),
+    "stochastic rounding without a zero": (
+        {"weight": "int4 row absmax stochastic"},
+        r"option 'weight': stochastic rounding on int4: .*",
+    ),
+    "ties up on a float grid": (
+        {"gradient": "e4m3 row absmax up"},
+        r"option 'gradient': e4m3 rounds to even or stochastically; .*",
+    ),
+    "estimator for a gradient": (
+        {"gradient": "e5m2; clip"},
+        r"option 'gradient': e5m2 row absmax even; clip: "
+        r"a gradient takes a quantizer only, no estimator, no outlier clamp and no transform",
+    ),
+    "part of a gradient there is none of": (
+        {"gradient": {"format": "e4m3"}},
+        r"option 'gradient': there is nothing to change in part; give the whole operand as text",
+    ),
+    "unknown gradient": (
+        {"gradient": "fp9"},
+        r"option 'gradient': unknown format 'fp9'; known formats: .*; or bf16, fp8 for short",
+    ),
+    "gradient that tensor cores cannot read": (
+        {"backward": "fp8", "gradient": "e4m3 block16"},
+        r"layer 'up': option 'backward' needs a gradient exact in 8-bit floating point, .* for example 'e4m3 row'; "
+        r"got 'e4m3 block16 absmax even'",
+    ),
     # switches
     "unknown backward": ({"backward": "fp4"}, r"option 'backward': 'fp4' is not one of bf16, dgrad_fp8, fp8"),
     "text for fuel": ({"fuel": "3"}, r"option 'fuel': '3' is not an integer ≥ 0 or None"),
@@ -119,23 +233,47 @@ BAD: dict[str, tuple[Any, str]] = {
     "save all weights": ({"saved_weights": "all"}, r"option 'saved_weights': 'all' is not one of recompute, codes"),
     "no for False": ({"enabled": "no"}, r"option 'enabled': 'no' is not True or False"),
     "one for True": ({"attention": 1}, r"option 'attention': 1 is not True or False"),
-    "unknown pass": ({"disable_passes": ["fusee"]}, r"option 'disable_passes': there is no pass 'fusee'; passes: insert, .*"),
+    "unknown pass": (
+        {"disable_passes": ["fusee"]},
+        r"option 'disable_passes': there is no pass 'fusee'; passes: insert, .*",
+    ),
     "pass not in a list": ({"disable_passes": "fuse"}, r"option 'disable_passes' takes a list of names, got 'fuse'"),
     "layer not in a list": ({"skip": "lm_head"}, r"option 'skip' takes a list of names, got 'lm_head'"),
     "empty layer name": ({"skip": [""]}, r"option 'skip' takes a list of names, got \[''\]"),
     # rules
-    "rules not in a list": ({"rules": {"name": "up"}}, r"option 'rules' takes a list of dictionaries, got \{'name': 'up'\}"),
+    "rules not in a list": (
+        {"rules": {"name": "up"}},
+        r"option 'rules' takes a list of dictionaries, got \{'name': 'up'\}",
+    ),
     "rule that is a name": ({"rules": ["up"]}, r"option 'rules': a rule is a dictionary, got 'up'"),
-    "misspelt field of a rule": ({"rules": [{"nmae": "up"}]}, r"option 'rules': unknown rule 'nmae'; did you mean 'name'\? Known: name, .*"),
-    "role of the forward": (rule(roles=["fprop"], gradient="fp8"), r"option 'rules': rule 'up': role 'fprop' is not 'dgrad' or 'wgrad'"),
+    "misspelt field of a rule": (
+        {"rules": [{"nmae": "up"}]},
+        r"option 'rules': unknown rule 'nmae'; did you mean 'name'\? Known: name, .*",
+    ),
+    "role of the forward": (
+        rule(roles=["fprop"], gradient="fp8"),
+        r"option 'rules': rule 'up': role 'fprop' is not 'dgrad' or 'wgrad'",
+    ),
     "no role": (rule(roles=[], gradient="fp8"), r"option 'rules': rule 'up': roles=\(\) is not a tuple with .*"),
     "size in words": (rule(min_size="1k"), r"option 'rules': rule 'up': min_size='1k' is not an integer ≥ 0"),
-    "sizes the wrong way round": (rule(min_size=10, max_size=5), r"option 'rules': rule 'up': max_size=5 below min_size=10 matches nothing"),
+    "sizes the wrong way round": (
+        rule(min_size=10, max_size=5),
+        r"option 'rules': rule 'up': max_size=5 below min_size=10 matches nothing",
+    ),
     "no for quantize": (rule(quantize="no"), r"option 'rules': rule 'up': quantize='no' is not True, False or None"),
-    "unknown format in a rule that matches nothing": ({"rules": [{"name": "nowhere", "weight": "e9"}]}, r"option 'rules': rule 'nowhere': option 'weight': unknown format 'e9'; .*"),
-    "misspelt field of a rule's operand": (rule(weight={"fromat": "e1m2"}), r"option 'rules': rule 'up': option 'weight': unknown operand 'fromat'; did you mean 'format'.*"),
-    "rule that does not fit the recipe": (rule(activation={"estimator": "dge"}), r"rule 'up': option 'activation': occ\(\.\.\.\) clamps the input that dge takes .*"),
-}  # fmt: skip
+    "unknown format in a rule that matches nothing": (
+        {"rules": [{"name": "nowhere", "weight": "e9"}]},
+        r"option 'rules': rule 'nowhere': option 'weight': unknown format 'e9'; .*",
+    ),
+    "misspelt field of a rule's operand": (
+        rule(weight={"fromat": "e1m2"}),
+        r"option 'rules': rule 'up': option 'weight': unknown operand 'fromat'; did you mean 'format'.*",
+    ),
+    "rule that does not fit the recipe": (
+        rule(activation={"estimator": "dge"}),
+        r"rule 'up': option 'activation': occ\(\.\.\.\) clamps the input that dge takes .*",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -49,7 +49,7 @@ def decisions(seen: list[Observations]):
     return [d for observed in seen if observed.plan for d in observed.plan.decisions]
 
 
-DOUBLE = "^torch.compile with aot_autograd does not currently support double backward$"
+DOUBLE = r"^torch\.compile with aot_autograd does not currently support double backward$"
 
 
 def test_double_backward_is_refused():
@@ -83,7 +83,7 @@ def test_a_second_backward_needs_retain_graph():
     first = model.up.weight.grad.clone()
     loss.backward()
     assert torch.equal(model.up.weight.grad, 2 * first)
-    with pytest.raises(RuntimeError, match="^Trying to backward through the graph a second time"):
+    with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph a second time"):
         loss.backward()
 
 
@@ -106,7 +106,7 @@ def test_a_transform_around_a_compiled_model_runs_it_uncompiled(name):
 @pytest.mark.parametrize("name", AROUND)
 def test_a_transform_around_a_compiled_model_is_refused_under_fullgraph(name):
     call, _ = compiled(Mlp(), fullgraph=True)
-    with pytest.raises(Unsupported, match="functorch"):
+    with pytest.raises(Unsupported, match=r"functorch"):
         AROUND[name](call)(torch.randn(5, 24))
 
 
@@ -153,5 +153,8 @@ def test_forward_mode_is_refused():
     call, _ = compiled(model)
     call(x)
     forward_ad = torch.autograd.forward_ad
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp function for custom autograd.Function"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match=r"jvp function for custom autograd\.Function"),
+    ):
         call(forward_ad.make_dual(x, x))

@@ -425,9 +425,9 @@ def _check_override(value: Any, name: str) -> None:
     if not isinstance(value, Mapping):
         override_operand(None, value, name)
         return
-    anything = Operand(Quantizer(get_format("e2m1"), Granularity("block", 16)))
     for key, part in value.items():
-        override_operand(anything, {key: part}, name)
+        granularity = Granularity("block", 16) if key == "scale" else Granularity("row")
+        override_operand(Operand(Quantizer(get_format("e2m1"), granularity)), {key: part}, name)
 
 
 def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:

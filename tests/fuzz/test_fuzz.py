@@ -9,7 +9,7 @@ from .check import EXACT, ROUNDED, Setting, check
 from .graphs import Program, programs
 
 QUICK = settings(
-    max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 
 

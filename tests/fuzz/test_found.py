@@ -1,0 +1,119 @@
+"""What fuzzing found, shrunk: each program once compiled wrongly, or left a weight in high precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .check import EXACT, ROUNDED, Outcome, Setting, _attempt, check
+from .graphs import Leaf, Program, Step
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def weight(shape: tuple[int, ...], requires_grad: bool = True) -> Leaf:
+    return Leaf("p0", "parameter", shape, F32, requires_grad)
+
+
+def buffer(shape: tuple[int, ...]) -> Leaf:
+    return Leaf("b0", "buffer", shape, F32, False)
+
+
+X, X_FIXED = (Leaf("i1", "input", (5, 8), F32, requires_grad) for requires_grad in (True, False))
+
+
+def program(leaves: tuple[Leaf, ...], *lines: str) -> Program:
+    """Lines ``v = text``; products are those with a ``@`` or a ``linear``."""
+    steps, results = [], []
+    for line in lines:
+        target, equals, text = line.partition(" = ")
+        named = equals and target.isidentifier()
+        product = "@" in line or "linear" in line
+        steps.append(Step(text, target, product) if named else Step(line))
+        results += [target] if product else []
+    return Program(leaves, tuple(steps), tuple(results), exact=True)
+
+
+#: Program → which of its products are quantized when products without a weight are not.
+FOUND: dict[str, tuple[Program, list[bool]]] = {
+    "a frozen weight that is changed in place is a weight": (
+        program((weight((7, 8), False), X), "p0 += 1", "v2 = F.linear(i1, p0)"),
+        [True],
+    ),
+    "a copy of a parameter that data is added to is an activation": (
+        program(
+            (weight((5, 8)), X, Leaf("i2", "input", (5, 8), F32, False)),
+            "h = p0.clone()",
+            "h.add_(i2)",
+            "v3 = i1 @ h.transpose(-1, -2)",
+        ),
+        [False],
+    ),
+    "a cache that is written before it is read is an activation": (
+        program(
+            (buffer((5, 8)), X, Leaf("i2", "input", (8,), F32, False)), "b0[0] = i2", "v3 = i1 @ b0.transpose(-1, -2)"
+        ),
+        [False],
+    ),
+    "so it is through a view": (
+        program(
+            (buffer((5, 8)), X, Leaf("i2", "input", (8,), F32, False)),
+            "h = b0.transpose(-1, -2)",
+            "h[:, 0].copy_(i2)",
+            "v3 = i1 @ h",
+        ),
+        [False],
+    ),
+    "a buffer that is written after it is read is a weight": (
+        program((buffer((5, 8)), X_FIXED), "v2 = F.linear(i1, b0)", "b0.mul_(2)", "v3 = F.linear(i1, b0)"),
+        [True, False],
+    ),
+    "a part of a weight is a weight": (
+        program(
+            (weight((6, 8)), X),
+            "v2 = F.linear(i1, p0.chunk(3)[1])",
+            "v3 = F.linear(i1, p0.narrow(0, 2, 4))",
+            "v4 = F.linear(i1, torch.split(p0, 4)[0])",
+            "v5 = p0.unbind(0)[2] @ i1.transpose(-1, -2)",
+        ),
+        [True, True, True, True],
+    ),
+    "one operand before and after it is changed": (
+        program(
+            (weight((7, 8), False), X_FIXED),
+            "v2 = F.linear(i1, p0)",
+            "i1[..., :1].mul_(4)",
+            "v3 = F.linear(i1, p0)",
+        ),
+        [True, True],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
+def test_found(name, as_module):
+    found, quantized = FOUND[name]
+    held = any(leaf.role == "buffer" for leaf in found.leaves)
+    outcome = check(replace(found, as_module=as_module), Setting(*EXACT[0]))
+    assert outcome.products == len(quantized)
+    # As arguments of a function, buffers are inputs like any other.
+    assert outcome.quantized == (0 if held and not as_module else sum(quantized))
+
+
+def test_gradients_read_a_weight_as_it_was_multiplied():
+    """Eager torch refuses to change what it has saved; compiled, the codes of the old value are saved."""
+    changed = program((weight((7, 8), False), X), "v2 = F.linear(i1, p0)", "p0.mul_(4)", "v3 = F.linear(i1, p0)")
+    for module in (True, False):
+        assert _attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
+
+
+def test_an_infinity_in_a_row_too_short_for_outliers():
+    """Nothing lies beyond its quantiles, so there is no residual, and no ∞ − ∞ either."""
+    leaves = (
+        Leaf("i0", "input", (5, 2), BF16, False, content="-inf"),
+        Leaf("i1", "input", (3, 2), BF16, True),
+    )
+    assert check(replace(program(leaves, "v2 = F.linear(i0, i1)"), exact=False), Setting(*ROUNDED[0])).quantized == 1
