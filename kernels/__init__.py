@@ -1,3 +1,3 @@
 """Kernels of the ``qcompile::`` ops: one folder an op, its plain-torch reference beside its providers."""
 
-from . import register  # noqa: F401
+from . import register, statistics  # noqa: F401

@@ -29,6 +29,7 @@ from qcompile.ir.quantizer import Quantizer
 from .dialect import is_call, is_relayout, operand_kind, through_views
 from .find_gemms import static_size
 from .pass_base import Context, emit
+from .watch import STATISTICS_KIND
 
 __all__ = ["Partitioner", "hints"]
 
@@ -49,6 +50,8 @@ def hints(graph: Graph, context: Context) -> int:
     recompute_weights = context.recipe.saved_weights == "recompute"
     overwritten = _from_overwritten_inputs(graph)
     for node in graph.nodes:
+        if operand_kind(node) == STATISTICS_KIND:
+            continue  # nothing of the monitor's reaches the backward
         weight = operand_kind(node) == "weight" and recompute_weights and node not in overwritten
         if is_call(node, ops.quantize.default) and operand_kind(node) == "weight" and node not in overwritten:
             tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))

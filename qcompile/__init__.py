@@ -12,6 +12,9 @@ _EXPORTS = {
     "saved_bytes": "qcompile.report",
     "Recipe": "qcompile.ir.recipe",
     "Rule": "qcompile.ir.recipe",
+    "Monitor": "qcompile.numerics",
+    "monitor": "qcompile.numerics",
+    "gradient_cosine": "qcompile.numerics",
     "RECIPES": "qcompile.recipes",
 }
 

@@ -21,9 +21,11 @@ from qcompile.kernels.choices import quantize_choices
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.passes.pass_base import Observations, log
 from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
+from qcompile.passes.watch import watch
 
 from . import compat
 from .ir.recipe import Recipe
+from .numerics import monitor
 from .recipes import RECIPES
 from .session import session_for
 
@@ -71,11 +73,14 @@ def compile_with(
             msg = f"option 'disable_passes': there is no pass {name!r}; passes: {', '.join(PASS_NAMES)}"
             raise ValueError(msg)
     patches = dict(inductor)
+    watched: list[tuple[str, str, str]] = []
     session = session_for(recipe, options)
     if not compat.in_compiled_autograd():
         context = rewrite(gm, recipe, observe)
         session.add(context.plan)
         log.info("%s", context.plan.summary(recipe.name))
+        if recipe.monitor and observe is None:
+            watched = watch(gm, context.plan)
         if context.plan.quantized:
             register_lowerings()
             patches.update(hooks(context, patches))
@@ -86,6 +91,8 @@ def compile_with(
     else:
         with quantize_choices():
             compiled = compat.compile_fx(gm, example_inputs, config_patches=patches)
+    if watched:
+        compiled = (monitor() if recipe.monitor is True else recipe.monitor).attach(watched, compiled)
     return session.watch(compiled)
 
 

@@ -377,5 +377,6 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         return packed
     width = 8 // per_byte
     shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * width
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
+    # Not `>>`, which has no symbolic shapes.
+    codes = torch.bitwise_right_shift(packed.unsqueeze(-1), shifts) & (2**width - 1)
     return codes.flatten(-2)[..., :size]

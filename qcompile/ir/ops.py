@@ -21,7 +21,7 @@ from .quantizer import Quantizer
 from .recipe import Operand, OutlierClamp
 from .transforms import Transform
 
-__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype"]
+__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized"]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -243,6 +243,11 @@ class _FakeQuantize(torch.autograd.Function):
             else:
                 grad = ops.mask_gradient(grad, mask, ctx.axis)
         return grad, None, None, None
+
+
+#: ``(x̂, scales, mask, global scale)`` of x, an operand's text, an axis and a seed: the forward alone, which autograd
+#: does not see. Mask and global scale are ``None`` where there is none.
+quantized = _FakeQuantize.forward
 
 
 def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:

@@ -331,6 +331,7 @@ class Recipe:
         fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
         disable_passes: names of passes to leave out.
         strict: unmatched rules raise instead of warning.
+        monitor: ``True``, or a :class:`qcompile.Monitor`, to gather statistics of every operand; numbers do not change.
         debug: verify the graph after every pass.
     """
 
@@ -350,6 +351,7 @@ class Recipe:
     fuel: int | None = None
     disable_passes: tuple[str, ...] = ()
     strict: bool = False
+    monitor: Any = field(default=False, repr=False, compare=False)
     debug: bool = False
     user_patterns: tuple[str, ...] = field(default=(), repr=False)
 
@@ -455,6 +457,7 @@ def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None
 
 _ACCEPTED: dict[str, tuple[str, Any]] = {
     "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
+    "monitor": ("True, False or a qcompile.Monitor", lambda v: isinstance(v, bool) or hasattr(v, "attach")),
     "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
     "saved_weights": ("one of recompute, codes", lambda v: v in ("recompute", "codes")),
     "save": ("one of exact, 8bit, 4bit", lambda v: v in ("exact", "8bit", "4bit")),

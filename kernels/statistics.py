@@ -1,0 +1,60 @@
+"""What quantizing an operand does to it, as five numbers: the op behind the numerics monitor.
+
+It decomposes into the dialect's own ops on a sample of the rows, so it fuses like anything else and costs a fraction of
+a quantization; nothing of it reaches a product or the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.ops import LIB, quantized
+from qcompile.ir.recipe import Operand
+from qcompile.kernels.quantize.reference import load_scale, spread, unpack
+
+__all__ = ["STATISTICS"]
+
+#: Names of the numbers, in order. Means over the elements of the sample: of x², of (x − x̂)²; and shares: elements
+#: beyond the last level, elements whose gradient the estimator stops, elements other than 0 that are rounded to it.
+STATISTICS = ("signal", "noise", "clipped", "masked", "underflow")
+
+#: Every n-th row is looked at where there are many, unless rows share scales.
+_STRIDE, _FEW_ROWS = 16, 1024
+
+LIB.define("operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor")
+
+
+def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
+    """Float32 ``[len(STATISTICS)]`` of x, floating point, quantized along ``axis`` as ``operand`` says."""
+    spec = Operand.parse(operand)
+    rows = x.detach().movedim(axis, -1)
+    if spec.quantizer.granularity.kind in ("row", "block") and not (spec.outliers and spec.outliers.per == "tensor"):
+        rows = rows.reshape(-1, rows.shape[-1])
+        many = not isinstance(rows.shape[0], int) or rows.shape[0] >= _FEW_ROWS
+        rows = rows[::_STRIDE] if many else rows
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return _statistics(rows, spec, seed)
+
+
+def _statistics(rows: Tensor, spec: Operand, seed: Tensor | None) -> Tensor:
+    restored, scales, mask, global_scale = quantized(rows, str(spec), -1, seed)
+    stored, fmt = spec.stored, spec.stored.format
+    rotation = spec.transform.on(int(rows.shape[-1])).rotation if spec.transform.rotation > 1 else 1
+    seen = torch.ops.qcompile.hadamard(rows, rotation, -1) if rotation > 1 else rows
+    size, wide = seen.float().abs(), rows.float()
+    scale = spread(load_scale(scales, stored, global_scale), rows.shape, stored)
+    zero = torch.zeros_like(scale).expand_as(size)
+    small = (size <= fmt.thresholds[0] * scale) & (size > 0) if fmt.has_zero else zero
+    kept = unpack(mask, 1, rows.shape[-1]) if mask is not None else 1.0 - zero
+    means = (
+        wide.square(),
+        (wide - restored.float()).square(),
+        size > fmt.max * (1 + 2.0**-22) * scale,
+        1 - kept.float(),
+        small,
+    )
+    return torch.stack([values.float().mean() for values in means])
+
+
+LIB.impl("operand_statistics", operand_statistics, "CompositeImplicitAutograd")
