@@ -238,10 +238,14 @@ NAMED_SPELLINGS: dict[str, tuple[str, Locate]] = {
 
 _ATTENTION = "attention is left in high precision (as in every published recipe)"
 _OPAQUE = "one opaque op; its products are not visible in the graph"
+_FAST_PATH = f"{_OPAQUE} (without torch.backends.mha.set_fastpath_enabled(False), which shows them)"
 #: Products that are recognized and left alone, with the reason.
 OUT_OF_SCOPE: dict[Any, tuple[str, str]] = {
     F.scaled_dot_product_attention: ("sdpa", _ATTENTION),
+    torch.ops.aten.scaled_dot_product_attention: ("sdpa", _ATTENTION),
     F.multi_head_attention_forward: ("multi_head_attention", _OPAQUE),
+    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", _FAST_PATH),
+    torch._native_multi_head_attention: ("multi_head_attention", _FAST_PATH),
     torch.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
     F.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
     torch.chain_matmul: ("chain_matmul", "the order of products is chosen at run time"),
@@ -411,12 +415,12 @@ def static_size(size: Any) -> int | None:
 
 # --- where operands come from ---------------------------------------------------------------------------------------
 
-#: Ops that keep an operand the same matrix up to layout and precision.
+#: Ops that keep an operand the same matrix up to layout and precision, or take rows or columns of it.
 _TRANSPARENT_METHODS = frozenset(
     {
         "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
         "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as",
-        "type_as", "__getitem__",
+        "type_as", "__getitem__", "chunk", "split", "narrow", "select", "unbind",
     }
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = frozenset(
@@ -424,6 +428,9 @@ _TRANSPARENT_FUNCTIONS = frozenset(
         torch.t, torch.transpose,
         torch.permute, torch.reshape, torch.flatten, torch.unflatten,
         torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
+        torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind,
+        torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default,
+        torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default,
     }
 )  # fmt: skip
 
