@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import compat
 
@@ -54,7 +53,7 @@ class _State:
     def __init__(self) -> None:
         self.restored = ExitStack()
         self.restored.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        self.autocasts: dict[Node, Any] = {}
+        self.autocasts: dict[Any, Any] = {}
 
     def follow(self, node: Node) -> None:
         if node.target is torch._C._set_grad_enabled:

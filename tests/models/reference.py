@@ -114,7 +114,7 @@ class Product:
 
 
 Rows = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
-"""A view of an operand with what shares a scale in its last axis, and the way back (given the operand, for its shape)."""
+"""An operand with what shares a scale in its last axis, and the way back, which is also given the operand."""
 
 
 def along(axis: int) -> Rows:
@@ -222,6 +222,8 @@ SPELLINGS: dict[str, Spelling] = {
     "lstm": Spelling((torch.lstm,)),
     "gru": Spelling((torch.gru,)),
 }
+#: What makes a copy of a weight that still is one.
+_CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous)
 _OP_OF = {function: op for op, spelling in SPELLINGS.items() for function in spelling.functions}
 
 
@@ -247,7 +249,12 @@ class Reference(TorchFunctionMode):
         kwargs = kwargs or {}
         op = _OP_OF.get(func)
         if op is None:
-            return self._follow_casts(args, func(*args, **kwargs))
+            result = func(*args, **kwargs)
+            if func in _CASTS and self._is_weight(args[0]):
+                self._weights.add(_storage(result))
+                self._casts.append(result)  # keeps its memory from being used again
+            # Dropout makes an activation of a weight, in training as in evaluation, where it returns the weight itself.
+            return result.clone() if func is F.dropout else result
         spelling = SPELLINGS[op]
         given = {**dict(zip(spelling.names, args, strict=False)), **kwargs}
         sides = spelling.sides(given) if spelling.sides else None
@@ -284,20 +291,6 @@ class Reference(TorchFunctionMode):
     def _is_weight(self, x: Tensor) -> bool:
         return _storage(x) in self._weights
 
-    def _follow_casts(self, args: Any, result: Any) -> Any:
-        """A cast or copy of a weight is a weight."""
-        source = args[0] if args else None
-        if (
-            isinstance(source, Tensor)
-            and isinstance(result, Tensor)
-            and self._is_weight(source)
-            and source.shape == result.shape
-            and torch.equal(source, result.to(source.dtype))
-        ):
-            self._weights.add(_storage(result))
-            self._casts.append(result)  # keeps its memory from being used again
-        return result
-
     @contextmanager
     def on(self) -> Iterator[Reference]:
         """The mode, with the names of the modules whose forward is running.
@@ -310,7 +303,7 @@ class Reference(TorchFunctionMode):
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._layers.append(name)))
             handles.append(module.register_forward_hook(self._leave_layer))
         try:
-            with mock.patch.object(F, "has_torch_function", lambda _: False), self:
+            with mock.patch.object(F, "has_torch_function", return_value=False), self:
                 yield self
         finally:
             for handle in handles:
@@ -342,6 +335,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
         lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
     ),
 }
+#: Ops of the package whose result is an operand as the product reads it.
+_DECODERS = ("qcompile::dequantize", "qcompile::restore_outliers")
 #: Ops that copy what they are given.
 _COPIES = (aten.clone, aten._to_copy, aten.copy_, aten.copy, aten.constant_pad_nd, aten.cat)
 
@@ -388,11 +383,10 @@ class Flops(TorchDispatchMode):
             flops = _FORMULAS[name](*args, **kwargs)
         elif packet in flop_counter.flop_registry:
             flops = flop_counter.flop_registry[packet](*args, **kwargs, out_val=result)
+        quantized = name in _DECODERS or any(map(self._is_quantized, leaves))
         if flops is not None:
-            self._add(packet.__name__, flops, any(map(self._is_quantized, leaves)))
-        elif func.namespace == "qcompile" and packet.__name__ in ("dequantize", "restore_outliers"):
-            self.mark(result)
-        elif packet in _COPIES and any(map(self._is_quantized, leaves)):
+            self._add(name, flops, quantized)
+        elif quantized and (name in _DECODERS or packet in _COPIES):
             self.mark(result)
         return result
 

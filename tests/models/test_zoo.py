@@ -2,36 +2,28 @@
 
 A model is compiled once, with graphs executed eagerly in place of Inductor's code generation, and trained for five
 steps. What its forward and backward then compute, and how much of it is quantized, is compared with
-:mod:`reference`, which shares no code with the package.
+:mod:`reference`, which shares no code with the package. The decisions are those that ``qcompile.explain`` prints.
 
 **Tolerance.** The products are the same ATen calls on both sides. In float64, everything around them differs by
 10⁻¹⁵, which changes no rounding to four bits; but many models compute norms, rotary angles, scans or the loss in
-float32 whatever their dtype, some hundred roundings of 2⁻²⁴ deep. A gradient may therefore miss its reference by 10⁻⁵ of
-its norm, or, where it is zero but for rounding (the bias of keys, or a bias before a norm), 2⁻²³ of the largest norm. One
-element rounded to the wrong level would be a hundred times that.
+float32 whatever their dtype, some hundred roundings of 2⁻²⁴ deep. A gradient may therefore miss its reference by 10⁻⁵
+of its norm, or, where it is zero but for rounding (the bias of keys, a bias before a norm), by 2⁻²³ of the largest
+norm. One element rounded to the wrong level would be a hundred times that.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from qcompile import compat
-from qcompile.backends import compile_with
-from qcompile.ir.recipe import Recipe
-from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import Decision
 from qcompile.recipes import RECIPES
 
-from .reference import ALPHA, REFERENCES, Count, Flops, Reference
+from .harness import Compiled, Expected, Step, expect
+from .reference import ALPHA, REFERENCES, Reference
 from .zoo import ZOO, Entry, build, loss_of
 
 pytest.importorskip("transformers")
@@ -51,92 +43,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@dataclass
-class Compiled:
-    """A backend that runs all passes, verifies the graphs after each, and counts what then runs.
-
-    Attributes:
-        graphs: what the passes saw of every graph that was compiled.
-        forward, backward: FLOPs since :meth:`restart`.
-    """
-
-    recipe: Recipe
-    graphs: list[Observations] = field(default_factory=list)
-    forward: Count = field(default_factory=Count)
-    backward: Count = field(default_factory=Count)
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        observed = Observations()
-        compiled = compile_with(
-            self.recipe, gm, example_inputs, observe=observed, inner_compile=self._eagerly, options={"debug": True}
-        )
-        self.graphs.append(observed)  # Dynamo restarts on some failures; only what compiled counts
-        return compiled
-
-    def _eagerly(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
-        run = compat.eager_inner_compile(gm, example_inputs, **kwargs)
-        backward = bool(kwargs.get("is_backward"))
-
-        def counted(args: list[Any]) -> Any:
-            with Flops() as flops:
-                result = run(args)
-            count = self.backward if backward else self.forward
-            count.total += flops.count.total
-            count.quantized += flops.count.quantized
-            return result
-
-        counted._boxed_call = True  # type: ignore[attr-defined]
-        return counted
-
-    def restart(self) -> None:
-        self.forward, self.backward = Count(), Count()
-
-    @property
-    def decisions(self) -> list[Decision]:
-        return [decision for graph in self.graphs if graph.plan for decision in graph.plan.decisions]
-
-
-@dataclass
-class Step:
-    """Loss and gradients of one step, by parameter."""
-
-    loss: torch.Tensor
-    gradients: dict[str, torch.Tensor]
-
-    @staticmethod
-    def of(
-        model: nn.Module, call: Callable[..., Any], batch: dict[str, Any], flops: AbstractContextManager[Any] | None = None
-    ) -> Step:
-        """One forward of ``call`` and one backward, the latter within ``flops``."""
-        model.zero_grad()
-        loss = loss_of(call(**batch))
-        with flops or nullcontext():
-            loss.backward()
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return Step(loss.detach(), found)
-
-
-@dataclass
-class Expected:
-    """What the eager model computes under a reference, and counts of its products."""
-
-    step: Step
-    reference: Reference
-    forward: Flops
-    backward: Flops
-
-
-def expect(model: nn.Module, batch: dict[str, Any], reference: Reference) -> Expected:
-    forward = Flops(reference)
-    backward = Flops(marks=forward.marks)
-
-    def call(**inputs: Any) -> Any:
-        with reference.on(), forward:
-            return model(**inputs)
-
-    return Expected(Step.of(model, call, batch, backward), reference, forward, backward)
 
 
 def assert_same(actual: Step, expected: Step) -> None:

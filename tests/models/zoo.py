@@ -1,8 +1,8 @@
 """The model zoo: architectures of others with tiny random configurations, as data.
 
 One row a model in :data:`ZOO`: how to build it, what it is fed, and where it departs from the rule (one graph, every
-product in the report). Lengths are odd where an architecture allows it. :mod:`tests.models.test_zoo` says what must hold for
-each; ``benchmarks/zoo.py`` measures each.
+product in the report). Lengths are odd where an architecture allows it. ``test_zoo.py`` says what must hold for each;
+``benchmarks/zoo.py`` measures each.
 
 A model of transformers is its class, its configuration class and a configuration; nothing is downloaded. Dropout of
 every kind is set to zero, so that two runs of one model can be compared; the models are in training mode.
@@ -34,6 +34,7 @@ class Entry:
         dtype: float64 where possible: what a model and its reference compute then differs by less than decides how a
             value is rounded to four bits. Torch's grouped product takes nothing wider than float32.
         breaks: why plain ``backend="aot_eager"`` breaks the graph; empty if ``fullgraph=True`` must hold.
+        first_call: what a model does in its first call that Dynamo cannot trace; it is then called once beforehand.
         dynamo: settings of Dynamo without which plain ``aot_eager`` compiles nothing of the model.
     """
 
@@ -41,6 +42,7 @@ class Entry:
     inputs: Callable[[torch.Generator], Inputs]
     dtype: torch.dtype = torch.float64
     breaks: str = ""
+    first_call: str = ""
     dynamo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,8 +57,12 @@ def build(entry: Entry, dtype: torch.dtype | None = None) -> tuple[nn.Module, Ca
 
     def inputs(seed: int) -> Inputs:
         batch = entry.inputs(torch.Generator().manual_seed(seed))
-        return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in batch.items()}
+        return {
+            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in batch.items()
+        }
 
+    if entry.first_call:
+        model(**inputs(0))
     return model, inputs
 
 
@@ -195,7 +201,8 @@ def masked(model: str, **sizes: Any) -> Entry:
 
 
 def vision(model: str, size: int, **sizes: Any) -> Entry:
-    return Entry(of_transformers(f"{model}ForImageClassification", model, num_labels=3, **sizes), images(size))
+    sizes = {"num_labels": 3, "problem_type": "single_label_classification", **sizes}  # else set by the first call
+    return Entry(of_transformers(f"{model}ForImageClassification", model, **sizes), images(size))
 
 
 GPT = {"n_embd": 40, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 32, **TOKENS}
@@ -437,11 +444,11 @@ ZOO: dict[str, Entry] = {
     ),
     "vit": vision("ViT", 20, **VISION),
     "dinov2": vision("Dinov2", 20, **VISION),
-    "swin": vision("Swin", 16, image_size=16, patch_size=2, embed_dim=12, depths=[1, 1], num_heads=[2, 4], window_size=4),
+    "swin": vision(
+        "Swin", 16, image_size=16, patch_size=2, embed_dim=12, depths=[1, 1], num_heads=[2, 4], window_size=4
+    ),
     "clip": Entry(
-        of_transformers(
-            "CLIPModel", "CLIP", text_config=BERT_LIKE, vision_config=VISION, projection_dim=18
-        ),
+        of_transformers("CLIPModel", "CLIP", text_config=BERT_LIKE, vision_config=VISION, projection_dim=18),
         image_and_text,
     ),
     "resnet": vision("ResNet", 32, embedding_size=10, hidden_sizes=[12, 20], depths=[1, 1], layer_type="basic"),
@@ -462,6 +469,7 @@ ZOO: dict[str, Entry] = {
             num_labels=3,
         ),
         segmentation,
+        first_call="transformers takes a lock to install the hooks that collect hidden states",
     ),
     "transformer_encoder": Entry(TransformerEncoder, vectors(BATCH, LENGTH, 40)),
     "transformer": Entry(
