@@ -1,11 +1,11 @@
 """Every model of the test zoo through real Inductor: what is quantized, and what that costs in compile time.
 
-One row a model, written as soon as it is known; rows that the file has already are kept, so that an interrupted run can
-be continued. Sites and the share of the products' operations that run quantized are counted while the graphs execute
-eagerly (``tests/models``). Compile time is that of the first forward and backward less a later one, in a process of its
-own with an empty cache; which of the two backends goes first alternates. Processor seconds, compilers included, are
-what is compared: they hold on a machine that is shared, where the clock does not. Sizes are tiny, so that this is the
-fixed cost of a graph.
+One row a model, written as soon as it is known: first what is counted, of all models, then the times. What the file has
+already is kept, so that an interrupted run can be continued. Sites and the share of the products' operations that run
+quantized are counted while the graphs execute eagerly (``tests/models``). Compile time is that of the first forward and
+backward less a later one, in a process of its own with an empty cache; which of the two backends goes first alternates.
+Processor seconds, compilers included, are what is compared: they hold on a machine that is shared, where the clock does
+not. Sizes are tiny, so that this is the fixed cost of a graph.
 
     python benchmarks/zoo.py --out benchmarks/zoo_cpu.csv [--minutes 20] [model …]
 """
@@ -45,19 +45,26 @@ BACKENDS = ("inductor", "qcompile_fp4")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model: GEMM sites, share of the eager model's operations of products that run quantized, cold compile time.
+class Counted:
+    """GEMM sites, and the share of the eager model's operations of products that run quantized.
 
-    ``graph_breaks``: sub-graphs beyond the first. Times are processor seconds, ``…_wall`` seconds of the clock with one
-    compiler at a time. ``load``: the machine's load average when the row was written.
+    ``graph_breaks``: sub-graphs beyond the first.
     """
 
-    model: str
     sites: int
     quantized_sites: int
     forward_coverage: float
     backward_coverage: float
     graph_breaks: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Cold compile time in processor seconds, and by the clock (``…_wall``) with one compiler at a time.
+
+    ``load``: the machine's load average at the end.
+    """
+
     inductor_seconds: float
     qcompile_seconds: float
     ratio: float
@@ -69,8 +76,11 @@ class Row:
     transformers: str
 
 
-def coverage(name: str) -> dict[str, Any]:
-    """The columns that are counted, for the recipe as users get it."""
+COLUMNS = ("model", *(field.name for columns in (Counted, Timed) for field in fields(columns)))
+
+
+def count(name: str) -> Counted:
+    """For the recipe as users get it."""
     entry = ZOO[name]
     model, inputs = build(entry)
     eager = expect(model, inputs(0), Reference(model, None))
@@ -78,13 +88,13 @@ def coverage(name: str) -> dict[str, Any]:
     with torch._dynamo.config.patch(**entry.dynamo):
         Step.of(model, torch.compile(model, backend=compiled), inputs(0))
     decisions = compiled.decisions
-    return {
-        "sites": len(decisions),
-        "quantized_sites": sum(decision.quantized for decision in decisions),
-        "forward_coverage": compiled.forward.quantized / eager.forward.count.total,
-        "backward_coverage": compiled.backward.quantized / eager.backward.count.total,
-        "graph_breaks": len(compiled.graphs) - 1,
-    }
+    return Counted(
+        sites=len(decisions),
+        quantized_sites=sum(decision.quantized for decision in decisions),
+        forward_coverage=compiled.forward.quantized / eager.forward.count.total,
+        backward_coverage=compiled.backward.quantized / eager.backward.count.total,
+        graph_breaks=len(compiled.graphs) - 1,
+    )
 
 
 @dataclass(frozen=True)
@@ -145,14 +155,11 @@ def in_own_process(work: Callable[[], Any]) -> Any:
     return result
 
 
-def measure(name: str, turn: int) -> Row:
-    counted = in_own_process(partial(coverage, name))
+def measure(name: str, turn: int) -> Timed:
     order = BACKENDS if turn % 2 == 0 else BACKENDS[::-1]
     seconds = {backend: in_own_process(partial(compile_seconds, name, backend)) for backend in order}
     inductor, ours = (seconds[backend] for backend in BACKENDS)
-    return Row(
-        model=name,
-        **counted,
+    return Timed(
         inductor_seconds=inductor.processor,
         qcompile_seconds=ours.processor,
         ratio=ours.processor / inductor.processor,
@@ -165,19 +172,41 @@ def measure(name: str, turn: int) -> Row:
     )
 
 
-def read(path: Path) -> list[dict[str, str]]:
+Table = dict[str, dict[str, str]]
+"""Rows of the file by model."""
+
+
+def read(path: Path) -> Table:
     if not path.exists():
-        return []
+        return {}
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return {row["model"]: row for row in csv.DictReader(file)}
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, table: Table) -> None:
     """In the order of the zoo."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: list(ZOO).index(row["model"])))
+        writer.writerows(table[name] for name in ZOO if name in table)
+
+
+def fill(path: Path, names: list[str], column: str, work: Callable[[str, int], Any], end: float) -> None:
+    """``work`` for every model that has nothing in ``column`` yet, until the clock passes ``end``."""
+    table = read(path)
+    pending = [name for name in names if not table.get(name, {}).get(column)]
+    for turn, name in enumerate(pending):
+        if time.monotonic() > end:
+            break
+        try:
+            found = asdict(work(name, turn))
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in found.items()}
+        table[name] = {"model": name, **table.get(name, {}), **texts}
+        write(path, table)
+        print(name, *texts.values(), flush=True)
 
 
 def main() -> None:
@@ -186,26 +215,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "zoo_cpu.csv")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further model after this long")
     arguments = parser.parse_args()
-    if unknown := set(arguments.models) - set(ZOO):
+    names = arguments.models or list(ZOO)
+    if unknown := set(names) - set(ZOO):
         parser.error(f"no such models: {', '.join(sorted(unknown))}; known: {', '.join(ZOO)}")
-    rows = read(arguments.out)
-    known = {row["model"] for row in rows}
     end = time.monotonic() + 60 * arguments.minutes
-    pending = [name for name in arguments.models or ZOO if name not in known]
-    for turn, name in enumerate(pending):
-        if time.monotonic() > end:
-            break
-        try:
-            row = measure(name, turn)
-        except RuntimeError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
-        rows.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(row).items()})
-        write(arguments.out, rows)
-        print(", ".join(rows[-1].values()), flush=True)
-    if rows:
-        ratios = [float(row["ratio"]) for row in rows]
-        print(f"{len(rows)} models; median of compile time over Inductor's: {median(ratios):.3f}")
+    fill(arguments.out, names, "sites", lambda name, _: in_own_process(partial(count, name)), end)
+    fill(arguments.out, names, "ratio", measure, end)
+    ratios = [float(row["ratio"]) for row in read(arguments.out).values() if row["ratio"]]
+    if ratios:
+        print(f"{len(ratios)} models; median of compile time over Inductor's: {median(ratios):.3f}")
 
 
 if __name__ == "__main__":

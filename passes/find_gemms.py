@@ -494,8 +494,11 @@ def layer_name(node: Node) -> str:
 
 def _with_parameter(layer: str, parameter: str) -> str:
     """Tell apart several products of one module: ``experts`` with parameter ``experts.down_proj`` →
-    ``experts.down_proj``.
+    ``experts.down_proj``, ``attention`` with ``attention.out_proj.weight`` → ``attention.out_proj``.
     """
-    if parameter and parameter.startswith(f"{layer}." if layer else "") and not parameter.endswith(".weight"):
-        return parameter.removesuffix(".weight") if parameter != "weight" else layer
-    return layer or parameter.removesuffix(".weight")
+    prefix = f"{layer}." if layer else ""
+    if parameter == f"{prefix}weight":
+        return layer
+    if parameter.startswith(prefix):
+        return parameter.removesuffix(".weight") or layer
+    return layer
