@@ -154,6 +154,7 @@ LATENT_ATTENTION = {
     "v_head_dim": 10,
     "head_dim": 4,
     "n_routed_experts": 4,
+    "num_local_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "n_group": 2,
