@@ -248,10 +248,14 @@ NAMED_SPELLINGS: dict[str, tuple[str, Locate]] = {
 
 _ATTENTION = "attention is left in high precision (as in every published recipe)"
 _OPAQUE = "one opaque op; its products are not visible in the graph"
+_FAST_PATH = f"{_OPAQUE} (without torch.backends.mha.set_fastpath_enabled(False), which shows them)"
 #: Products that are recognized and left alone, with the reason.
 OUT_OF_SCOPE: dict[Any, tuple[str, str]] = {
     F.scaled_dot_product_attention: ("sdpa", _ATTENTION),
+    torch.ops.aten.scaled_dot_product_attention: ("sdpa", _ATTENTION),
     F.multi_head_attention_forward: ("multi_head_attention", _OPAQUE),
+    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", _FAST_PATH),
+    torch._native_multi_head_attention: ("multi_head_attention", _FAST_PATH),
     torch.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
     F.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
     torch.chain_matmul: ("chain_matmul", "the order of products is chosen at run time"),
@@ -430,7 +434,7 @@ IN_PLACE_OPERATORS = frozenset(
      "irshift", "setitem"}
 )  # fmt: skip
 
-#: Ops that keep an operand the same matrix up to layout and precision.
+#: Ops that keep an operand the same matrix up to layout and precision, or take rows or columns of it.
 _TRANSPARENT_METHODS = frozenset(
     {
         "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
@@ -444,6 +448,8 @@ _TRANSPARENT_FUNCTIONS = frozenset(
         torch.permute, torch.reshape, torch.flatten, torch.unflatten,
         torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
         torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.diagonal,
+        torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default,
+        torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default,
     }
 )  # fmt: skip
 
@@ -545,8 +551,11 @@ def layer_name(node: Node) -> str:
 
 def _with_parameter(layer: str, parameter: str) -> str:
     """Tell apart several products of one module: ``experts`` with parameter ``experts.down_proj`` →
-    ``experts.down_proj``.
+    ``experts.down_proj``, ``attention`` with ``attention.out_proj.weight`` → ``attention.out_proj``.
     """
-    if parameter and parameter.startswith(f"{layer}." if layer else "") and not parameter.endswith(".weight"):
-        return parameter.removesuffix(".weight") if parameter != "weight" else layer
-    return layer or parameter.removesuffix(".weight")
+    prefix = f"{layer}." if layer else ""
+    if parameter == f"{prefix}weight":
+        return layer
+    if parameter.startswith(prefix):
+        return parameter.removesuffix(".weight") or layer
+    return layer

@@ -3,7 +3,8 @@
 ============== ================================================= ======================= =============================
 stage          graph                                             pass                    changes numbers?
 ============== ================================================= ======================= =============================
-dynamo         Dynamo FX graph, one a sub-graph                  find_gemms → plan       no
+dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
+dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
 joint          forward and backward in ATen, before partitioning cancel_rotations        no
 joint                                                            quantize_gradients      **yes, if gradient= is set**
@@ -31,6 +32,7 @@ from qcompile.ir.recipe import Recipe
 
 from .audit import audit
 from .cancel_rotations import cancel_rotations
+from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
@@ -55,11 +57,13 @@ JOINT = (
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
-PASS_NAMES = ("insert", *(p.name for p in (*JOINT, *POST_GRAD)))
+PASS_NAMES = ("expand", "insert", *(p.name for p in (*JOINT, *POST_GRAD)))
 
 
 def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None) -> Context:
-    """Stage one: find, plan and insert on a Dynamo graph, in place."""
+    """Stage one: expand, find, plan and insert on a Dynamo graph, in place."""
+    if recipe.enabled and "expand" not in recipe.disable_passes:
+        expand(gm)
     plan = make_plan(find_gemms(gm), recipe)
     context = Context(recipe, plan, observe)
     if observe is not None:

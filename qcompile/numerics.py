@@ -59,9 +59,14 @@ class Monitor:
         self._steps = 0
 
     def attach(self, rows: list[tuple[str, str, str]], compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """``compiled``, whose last result is the table of ``rows``, without that result; for the backend to call."""
-        graph = _Graph(rows, history=[None] * self._steps)
-        self._graphs.append(graph)
+        """``compiled``, whose last result is the table of ``rows``, without that result; for the backend to call.
+
+        A graph of the same operands as one before is that one compiled again, for other shapes.
+        """
+        graph = next((known for known in self._graphs if known.rows == rows), None)
+        if graph is None:
+            graph = _Graph(rows, history=[None] * self._steps)
+            self._graphs.append(graph)
 
         def run(*args: Any) -> Any:
             *results, statistics = compiled(*args)

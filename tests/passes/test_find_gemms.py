@@ -492,7 +492,7 @@ def test_multi_head_attention_is_named_in_the_plan() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x, need_weights=False)[0]
 
-    result = compile_and_run(Opaque(), torch.randn(2, 5, 16), recipe=DISTINCT)
+    result = compile_and_run(Opaque(), torch.randn(2, 5, 16), recipe=DISTINCT, disable_passes=["expand"])
     assert [(d.site.op, d.site.name, d.quantized) for d in result.decisions] == [
         ("multi_head_attention", "attention", False)
     ]
@@ -514,6 +514,33 @@ def leaf(*shape: int) -> Tensor:
 def test_functional_code_passes_its_weight_as_a_leaf() -> None:
     assert kinds(lambda x, w: x @ w, torch.randn(5, 37), leaf(37, 11)) == [[A, W]]
     assert kinds(F.linear, leaf(5, 37), leaf(11, 37)) == [[A, W]]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda w: w.chunk(3)[1],
+        lambda w: w.split(11)[1],
+        lambda w: torch.split(w, [11, 22])[0],
+        lambda w: w.narrow(0, 11, 11),
+        lambda w: w[11:22],
+        lambda w: w.view(3, 11, 37).unbind(0)[2],
+        lambda w: w.view(3, 11, 37).select(0, 1),
+        lambda w: torch.ops.aten.split.Tensor(w, 11)[0],
+    ],
+)
+def test_rows_of_a_fused_weight_are_a_weight(part) -> None:
+    """q, k and v in one parameter, taken apart by the model itself."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Parameter(torch.randn(33, 37))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, part(self.qkv))
+
+    assert kinds(Fused(), torch.randn(5, 37)) == [[A, W]]
 
 
 def test_an_input_that_requires_grad_is_no_weight() -> None:

@@ -1,0 +1,113 @@
+"""Open calls that Dynamo captures whole although they are made of products: ``F.multi_head_attention_forward``.
+
+Such a call is one node, whose projections no other pass could see. It is traced at the level of ATen's own composite
+ops (``linear``, ``scaled_dot_product_attention``), which is what AOTAutograd would make of it in any case, and its node
+is replaced by theirs. Nothing is computed differently; autograd and autocast act on the new nodes as on the old one.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from qcompile import compat
+
+__all__ = ["expand"]
+
+COMPOSITES = (F.multi_head_attention_forward,)
+
+_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")
+
+
+def expand(gm: GraphModule) -> int:
+    """Rewrites ``gm`` and its nested bodies in place; returns how many calls were opened."""
+    children = [child for _, child in gm.named_children() if isinstance(child, GraphModule)]
+    return _expand_in(gm) + sum(map(expand, children))
+
+
+def _expand_in(gm: GraphModule) -> int:
+    if not any(node.target in COMPOSITES for node in gm.graph.nodes if node.op == "call_function"):
+        return 0
+    count = 0
+    state = _State()
+    with state.restored:
+        for node in list(gm.graph.nodes):
+            state.follow(node)
+            if node.op == "call_function" and node.target in COMPOSITES:
+                count += _open(gm, node)
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+    return count
+
+
+class _State:
+    """What of torch's state a graph changes on its way, so that a node is traced in the state it runs in."""
+
+    def __init__(self) -> None:
+        self.restored = ExitStack()
+        self.restored.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        self.autocasts: dict[Any, Any] = {}
+
+    def follow(self, node: Node) -> None:
+        if node.target is torch._C._set_grad_enabled:
+            torch._C._set_grad_enabled(node.args[0])
+        elif node.target is torch.amp.autocast_mode._enter_autocast:
+            self.autocasts[node] = torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            torch.amp.autocast_mode._exit_autocast(self.autocasts.pop(node.args[0]))
+
+
+def _open(gm: GraphModule, call: Node) -> bool:
+    """Whether ``call`` could be replaced by what it is made of."""
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Node)]
+    function: Any = call.target
+
+    def run(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = tree_unflatten([next(given) if isinstance(x, Node) else x for x in leaves], structure)
+        return function(*args, **kwargs)
+
+    examples = [_example(node) for node in inputs]
+    mode = compat.fake_mode_of(gm.graph)
+    with mode:
+        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*examples)
+        if any(node.op == "get_attr" for node in traced.graph.nodes):
+            return False  # a constant made on the way
+        new = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        with gm.graph.inserting_before(call):
+            for node in traced.graph.nodes:
+                if node.op == "call_function":
+                    new[node] = gm.graph.node_copy(node, new.__getitem__)
+                    _describe(new[node], call)
+    result = torch.fx.node.map_arg(traced.graph.output_node().args[0], new.__getitem__)
+    _replace(call, result)
+    return True
+
+
+def _describe(node: Node, call: Node) -> None:
+    """The example value as Dynamo leaves it (it knows whether a gradient is wanted), and where ``call`` stands."""
+    function: Any = node.target
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _example)
+    node.meta = {key: call.meta[key] for key in _KEPT_META if key in call.meta}
+    node.meta["example_value"] = function(*args, **kwargs)
+
+
+def _replace(call: Node, result: Any) -> None:
+    """``call`` returns a tuple, of which Dynamo's graph reads the items."""
+    for user in list(call.users):
+        item = result[user.args[1]]
+        user.replace_all_uses_with(item)
+        call.graph.erase_node(user)
+    call.graph.erase_node(call)
+
+
+def _example(node: Node) -> Any:
+    return node.meta["example_value"]

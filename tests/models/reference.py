@@ -1,0 +1,399 @@
+"""What a compiled model must compute, in eager mode and written for the tests alone.
+
+:class:`Reference` is a function mode: while it is on, every product that a recipe quantizes reads operands quantized by
+the few lines of plain torch below, and autograd differentiates through them. It shares no code with the package, finds
+weights by their storage and not by their way through a graph, and knows layers by module hooks. :class:`Flops` counts
+what runs, one level below, where all spellings have become a handful of ATen products.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["REFERENCES", "Flops", "Operands", "Product", "Reference"]
+
+# --- operands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How a backend quantizes: functions of a tensor whose last axis is contracted, differentiable by an estimator."""
+
+    activation: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor], Tensor]
+
+
+class _Estimate(torch.autograd.Function):
+    """``value`` forward; backward the gradient of x is ``slope`` times that of the value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor | None) -> Tensor:
+        ctx.slope = slope
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad if ctx.slope is None else (grad.float() * ctx.slope).to(grad.dtype)), None, None
+
+
+def e2m1(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitude, spacing and sign of y rounded to E2M1 (0, ½, 1, 1½, 2, 3, 4, 6), half to even, saturating.
+
+    Levels are ½ apart below 2, 1 below 4 and 2 below 6, each interval starting at an even multiple of its spacing: so
+    the even code is the even multiple.
+    """
+    magnitude = y.abs().clamp(max=6.0)
+    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return (magnitude / spacing).round() * spacing, spacing, y.sign()
+
+
+def e2m1_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x rounded to E2M1 with one scale amax / 6 a row, in float32; and x in units of the scale."""
+    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    six = torch.full_like(amax, 6.0)
+    y = x.float() * (six / amax)
+    level, _, sign = e2m1(y)
+    return (level * sign * (amax / six)).to(x.dtype), y
+
+
+def fp4_weight(x: Tensor) -> Tensor:
+    """Differentiable gradient estimator (arXiv 2501.17116 eq. 8): slope |v|^(1/k − 1) / k with k = 5, at most 3."""
+    value, y = e2m1_rows(x.detach())
+    _, spacing, _ = e2m1(y)
+    position = 2 * (y.abs().clamp(max=6.0) / spacing).frac() - 1
+    return _Estimate.apply(x, value, (position.abs().pow(1 / 5 - 1) / 5).clamp(max=3.0))
+
+
+def fp4_activation(alpha: str) -> Callable[[Tensor], Tensor]:
+    """Straight-through, with everything outside the (1 − α, α) quantiles of a row clamped before rounding and given
+    back exactly after it."""
+
+    def quantize(x: Tensor) -> Tensor:
+        rows, size = x.detach(), x.shape[-1]
+        ranked = rows.sort(-1).values
+        below, above = (int(Fraction(part) * size) for part in (1 - Fraction(alpha), alpha))
+        clamped = rows.clamp(ranked[..., below, None], ranked[..., min(above, size - 1), None])
+        return _Estimate.apply(x, e2m1_rows(clamped)[0] + (rows - clamped), None)
+
+    return quantize
+
+
+#: Operands by backend. The rows of the tiny models are too short to have anything beyond a 99 % quantile.
+ALPHA = "0.95"
+REFERENCES: dict[str, Operands] = {
+    "qcompile_fp4": Operands(activation=fp4_activation(ALPHA), weight=fp4_weight),
+}
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Product:
+    """One product of the eager forward: how it is spelled, in which module, whether quantized; ``flops`` of it."""
+
+    op: str
+    layer: str
+    quantized: bool
+    flops: int = 0
+
+
+Rows = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""An operand with what shares a scale in its last axis, and the way back, which is also given the operand."""
+
+
+def along(axis: int) -> Rows:
+    return lambda x: x.movedim(axis, -1), lambda rows, x: rows.movedim(-1, axis)
+
+
+def flattened(start: int) -> Rows:
+    return lambda x: x.flatten(start), lambda rows, x: rows.view_as(x)
+
+
+def windows(kernel: tuple[int, ...]) -> Rows:
+    """Windows that tile an image: ``[B, C, H, W] → [B, H/p, W/p, C·p·p]``."""
+
+    def split(x: Tensor) -> Tensor:
+        for i, k in enumerate(kernel):
+            x = x.unflatten(2 + 2 * i, (-1, k))
+        outer = [2 + 2 * i for i in range(len(kernel))]
+        return x.permute(0, *outer, 1, *(axis + 1 for axis in outer)).flatten(1 + len(kernel))
+
+    def join(rows: Tensor, x: Tensor) -> Tensor:
+        n = len(kernel)
+        rows = rows.unflatten(-1, (x.shape[1], *kernel))
+        pairs = [axis for i in range(n) for axis in (1 + i, 2 + n + i)]
+        return rows.permute(0, 1 + n, *pairs).reshape(x.shape)
+
+    return split, join
+
+
+Sides = tuple[tuple[str, Rows], tuple[str, Rows]]
+"""The two operands by name of the argument, and their rows."""
+
+
+def fixed(left: str, left_axis: int, right: str, right_axis: int) -> Callable[[dict[str, Any]], Sides | None]:
+    return lambda given: ((left, along(left_axis)), (right, along(right_axis)))
+
+
+def matmul_sides(given: dict[str, Any]) -> Sides | None:
+    dims = given["input"].dim(), given["other"].dim()
+    if dims == (1, 1):
+        return None
+    return ("input", along(-1)), ("other", along(-2 if dims[1] > 1 else -1))
+
+
+def einsum_sides(given: dict[str, Any]) -> Sides | None:
+    inputs, output = given["equation"].replace(" ", "").split("->")
+    if inputs.count(",") != 1:
+        return None
+    left, right = inputs.split(",")
+    summed = [letter for letter in left if letter in right and letter not in output]
+    return (("a", along(left.index(summed[0]))), ("b", along(right.index(summed[0])))) if len(summed) == 1 else None
+
+
+def conv_sides(given: dict[str, Any]) -> Sides | None:
+    """One scale a position for 1×1, a window where windows tile the image, else a sample."""
+    x, weight = given["input"], given["weight"]
+    kernel, n = tuple(weight.shape[2:]), weight.dim() - 2
+
+    def is_all(name: str, default: int, values: tuple[int, ...]) -> bool:
+        value = given.get(name, default)
+        return (tuple(value) if isinstance(value, (tuple, list)) else (value,) * n) == values
+
+    ungrouped = given.get("groups", 1) == 1
+    disjoint = is_all("stride", 1, kernel) and is_all("padding", 0, (0,) * n) and is_all("dilation", 1, (1,) * n)
+    fits = not any(extent % k for extent, k in zip(x.shape[2:], kernel, strict=True))
+    if ungrouped and prod(kernel) == 1:
+        rows = along(1)
+    elif ungrouped and disjoint and fits:
+        rows = windows(kernel)
+    else:
+        rows = flattened(1)
+    return ("input", rows), ("weight", flattened(1))
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Functions that multiply, the names of their arguments, and what of these is contracted how.
+
+    ``sides=None``: recognized, and left alone whatever the recipe.
+    """
+
+    functions: tuple[Any, ...]
+    names: tuple[str, ...] = ()
+    sides: Callable[[dict[str, Any]], Sides | None] | None = None
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+#: By what the report calls them.
+SPELLINGS: dict[str, Spelling] = {
+    "linear": Spelling((F.linear,), ("input", "weight", "bias"), fixed("input", -1, "weight", -1)),
+    "matmul": Spelling((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other"), matmul_sides),
+    "mm": Spelling((torch.mm, Tensor.mm), ("input", "mat2"), fixed("input", -1, "mat2", -2)),
+    "bmm": Spelling((torch.bmm, Tensor.bmm), ("input", "mat2"), fixed("input", -1, "mat2", -2)),
+    "addmm": Spelling((torch.addmm, Tensor.addmm), ("input", "mat1", "mat2"), fixed("mat1", -1, "mat2", -2)),
+    "baddbmm": Spelling(
+        (torch.baddbmm, Tensor.baddbmm), ("input", "batch1", "batch2"), fixed("batch1", -1, "batch2", -2)
+    ),
+    "einsum": Spelling((torch.einsum,), ("equation", "a", "b"), einsum_sides),
+    "conv1d": Spelling((F.conv1d,), _CONV, conv_sides),
+    "conv2d": Spelling((F.conv2d,), _CONV, conv_sides),
+    "grouped_mm": Spelling(
+        (torch._grouped_mm, F.grouped_mm), ("input", "mat2", "offs"), fixed("input", -1, "mat2", -2)
+    ),
+    "sdpa": Spelling((F.scaled_dot_product_attention,)),
+    "conv_transpose2d": Spelling((F.conv_transpose2d,)),
+    "lstm": Spelling((torch.lstm,)),
+    "gru": Spelling((torch.gru,)),
+}
+#: What makes a copy of a weight that still is one.
+_CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous)
+_OP_OF = {function: op for op, spelling in SPELLINGS.items() for function in spelling.functions}
+
+
+class Reference(TorchFunctionMode):
+    """Inside it, ``model`` computes what the backend must. ``operands=None`` lists the products and changes nothing.
+
+    An operand is a weight if it shares memory with a parameter or buffer of the model, cast or not. Quantized is a
+    product of floating-point operands that sums over more than one element of a single axis, of which at least one
+    operand is a weight, in a layer that is not called ``skip``.
+    """
+
+    def __init__(self, model: nn.Module, operands: Operands | None, skip: str = "lm_head") -> None:
+        super().__init__()
+        self.model, self.operands, self.skip = model, operands, skip
+        self.products: list[Product] = []
+        self.current: Product | None = None
+        self.flops: Flops | None = None
+        self._layers: list[str] = []
+        self._weights = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self._casts: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        op = _OP_OF.get(func)
+        if op is None:
+            result = func(*args, **kwargs)
+            if func in _CASTS and self._is_weight(args[0]):
+                self._weights.add(_storage(result))
+                self._casts.append(result)  # keeps its memory from being used again
+            # Dropout makes an activation of a weight, in training as in evaluation, where it returns the weight itself.
+            return result.clone() if func is F.dropout else result
+        spelling = SPELLINGS[op]
+        given = {**dict(zip(spelling.names, args, strict=False)), **kwargs}
+        sides = spelling.sides(given) if spelling.sides else None
+        quantized = sides is not None and self._quantizes([(given[name], rows) for name, rows in sides])
+        product = Product(op, self._layers[-1] if self._layers else "", quantized)
+        self.products.append(product)
+        if sides is not None and quantized and self.operands:
+            for name, (split, join) in sides:
+                x = given[name]
+                quantize = self.operands.weight if self._is_weight(x) else self.operands.activation
+                given[name] = join(quantize(split(x)), x)
+                if self.flops:
+                    self.flops.mark(given[name])
+            positional = spelling.names[: len(args)]
+            args, kwargs = [given.pop(name) for name in positional], given
+        self.current = product
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.current = None
+
+    def _quantizes(self, operands: list[tuple[Tensor, Rows]]) -> bool:
+        (left, (split, _)), (right, _) = operands
+        return (
+            self.skip not in ".".join(self._layers[-1:]).split(".")
+            and all(x.is_floating_point() and x.numel() for x in (left, right))
+            and any(map(self._is_weight, (left, right)))
+            and split(left).shape[-1] > 1
+        )
+
+    def _leave_layer(self, *_: Any) -> None:
+        self._layers.pop()
+
+    def _is_weight(self, x: Tensor) -> bool:
+        return _storage(x) in self._weights
+
+    @contextmanager
+    def on(self) -> Iterator[Reference]:
+        """The mode, with the names of the modules whose forward is running.
+
+        Functions of ``torch.nn.functional`` that are written in Python hand themselves over to a mode as one call; told
+        that there is none, they run, and the mode sees the products that they are made of.
+        """
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._layers.append(name)))
+            handles.append(module.register_forward_hook(self._leave_layer))
+        try:
+            with mock.patch.object(F, "has_torch_function", return_value=False), self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+def _grouped(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return 2 * prod(a) * b[-1]
+
+
+#: FLOPs from the arguments of what flop_counter does not know, by qualified name.
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten::_grouped_mm": lambda a, b, *_, **__: _grouped(a.shape, b.shape),
+    "transformers::grouped_mm_fallback": lambda a, b, *_: _grouped(a.shape, b.shape),
+    "transformers::grouped_mm_fallback_backward": lambda a, b, *_: 2 * _grouped(a.shape, b.shape),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (
+        lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    ),
+}
+#: Ops of the package whose result is an operand as the product reads it.
+_DECODERS = ("qcompile::dequantize", "qcompile::restore_outliers")
+#: Ops that copy what they are given.
+_COPIES = (aten.clone, aten._to_copy, aten.copy_, aten.copy, aten.constant_pad_nd, aten.cat)
+
+
+@dataclass
+class Count:
+    """Floating-point operations of products: all, and of those that read at least one quantized operand."""
+
+    total: int = 0
+    quantized: int = 0
+
+
+class Flops(TorchDispatchMode):
+    """Counts products that run inside it.
+
+    Quantized is what :meth:`mark` was told of or an op of the package decoded, with views and copies of it. ``marks``
+    hands on what the forward knows to the backward. With ``reference``, the operations of a forward go to the record of
+    the call that they belong to, and what runs outside of all these to ``unknown``.
+    """
+
+    def __init__(self, reference: Reference | None = None, marks: dict[int, Any] | None = None) -> None:
+        super().__init__()
+        self.reference = reference
+        self.marks = {} if marks is None else marks
+        self.count = Count()
+        self.unknown: Counter[str] = Counter()
+        if reference is not None:
+            reference.flops = self
+
+    def mark(self, x: Tensor) -> None:
+        self.marks[_storage(x)] = x.untyped_storage()  # kept alive, so that the address means this tensor
+
+    def _is_quantized(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and _storage(x) in self.marks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func.overloadpacket
+        leaves = tree_leaves((args, kwargs))
+        flops = None
+        name = func.name().partition(".")[0]
+        if name in _FORMULAS:
+            flops = _FORMULAS[name](*args, **kwargs)
+        elif packet in flop_counter.flop_registry:
+            flops = flop_counter.flop_registry[packet](*args, **kwargs, out_val=result)
+        quantized = name in _DECODERS or any(map(self._is_quantized, leaves))
+        if flops is not None:
+            self._add(name, flops, quantized)
+        elif quantized and (name in _DECODERS or packet in _COPIES):
+            self.mark(result)
+        return result
+
+    def _add(self, name: str, flops: int, quantized: bool) -> None:
+        self.count.total += flops
+        self.count.quantized += flops * quantized
+        if self.reference is not None and self.reference.current is not None:
+            self.reference.current.flops += flops
+        elif self.reference is not None:
+            self.unknown[name] += 1

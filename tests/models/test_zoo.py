@@ -1,0 +1,113 @@
+"""Every model of the zoo, through every pass: the right numbers, nothing skipped without a reason, no graph break.
+
+A model is compiled once, with graphs executed eagerly in place of Inductor's code generation, and trained for five
+steps. What its forward and backward then compute, and how much of it is quantized, is compared with
+:mod:`reference`, which shares no code with the package. The decisions are those that ``qcompile.explain`` prints.
+
+**Tolerance.** The products are the same ATen calls on both sides. In float64, everything around them differs by
+10⁻¹⁵, which changes no rounding to four bits; but many models compute norms, rotary angles, scans or the loss in
+float32 whatever their dtype, some hundred roundings of 2⁻²⁴ deep. A gradient may therefore miss its reference by 10⁻⁵
+of its norm, or, where it is zero but for rounding (the bias of keys, a bias before a norm), by 2⁻²³ of the largest
+norm. One element rounded to the wrong level would be a hundred times that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from qcompile.recipes import RECIPES
+
+from .harness import Compiled, Expected, Step, expect
+from .reference import ALPHA, REFERENCES, Reference
+from .zoo import ZOO, Entry, build, loss_of
+
+pytest.importorskip("transformers")
+
+RELATIVE = 1e-5
+ABSOLUTE = 2.0**-23
+STEPS = 5
+
+#: What distinguishes a recipe here from the one users get: see ``ALPHA``.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qcompile_fp4": {"activation": {"outliers": f"occ(alpha={ALPHA})"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(actual: Step, expected: Step) -> None:
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=RELATIVE, atol=0.0)
+    assert actual.gradients.keys() == expected.gradients.keys()
+    floor = ABSOLUTE * max(gradient.norm() for gradient in expected.gradients.values())
+    for name, gradient in expected.gradients.items():
+        error = (actual.gradients[name] - gradient).norm()
+        assert error <= RELATIVE * gradient.norm() + floor, (name, error / gradient.norm())
+
+
+def graphs_of_aot_eager(entry: Entry) -> int:
+    """How many graphs plain torch makes of a model that it does not capture whole."""
+    model, inputs = build(entry)
+    graphs: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        compiled = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+        graphs.append(gm)
+        return compiled
+
+    loss_of(torch.compile(model, backend=backend)(**inputs(0))).backward()
+    torch._dynamo.reset()
+    return len(graphs)
+
+
+@pytest.mark.parametrize("backend", list(REFERENCES))
+@pytest.mark.parametrize("name", list(ZOO))
+def test_zoo(name, backend):
+    entry = ZOO[name]
+    model, inputs = build(entry)
+    twin = copy.deepcopy(model)
+    plain = expect(twin, inputs(0), Reference(twin, None))
+    compiled = Compiled(RECIPES[backend].override(OPTIONS[backend]))
+    call = torch.compile(model, backend=compiled, fullgraph=not entry.breaks)
+    for number in range(STEPS):
+        first, last = number == 0, number == STEPS - 1
+        compiled.restart()
+        with torch._dynamo.config.patch(**entry.dynamo, error_on_recompile=not first):
+            step = Step.of(model, call, inputs(number))
+        if first or last:
+            twin.load_state_dict(model.state_dict())
+            expected = expect(twin, inputs(number), Reference(twin, REFERENCES[backend]))
+            assert_same(step, expected.step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+    assert_accounted_for(compiled, plain, expected)
+    assert len(compiled.graphs) == (graphs_of_aot_eager(entry) if entry.breaks else 1)
+
+
+def assert_accounted_for(compiled: Compiled, plain: Expected, expected: Expected) -> None:
+    """Every product that eager torch runs is a site, quantized as the reference has it or left alone with a reason;
+    and that is what runs."""
+    assert not plain.forward.unknown, "the reference does not know these products"
+    products = plain.reference.products
+    quantized = [decision.site.op for decision in compiled.decisions if decision.quantized]
+    assert Counter(quantized) == Counter(product.op for product in products if product.quantized)
+    reasons = {d.site.op: d.reason for d in compiled.decisions if not d.quantized}
+    assert all(reasons.values())
+    # Not counted: a loop over time in eager mode can be one scan in a graph.
+    assert {product.op for product in products if not product.quantized} == set(reasons)
+    assert compiled.forward.quantized == expected.forward.count.quantized
+    assert compiled.backward.quantized == expected.backward.count.quantized
+    # Inductor leaves out what has no effect and turns small products into sums; it adds none.
+    assert compiled.forward.quantized <= compiled.forward.total <= plain.forward.count.total
+    assert compiled.backward.quantized <= compiled.backward.total <= plain.backward.count.total
