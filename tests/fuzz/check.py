@@ -31,7 +31,7 @@ from qcompile.passes.pass_base import Observations
 from .graphs import Program, ProgramModule
 from .reference import Numbers, QuantizedProducts
 
-__all__ = ["EXACT", "ROUNDED", "MismatchError", "Outcome", "Setting", "check"]
+__all__ = ["EXACT", "ROUNDED", "MismatchError", "Outcome", "Setting", "attempt", "check"]
 
 DRAWS = 3
 
@@ -86,7 +86,7 @@ def check(program: Program, setting: Setting) -> Outcome:
     if not _eager_runs(program):
         return outcome
     for draw in range(DRAWS):
-        problem = _attempt(program, setting, draw, outcome)
+        problem = attempt(program, setting, draw, outcome)
         if not problem:
             outcome.redrawn = draw
             return outcome
@@ -96,8 +96,8 @@ def check(program: Program, setting: Setting) -> Outcome:
     raise MismatchError(msg)
 
 
-def _attempt(program: Program, setting: Setting, draw: int, outcome: Outcome) -> str:
-    """What is wrong; "" if nothing is."""
+def attempt(program: Program, setting: Setting, draw: int, outcome: Outcome) -> str:
+    """What is wrong with one draw of the leaves; "" if nothing is."""
     expected = _run_reference(program, setting, draw)
     try:
         actual = _run_compiled(program, setting, draw)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .check import EXACT, ROUNDED, Outcome, Setting, _attempt, check
+from .check import EXACT, ROUNDED, Outcome, Setting, attempt, check
 from .graphs import Leaf, Program, Step
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -107,7 +107,7 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
     """Eager torch refuses to change what it has saved; compiled, the codes of the old value are saved."""
     changed = program((weight((7, 8), False), X), "v2 = F.linear(i1, p0)", "p0.mul_(4)", "v3 = F.linear(i1, p0)")
     for module in (True, False):
-        assert _attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
+        assert attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
 
 
 def test_an_infinity_in_a_row_too_short_for_outliers():
