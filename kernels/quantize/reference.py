@@ -241,8 +241,8 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
     match q.scale.name:
         case "rms":
             clip = clip_of(q.format.name) * amax.double() + RMS_FLOOR
-            scale = (clip / largest).float()
-            return scale, scale, (largest / clip).float()
+            scale = (clip / torch.full_like(clip, largest)).float()
+            return scale, scale, (torch.full_like(clip, largest) / clip).float()
         case "absmax":
             scale = amax / torch.full_like(amax, largest)
             return scale, scale, _ratio(largest, amax)

@@ -16,18 +16,20 @@ __all__ = ["hadamard", "kept", "rotate"]
 
 
 def hadamard(x: Tensor, block: int, axis: int, mask: Tensor | None = None) -> Tensor:
-    """Tensor like x: rotated along ``axis``, whose length ``block`` divides; float32 inside, one rounding at the end.
+    """Tensor like x: rotated along ``axis``, whose length ``block`` divides; float32 inside (float64 for float64), one
+    rounding at the end.
 
     ``mask``: uint8 ``[..., R, ⌈K/8⌉]`` with ``axis`` moved last; elements whose bit is not set count as 0.
     """
     if mask is not None:
         x = torch.ops.qcompile.mask_gradient(x, mask, axis)
-    rotated = rotate(x.movedim(axis, -1).float(), block)
+    rows = x.movedim(axis, -1)
+    rotated = rotate(rows if x.dtype == torch.float64 else rows.float(), block)
     return torch.empty_like(x).copy_(rotated.movedim(-1, axis))
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """x, float32 ``[..., K]``, with blocks of K rotated.
+    """x, float32 or float64 ``[..., K]``, with blocks of K rotated.
 
     Raises ``ValueError`` if K is no multiple of ``block``.
     """

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
+from math import gcd, prod
 from typing import Any
 from unittest import mock
 
@@ -93,10 +93,49 @@ def fp4_activation(alpha: str) -> Callable[[Tensor], Tensor]:
     return quantize
 
 
+class _EstimateRotated(torch.autograd.Function):
+    """``value`` forward; backward the gradient, rotated, where ``mask`` is set, rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rotate(rotate(grad.double()) * ctx.mask).to(grad.dtype), None, None
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Blocks of the last axis, of the largest power of two up to 128 that divides it, times Sylvester's matrix."""
+    block = gcd(x.shape[-1], 128)
+    return (walsh(x.unflatten(-1, (-1, block))) * block**-0.5).flatten(-2)
+
+
+def walsh(x: Tensor) -> Tensor:
+    """H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], down to single elements: neighbours are added first."""
+    if x.shape[-1] == 1:
+        return x
+    first, second = (walsh(half) for half in x.chunk(2, -1))
+    return torch.cat((first + second, first - second), -1)
+
+
+def quest4(x: Tensor) -> Tensor:
+    """QuEST in 4 bits (arXiv 2502.05003): rotated, half-integer multiples of Δ = 2 · 2.5139 rms / 15, trusted within
+    half of it."""
+    rows = x.detach().float()
+    clip = 2.513930578568423 * rows.double().square().mean(-1, keepdim=True).sqrt() + 1e-8
+    y = rotate(rows) * (7.5 / clip).float()
+    level = y.floor().clamp(-8, 7) + 0.5
+    value = rotate((level * (clip / 7.5).float()).double()).to(x.dtype)
+    return _EstimateRotated.apply(x, value, (y - level).abs() <= 0.5)
+
+
 #: Operands by backend. The rows of the tiny models are too short to have anything beyond a 99 % quantile.
 ALPHA = "0.95"
 REFERENCES: dict[str, Operands] = {
     "qcompile_fp4": Operands(activation=fp4_activation(ALPHA), weight=fp4_weight),
+    "qcompile_quest": Operands(activation=quest4, weight=quest4),
 }
 
 

@@ -35,6 +35,7 @@ STEPS = 5
 #: What distinguishes a recipe here from the one users get: see ``ALPHA``.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qcompile_fp4": {"activation": {"outliers": f"occ(alpha={ALPHA})"}},
+    "qcompile_quest": {},
 }
 
 
