@@ -47,6 +47,7 @@ PRELUDE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 template <class To, class From> static inline To bits_as(From from) {
   To to;

@@ -54,7 +54,9 @@ def register_lowerings() -> None:
             register_lowering(op, type_promotion_kind=None)(entry.lower)
 
 
-def cuda_provider(op: str, quantizer: str | None = None, estimator: str | None = None) -> tuple[str, str]:
+def cuda_provider(
+    op: str, quantizer: str | None = None, estimator: str | None = None, transform: str = ""
+) -> tuple[str, str]:
     """What runs ``qcompile::<op>`` on CUDA, for the report: provider and, where it is the reference, the
     reason.
 
@@ -62,6 +64,8 @@ def cuda_provider(op: str, quantizer: str | None = None, estimator: str | None =
     """
     if op not in LOWERINGS:
         return "reference", f"{op} has no lowering"
+    if transform:
+        return "reference", f"{transform} is not generated"
     texts: list[Quantizer | Estimator] = []
     if quantizer is not None:
         texts.append(Quantizer.parse(quantizer))

@@ -26,6 +26,8 @@ from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
 from .quantize import cpp as quantize_cpp
 from .quantize import reference as quantize
+from .transform import cpp as transform_cpp
+from .transform import reference as transform
 
 __all__ = ["REFERENCES", "Provider", "provider_of"]
 
@@ -33,12 +35,14 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "quantize_compensated": quantize.quantize_compensated,
     "quantize_8bit": quantize.quantize_8bit,
+    "quantize_8bit_masked": quantize.quantize_8bit_masked,
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
     "quantize_8bit_pair": quantize.quantize_8bit_pair,
     "recode": quantize.recode,
     "dequantize": quantize.dequantize,
     "clamp_outliers": outliers.clamp_outliers,
     "restore_outliers": outliers.restore_outliers,
+    "hadamard": transform.hadamard,
     "estimator_mask": estimate.estimator_mask,
     "mask_gradient": estimate.mask_gradient,
     "scale_gradient": estimate.scale_gradient,
@@ -54,21 +58,21 @@ class Provider:
     Attributes:
         name: what the report calls it.
         run: the kernel, with the signature of the op.
-        supports: ``(dtypes, *texts) -> (whether, reason if not)`` where texts are the quantizer and estimator that the
-            op takes, and dtypes those of its floating-point tensors, as ``key`` lists them.
+        supports: ``(dtypes, *texts) -> (whether, reason if not)`` with the dtypes of its floating-point tensors, as
+            ``key`` lists them.
         key: the arguments of ``supports`` out of the arguments of the op.
-        texts: how many texts ``supports`` takes.
+        texts: which texts of the op ``supports`` takes; ``None`` if it asks for extents, which a report does not know.
     """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., tuple[bool, str]]
     key: Callable[..., tuple[Any, ...]]
-    texts: int
+    texts: tuple[str, ...] | None
 
 
-def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None, fold=None):
-    return (x.dtype,), quantizer
+def _key_of_quantize(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
+    return (x.dtype,), quantizer, transform
 
 
 def _key_of_dequantize(codes, scales, quantizer, axis, size, dtype, global_scale=None):
@@ -83,8 +87,12 @@ def _key_of_restore(x, values, positions, clamp, axis):
     return ((x.dtype, values.dtype),)
 
 
-def _key_of_mask(x, scales, quantizer, estimator, axis, global_scale=None):
-    return (x.dtype,), quantizer, estimator
+def _key_of_mask(x, scales, quantizer, estimator, axis, global_scale=None, transform=""):
+    return (x.dtype,), quantizer, estimator, transform
+
+
+def _key_of_hadamard(x, block, axis, mask=None):
+    return ((x.dtype,),)
 
 
 def _key_of_mask_gradient(grad, mask, axis):
@@ -103,8 +111,8 @@ def _key_of_8bit(x, quantizer, *rest):
     return (x.dtype,), quantizer
 
 
-def _key_of_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None):
-    by_columns = x.dim() == 2 and axis % 2 == 0 and global_scale is None and seed is None
+def _key_of_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
+    by_columns = x.dim() == 2 and axis % 2 == 0 and global_scale is None and seed is None and not transform
     return (x.dtype,), quantizer, by_columns
 
 
@@ -136,33 +144,58 @@ def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=Non
 #: Providers that are tried before the reference, best first, by device type and op.
 PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
     "cpu": {
-        "quantize": (Provider("cpp", quantize_cpp.quantize, quantize_cpp.supports_quantize, _key_of_quantize, 1),),
+        "quantize": (
+            Provider(
+                "cpp",
+                quantize_cpp.quantize,
+                quantize_cpp.supports_quantize,
+                _key_of_quantize,
+                ("quantizer", "transform"),
+            ),
+        ),
         "dequantize": (
-            Provider("cpp", quantize_cpp.dequantize, quantize_cpp.supports_dequantize, _key_of_dequantize, 1),
+            Provider(
+                "cpp", quantize_cpp.dequantize, quantize_cpp.supports_dequantize, _key_of_dequantize, ("quantizer",)
+            ),
         ),
         "clamp_outliers": (
-            Provider("cpp", outliers_cpp.clamp_outliers, outliers_cpp.supports_clamp, _key_of_clamp, 0),
+            Provider("cpp", outliers_cpp.clamp_outliers, outliers_cpp.supports_clamp, _key_of_clamp, ()),
         ),
         "restore_outliers": (
-            Provider("cpp", outliers_cpp.restore_outliers, outliers_cpp.supports_restore, _key_of_restore, 0),
+            Provider("cpp", outliers_cpp.restore_outliers, outliers_cpp.supports_restore, _key_of_restore, ()),
         ),
-        "estimator_mask": (Provider("cpp", estimate_cpp.estimator_mask, estimate_cpp.supports_mask, _key_of_mask, 2),),
+        "estimator_mask": (
+            Provider(
+                "cpp",
+                estimate_cpp.estimator_mask,
+                estimate_cpp.supports_mask,
+                _key_of_mask,
+                ("quantizer", "estimator", "transform"),
+            ),
+        ),
+        "hadamard": (Provider("cpp", transform_cpp.hadamard, transform_cpp.supports_hadamard, _key_of_hadamard, ()),),
         "mask_gradient": (
             Provider(
                 "cpp",
                 estimate_cpp.mask_gradient,
                 estimate_cpp.supports_mask_gradient,
                 _key_of_mask_gradient,
-                0,
+                (),
             ),
         ),
         "scale_gradient": (
-            Provider("cpp", estimate_cpp.scale_gradient, estimate_cpp.supports_slope, _key_of_slope, 2),
+            Provider(
+                "cpp",
+                estimate_cpp.scale_gradient,
+                estimate_cpp.supports_slope,
+                _key_of_slope,
+                ("quantizer", "estimator"),
+            ),
         ),
     },
     "cuda": {
         **{
-            op: (Provider("triton", _triton("quantize", op), _triton("quantize", f"supports_{kind}"), key, 1),)
+            op: (Provider("triton", _triton("quantize", op), _triton("quantize", f"supports_{kind}"), key, None),)
             for op, kind, key in (
                 ("quantize_8bit", "quantize_8bit", _key_of_8bit),
                 ("quantize_8bit_transposed", "quantize_8bit", _key_of_8bit),
@@ -172,7 +205,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             )
         },
         "quantize": (
-            Provider("triton", _quantize_columns, _triton("quantize", "supports_columns"), _key_of_columns, 1),
+            Provider("triton", _quantize_columns, _triton("quantize", "supports_columns"), _key_of_columns, None),
         ),
         "clamp_outliers": (
             Provider(
@@ -180,17 +213,22 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 _triton("outliers", "clamp_outliers"),
                 _triton("outliers", "supports_clamp_outliers"),
                 _key_of_clamp_on_cuda,
-                0,
+                None,
             ),
         ),
         # It chooses by the extents of each product.
-        "mm_8bit": (Provider("tensor cores", matmul_providers.mm_8bit, lambda: (True, ""), _no_key, 0),),
+        "mm_8bit": (Provider("tensor cores", matmul_providers.mm_8bit, lambda: (True, ""), _no_key, None),),
     },
 }
 
 
 def provider_of(
-    op_name: str, device_type: str, quantizer_text: str, dtype: torch.dtype, estimator: str = "ste"
+    op_name: str,
+    device_type: str,
+    quantizer_text: str,
+    dtype: torch.dtype,
+    estimator: str = "ste",
+    transform: str = "",
 ) -> tuple[str, str]:
     """Name of the provider that runs an op, and why not a faster one (empty for the first choice).
 
@@ -200,17 +238,25 @@ def provider_of(
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
+    providers = PROVIDERS.get(device_type, {}).get(op_name, ())
+    reasons: list[str] = []
     if device_type == "cuda":
         from .lowerings import LOWERINGS, cuda_provider  # imports Inductor, which registering kernels must not
 
-        if op_name in LOWERINGS or op_name not in PROVIDERS[device_type]:
-            return cuda_provider(op_name, quantizer_text, estimator)
-        return PROVIDERS[device_type][op_name][0].name, ""  # shapes decide about a second choice
-    if op_name not in PROVIDERS.get(device_type, {}):
+        if op_name in LOWERINGS or not providers:
+            name, reason = cuda_provider(op_name, quantizer_text, estimator, transform)
+            if name != "reference":
+                return name, reason
+            reasons.append(reason)
+        elif providers[0].texts is None:
+            return providers[0].name, ""  # extents decide about a second choice
+    elif not providers:
         return "reference", f"no other provider of {op_name} on {device_type}"
-    reasons: list[str] = []
-    for provider in PROVIDERS[device_type][op_name]:
-        supported, reason = provider.supports((dtype,), *(quantizer_text, estimator)[: provider.texts])
+    texts = {"quantizer": quantizer_text, "estimator": estimator, "transform": transform}
+    for provider in providers:
+        if provider.texts is None:
+            continue
+        supported, reason = provider.supports((dtype,), *(texts[name] for name in provider.texts))
         if supported:
             return provider.name, "; ".join(reasons)
         reasons.append(reason)

@@ -82,7 +82,7 @@ def _operand_texts(node: Node) -> list[str]:
     operands = node.args[:3] if is_call(node, aten.convolution_backward.default) else gemm_operands(node)
     texts = []
     for operand in operands:
-        root = decode_root(operand)  # type: ignore[arg-type]
+        root = decode_root(operand, rotated=True)  # type: ignore[arg-type]
         if root is None:
             texts.append("dense")
         else:

@@ -70,9 +70,14 @@ def through_views(node: Node) -> Node:
     return node
 
 
-def decode_root(node: Node) -> Node | None:
-    """The ``dequantize`` or ``restore_outliers`` an operand is a view of, or ``None``."""
+def decode_root(node: Node, rotated: bool = False) -> Node | None:
+    """The ``dequantize`` or ``restore_outliers`` an operand is a view of, or ``None``.
+
+    ``rotated``: also if what is decoded has been rotated back since.
+    """
     root = through_views(node)
+    if rotated and is_call(root, ops.hadamard.default):
+        root = through_views(root.args[0])  # type: ignore[arg-type]
     return root if is_call(root, ops.dequantize.default, ops.restore_outliers.default) else None
 
 

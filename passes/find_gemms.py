@@ -10,6 +10,7 @@ alone. A new spelling is one entry.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -53,6 +54,15 @@ class Slot:
     def of(self, node: Node) -> Any:
         argument = node.args[self.position] if self.position < len(node.args) else node.kwargs.get(self.keyword)
         return argument if self.item is None else argument[self.item]  # type: ignore[index]
+
+    def size(self, node: Node) -> Any:
+        """How many elements a row of the operand has, along the axis it is quantized on."""
+        shape = self.of(node).meta["example_value"].shape
+        if self.frame is None:
+            return shape[self.axis]
+        if self.frame.flatten is not None:
+            return math.prod(shape[self.frame.flatten :])
+        return shape[1] * math.prod(self.frame.patch or ())
 
 
 @dataclass

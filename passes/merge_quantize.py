@@ -4,10 +4,12 @@
 become one, which writes packed codes too if the backward keeps them::
 
     recode(quantize(x))                                   ─►   quantize_8bit(x)
+    recode(quantize(x, transform)), estimator_mask(x, …)  ─►   quantize_8bit_masked(x)
     recode(quantize(x), transposed)                       ─►   quantize_8bit_transposed(x)
     quantize(dy, along rows), quantize(dy, along columns) ─►   quantize_8bit_pair(dy)
 
-The last is a gradient on its way to dgrad and wgrad: one read of it finds the scales of both.
+The second is for operands that are rotated, scaled by their root mean square, or have a mask taken of them. The last is
+a gradient on its way to dgrad and wgrad: one read of it finds the scales of both.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Use:
     """A ``quantize`` whose codes tensor cores read.
 
     Attributes:
-        node: the call; x, quantizer, axis, fold: its arguments.
+        node: the call; x, quantizer, axis, fold, transform: its arguments.
+        masks: calls that take the mask of an estimator of the same elements.
         plain: nodes that stand for 8-bit codes as they are stored; transposed: for their transpose.
         packed: whether anything else reads the stored codes.
     """
@@ -44,6 +47,8 @@ class Use:
     quantizer: Quantizer
     axis: int
     fold: Node | None
+    transform: str
+    masks: list[Node]
     plain: list[Node]
     transposed: list[Node]
     packed: bool
@@ -53,11 +58,13 @@ class Use:
         """``None`` for a call that the 8-bit kernels do not cover."""
         x, text, axis, *rest = node.args
         global_scale, seed, fold = [*rest, None, None, None][:3]
+        transform = node.kwargs.get("transform", rest[3] if len(rest) > 3 else "")
         quantizer = Quantizer.parse(text)  # type: ignore[arg-type]
-        supported = quantizer.granularity.kind == "row" and quantizer.scale.name in ("absmax", "absmax_pow2")
+        supported = quantizer.granularity.kind == "row" and quantizer.scale.storage == "float32"
         if not supported or global_scale is not None or seed is not None:
             return None
-        use = Use(node, x, quantizer, axis % x.meta["val"].dim(), fold, [], [], False)  # type: ignore
+        masks = [user for user in x.users if _is_mask_of(user, node, text, axis, transform)]  # type: ignore[union-attr]
+        use = Use(node, x, quantizer, axis % x.meta["val"].dim(), fold, transform, masks, [], [], False)  # type: ignore
         for reader in _readers(_item(node, 0)):
             if is_call(reader, ops.recode.default):
                 (use.transposed if reader.args[3] else use.plain).append(reader)
@@ -76,6 +83,14 @@ class Use:
         """Equal for calls on the same memory, read in the same shape."""
         value = self.x.meta["val"]
         return through_views(self.x), tuple(map(str, value.shape)), tuple(map(str, value.stride())), str(self.quantizer)
+
+
+def _is_mask_of(user: Node, quantize: Node, text: Any, axis: Any, transform: Any) -> bool:
+    """Whether ``user`` masks the elements of the tensor that ``quantize`` encodes."""
+    if not is_call(user, ops.estimator_mask.default) or user.args[1] is not _item(quantize, 1):
+        return False
+    same = (user.args[2], user.args[4], user.kwargs.get("transform", "")) == (text, axis, transform)
+    return same and len(user.args) <= 6 and (len(user.args) < 6 or user.args[5] is None)
 
 
 def merge_quantize(graph: Graph, context: Context) -> int:
@@ -110,7 +125,11 @@ def _share_equal_calls(graph: Graph) -> None:
 
 def _pairs(uses: list[Use]) -> Iterator[tuple[Use, Use]]:
     """Quantizations of one matrix by rows and by columns, with nothing that needs the stored codes."""
-    matrices = [use for use in uses if use.x.meta["val"].dim() == 2 and not use.packed and not use.transposed]
+    matrices = [
+        use
+        for use in uses
+        if use.x.meta["val"].dim() == 2 and not (use.packed or use.transposed or use.masks or use.transform)
+    ]
     by_rows = {use.key: use for use in matrices if use.along_rows}
     for use in matrices:
         if not use.along_rows and use.key in by_rows:
@@ -132,12 +151,23 @@ def _replace_single(graph: Graph, use: Use) -> bool:
     text = str(use.quantizer)
     if use.transposed and (use.plain or use.packed or use.fold is not None or use.x.meta["val"].dim() != 2):
         return False  # both layouts of one tensor in one graph: rare, and right as it is
+    if use.fold is not None and (use.transform or use.masks or use.quantizer.scale.statistic == "rms"):
+        return False  # a gradient of another recipe than any known
     with graph.inserting_before(use.node):
         x = _as_matrix(graph, use)
+        masks: list[Node] = []
         if use.transposed:
-            made = emit(graph, use.node, ops.quantize_8bit_transposed.default, x, text)
+            transform = {"transform": use.transform} if use.transform else {}
+            made = emit(graph, use.node, ops.quantize_8bit_transposed.default, x, text, **transform)
+        elif use.transform or use.masks or use.quantizer.scale.statistic == "rms":
+            masks = [mask for mask in use.masks if mask.args[3] == use.masks[0].args[3]]
+            estimator = str(masks[0].args[3]) if masks else "ste"
+            operand = "; ".join(filter(None, (text, estimator, use.transform)))
+            made = emit(graph, use.node, ops.quantize_8bit_masked.default, x, operand, use.packed)
         else:
             made = emit(graph, use.node, ops.quantize_8bit.default, x, text, use.packed, use.fold)
+        for mask in masks:
+            _replace_all([mask], _reshaped(graph, use, emit(graph, use.node, operator.getitem, made, 3), mask))
         codes, scales = (emit(graph, use.node, operator.getitem, made, i) for i in range(2))
         _replace_all([*use.plain, *use.transposed], codes)
         _replace_stored(graph, use, 1, scales)

@@ -3,8 +3,8 @@
 Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
-* a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch), is never saved but
-  decoded again;
+* a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch) or rotated, is never
+  saved but decoded again;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
   instead);
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
@@ -51,7 +51,7 @@ def hints(graph: Graph, context: Context) -> int:
         weight = operand_kind(node) == "weight" and recompute_weights
         if is_call(node, ops.quantize.default) and operand_kind(node) == "weight":
             tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))
-        if is_call(node, *_DECODERS) or (is_relayout(node) and node.args[0] in decoded):
+        if is_call(node, *_DECODERS) or (_keeps_size(node) and node.args[0] in decoded):
             decoded.add(node)
             tags[node] = _RECOMPUTE
         elif is_call(node, ops.estimator_mask.default):
@@ -67,6 +67,11 @@ def hints(graph: Graph, context: Context) -> int:
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
     return len(tags)
+
+
+def _keeps_size(node: Node) -> bool:
+    """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
+    return is_relayout(node) or is_call(node, ops.hadamard.default)
 
 
 def _casts(source: Any) -> list[Node]:

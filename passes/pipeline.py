@@ -5,7 +5,8 @@ stage          graph                                             pass           
 ============== ================================================= ======================= =============================
 dynamo         Dynamo FX graph, one a sub-graph                  find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
-joint          forward and backward in ATen, before partitioning quantize_gradients      **yes, if gradient= is set**
+joint          forward and backward in ATen, before partitioning cancel_rotations        no
+joint                                                            quantize_gradients      **yes, if gradient= is set**
 joint                                                            fuse                    no
 joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
@@ -29,6 +30,7 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .audit import audit
+from .cancel_rotations import cancel_rotations
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
@@ -43,6 +45,7 @@ from .quantize_gradients import quantize_gradients
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
 JOINT = (
+    GraphPass("cancel_rotations", cancel_rotations),
     GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
     GraphPass("fold", fold),

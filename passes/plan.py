@@ -15,7 +15,7 @@ from torch.fx import Node
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
 
-from .find_gemms import Site
+from .find_gemms import Site, Slot
 
 __all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index"]
 
@@ -122,7 +122,7 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     kinds = [slot.kind for slot in site.slots]
     if "weight" not in kinds and not recipe.attention and verdict is None:
         return Decision(site, False, "no weight operand (attention-like product); attention=True quantizes these")
-    chosen = {key: _resolve(getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
+    chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
         return Decision(site, False, "the recipe quantizes none of its operands")
@@ -130,12 +130,22 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     gradients: dict[str, Operand | None] = {}
     for role in ("dgrad", "wgrad"):
         base = recipe.gradient or (FOLDED_GRADIENT if role in folded else None)
-        gradient = _resolve(base, [r for r in applicable if role in r.roles], "gradient")
+        gradient = _resolve(recipe, base, [r for r in applicable if role in r.roles], "gradient")
         if role in folded and gradient is not None:
             _check_folded(site, gradient.quantizer)
         gradients[role] = gradient
-    notes = "; ".join(dict.fromkeys(slot.note for slot in site.slots if slot.note))
-    return Decision(site, True, notes, operands, gradients, folded)
+    notes = [slot.note for slot in site.slots if slot.note]
+    notes += [_rotation_note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
+    return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
+
+
+def _rotation_note(slot: Slot, operand: Operand | None, node: Node) -> str:
+    """What is left of a rotation whose size does not divide the axis; "" if it does."""
+    size = slot.size(node)
+    if operand is None or not isinstance(size, int) or operand.transform.on(size) == operand.transform:
+        return ""
+    rotation = operand.transform.on(size).rotation
+    return f"{f'hadamard({rotation})' if rotation > 1 else 'no rotation'}, since K = {size}"
 
 
 def _check_folded(site: Site, quantizer: Quantizer) -> None:
@@ -149,8 +159,10 @@ def _check_folded(site: Site, quantizer: Quantizer) -> None:
         raise ValueError(msg)
 
 
-def _resolve(operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
+def _resolve(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
     for rule in rules:
+        if rule.bits is not None:
+            operand = recipe.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)
         change = getattr(rule, key)
         if change is not None:
             operand = override_operand(operand, change, key)

@@ -56,7 +56,7 @@ def gemm_role(node: Node, backward: set[Node]) -> str:
     """
     if node not in backward:
         return "fprop"
-    roots = [decode_root(operand) for operand in gemm_operands(node) if operand not in backward]
+    roots = [decode_root(operand, rotated=True) for operand in gemm_operands(node) if operand not in backward]
     kinds = [operand_kind(root) for root in roots if root is not None]
     return ROLE_OF_OPERAND[kinds[0]] if kinds else "backward"
 

@@ -24,7 +24,7 @@ from .ir.recipe import Recipe
 from .recipes import RECIPES
 from .session import session_for
 
-__all__ = ["compile_with", "qcompile_fp4", "split_options"]
+__all__ = ["compile_with", "qcompile_fp4", "qcompile_quest", "split_options"]
 
 Compiled = Callable[..., Any]
 
@@ -32,6 +32,11 @@ Compiled = Callable[..., Any]
 def qcompile_fp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
     """``torch.compile(model, backend="qcompile_fp4")``: :mod:`qcompile.recipes.fp4`."""
     return compile_with(RECIPES["qcompile_fp4"], gm, example_inputs, **kwargs)
+
+
+def qcompile_quest(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_quest", options={"bits": 4})``: :mod:`qcompile.recipes.quest`."""
+    return compile_with(RECIPES["qcompile_quest"], gm, example_inputs, **kwargs)
 
 
 def compile_with(

@@ -46,7 +46,7 @@ class Row:
         layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left
         alone. shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
         formats: what each operand is read as, e.g. ``"e2m1 row + residual × e2m1 row"``.
-        estimator: backward estimators of the two operands (fprop rows).
+        estimator: backward estimators of the two operands, after their transforms (fprop rows).
         provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
         decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark
             about granularity.
@@ -334,9 +334,7 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 **base,
                 role=role,
                 formats=" × ".join(_format(text, product["dtype"]) for text in texts),
-                estimator=" × ".join(str(o.estimator) if o else "-" for o in decision.operands)
-                if role == "fprop"
-                else "",
+                estimator=_estimators(decision) if role == "fprop" else "",
                 provider="" if dense else _provider(decision, product, role),
                 saved_bytes=saved if role == "fprop" else 0,
                 decision="skipped" if dense else "quantized",
@@ -346,6 +344,19 @@ def _rows_of(decision: Decision, observed: Observations) -> list[Row]:
             )
         )
     return rows
+
+
+def _estimators(decision: Decision) -> str:
+    """``"trust of hadamard(64) × trust of hadamard(64)"``: estimators, and the transforms as the operands have them."""
+    texts = []
+    for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
+        if operand is None:
+            texts.append("-")
+            continue
+        size = slot.size(decision.site.node)
+        transform = operand.transform.on(size) if isinstance(size, int) else operand.transform
+        texts.append(f"{operand.estimator} of {transform}" if transform else str(operand.estimator))
+    return " × ".join(texts)
 
 
 def _bare_row(base: dict[str, Any], role: str, decision: str, reason: str) -> Row:
@@ -403,7 +414,9 @@ def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
         return product_by
     value = decision.site.node.meta["example_value"]
     quantizers = [
-        provider_of(_quantize_op(operand), value.device.type, str(operand.quantizer), value.dtype)
+        provider_of(
+            _quantize_op(operand), value.device.type, str(operand.stored), value.dtype, transform=str(operand.transform)
+        )
         for operand in decision.operands
         if operand
     ]

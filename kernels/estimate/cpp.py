@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator, clip_limit, widest_half_gap
+from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
@@ -33,10 +33,10 @@ __all__ = [
 Support = tuple[bool, str]
 
 #: Estimator masks as C++ expressions of |y| and the magnitude it is rounded to.
-_MASKS: dict[str, Callable[[Format], str]] = {
-    "clip": lambda fmt: f"size <= {float_literal(clip_limit(fmt))}",
-    "trust": lambda fmt: (
-        f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(widest_half_gap(fmt))}"
+_MASKS: dict[str, Callable[..., str]] = {
+    "clip": lambda fmt, s: f"size <= {float_literal(clip_limit(fmt, s))}",
+    "trust": lambda fmt, t: (
+        f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(trust_threshold(fmt, t))}"
     ),
 }
 
@@ -44,8 +44,7 @@ _ESTIMATOR_MASK = r"""
 extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t rows, int64_t size,
                     int64_t threads) {
   for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
-               [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
-    const ELEMENT* values = x + row * size;
+               [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
       const float y = values[k] * reciprocal;
       const uint32_t bits = bits_as<uint32_t>(y) & MAGNITUDE;
@@ -112,8 +111,7 @@ _SCALE_GRADIENT = r"""
 extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64_t matrices, int64_t rows,
                     int64_t size, int64_t threads) {
   for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
-               [&](int64_t row, const float* reciprocals, uint8_t*) {
-    const ELEMENT* values = x + row * size;
+               [&](int64_t row, const auto* values, const float* reciprocals, uint8_t*) {
     const GRADIENT* from = grad + row * size;
     GRADIENT* to = out + row * size;
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
@@ -130,12 +128,12 @@ MOST_BINS = 16
 # --- what is supported --------------------------------------------------------------------------------------
 
 
-def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str) -> Support:
+def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str, transform: str = "") -> Support:
     """Whether :func:`estimator_mask` handles the arguments, and if not, why."""
     name = Estimator.parse(estimator).name
     if name not in _MASKS:
         return False, f"estimator {name} has no C++ mask"
-    return supports_quantize(dtypes, quantizer)
+    return supports_quantize(dtypes, quantizer, transform)
 
 
 def supports_mask_gradient(dtypes: tuple[torch.dtype, ...]) -> Support:
@@ -196,10 +194,10 @@ def _slope_source(fmt: Format, k: float, cap: float) -> str:
 
 
 @cache
-def _mask_kernel(quantizer: str, estimator: str, dtype: torch.dtype) -> Callable[..., None]:
-    q = Quantizer.parse(quantizer)
-    keep = _MASKS[Estimator.parse(estimator).name](q.format)
-    source = scaled_rows_source(q) + _ESTIMATOR_MASK.replace("KEEP", keep)
+def _mask_kernel(quantizer: str, estimator: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
+    q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    keep = _MASKS[spec.name](q.format, **dict(spec.parameters))
+    source = scaled_rows_source(q, transform) + _ESTIMATOR_MASK.replace("KEEP", keep)
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=2, integers=4)
 
 
@@ -211,7 +209,7 @@ def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
 @cache
 def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    slope = _slope_source(q.format, **dict(Estimator.parse(estimator).parameters))
+    slope = _slope_source(q.format, **dict(Estimator.parse(estimator).parameters))  # type: ignore[arg-type]
     source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
     return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=3, integers=4)
 
@@ -229,12 +227,18 @@ def _rows_to_fill(like: Tensor, axis: int) -> tuple[Tensor, Tensor, bool]:
 
 
 def estimator_mask(
-    x: Tensor, scales: Tensor, quantizer: str, estimator: str, axis: int, global_scale: Tensor | None = None
+    x: Tensor,
+    scales: Tensor,
+    quantizer: str,
+    estimator: str,
+    axis: int,
+    global_scale: Tensor | None = None,
+    transform: str = "",
 ) -> Tensor:
     """As :func:`qcompile.kernels.estimate.reference.estimator_mask`; float32, bfloat16 or float16."""
     x = rows_of(x, axis)
     mask = x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
-    kernel = _mask_kernel(quantizer, estimator, x.dtype)
+    kernel = _mask_kernel(quantizer, estimator, transform, x.dtype)
     kernel(x.data_ptr(), mask.data_ptr(), *matrix_count(x.shape), thread_count(x.numel()))
     return mask
 

@@ -15,7 +15,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import ops
 
-from qcompile.ir.estimators import Estimator, clip_limit, widest_half_gap
+from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.inductor import (
@@ -47,11 +47,11 @@ _MASK_BITS_PER_BYTE = 8
 _MAX_BINS = 16
 
 #: Estimator -> b where its mask is ``|y| ≤ b``. For ``trust``: inside the grid |y − q| is at most half the
-#: local gap, which T is the largest of; outside, q is the last level and the subtraction exact, hence max +
+#: local gap, which T is no smaller than; outside, q is the last level and the subtraction exact, hence max +
 #: T. Stated so, no subtraction is there to be contracted with the product that makes y.
-MASK_BOUNDS: dict[str, Callable[[Format], float]] = {
+MASK_BOUNDS: dict[str, Callable[..., float]] = {
     "clip": clip_limit,
-    "trust": lambda fmt: fmt.max + widest_half_gap(fmt),
+    "trust": lambda fmt, t: fmt.max + trust_threshold(fmt, t),
 }
 
 
@@ -94,6 +94,11 @@ def supports_estimator_mask(q: Quantizer, estimator: Estimator, device: torch.de
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
     if estimator.name not in MASK_BOUNDS:
         return False, f"the mask of estimator {estimator.name} is not generated"
+    threshold = dict(estimator.parameters).get("t")
+    if threshold is not None and threshold < trust_threshold(q.format):
+        return False, f"{estimator} distrusts elements inside the grid, for which no code is generated"
+    if q.scale.statistic != "amax":
+        return False, f"{q.scale.name} scales are not generated"
     return supports_scales(q, device)  # rounding takes no part in it
 
 
@@ -114,13 +119,14 @@ def supports_mask_gradient() -> tuple[bool, str]:
 # --- the ops ------------------------------------------------------------------------------------------------
 
 
-def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, global_scale=None):
+def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, global_scale=None, transform: str = ""):
     """``qcompile::estimator_mask``: one bit an element, packed in the kernel that finds the scales again."""
     q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
-    if not ir.is_triton(x) or is_empty(x) or not supports_estimator_mask(q, spec, x.get_device())[0]:
+    supported = not transform and supports_estimator_mask(q, spec, x.get_device())[0]
+    if not ir.is_triton(x) or is_empty(x) or not supported:
         op = torch.ops.qcompile.estimator_mask.default
-        return run_reference(op, x, scales, quantizer, estimator, axis, global_scale)
-    bound = MASK_BOUNDS[spec.name](q.format)
+        return run_reference(op, x, scales, quantizer, estimator, axis, global_scale, transform)
+    bound = MASK_BOUNDS[spec.name](q.format, **dict(spec.parameters))
     units = GridUnits(x, q, axis, _MASK_BITS_PER_BYTE, global_scale)
 
     def keep(index, byte) -> Value:

@@ -17,10 +17,16 @@ __all__ = ["estimator_mask", "mask_gradient", "scale_gradient"]
 
 
 def estimator_mask(
-    x: Tensor, scales: Tensor, quantizer: str, estimator: str, axis: int, global_scale: Tensor | None = None
+    x: Tensor,
+    scales: Tensor,
+    quantizer: str,
+    estimator: str,
+    axis: int,
+    global_scale: Tensor | None = None,
+    transform: str = "",
 ) -> Tensor:
     """Uint8 ``[..., R, ⌈K/8⌉]``: bit i of byte j is set where element 8j + i lets its gradient pass."""
-    y, level = scaled_input(x, scales, quantizer, axis, global_scale)
+    y, level = scaled_input(x, scales, quantizer, axis, global_scale, transform)
     mask = Estimator.parse(estimator).mask(y, level, Quantizer.parse(quantizer).format)
     return pack(mask.to(torch.uint8), bits=1)
 

@@ -1,7 +1,7 @@
 """C++ quantize and dequantize, generated from a format's magnitudes; bit for bit equal to the references.
 
-A row is read twice while it is in cache: once for the absolute maximum, once for the codes. Rounding takes
-one of three forms, chosen from the data of the format:
+A row is read twice while it is in cache: once for the absolute maximum (or the sum of squares), once for the codes; a
+rotated row is kept in a buffer between the two. Rounding takes one of three forms, chosen from the data of the format:
 
 * up to 8 magnitudes: the number of decision thresholds below the magnitude, compared as integers, ties by ±1;
 * a uniform grid: float32 arithmetic;
@@ -18,19 +18,27 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.formats import Format
-from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.gaussian import clip_of
+from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
+from qcompile.ir.transforms import Transform
 from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
+from qcompile.kernels.transform.cpp import ROTATE
 
 __all__ = ["dequantize", "quantize", "scaled_rows_source", "supports_dequantize", "supports_quantize"]
 
 Support = tuple[bool, str]
 
-#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule. The operations and their
-#: order are those of ``scale_pair`` in the reference; torch computes ``M / amax`` as ``(1 / amax) * M``.
+#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule; for ``rms`` that is a mean square.
+#: The operations and their order are those of ``scale_pair`` in the reference; torch computes ``M / amax`` as
+#: ``(1 / amax) * M``.
 _SCALE_RULES = {
     "absmax": """
   *reciprocal = LARGEST / amax;
   return amax / LARGEST;""",
+    "rms": """
+  const double clip = CLIP * std::sqrt(amax) + RMS_FLOOR;
+  *reciprocal = float(LARGEST / clip);
+  return float(clip / LARGEST);""",
     "absmax_pow2": """
   const int exponent = clamp_exponent(floor_log2(LARGEST / amax));
   *reciprocal = power_of_two(exponent);
@@ -57,65 +65,114 @@ static inline int clamp_exponent(int exponent) {
   return exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
 }
 
-static inline Stored scale_of(float amax, float* reciprocal) {%(rule)s
+static inline Stored scale_of(Statistic amax, float* reciprocal) {%(rule)s
 }
 """
+
+#: What a scale follows from, by statistic: the type it is gathered in, gathering over elements, and what it is in the
+#: end. In float64 the order of summation does not show once a scale is rounded.
+_STATISTICS = {
+    "amax": r"""
+using Statistic = float;
+using Gathered = uint32_t;  // the bits of a magnitude
+
+template <class Element> static inline Gathered gather(Gathered top, const Element* x, int64_t count) {
+  const uint32_t amax = bits_as<uint32_t>(absolute_maximum(x, count));
+  return amax > top ? amax : top;
+}
+
+static inline Statistic statistic(Gathered top, int64_t) {
+  const float amax = bits_as<float>(top);
+  return amax < AMAX_FLOOR ? AMAX_FLOOR : amax;  // keeps NaN
+}
+""",
+    "rms": r"""
+using Statistic = double;
+using Gathered = double;
+
+template <class Element> static inline Gathered gather(Gathered sum, const Element* x, int64_t count) {
+  double part[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) {
+    for (int i = 0; i < 8; ++i) part[i] += double(float(x[k + i])) * double(float(x[k + i]));
+  }
+  for (; k < count; ++k) part[0] += double(float(x[k])) * double(float(x[k]));
+  for (int i = 0; i < 8; ++i) sum += part[i];
+  return sum;
+}
+
+static inline Statistic statistic(Gathered sum, int64_t count) { return sum / double(count); }
+""",
+}
+_REDUCTIONS = {"amax": "max", "rms": "+"}
 
 # The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers
 # SEGMENT elements.
 _ROWS = r"""
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float at_least_floor(float amax) { return amax < AMAX_FLOOR ? AMAX_FLOOR : amax; }  // keeps NaN
-
 template <class Element>
-static float maximum_of_all(const Element* x, int64_t rows, int64_t size, int64_t threads) {
-  uint32_t top = 0;
-#pragma omp parallel for num_threads(threads) reduction(max : top)
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint32_t amax = bits_as<uint32_t>(absolute_maximum(x + row * size, size));
-    top = amax > top ? amax : top;
-  }
-  return bits_as<float>(top);
+static Statistic of_all(const Element* x, int64_t rows, int64_t size, int64_t threads) {
+  Gathered gathered = 0;
+#pragma omp parallel for num_threads(threads) reduction(REDUCTION : gathered)
+  for (int64_t row = 0; row < rows; ++row) gathered = gather(gathered, x + row * size, size);
+  return statistic(gathered, rows * size);
 }
 
-// visit(row, reciprocals, buffer) for all rows: one reciprocal a segment; a zeroed byte buffer of one row, a
-// multiple of 8.
+// The elements of a row as they are quantized: those of x, or what the rotation makes of them, in a buffer.
+template <class Element, class Value> static inline const Value* row_of(const Element* x, Value* buffer, int64_t size) {
+  if constexpr (ROTATION == 1) {
+    return x;
+  } else {
+    for (int64_t k = 0; k < size; ++k) buffer[k] = Value::from(float(x[k]));
+    rotate<ROTATION>((float*)buffer, size);
+    return buffer;
+  }
+}
+
+// visit(row, elements, reciprocals, buffer) for all rows: its elements, rotated; one reciprocal a segment; a zeroed
+// byte buffer of one row, a multiple of 8.
 template <class Element, class Visit>
 static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size,
                          int64_t threads, Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
   const int64_t segments = SEGMENT ? (size + segment - 1) / segment : 1;
   const int64_t bands = (rows + BAND - 1) / BAND;
+  using Value = std::conditional_t<ROTATION == 1, Element, Float32>;
   float whole = 0;
   if (WHOLE) {
-    const Stored scale = scale_of(at_least_floor(maximum_of_all(x, matrices * rows, size, threads)), &whole);
+    const Stored scale = scale_of(of_all(x, matrices * rows, size, threads), &whole);
     if (scales) scales[0] = scale;
   }
 #pragma omp parallel num_threads(threads)
   {
     uint8_t* buffer = new uint8_t[size / 8 * 8 + 8]();
     float* reciprocals = new float[segments + 1];
+    Value* rotated = new Value[ROTATION == 1 ? 1 : size + 1];
     reciprocals[0] = whole;
 #pragma omp for
     for (int64_t band = 0; band < matrices * bands; ++band) {
       const int64_t first = band / bands * rows + band % bands * BAND;
       const int64_t last = lesser(first + BAND, (band / bands + 1) * rows);
+      const Value* elements = row_of(x + first * size, rotated, size);
       for (int64_t s = 0; s < (WHOLE ? 0 : segments); ++s) {
-        uint32_t top = 0;
-        for (int64_t row = first; row < last; ++row) {
-          const Element* start = x + row * size + s * segment;
-          const int64_t count = lesser(segment, size - s * segment);
-          const uint32_t amax = bits_as<uint32_t>(absolute_maximum(start, count));
-          top = amax > top ? amax : top;
+        const int64_t count = lesser(segment, size - s * segment);
+        Gathered gathered = 0;
+        if constexpr (ROTATION > 1 && !OF_UNROTATED) {
+          gathered = gather(gathered, elements + s * segment, count);
+        } else {
+          for (int64_t row = first; row < last; ++row) gathered = gather(gathered, x + row * size + s * segment, count);
         }
-        const Stored scale = scale_of(at_least_floor(bits_as<float>(top)), reciprocals + s);
+        const Stored scale = scale_of(statistic(gathered, (last - first) * count), reciprocals + s);
         if (scales) scales[band * segments + s] = scale;
       }
-      for (int64_t row = first; row < last; ++row) visit(row, reciprocals, buffer);
+      for (int64_t row = first; row < last; ++row) {
+        visit(row, row == first ? elements : row_of(x + row * size, rotated, size), reciprocals, buffer);
+      }
     }
     delete[] buffer;
     delete[] reciprocals;
+    delete[] rotated;
   }
 }
 
@@ -149,8 +206,7 @@ extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t ma
                     int64_t size, int64_t threads) {
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   for_each_row(x, scales, matrices, rows, size, threads,
-               [&](int64_t row, const float* reciprocals, uint8_t* buffer) {
-    const ELEMENT* values = x + row * size;
+               [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
       buffer[k] = encode(values[k] * reciprocal);
     });
@@ -226,11 +282,15 @@ def _supports(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     return supports_dtypes(dtypes)
 
 
-def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
+def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform: str = "") -> Support:
     """Whether :func:`quantize` handles ``quantizer`` on these dtypes, and if not, why."""
-    q = Quantizer.parse(quantizer)
+    q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
     if q.rounding == "stochastic":
         return False, "stochastic rounding has no C++ kernel"
+    if spec.sparsity:
+        return False, "sparsity has no C++ kernel"
+    if spec.rotation > 1 and q.granularity.kind not in ("row", "block"):
+        return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
     if rounding_source(q.format, q.rounding) is None:
         return False, f"{q.format.name} is neither a small, a uniform nor a torch format"
     return _supports(dtypes, quantizer)
@@ -248,11 +308,15 @@ def _table(name: str, values: list[float]) -> str:
     return f"static const float {name}[] = {{{', '.join(map(float_literal, values))}}};"
 
 
-def _geometry(q: Quantizer) -> str:
-    """Constants that say which elements share a scale."""
+def _geometry(q: Quantizer, rotation: int = 1) -> str:
+    """Constants that say which elements share a scale, and what it follows from."""
     kind, n = q.granularity.kind, q.granularity.size
+    of_unrotated = q.scale.statistic == "rms" and kind == "row"
     return "\n".join(
         (
+            f"static constexpr int ROTATION = {rotation};",
+            f"static constexpr bool OF_UNROTATED = {int(of_unrotated)};",
+            f"static constexpr double CLIP = {clip_of(q.format.name).hex()}, RMS_FLOOR = {RMS_FLOOR.hex()};",
             f"using Stored = {_STORED_TYPES[q.scale.storage]};",
             f"static constexpr bool WHOLE = {int(kind == 'tensor')};",
             f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'tile' else 1};",
@@ -265,14 +329,23 @@ def _geometry(q: Quantizer) -> str:
     )
 
 
-def scaled_rows_source(q: Quantizer) -> str:
-    """C++ that scales every row as the reference does (``for_each_row``) and rounds (``nearest``,
+def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
+    """C++ that rotates and scales every row as the reference does (``for_each_row``) and rounds (``nearest``,
     ``MAGNITUDES``, ``encode``)."""
     rounding = rounding_source(q.format, q.rounding)
     assert rounding is not None
-    magnitudes = _table("MAGNITUDES", list(q.format.magnitudes))
+    statistic = q.scale.statistic
     return "\n".join(
-        (_geometry(q), _SCALES % {"rule": _SCALE_RULES[q.scale.name]}, _ROWS, magnitudes, rounding, _ENCODE)
+        (
+            _geometry(q, Transform.parse(transform).rotation),
+            ROTATE,
+            _STATISTICS[statistic],
+            _SCALES % {"rule": _SCALE_RULES[q.scale.name]},
+            _ROWS.replace("REDUCTION", _REDUCTIONS[statistic]),
+            _table("MAGNITUDES", list(q.format.magnitudes)),
+            rounding,
+            _ENCODE,
+        )
     )
 
 
@@ -334,15 +407,15 @@ def _bits(value: float) -> int:
 
 
 @cache
-def _quantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
-    source = scaled_rows_source(Quantizer.parse(quantizer)) + _QUANTIZE
+def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
+    source = scaled_rows_source(Quantizer.parse(quantizer), transform) + _QUANTIZE
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
 
 
 @cache
 def _dequantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    levels = [*q.format.magnitudes, *(-m for m in q.format.magnitudes)]
+    levels = list(q.format.levels)
     if q.format.torch_dtype:  # every byte has a level here, NaN codes included
         levels = torch.arange(256, dtype=torch.uint8).view(getattr(torch, q.format.torch_dtype)).tolist()
     levels += [0.0] * (2 ** (8 // q.format.codes_per_byte) - len(levels))  # 3-bit codes in 4-bit fields
@@ -364,6 +437,7 @@ def quantize(
     global_scale: Tensor | None = None,
     seed: Tensor | None = None,
     fold: Tensor | None = None,
+    transform: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize`; float32, bfloat16 or float16."""
     q = Quantizer.parse(quantizer)
@@ -372,7 +446,7 @@ def quantize(
         x = x.float() * fold.reshape(-1)
     codes = x.new_empty((*x.shape[:-1], q.packed_size(x.shape[-1])), dtype=torch.uint8)
     scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=getattr(torch, q.scale.storage))
-    kernel = _quantize_kernel(quantizer, x.dtype)
+    kernel = _quantize_kernel(quantizer, transform, x.dtype)
     kernel(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), *matrix_count(x.shape), thread_count(x.numel()))
     return codes, scales
 

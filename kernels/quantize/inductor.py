@@ -78,6 +78,8 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
+    if q.scale.statistic != "amax":
+        return False, f"{q.scale.name} scales are not generated"
     if not (q.format.torch_dtype or uniform_offset(q.format) is not None or _selectable(q.format)):
         reason = f"{q.format.name} has too many levels for comparisons, no even spacing and no torch dtype"
         return False, reason
@@ -120,11 +122,13 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
 # --- the two ops --------------------------------------------------------------------------------------------
 
 
-def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None):
+def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None, transform: str = ""):
     """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated."""
     q = Quantizer.parse(quantizer)
-    if not ir.is_triton(x) or is_empty(x) or not supports_quantize(q, x.get_device())[0]:
-        return run_reference(torch.ops.qcompile.quantize.default, x, quantizer, axis, global_scale, seed, fold)
+    supported = not transform and supports_quantize(q, x.get_device())[0]
+    if not ir.is_triton(x) or is_empty(x) or not supported:
+        arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
+        return run_reference(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
     codes = packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
     return codes, units.stored_scale()

@@ -4,7 +4,8 @@ All arithmetic is float32. For the elements that share a scale, with M the forma
 
     amax = max(|x|, 2^-100)     (NaN and infinity pass through: nothing of such a row decodes to a finite value)
     s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
-    y    = x · γ
+           or from their root mean square, in float64 (rms: s = c / M, γ = M / c, c = α · rms + 10^-8)
+    y    = x · γ, or of x rotated; a rotation does not change the root mean square of a row
     code = nearest level of min(|y|, M), sign kept
     x̂    = s · level
 
@@ -13,6 +14,7 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,10 +22,13 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.formats import Format, codes_per_byte
+from qcompile.ir.gaussian import clip_of
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.ir.transforms import Transform
+from qcompile.kernels.transform.reference import kept, rotate
 
 __all__ = [
     "decode",
@@ -32,6 +37,7 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_8bit",
+    "quantize_8bit_masked",
     "quantize_8bit_pair",
     "quantize_8bit_transposed",
     "quantize_compensated",
@@ -49,18 +55,21 @@ def quantize(
     global_scale: Tensor | None = None,
     seed: Tensor | None = None,
     fold: Tensor | None = None,
+    transform: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Codes ``[..., R, packed(K)]`` uint8 and scales (see :class:`Granularity`); x floating point, any strides.
 
-    ``fold``: float32 factors with K elements; x · fold, rounded to float32, is quantized in place of x.
+    ``fold``: float32 factors with K elements; x · fold, rounded to float32, is quantized in place of x. ``transform``:
+    text of a :class:`Transform` whose rotation divides K.
     """
-    q = Quantizer.parse(quantizer)
+    q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
     x = x.movedim(axis, -1).float().contiguous()
     if fold is not None:
         x = x * fold.reshape(-1)
-    amax = group_amax(x, q)
-    stored, _, reciprocal = scale_pair(amax, q, global_scale)
-    codes = encode(x * spread(reciprocal, x.shape, q), q, seed)
+    rotated = rotate(x, spec.rotation)
+    stored, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    keep = kept(rotated, spec.sparsity) if spec.sparsity else None
+    codes = encode(rotated * spread(reciprocal, x.shape, q), q, seed, keep)
     return pack(codes, q.format.bits), stored
 
 
@@ -111,9 +120,24 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     return recoded, scales, codes if packed else codes.new_empty([x.shape[0], 0])
 
 
-def quantize_8bit_transposed(x: Tensor, quantizer: str) -> tuple[Tensor, Tensor]:
+def quantize_8bit_masked(x: Tensor, operand: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`quantize_8bit`, of an operand with its transform; and the mask of its estimator, uint8 ``[R, ⌈K/8⌉]``
+    (or ``[R, 0]``).
+    """
+    spec = Operand.parse(operand)
+    quantizer, transform = str(spec.stored), str(spec.transform)
+    codes, scales = quantize(x, quantizer, -1, transform=transform)
+    recoded = recode(codes, quantizer, x.shape[-1], False)
+    empty = codes.new_empty([x.shape[0], 0])
+    mask = empty
+    if spec.estimator.kind.mask:
+        mask = torch.ops.qcompile.estimator_mask(x, scales, quantizer, str(spec.estimator), -1, None, transform)
+    return recoded, scales, codes if packed else empty, mask
+
+
+def quantize_8bit_transposed(x: Tensor, quantizer: str, transform: str = "") -> tuple[Tensor, Tensor]:
     """8-bit codes ``[K, R]`` and scales ``[R, 1]`` of x ``[R, K]``."""
-    codes, scales = quantize(x, quantizer, -1)
+    codes, scales = quantize(x, quantizer, -1, transform=transform)
     return recode(codes, quantizer, x.shape[-1], True), scales
 
 
@@ -138,37 +162,57 @@ def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor
 
 
 def scaled_input(
-    x: Tensor, scales: Tensor, quantizer: str, axis: int, global_scale: Tensor | None = None
+    x: Tensor,
+    scales: Tensor,
+    quantizer: str,
+    axis: int,
+    global_scale: Tensor | None = None,
+    transform: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """``y = x / s`` in grid units (float32, axis last) and the nearest level of each element."""
-    q = Quantizer.parse(quantizer)
+    """``y = x / s`` in grid units (float32, axis last), x rotated if it is, and each element's level: the nearest one,
+    0 where sparsity drops it.
+    """
+    q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
     if q.rounding == "stochastic":
         q = replace(q, rounding="even")
     x = x.movedim(axis, -1).float().contiguous()
-    _, _, reciprocal = scale_pair(group_amax(x, q), q, global_scale)
-    y = x * spread(reciprocal, x.shape, q)
-    return y, decode(encode(y, q), q.format)
+    rotated = rotate(x, spec.rotation)
+    _, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    y = rotated * spread(reciprocal, x.shape, q)
+    keep = kept(rotated, spec.sparsity) if spec.sparsity else None
+    return y, decode(encode(y, q, keep=keep), q.format)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
 
 
-def group_amax(x: Tensor, q: Quantizer) -> Tensor:
-    """Absolute maximum of every group that shares a scale, in the shape of the scales; never below 2^-100."""
-    magnitude, n = x.abs(), q.granularity.size
+def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:
+    """What the scales follow from, in their shape, for every group of elements that shares one.
+
+    The absolute maximum of ``rotated``, float32, never below 2^-100; or the root mean square, float64, so that the
+    order of summation does not show once a scale is rounded. That of whole rows is taken from x, where it is the same.
+    """
     shape = q.scale_shape(tuple(x.shape))
     if x.numel() == 0:
         return x.new_full(shape, AMAX_FLOOR)
+    if q.scale.statistic == "amax":
+        return _over_groups(rotated.abs(), q, Tensor.amax).reshape(shape).clamp(min=AMAX_FLOOR)
+    source = (x if q.granularity.kind in ("row", "tensor") else rotated).double()
+    count = _over_groups(torch.ones_like(source), q, Tensor.sum)
+    return (_over_groups(source.square(), q, Tensor.sum) / count).sqrt().reshape(shape)
+
+
+def _over_groups(values: Tensor, q: Quantizer, reduce: Callable[..., Tensor]) -> Tensor:
+    """``reduce`` over the elements that share a scale; where a last block is short, zeros fill it up."""
+    n = q.granularity.size
     match q.granularity.kind:
         case "tensor":
-            amax = magnitude.amax().reshape(shape)
+            return reduce(values)
         case "row":
-            amax = magnitude.amax(-1, keepdim=True)
+            return reduce(values, -1)
         case "block":
-            amax = _blocks(magnitude, -1, n).amax(-1)
-        case _:
-            amax = _blocks(_blocks(magnitude, -1, n).amax(-1), -2, n).amax(-1)
-    return amax.clamp(min=AMAX_FLOOR)
+            return reduce(_blocks(values, -1, n), -1)
+    return reduce(_blocks(reduce(_blocks(values, -1, n), -1), -2, n), -1)
 
 
 def _blocks(x: Tensor, dim: int, n: int) -> Tensor:
@@ -189,12 +233,17 @@ def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
 
 
 def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32).
+    """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32), or for root mean
+    squares (float64).
 
     Raises ``ValueError`` if the scale rule has two levels and there is no global scale.
     """
     largest = q.format.max
     match q.scale.name:
+        case "rms":
+            clip = clip_of(q.format.name) * amax.double() + RMS_FLOOR
+            scale = (clip / largest).float()
+            return scale, scale, (largest / clip).float()
         case "absmax":
             scale = amax / torch.full_like(amax, largest)
             return scale, scale, _ratio(largest, amax)
@@ -245,8 +294,19 @@ def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:
 # --- codes ----------------------------------------------------------------------------------------------------------
 
 
-def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None) -> Tensor:
-    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude, positive."""
+def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude, positive.
+
+    Elements that are not in ``keep`` (bool, like y) take the code 0.
+    """
+    codes = _encode(y, replace(q, format=q.format.grid), seed)
+    if q.format.pruned:  # one magnitude more, the first; and one bit more, below the sign
+        index, sign = codes & (2 ** (q.format.bits - 2) - 1), codes >> (q.format.bits - 2)
+        codes = (index + 1) | (sign << (q.format.bits - 1))
+    return codes if keep is None else torch.where(keep, codes, codes.new_zeros(()))
+
+
+def _encode(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
     fmt = q.format
     negative = torch.signbit(y) & ~y.isnan() if fmt.has_zero else y < 0
     magnitude = y.abs().nan_to_num(fmt.max).clamp(max=fmt.max)
@@ -295,9 +355,7 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
     """Float32 levels of unpacked codes."""
     if fmt.torch_dtype:
         return codes.to(torch.uint8).view(getattr(torch, fmt.torch_dtype)).float()
-    magnitudes = torch.tensor(fmt.magnitudes, device=codes.device)
-    levels = torch.cat([magnitudes, -magnitudes])
-    return levels[codes.to(torch.int64)]
+    return torch.tensor(fmt.levels, device=codes.device)[codes.to(torch.int64)]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -4,9 +4,11 @@ Write y = x / s for the scaled input and q for the level it was rounded to. The 
 estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. No gradient flows through the scale.
 
 * ``ste``: g = 1. Bengio et al., arXiv 1308.3432.
-* ``clip``: g = 1[|y| ≤ max (1 + 2⁻²²)]: elements outside the grid stop learning. Courbariaux et al., arXiv 1602.02830.
-* ``trust``: g = 1[|y − q| ≤ T], q the nearest level, T = half the widest gap of the grid: like ``clip``, but an element
-  less than half a step outside the last level is still trusted. QuEST, arXiv 2502.05003 §3.2.
+* ``clip(s=1)``: g = 1[|y| ≤ s · max (1 + 2⁻²²)]: elements outside s times the grid stop learning. Courbariaux et al.,
+  arXiv 1602.02830; s = 1.3 (1.25 without rotation) is QuEST's rule for one bit.
+* ``trust``: g = 1[|y − q| ≤ T], q the nearest level (0 for an element that sparsity drops), T = half the widest gap of
+  the grid: like ``clip``, but an element less than half a step outside the last level is still trusted. QuEST, arXiv
+  2502.05003 §3.2. ``trust(t=…)`` sets T, in grid units.
 * ``dge(k=5,cap=3)``: g = min(|v|^(1/k − 1) / k, cap), v ∈ [−1, 1] the position of y between its two neighbouring
   levels. The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level
   (rounding noise of the scale, or a scale rule that clips) g takes its value at the last level, 1/k.
@@ -29,23 +31,26 @@ from .formats import Format
 __all__ = ["ESTIMATORS", "Estimator"]
 
 
-def _clip_mask(y: Tensor, q: Tensor, fmt: Format) -> Tensor:
-    return y.abs() <= clip_limit(fmt)
+def _clip_mask(y: Tensor, q: Tensor, fmt: Format, s: float) -> Tensor:
+    return y.abs() <= clip_limit(fmt, s)
 
 
-def _trust_mask(y: Tensor, q: Tensor, fmt: Format) -> Tensor:
-    return (y - q).abs() <= widest_half_gap(fmt)
+def _trust_mask(y: Tensor, q: Tensor, fmt: Format, t: float | None) -> Tensor:
+    return (y - q).abs() <= trust_threshold(fmt, t)
 
 
-def clip_limit(fmt: Format) -> float:
-    """Where ``clip`` ends: the last level, and the two roundings by which x · (max / amax) can exceed it at x =
+def clip_limit(fmt: Format, s: float = 1.0) -> float:
+    """Where ``clip`` ends: s times the last level, and the two roundings by which x · (max / amax) can exceed it at x =
     amax.
     """
-    return fmt.max * (1 + 2.0**-22)
+    return s * fmt.max * (1 + 2.0**-22)
 
 
-def widest_half_gap(fmt: Format) -> float:
-    """Half the widest distance between neighbouring levels, the one across zero included."""
+def trust_threshold(fmt: Format, t: float | None = None) -> float:
+    """T in grid units: ``t``, or half the widest distance between neighbouring levels, the one across zero included."""
+    if t is not None:
+        return t
+    fmt = fmt.grid
     gaps = [hi - lo for lo, hi in zip(fmt.magnitudes, fmt.magnitudes[1:], strict=False)]
     across_zero = fmt.magnitudes[0] if fmt.has_zero else 2 * fmt.magnitudes[0]
     return max([*gaps, across_zero]) / 2
@@ -86,35 +91,44 @@ class EstimatorKind:
     """One row of the table: the parameters an estimator takes, and its formula.
 
     Exactly one of ``mask`` (needs one bit an element) and ``slope`` (needs the input) is set, or neither (needs
-    nothing). Formulas take float32 tensors in grid units.
+    nothing). Formulas take float32 tensors in grid units. A parameter is a positive number; one whose default is
+    ``None`` follows from the format.
     """
 
-    parameters: dict[str, float] = field(default_factory=dict)
-    mask: Callable[[Tensor, Tensor, Format], Tensor] | None = None
+    parameters: dict[str, float | None] = field(default_factory=dict)
+    mask: Callable[..., Tensor] | None = None
     slope: Callable[..., Tensor] | None = None
 
 
 ESTIMATORS: dict[str, EstimatorKind] = {
     "ste": EstimatorKind(),
-    "clip": EstimatorKind(mask=_clip_mask),
-    "trust": EstimatorKind(mask=_trust_mask),
+    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask),
+    "trust": EstimatorKind({"t": None}, mask=_trust_mask),
     "dge": EstimatorKind({"k": 5.0, "cap": 3.0}, slope=_dge_slope),
 }
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator with its parameters; ``str()`` and :meth:`parse` are inverse, e.g. ``"dge(k=5,cap=3)"``."""
+    """An estimator with its parameters; ``str()`` and :meth:`parse` are inverse, e.g. ``"dge(k=5,cap=3)"``.
+
+    The text of a mask estimator leaves out what is as the table has it: ``"clip"``.
+    """
 
     name: str
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def kind(self) -> EstimatorKind:
         return ESTIMATORS[self.name]
 
     def __str__(self) -> str:
-        arguments = ",".join(f"{key}={_plain(value)}" for key, value in self.parameters)
+        shown = [
+            (key, value)
+            for key, value in self.parameters
+            if value is not None and (self.kind.slope or value != self.kind.parameters[key])
+        ]
+        arguments = ",".join(f"{key}={_plain(value)}" for key, value in shown)
         return f"{self.name}({arguments})" if arguments else self.name
 
     @staticmethod
@@ -133,19 +147,20 @@ class Estimator:
                 msg = f"estimator {match[1]!r} has no parameter {key!r}; its parameters: {known}"
                 raise ValueError(msg)
             try:
-                values[key] = float(value)
+                number = float(value)
             except ValueError:
                 msg = f"estimator {match[1]!r}: {key}={value!r} is not a number"
                 raise ValueError(msg) from None
-            if not 0 < values[key] < float("inf"):
+            if not 0 < number < float("inf"):
                 msg = f"estimator {match[1]!r}: {key} must be positive and finite, got {value}"
                 raise ValueError(msg)
+            values[key] = number
         return Estimator(match[1], tuple(values.items()))
 
     def mask(self, y: Tensor, q: Tensor, fmt: Format) -> Tensor:
         """Bool tensor of the shape of ``y``: which elements let their gradient pass."""
         assert self.kind.mask is not None
-        return self.kind.mask(y, q, fmt)
+        return self.kind.mask(y, q, fmt, **dict(self.parameters))
 
     def slope(self, y: Tensor, fmt: Format) -> Tensor:
         """Float32 tensor of the shape of ``y``: the factor on the gradient."""

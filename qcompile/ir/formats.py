@@ -16,7 +16,9 @@ e3m0     0 .25 .5 1 2 4 8 16                                  arXiv 2501.17116 T
 e4m3     2**-9 … 448 (the ``fn`` variant: no infinities)      OCP FP8 v1.0
 e5m2     2**-16 … 57344                                       OCP FP8 v1.0
 int1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count    arXiv 2502.05003 §3 (QuEST)
-int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid
+int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid; int2z is
+                                                              ternary
+int1p…7p those of int1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
 ======== ==================================================== ======================================
 """
 
@@ -41,6 +43,8 @@ class Format:
         step: distance between levels if the grid is uniform, else ``None``. Uniform grids round by arithmetic, the
             others by comparison with :attr:`thresholds`.
         torch_dtype: name of the torch dtype with the same encoding, where there is one; its cast is then the rounding.
+        pruned: name of the grid that rounding goes to, for a format that adds 0 to it as index 0: that code is given to
+            elements that sparsity drops, and to no other.
     """
 
     name: str
@@ -49,11 +53,34 @@ class Format:
     has_zero: bool = True
     step: float | None = None
     torch_dtype: str | None = None
+    pruned: str | None = None
+
+    @property
+    def grid(self) -> Format:
+        """The format whose levels elements are rounded to: itself, but for a pruned one."""
+        return FORMATS[self.pruned] if self.pruned else self
+
+    @cached_property
+    def with_zero(self) -> Format:
+        """The format that holds these levels and 0. Raises ``ValueError`` if there is none."""
+        if self.has_zero or self.pruned:
+            return self
+        twins = [fmt for fmt in FORMATS.values() if fmt.pruned == self.name]
+        if not twins:
+            msg = f"{self.name} has no level 0 and no spare code for one, which sparsity needs"
+            raise ValueError(msg)
+        return twins[0]
 
     @property
     def max(self) -> float:
         """Largest representable magnitude."""
         return self.magnitudes[-1]
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The level of every code; codes that no level has read as 0."""
+        unused = (0.0,) * (2 ** (self.bits - 1) - len(self.magnitudes))
+        return (*self.magnitudes, *unused, *(-m for m in self.magnitudes), *unused)
 
     @cached_property
     def max_exponent(self) -> int:
@@ -133,6 +160,10 @@ _ALL = (
     Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
     *(Format(f"int{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0) for b in range(1, 9)),
     *(Format(f"int{b}z", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
+    *(
+        Format(f"int{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"int{b}")
+        for b in range(1, 8)
+    ),
 )
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}

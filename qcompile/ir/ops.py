@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .quantizer import Quantizer
 from .recipe import Operand, OutlierClamp
+from .transforms import Transform
 
 __all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype"]
 
@@ -29,12 +30,15 @@ _SCHEMAS = (
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
     # `fold`: float32 factors along the axis, as many as it has elements; x · fold is quantized.
-    "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None, Tensor? fold=None) "
-    "-> (Tensor, Tensor)",
+    # `transform`: text of a Transform whose rotation divides the axis; codes are of what it makes of x, rotated.
+    "quantize(Tensor x, str quantizer, int axis, Tensor? global_scale=None, Tensor? seed=None, Tensor? fold=None, "
+    "str transform='') -> (Tensor, Tensor)",
     # The tensor codes stand for, in `dtype`; `size` is the length of the quantization axis, which stands at `axis`
     # again afterwards.
     "dequantize(Tensor codes, Tensor scales, str quantizer, int axis, SymInt size, ScalarType dtype, "
     "Tensor? global_scale=None) -> Tensor",
+    # x, or 0 where the packed mask is not set, times the block-diagonal orthonormal Hadamard matrix along `axis`.
+    "hadamard(Tensor x, int block, int axis, Tensor? mask=None) -> Tensor",
     # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last):
     # [..., R, m] each.
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
@@ -43,8 +47,9 @@ _SCHEMAS = (
     # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; and scales.
     "quantize_compensated(Tensor x, str operand, int axis) -> (Tensor, Tensor)",
     # Which elements let their gradient pass, one bit each, packed along `axis` (moved last): uint8 [..., R, ceil(K/8)].
+    # With a `transform` they are elements of what it makes of x.
     "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
-    "Tensor? global_scale=None) -> Tensor",
+    "Tensor? global_scale=None, str transform='') -> Tensor",
     # grad where the mask is set, else 0.
     "mask_gradient(Tensor grad, Tensor mask, int axis) -> Tensor",
     # grad ⊙ slope(x / scales): the estimators that need their input again.
@@ -101,7 +106,7 @@ def storage_dtype(quantizer: Quantizer) -> torch.dtype:
 
 
 @register_fake("quantize")
-def _(x, quantizer, axis, global_scale=None, seed=None, fold=None):
+def _(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
     q = Quantizer.parse(quantizer)
     shape = moved_shape(x.shape, axis)
     codes = x.new_empty([*shape[:-1], q.packed_size(shape[-1])], dtype=torch.uint8)
@@ -112,6 +117,11 @@ def _(x, quantizer, axis, global_scale=None, seed=None, fold=None):
 def _(codes, scales, quantizer, axis, size, dtype, global_scale=None):
     moved = codes.new_empty([*codes.shape[:-1], size], dtype=dtype)
     return moved.movedim(-1, axis)
+
+
+@register_fake("hadamard")
+def _(x, block, axis, mask=None):
+    return torch.empty_like(x)
 
 
 @register_fake("clamp_outliers")
@@ -137,7 +147,7 @@ def _(x, operand, axis):
 
 
 @register_fake("estimator_mask")
-def _(x, scales, quantizer, estimator, axis, global_scale=None):
+def _(x, scales, quantizer, estimator, axis, global_scale=None, transform=""):
     shape = moved_shape(x.shape, axis)
     return x.new_empty([*shape[:-1], (shape[-1] + 7) // 8], dtype=torch.uint8)
 
@@ -174,6 +184,11 @@ def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
     return torch.where(amax == 0, 1.0, amax / torch.full_like(amax, 448.0 * quantizer.format.max))
 
 
+def _transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
+    """The operand's transform on this axis; a rotation needs to know how long it is."""
+    return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
+
+
 class _FakeQuantize(torch.autograd.Function):
     """quantize → dequantize forward, the operand's estimator backward."""
 
@@ -181,7 +196,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
         ops = torch.ops.qcompile
         spec = Operand.parse(operand)
-        quantizer, clamp = str(spec.quantizer), None
+        quantizer, clamp, transform = str(spec.stored), None, _transform_of(spec, x, axis)
         if spec.outliers:
             extent = x.shape[axis] if spec.outliers.per == "row" else x.numel()
             if any(clamped_counts(spec.outliers, extent)):  # short rows have nothing beyond their quantiles
@@ -194,12 +209,15 @@ class _FakeQuantize(torch.autograd.Function):
         if clamp:
             clamped, values, positions = ops.clamp_outliers(x, clamp, axis)
         global_scale = global_scale_of(clamped, spec.quantizer)
-        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed)
+        text = {"transform": str(transform)} if transform else {}
+        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed, **text)
         y = ops.dequantize(codes, scales, quantizer, axis, x.shape[axis], x.dtype, global_scale)
+        if transform.rotation > 1:
+            y = ops.hadamard(y, transform.rotation, axis)
         if clamp and spec.outliers.compensate:  # type: ignore[union-attr]
             y = ops.restore_outliers(y, values, positions, clamp, axis)
         if spec.estimator.kind.mask:
-            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale)
+            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale, **text)
         return y, scales, mask, global_scale
 
     @staticmethod
@@ -218,7 +236,12 @@ class _FakeQuantize(torch.autograd.Function):
             x, scales, global_scale = ctx.saved_tensors
             grad = ops.scale_gradient(grad, x, scales, str(spec.quantizer), str(spec.estimator), ctx.axis, global_scale)
         elif spec.estimator.kind.mask:
-            grad = ops.mask_gradient(grad, ctx.saved_tensors[0], ctx.axis)
+            (mask,) = ctx.saved_tensors
+            rotation = _transform_of(spec, grad, ctx.axis).rotation
+            if rotation > 1:  # the mask is one of rotated elements
+                grad = ops.hadamard(ops.hadamard(grad, rotation, ctx.axis), rotation, ctx.axis, mask)
+            else:
+                grad = ops.mask_gradient(grad, mask, ctx.axis)
         return grad, None, None, None
 
 

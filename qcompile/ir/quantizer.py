@@ -22,6 +22,9 @@ __all__ = ["ROUNDINGS", "SCALE_RULES", "Granularity", "Quantizer", "ScaleRule"]
 #: neither the scale nor its reciprocal leaves the range of float32 in any format; their elements round to zero.
 AMAX_FLOOR = 2.0**-100
 
+#: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
+RMS_FLOOR = 1e-8
+
 
 @dataclass(frozen=True)
 class Granularity:
@@ -49,17 +52,19 @@ class Granularity:
 
 @dataclass(frozen=True)
 class ScaleRule:
-    """How a scale s (x̂ = s · level) follows from the absolute maximum of the elements that share it.
+    """How a scale s (x̂ = s · level) follows from the elements that share it.
 
     Attributes:
         name: key in :data:`SCALE_RULES`.
         storage: dtype the scale is stored in.
+        statistic: what it is derived from: ``"amax"``, their absolute maximum, or ``"rms"``, their root mean square.
         two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
         source: where it is defined.
     """
 
     name: str
     storage: str
+    statistic: str = "amax"
     two_level: bool = False
     source: str = ""
 
@@ -71,6 +76,12 @@ SCALE_RULES: dict[str, ScaleRule] = {
         ScaleRule("absmax_pow2", "float32", source="1/s = 2^⌊log2(max / amax)⌋; the released code of arXiv 2501.17116"),
         ScaleRule(
             "e8m0", "uint8", source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3"
+        ),
+        ScaleRule(
+            "rms",
+            "float32",
+            statistic="rms",
+            source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
         ScaleRule("e4m3", "float8_e4m3fn", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
     )

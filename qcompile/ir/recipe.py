@@ -21,10 +21,12 @@ from typing import Any
 from .estimators import Estimator
 from .formats import get_format
 from .quantizer import SCALE_RULES, Granularity, Quantizer
+from .transforms import Transform
 
 __all__ = ["Operand", "OutlierClamp", "Recipe", "Rule"]
 
 STE = Estimator("ste")
+NO_TRANSFORM = Transform()
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,16 @@ class OutlierClamp:
 
 @dataclass(frozen=True)
 class Operand:
-    """How one operand of a GEMM is quantized: transform (optional) → quantizer → estimator for the way back."""
+    """How one operand of a GEMM is quantized: transforms (optional) → quantizer → estimator for the way back."""
 
     quantizer: Quantizer
     estimator: Estimator = STE
     outliers: OutlierClamp | None = None
+    transform: Transform = NO_TRANSFORM
 
     def __post_init__(self) -> None:
+        if self.transform:
+            self._check_transform()
         if self.outliers and self.estimator.kind.slope:
             msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
             raise ValueError(msg)
@@ -113,33 +118,59 @@ class Operand:
             msg = f"occ: residual=e4m3 goes with the estimator ste, not {self.estimator}"
             raise ValueError(msg)
 
+    def _check_transform(self) -> None:
+        if self.outliers:
+            msg = f"occ(...) clamps what {self.transform} changes; take one of the two"
+        elif self.estimator.kind.slope:
+            msg = f"{self.estimator.name} needs the input that {self.transform} changes; use trust, clip or ste"
+        elif self.quantizer.scale.two_level:
+            msg = f"scale rule {self.quantizer.scale.name} has a scale of the tensor, which {self.transform} changes"
+        else:
+            if self.transform.sparsity:
+                _ = self.quantizer.format.with_zero  # raises if 0 has no code
+            return
+        raise ValueError(msg)
+
+    @property
+    def stored(self) -> Quantizer:
+        """The quantizer whose decoder reads the codes: with a code for 0 where sparsity gives one."""
+        sparse = bool(self.transform.sparsity)
+        return replace(self.quantizer, format=self.quantizer.format.with_zero) if sparse else self.quantizer
+
     def __str__(self) -> str:
-        parts = [str(self.quantizer), str(self.estimator), *([str(self.outliers)] if self.outliers else [])]
-        return "; ".join(parts)
+        optional = [str(part) for part in (self.outliers, self.transform) if part]
+        return "; ".join([str(self.quantizer), str(self.estimator), *optional])
 
     @staticmethod
     @cache
     def parse(text: str) -> Operand:
-        """``"<quantizer>[; <estimator>][; occ(...)]"``; inverse of ``str()``."""
+        """``"<quantizer>[; <estimator>][; occ(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse of
+        ``str()``.
+        """
         head, *rest = (part.strip() for part in text.split(";"))
-        clamps = [part for part in rest if part.startswith("occ")]
-        estimators = [part for part in rest if not part.startswith("occ")]
-        if len(clamps) > 1 or len(estimators) > 1:
-            msg = f"operand {text!r} names more than one estimator or outlier clamp"
+        parts: dict[str, list[str]] = {"occ": [], "hadamard": [], "sparse": [], "": []}
+        for part in rest:
+            parts[next(kind for kind in parts if part.startswith(kind))].append(part)
+        if any(len(found) > 1 for found in parts.values()):
+            msg = f"operand {text!r} names more than one estimator, outlier clamp, rotation or sparsity"
             raise ValueError(msg)
         return Operand(
             Quantizer.parse(head),
-            Estimator.parse(estimators[0]) if estimators else STE,
-            OutlierClamp.parse(clamps[0]) if clamps else None,
+            Estimator.parse(parts[""][0]) if parts[""] else STE,
+            OutlierClamp.parse(parts["occ"][0]) if parts["occ"] else None,
+            Transform.parse("; ".join([*parts["hadamard"], *parts["sparse"]])),
         )
 
     def override(self, changes: Mapping[str, Any]) -> Operand:
-        """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers."""
-        known = ("format", "granularity", "scale", "rounding", "estimator", "outliers")
+        """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers, rotation,
+        sparsity.
+        """
+        known = ("format", "granularity", "scale", "rounding", "estimator", "outliers", "rotation", "sparsity")
         _reject_unknown("operand", changes, known)
         for key, value in changes.items():
-            if not isinstance(value, str) and not (key == "outliers" and value is None):
-                msg = f"{key} takes text, got {value!r}"
+            size = key == "rotation" and type(value) is int
+            if not (isinstance(value, str) or size or (key in ("outliers", "rotation", "sparsity") and value is None)):
+                msg = f"{key} takes {'a size' if key == 'rotation' else 'text'}, got {value!r}"
                 raise ValueError(msg)
         quantizer = self.quantizer
         if "format" in changes:
@@ -157,7 +188,17 @@ class Operand:
         outliers = self.outliers
         if "outliers" in changes:
             outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
-        return Operand(quantizer, estimator, outliers)
+        transform = self.transform
+        if "rotation" in changes:
+            transform = replace(transform, rotation=_rotation(changes["rotation"]))
+        if "sparsity" in changes:
+            transform = replace(transform, sparsity=changes["sparsity"] or "")
+        return Operand(quantizer, estimator, outliers, transform)
+
+
+def _rotation(value: Any) -> int:
+    """The size of a rotation given as a number, as ``"hadamard(128)"``, or as ``None``."""
+    return Transform.parse(value).rotation if isinstance(value, str) else 1 if value is None else value
 
 
 #: Short names for the gradient operand. "fp8" is per-tensor E5M2, as published (arXiv 2501.17116 §4.1).
@@ -181,6 +222,7 @@ class Rule:
         min_size, max_size: bounds on the number of elements of the weight operand.
         roles: for ``gradient``: the backward GEMMs whose gradient operand this rule changes.
         quantize: ``False`` keeps the site in high precision, ``True`` undoes an earlier skip.
+        bits: operands by width, as in :class:`Recipe`; the other operand options apply on top.
         activation, weight, gradient: operand overrides, as in :class:`Recipe`; ``"off"`` keeps that operand in high
         precision.
     """
@@ -191,6 +233,7 @@ class Rule:
     max_size: int | None = None
     roles: tuple[str, ...] = ("dgrad", "wgrad")
     quantize: bool | None = None
+    bits: Any = None
     activation: Any = None
     weight: Any = None
     gradient: Any = None
@@ -246,6 +289,8 @@ class Recipe:
 
     Attributes:
         name, source: the backend's name, and where the recipe is published.
+        widths: what ``bits=`` stands for: an operand for each number of bits (or name) that the recipe knows. The
+            option takes one for both operands, or ``{"activation": 8, "weight": 4}``; it is not a field, but sets two.
         activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
@@ -268,6 +313,7 @@ class Recipe:
 
     name: str
     source: str = ""
+    widths: Mapping[Any, Operand | None] = field(default_factory=dict, repr=False, compare=False)
     activation: Operand | None = None
     weight: Operand | None = None
     gradient: Operand | None = None
@@ -287,17 +333,22 @@ class Recipe:
     @staticmethod
     def option_names() -> list[str]:
         """The options a backend takes, besides Inductor's own."""
-        return [f.name for f in fields(Recipe) if f.name not in ("name", "source", "user_patterns")]
+        return [
+            "bits",
+            *(f.name for f in fields(Recipe) if f.name not in ("name", "source", "widths", "user_patterns")),
+        ]
 
     def override(self, options: Mapping[str, Any]) -> Recipe:
         """A copy with options applied. Raises ``ValueError`` naming the option, its value and what would be
         accepted.
         """
         _reject_unknown("option", options, self.option_names())
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = self.of_width(options["bits"], "option 'bits'") if "bits" in options else {}
         for key, value in options.items():
+            if key == "bits":
+                continue
             if key in ("activation", "weight", "gradient"):
-                changes[key] = override_operand(getattr(self, key), value, key)
+                changes[key] = override_operand(changes.get(key, getattr(self, key)), value, key)
             elif key == "skip":
                 changes[key] = _strings(key, value)
                 changes["user_patterns"] = changes[key]
@@ -312,6 +363,20 @@ class Recipe:
                 changes[key] = _checked(key, value)
         return replace(self, **changes)
 
+    def of_width(self, bits: Any, where: str) -> dict[str, Operand | None]:
+        """The operands that ``bits`` stands for, by name.
+
+        Raises ``ValueError``, beginning with ``where``, for a width that the recipe does not know.
+        """
+        chosen = bits if isinstance(bits, Mapping) else {"activation": bits, "weight": bits}
+        _reject_unknown(f"operand in {where}", chosen, ("activation", "weight"))
+        for width in chosen.values():
+            if isinstance(width, bool) or not isinstance(width, (int, float, str)) or width not in self.widths:
+                known = ", ".join(map(str, self.widths)) or f"none; {self.name} is not a family of widths"
+                msg = f"{where}: {width!r} is not one of the widths of {self.name}: {known}"
+                raise ValueError(msg)
+        return {name: self.widths[width] for name, width in chosen.items()}
+
 
 def override_operand(base: Operand | None, value: Any, name: str) -> Operand | None:
     """Apply an operand option: ``None``/"off", a whole operand as text, or a dictionary of changed fields."""
@@ -319,8 +384,8 @@ def override_operand(base: Operand | None, value: Any, name: str) -> Operand | N
         return None
     try:
         operand = _operand_from(base, value, name)
-        if name == "gradient" and operand and (operand.outliers or operand.estimator != STE):
-            msg = f"{operand}: a gradient takes a quantizer only, no estimator and no outlier clamp"
+        if name == "gradient" and operand and operand != Operand(operand.quantizer):
+            msg = f"{operand}: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
             raise ValueError(msg)
     except ValueError as error:
         msg = f"option {name!r}: {error}"

@@ -18,6 +18,7 @@ import torch
 from .formats import Format
 from .ops import LIB, register_fake
 from .quantizer import Quantizer
+from .recipe import Operand
 
 __all__ = ["TENSOR_CORE_DTYPES", "tensor_core_dtype"]
 
@@ -25,8 +26,11 @@ _SCHEMAS = (
     # Row-wise quantization of x [R, K], optionally of x · fold (float32, K elements): 8-bit codes [R, K], scales
     # [R, 1], and, if `packed`, codes as `quantize` stores them (else uint8 [R, 0]).
     "quantize_8bit(Tensor x, str quantizer, bool packed, Tensor? fold=None) -> (Tensor, Tensor, Tensor)",
-    # The same codes and scales, the codes transposed: [K, R] and [R, 1].
-    "quantize_8bit_transposed(Tensor x, str quantizer) -> (Tensor, Tensor)",
+    # The same by a whole operand, with its transform (whose rotation divides K), and the packed mask of its estimator:
+    # uint8 [R, ceil(K/8)], or [R, 0] if that has none.
+    "quantize_8bit_masked(Tensor x, str operand, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+    # Codes and scales of quantize_8bit, the codes transposed: [K, R] and [R, 1]. `transform`: as in quantize.
+    "quantize_8bit_transposed(Tensor x, str quantizer, str transform='') -> (Tensor, Tensor)",
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -59,8 +63,18 @@ def _(x, quantizer, packed, fold=None):
     return codes, x.new_empty([rows, 1], dtype=torch.float32), stored
 
 
+@register_fake("quantize_8bit_masked")
+def _(x, operand, packed):
+    spec = Operand.parse(operand)
+    rows, size = x.shape
+    codes = x.new_empty([rows, size], dtype=tensor_core_dtype(spec.stored.format))
+    stored = x.new_empty([rows, spec.stored.packed_size(size) if packed else 0], dtype=torch.uint8)
+    mask = x.new_empty([rows, (size + 7) // 8 if spec.estimator.kind.mask else 0], dtype=torch.uint8)
+    return codes, x.new_empty([rows, 1], dtype=torch.float32), stored, mask
+
+
 @register_fake("quantize_8bit_transposed")
-def _(x, quantizer):
+def _(x, quantizer, transform=""):
     rows, size = x.shape
     codes = x.new_empty([size, rows], dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
     return codes, x.new_empty([rows, 1], dtype=torch.float32)

@@ -3,7 +3,8 @@ points).
 """
 
 from .fp4 import FP4
+from .quest import QUEST
 
-RECIPES = {recipe.name: recipe for recipe in (FP4,)}
+RECIPES = {recipe.name: recipe for recipe in (FP4, QUEST)}
 
-__all__ = ["FP4", "RECIPES"]
+__all__ = ["FP4", "QUEST", "RECIPES"]

@@ -78,7 +78,7 @@ def assert_same_codes(got: torch.Tensor, expected: torch.Tensor, x: torch.Tensor
     leaves the sign of inf · 0 and NaN · NaN open, and torch's own vector loop and its tail differ in it."""
     q = Quantizer.parse(quantizer)
     x = x.float()
-    y = x * quantize.spread(quantize.scale_pair(quantize.group_amax(x, q), q)[2], x.shape, q)
+    y = x * quantize.spread(quantize.scale_pair(quantize.group_statistic(x, x, q), q)[2], x.shape, q)
     padded = q.packed_size(x.shape[-1]) * q.format.codes_per_byte
     sign = torch.where(y.isnan(), 1 << (q.format.bits - 1), 0).to(torch.uint8)
     sign = torch.nn.functional.pad(sign, (0, padded - x.shape[-1]))

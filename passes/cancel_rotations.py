@@ -1,0 +1,177 @@
+"""Joint graph: take out rotations that undo each other.
+
+`insert` asks for operands that mean what they meant before, so the dialect rotates decoded values back. With H the
+block-diagonal, orthonormal and symmetric Hadamard matrix most of that work is not needed:
+
+* a product that contracts two operands along the axis both are rotated on does not see the rotation::
+
+      (X H)(W H)ᵀ = X Wᵀ
+
+* a product that keeps the rotated axis can be rotated afterwards, and where the result is rotated next, as the
+  gradient of a rotated operand is, the two rotations are none::
+
+      (E · (W H)) H = E · W
+
+Views, transposes and sums (a gradient with several sources) are looked through. What is left is a rotation of something
+that is quantized alone; where it is an operand of a product that keeps the axis, it moves behind the product, which
+can then read codes. Numbers change by the rounding of what is not computed any more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from .dialect import aten, gemm_operands, is_call, ops, same_sizes
+from .pass_base import Context, emit
+
+__all__ = ["cancel_rotations"]
+
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+_PRODUCTS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
+_RESHAPES = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+_LIKE = (aten.alias.default, aten.detach.default, aten.clone.default)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Blocks of ``block`` along ``axis`` (not negative) of some tensor."""
+
+    block: int
+    axis: int
+
+
+def cancel_rotations(graph: Graph, context: Context) -> int:
+    """Returns how many products and gradients lost a rotation."""
+    if not graph.find_nodes(op="call_function", target=ops.hadamard.default):
+        return 0
+    count = sum(_contract_unrotated(graph, node) for node in list(graph.nodes))
+    for node in list(graph.find_nodes(op="call_function", target=ops.hadamard.default)):
+        x, rotation = _rotation_of(node)
+        if len(node.args) == 3 and _is_rotated(x, rotation):
+            node.replace_all_uses_with(_unrotated(graph, x, rotation))
+            count += 1
+    graph.eliminate_dead_code()  # a product counts once, whichever of its operands is still rotated
+    return count + sum(_rotate_afterwards(graph, node) for node in list(graph.nodes))
+
+
+def _rotation_of(node: Node) -> tuple[Node, Rotation]:
+    x, block, axis = node.args[:3]
+    return x, Rotation(block, axis % x.meta["val"].dim())  # type: ignore[union-attr, arg-type, return-value]
+
+
+def _contract_unrotated(graph: Graph, product: Node) -> bool:
+    """Let a product of two operands rotated along the contraction read what they are rotated from."""
+    if not is_call(product, *_PRODUCTS, *_PRODUCTS_WITH_BIAS):
+        return False
+    left, right = gemm_operands(product)
+    axes = left.meta["val"].dim() - 1, right.meta["val"].dim() - 2
+    blocks = {_block_along(operand, axis) for operand, axis in zip((left, right), axes, strict=True)}
+    if len(blocks) != 1 or None in blocks:
+        return False
+    (block,) = blocks
+    unrotated = [
+        _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
+        for operand, axis in zip((left, right), axes, strict=True)
+    ]
+    product.args = (*product.args[:-2], *unrotated)
+    return True
+
+
+def _block_along(node: Node, axis: int) -> int | None:
+    """Size of the blocks in which an operand, seen through views, is rotated along ``axis``."""
+    while not is_call(node, ops.hadamard.default):
+        source = _source_axis(node, axis)
+        if source is None:
+            return None
+        node, axis = node.args[0], source  # type: ignore[assignment]
+    _, rotation = _rotation_of(node)
+    return rotation.block if rotation.axis == axis and len(node.args) == 3 else None
+
+
+def _rotate_afterwards(graph: Graph, product: Node) -> bool:
+    """Move the rotation of an operand along an axis that a product keeps behind the product."""
+    if not is_call(product, *_PRODUCTS):
+        return False
+    for operand, kept, contracted in zip(product.args, (-2, -1), (-1, -2), strict=True):
+        axis = operand.meta["val"].dim() + kept  # type: ignore[union-attr]
+        block = _block_along(operand, axis)  # type: ignore[arg-type]
+        if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:  # type: ignore
+            continue
+        with graph.inserting_after(product):
+            rotated = emit(graph, product, ops.hadamard.default, product, block, kept)
+        for user in [user for user in product.users if user is not rotated]:
+            user.replace_input_with(product, rotated)
+        unrotated = _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
+        product.update_arg(0 if kept == -2 else 1, unrotated)
+        return True
+    return False
+
+
+def _is_rotated(node: Any, rotation: Rotation) -> bool:
+    """Whether :func:`_unrotated` can take the rotation away."""
+    if is_call(node, ops.hadamard.default):
+        return len(node.args) == 3 and _rotation_of(node)[1] == rotation
+    source = _source_axis(node, rotation.axis)
+    if source is not None:
+        return _is_rotated(node.args[0], Rotation(rotation.block, source))
+    return bool(parts := _parts(node, rotation)) and all(_is_rotated(part, of) for part, of in parts.values())
+
+
+def _unrotated(graph: Graph, node: Node, rotation: Rotation) -> Node:
+    """What ``node`` is the rotation of; the operations between are repeated on it."""
+    if is_call(node, ops.hadamard.default):
+        return node.args[0]  # type: ignore[return-value]
+    source = _source_axis(node, rotation.axis)
+    parts = {0: (node.args[0], Rotation(rotation.block, source))} if source is not None else _parts(node, rotation)
+    arguments = list(node.args)
+    for position, (part, of) in parts.items():
+        arguments[position] = _unrotated(graph, part, of)  # type: ignore[arg-type]
+    with graph.inserting_before(node):
+        return emit(graph, node, node.target, *arguments, **node.kwargs)
+
+
+def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
+    """Arguments of which ``node`` is rotated if they are, with their rotations: the terms of a sum, the operand of a
+    product that brings the axis along.
+    """
+    if is_call(node, aten.add.Tensor) and not node.kwargs and all(isinstance(term, Node) for term in node.args):
+        shapes = [term.meta["val"].shape for term in node.args]
+        if same_sizes(*shapes):
+            return {position: (term, rotation) for position, term in enumerate(node.args)}
+    # A product with other readers would have to be computed twice.
+    if is_call(node, *_PRODUCTS) and len(node.users) == 1 and rotation.axis >= node.meta["val"].dim() - 2:
+        side = rotation.axis - (node.meta["val"].dim() - 2)  # rows come from the left operand, columns from the right
+        return {side: (node.args[side], rotation)}
+    return {}
+
+
+def _source_axis(node: Any, axis: int) -> int | None:
+    """Which axis of its input, element for element, is ``axis`` of a view; ``None`` if there is none."""
+    if is_call(node, *_LIKE):
+        return axis
+    if is_call(node, aten.permute.default):
+        order: Any = node.args[1]
+        return order[axis] % len(order)
+    if is_call(node, aten.transpose.int, aten.t.default):
+        first, second = (n % node.meta["val"].dim() for n in node.args[1:]) if len(node.args) > 1 else (0, 1)
+        return {first: second, second: first}.get(axis, axis)
+    if is_call(node, *_RESHAPES):
+        return _kept_axis(node.args[0].meta["val"].shape, node.meta["val"].shape, axis)
+    return None
+
+
+def _kept_axis(before: Any, after: Any, axis: int) -> int | None:
+    """The axis of ``before`` with the extent and the stride, counted in elements, of ``axis`` of ``after``."""
+    inner = after[axis + 1 :]
+    for candidate in reversed(range(len(before))):
+        rest = before[candidate + 1 :]
+        if same_sizes([before[candidate], math.prod(rest)], [after[axis], math.prod(inner)]):
+            return candidate
+    return None
