@@ -384,7 +384,7 @@ def _rotate(
     """``block`` elements of one row."""
     parts = tl.cdiv(size, block)
     row = (tl.program_id(0) // parts).to(tl.int64)
-    start = (tl.program_id(0) % parts) * block
+    start = (tl.program_id(0) % parts).to(tl.int64) * block
     columns = _columns_of(x + row * row_stride, start, size, block, span)
     if mask is not None:
         at = start // 8 + runs(block // 8, RUN // 8)
@@ -403,41 +403,38 @@ def _rotate(
 def supports_quantize_8bit_masked(dtypes: tuple[torch.dtype, ...], operand: str) -> Support:
     """Whether the kernels here quantize tensors of ``dtypes`` by an operand to 8-bit codes, and if not, why."""
     spec = Operand.parse(operand)
-    reason = missing_conversion(spec.stored.format) if spec.stored.format.tensor_core_type else ""
-    return (False, reason) if reason else _supports(dtypes, spec, eight_bit=True)
+    if spec.outliers:
+        return False, "the Triton kernel clamps no outliers"
+    return _supports(dtypes, spec.stored, spec.transform, eight_bit=True)
 
 
 @cache
 def supports_quantize(
     dtypes: tuple[torch.dtype, ...], quantizer: str, transform: str, by_columns: bool = False
 ) -> Support:
-    """The same for :func:`quantize`; ``by_columns``, whether a matrix is quantized along its first axis, is no hindrance."""
-    return _supports(dtypes, Operand(Quantizer.parse(quantizer), transform=Transform.parse(transform)), eight_bit=False)
+    """The same for :func:`quantize`; ``by_columns``: along the first axis of a matrix, which is no hindrance."""
+    return _supports(dtypes, Quantizer.parse(quantizer), Transform.parse(transform), eight_bit=False)
 
 
 @cache
 def supports_quantize_8bit_transposed(dtypes: tuple[torch.dtype, ...], quantizer: str, transform: str) -> Support:
     """The same for :func:`quantize_8bit_transposed`."""
-    supported, reason = supports_recode((), quantizer)
-    if not supported:
-        return False, reason
-    return _supports(dtypes, Operand(Quantizer.parse(quantizer), transform=Transform.parse(transform)), eight_bit=True)
+    supported, reason = _supports(dtypes, Quantizer.parse(quantizer), Transform.parse(transform), eight_bit=True)
+    return supports_recode((), quantizer) if supported else (False, reason)
 
 
 @cache
 def supports_estimator_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str, transform: str) -> Support:
     """The same for :func:`estimator_mask`."""
-    spec = Operand(Quantizer.parse(quantizer), Estimator.parse(estimator), transform=Transform.parse(transform))
-    return _supports(dtypes, spec, eight_bit=False)
+    return _supports(dtypes, Quantizer.parse(quantizer), Transform.parse(transform), eight_bit=False)
 
 
-def _supports(dtypes: tuple[torch.dtype, ...], spec: Operand, eight_bit: bool) -> Support:
-    if spec.outliers:
-        return False, "the Triton kernel clamps no outliers"
-    fmt = spec.stored.format
-    reason = unsupported(spec.stored, eight_bit)
-    if not reason and spec.transform.sparsity and not (fmt.pruned or fmt.has_zero):
-        reason = f"{fmt.name} has no code for the elements that {spec.transform} drops"
+def _supports(dtypes: tuple[torch.dtype, ...], q: Quantizer, transform: Transform, eight_bit: bool) -> Support:
+    reason = unsupported(q, eight_bit)
+    if not reason and eight_bit:
+        reason = missing_conversion(q.format)
+    if not reason and transform.sparsity and not (q.format.pruned or q.format.has_zero):
+        reason = f"{q.format.name} has no code for the elements that sparse({transform.sparsity}) drops"
     return (False, reason) if reason else supports_dtypes(dtypes)
 
 
@@ -463,17 +460,24 @@ def _shape(size: int, rotation: int, block: int) -> dict[str, int]:
     return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, LARGEST_SPAN)}
 
 
-def _by_rows(x: Tensor, spec: Operand, eight_bit: bool, stored: bool, scaled: bool, masked: bool) -> list[Tensor]:
+def _by_rows(
+    x: Tensor,
+    q: Quantizer,
+    transform: Transform,
+    estimator: Estimator | None = None,
+    eight_bit: bool = False,
+    stored: bool = False,
+    scaled: bool = True,
+) -> list[Tensor]:
     """8-bit codes, scales, stored codes and mask of x ``[R, K]``; empty, ``[R, 0]``, where they are not wanted."""
-    q, rows, size = spec.stored, x.shape[0], x.shape[1]
-    fmt, x = grid_of(str(q), eight_bit), with_dense_rows(x)
+    rows, size = x.shape
+    x, fmt, masked = with_dense_rows(x), grid_of(str(q), eight_bit), estimator is not None
     codes = x.new_empty(
         (rows, size if eight_bit else 0), dtype=tensor_core_dtype(q.format) if eight_bit else torch.uint8
     )
     scales = x.new_empty((rows, 1 if scaled else 0), dtype=torch.float32)
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
-    sparsity = spec.transform.sparsity
     launch(
         _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
         rows,
@@ -487,10 +491,10 @@ def _by_rows(x: Tensor, spec: Operand, eight_bit: bool, stored: bool, scaled: bo
         packed.shape[1],
         mask.shape[1],
         fmt=fmt,
-        passes=passing(str(spec.estimator), q.format) if masked else None,
-        unit=SPARSITIES[sparsity].width if sparsity else 0,
+        passes=passing(str(estimator), q.format) if masked else None,
+        unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
         ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
-        **_shape(size, spec.transform.rotation, row_block(size)),
+        **_shape(size, transform.rotation, row_block(size)),
     )
     return [codes, scales, packed, mask]
 
@@ -504,7 +508,8 @@ def quantize_8bit_masked(x: Tensor, operand: str, packed: bool) -> tuple[Tensor,
     if x.numel() == 0:
         return quantize_reference.quantize_8bit_masked(x, operand, packed)
     spec = Operand.parse(operand)
-    codes, scales, stored, mask = _by_rows(x, spec, True, packed, True, spec.estimator.kind.mask is not None)
+    estimator = spec.estimator if spec.estimator.kind.mask else None
+    codes, scales, stored, mask = _by_rows(x, spec.stored, spec.transform, estimator, eight_bit=True, stored=packed)
     return codes, scales, stored, mask
 
 
@@ -526,8 +531,7 @@ def quantize(
     rows, shape = as_rows(x, axis)
     if fold is not None:
         rows = rows.float() * fold.reshape(-1)
-    spec = Operand(Quantizer.parse(quantizer), transform=Transform.parse(transform))
-    _, scales, stored, _ = _by_rows(rows, spec, False, True, True, False)
+    _, scales, stored, _ = _by_rows(rows, Quantizer.parse(quantizer), Transform.parse(transform), stored=True)
     return stored.reshape(*shape[:-1], -1), scales.reshape(*shape[:-1], 1)
 
 
@@ -550,8 +554,8 @@ def estimator_mask(
     if x.numel() == 0:
         return estimate_reference.estimator_mask(x, scales, quantizer, estimator, axis, None, transform)
     rows, shape = as_rows(x, axis)
-    spec = Operand(Quantizer.parse(quantizer), Estimator.parse(estimator), transform=Transform.parse(transform))
-    mask = _by_rows(rows, spec, False, False, False, True)[3]
+    q, rule = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    mask = _by_rows(rows, q, Transform.parse(transform), rule, scaled=False)[3]
     return mask.reshape(*shape[:-1], -1)
 
 
@@ -563,6 +567,7 @@ def hadamard(x: Tensor, block: int, axis: int, mask: Tensor | None = None) -> Te
     if x.numel() == 0:
         return reference.hadamard(x, block, axis, mask)
     rows, shape = as_rows(x, axis)
+    rows = rows.contiguous()
     count, size = rows.shape
     mask_size = -(-size // 8)
     if mask is not None and mask.shape != (*shape[:-1], mask_size):
@@ -571,7 +576,7 @@ def hadamard(x: Tensor, block: int, axis: int, mask: Tensor | None = None) -> Te
     constants = _shape(size, block, ROTATED_BLOCK)
     # The interpreter cuts where a GPU rounds: it leaves the cast to torch.
     out = torch.empty(shape, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
-    if rows.is_contiguous() and (mask is None or size % 8 == 0):  # then it is all one row
+    if mask is None or size % 8 == 0:  # then it is all one row
         count, size, mask_size = 1, count * size, count * mask_size
     launch(
         _rotate,
