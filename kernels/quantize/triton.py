@@ -119,9 +119,12 @@ def scale_pair(amax, fmt: tl.constexpr):
 
 @triton.jit
 def rms_scale_pair(squares, size, fmt: tl.constexpr):
-    """Scale and reciprocal γ, each rounded once, of rows of ``size`` elements with this sum of ``squares``, float64."""
+    """Scale and reciprocal γ of rows of ``size`` elements with this sum of ``squares``, float64.
+
+    Float64 until both are rounded, so that neither the order of summation nor a product in place of a quotient shows.
+    """
     clip = fmt.clip * tl.sqrt(squares / size) + SMALLEST_CLIP
-    return (clip / fmt.largest).to(tl.float32), (fmt.largest / clip).to(tl.float32)
+    return (clip * (1.0 / fmt.largest)).to(tl.float32), (1.0 / clip * fmt.largest).to(tl.float32)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -139,30 +142,36 @@ def saturated(y, fmt: tl.constexpr):
 
 
 @triton.jit
-def _floor_above(y, base: tl.constexpr):
-    """⌊y⌋ + base, for a base around which float32 numbers are one apart."""
+def biased_code(y, fmt: tl.constexpr):
+    """Int32 whose lowest bits are ⌊y⌋ + bias, of a grid that ``floors``: y rounded to half-integers with ties up."""
+    base: tl.constexpr = ROUNDER + fmt.bias
     if INTERPRETED:
         raised = tl.floor(y) + base
     else:
         raised = tl.inline_asm_elementwise(
             "add.rm.f32 $0, $1, $2;", "=f,f,f", [y, base], dtype=tl.float32, is_pure=True, pack=1
         )
-    return raised
+    return as_bits(raised)
+
+
+@triton.jit
+def biased_level(code, fmt: tl.constexpr):
+    """Float32 level of a :func:`biased_code`."""
+    base: tl.constexpr = ROUNDER + fmt.bias
+    return as_float(code) - base + 0.5
 
 
 @triton.jit
 def nearest(y, fmt: tl.constexpr):
     """The level nearest to y (no NaN, see ``plain_limit``) with y's sign, float32, and its code, int32.
 
-    The code is the stored one; or, for a ``biased`` grid, ⌊y⌋ + bias in its lowest bits, and anything above.
+    The code is the stored one, or that of :func:`biased_code` for a ``biased`` grid.
     """
     negative = y < 0.0
     if fmt.floors:
-        base: tl.constexpr = ROUNDER + fmt.bias
-        raised = _floor_above(y, base)
-        level = raised - base + 0.5
+        code = biased_code(y, fmt)
+        level = biased_level(code, fmt)
         index = as_bits(tl.abs(level) - 0.5 + ROUNDER) & (2 ** (fmt.bits - 1) - 1)
-        code = as_bits(raised)
     elif fmt.rounding == "minifloat":
         # 1.5·2²³ units in the last place of y's binade, or of the smallest normal one. Both products are exact.
         binade = as_float(as_bits(tl.maximum(tl.abs(y), fmt.smallest_normal)) & EXPONENT)

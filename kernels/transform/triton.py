@@ -37,6 +37,8 @@ from qcompile.kernels.quantize import reference as quantize_reference
 from qcompile.kernels.quantize.grid import grid_of, passing, unsupported
 from qcompile.kernels.quantize.triton import (
     SMALLEST_AMAX,
+    biased_code,
+    biased_level,
     halves,
     missing_conversion,
     nearest,
@@ -253,33 +255,54 @@ def _write_part(
 ):
     """What is asked for of rotated columns, elements of one row from ``start`` on."""
     y = columns * gamma
-    level, code = nearest(saturated(y, fmt), fmt)
+    # The last bytes of a row are filled with zeros.
+    inside = _columns(start + runs(block, RUN), columns.shape[0]) < size if ragged else None
+    # What y is needed for comes first, and levels last: registers hold one number an element.
     if unit > 0:
         keep = kept(columns, unit)
+    if mask is not None and passes.limit > 0.0:
+        limit = tl.where(keep, passes.above_limit, passes.above_threshold) if unit > 0 else passes.above_limit
+        _write_mask(mask, _beyond(y, limit), inside, start, mask_size)
+    if fmt.biased:
+        code = biased_code(saturated(y, fmt), fmt)
+    else:
+        level, code = nearest(saturated(y, fmt), fmt)
+    if unit > 0:
         level = tl.where(keep, level, 0.0)
         code = tl.where(keep, code, fmt.blank)
-    if ragged:  # the last bytes are filled with zeros
-        inside = _columns(start + runs(block, RUN), columns.shape[0]) < size
-    if codes is not None:
-        at = start + runs(block, RUN)
-        tl.store(codes + at, _runs_of(tensor_core_code(level, fmt), RUN), mask=at < size)
     if stored is not None:
-        if ragged:
-            code = tl.where(inside, code, fmt.blank)
-        run: tl.constexpr = RUN // fmt.codes_per_byte
-        at = start // fmt.codes_per_byte + runs(block // fmt.codes_per_byte, run)
-        tl.store(stored + at, _runs_of(pack_codes(code, fmt, 0), run), mask=at < stored_size)
-    if mask is not None:
-        if passes.limit == 0.0:
-            beyond = _beyond(y - level, passes.above_threshold)
-        elif unit > 0:
-            beyond = _beyond(y, tl.where(keep, passes.above_limit, passes.above_threshold))
+        _write_stored(stored, code, inside, start, stored_size, fmt)
+    if fmt.biased:
+        level = biased_level(code, fmt)
+    if codes is not None:
+        if fmt.biased and fmt.target == "int8":  # half-integers, twice
+            eight_bit = (2 * code + (1 - 2 * fmt.bias)).to(tl.int8)
         else:
-            beyond = _beyond(y, passes.above_limit)
-        if ragged:
-            beyond = tl.where(inside, beyond, 0.0)
-        at = start // 8 + runs(block // 8, RUN // 8)
-        tl.store(mask + at, _runs_of(_pack_signs(beyond), RUN // 8), mask=at < mask_size)
+            eight_bit = tensor_core_code(level, fmt)
+        at = start + runs(block, RUN)
+        tl.store(codes + at, _runs_of(eight_bit, RUN), mask=at < size)
+    if mask is not None and passes.limit == 0.0:
+        _write_mask(mask, _beyond(y - level, passes.above_threshold), inside, start, mask_size)
+
+
+@triton.jit
+def _write_stored(stored, code, inside, start, stored_size, fmt: tl.constexpr):
+    if inside is not None:
+        code = tl.where(inside, code, fmt.blank)
+    packed = pack_codes(code, fmt, 0)
+    run: tl.constexpr = min(RUN, packed.shape[0])
+    at = start // fmt.codes_per_byte + runs(packed.shape[0] * packed.shape[1], run)
+    tl.store(stored + at, _runs_of(packed, run), mask=at < stored_size)
+
+
+@triton.jit
+def _write_mask(mask, beyond, inside, start, mask_size):
+    if inside is not None:
+        beyond = tl.where(inside, beyond, 0.0)
+    bits = _pack_signs(beyond)
+    run: tl.constexpr = bits.shape[0]  # they are where they are written from
+    at = start // 8 + runs(run * bits.shape[1], run)
+    tl.store(mask + at, _runs_of(bits, run), mask=at < mask_size)
 
 
 @triton.jit
@@ -299,9 +322,14 @@ def _quantize_row(
     rotation: tl.constexpr,
     span: tl.constexpr,
     block: tl.constexpr,
+    whole: tl.constexpr,
     ragged: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if whole:  # then no element has to be compared
+        size = block
+        stored_size = block // fmt.codes_per_byte
+        mask_size = block // 8
     columns = _columns_of(x + row * row_stride, 0, size, block, span)
     if fmt.clip > 0.0:
         scale, gamma = rms_scale_pair(tl.sum(_squares(columns)), size, fmt)
@@ -337,6 +365,7 @@ def _quantize_long_row(
     rotation: tl.constexpr,
     span: tl.constexpr,
     block: tl.constexpr,
+    whole: tl.constexpr,
     ragged: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -493,6 +522,7 @@ def _by_rows(
         fmt=fmt,
         passes=passing(str(estimator), q.format) if masked else None,
         unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
+        whole=size == row_block(size),
         ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
         **_shape(size, transform.rotation, row_block(size)),
     )
