@@ -86,6 +86,7 @@ COLUMN_BAND, TRANSPOSED_TILE, RECODE_TILE = (32, 128), (128, 64), (128, 64)
 #: Codes that a program recodes where nothing is transposed.
 RECODE_BLOCK = 8192
 
+WARP = tl.constexpr(32)
 EXPONENT = tl.constexpr(0x7F800000)
 BIAS = tl.constexpr(127)
 MANTISSA = tl.constexpr(MANTISSA_BITS)
@@ -271,8 +272,11 @@ def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
 
 @triton.jit
 def _sign_magnitude(codes, fmt: tl.constexpr):
-    """Bytes of stored codes from bytes of ⌊y⌋ + bias."""
-    if INTERPRETED:
+    """Bytes of stored codes from bytes of ⌊y⌋ + bias: four at once where a thread has as many.
+
+    It has if a warp does: programs of several warps have 32 elements a thread or more.
+    """
+    if INTERPRETED or codes.shape[0] * codes.shape[1] < 4 * WARP:
         number = codes.to(tl.int32) ^ fmt.in_every_code(fmt.bias)
         sign = number & fmt.in_every_code(2 ** (fmt.bits - 1))
         flip = sign - (sign >> (fmt.bits - 1))
