@@ -111,9 +111,12 @@ def _key_of_8bit(x, quantizer, *rest):
     return (x.dtype,), quantizer
 
 
-def _key_of_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
-    by_columns = x.dim() == 2 and axis % 2 == 0 and global_scale is None and seed is None and not transform
-    return (x.dtype,), quantizer, by_columns
+def _key_of_quantize_on_cuda(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
+    return (x.dtype,), quantizer, transform, x.dim() == 2 and axis % 2 == 0
+
+
+def _key_of_transposed(x, quantizer, transform=""):
+    return (x.dtype,), quantizer, transform
 
 
 def _key_of_compensated(x, operand, axis):
@@ -137,8 +140,21 @@ def _triton(folder: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None):
+def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
     return _triton("quantize", "quantize_columns")(x, quantizer, fold)
+
+
+def _supports_columns(dtypes, quantizer, transform, by_columns=False):
+    return _triton("quantize", "supports_columns")(dtypes, quantizer, by_columns and not transform)
+
+
+def _quantize_transposed(x, quantizer, transform=""):
+    return _triton("quantize", "quantize_8bit_transposed")(x, quantizer)
+
+
+def _supports_transposed(dtypes, quantizer, transform):
+    supported = _triton("quantize", "supports_quantize_8bit_transposed")
+    return (False, f"{transform} takes two kernels") if transform else supported(dtypes, quantizer)
 
 
 #: Providers that are tried before the reference, best first, by device type and op.
@@ -198,14 +214,57 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             op: (Provider("triton", _triton("quantize", op), _triton("quantize", f"supports_{kind}"), key, None),)
             for op, kind, key in (
                 ("quantize_8bit", "quantize_8bit", _key_of_8bit),
-                ("quantize_8bit_transposed", "quantize_8bit", _key_of_8bit),
                 ("quantize_8bit_pair", "quantize_8bit", _key_of_8bit),
                 ("recode", "recode", _key_of_recode),
                 ("quantize_compensated", "quantize_compensated", _key_of_compensated),
             )
         },
         "quantize": (
-            Provider("triton", _quantize_columns, _triton("quantize", "supports_columns"), _key_of_columns, None),
+            Provider("triton", _quantize_columns, _supports_columns, _key_of_quantize_on_cuda, None),
+            Provider(
+                "triton",
+                _triton("transform", "quantize"),
+                _triton("transform", "supports_quantize"),
+                _key_of_quantize_on_cuda,
+                ("quantizer", "transform"),
+            ),
+        ),
+        "quantize_8bit_masked": (
+            Provider(
+                "triton",
+                _triton("transform", "quantize_8bit_masked"),
+                _triton("transform", "supports_quantize_8bit_masked"),
+                _key_of_8bit,
+                None,
+            ),
+        ),
+        "quantize_8bit_transposed": (
+            Provider("triton", _quantize_transposed, _supports_transposed, _key_of_transposed, None),
+            Provider(
+                "triton",
+                _triton("transform", "quantize_8bit_transposed"),
+                _triton("transform", "supports_quantize_8bit_transposed"),
+                _key_of_transposed,
+                ("quantizer", "transform"),
+            ),
+        ),
+        "estimator_mask": (
+            Provider(
+                "triton",
+                _triton("transform", "estimator_mask"),
+                _triton("transform", "supports_estimator_mask"),
+                _key_of_mask,
+                ("quantizer", "estimator", "transform"),
+            ),
+        ),
+        "hadamard": (
+            Provider(
+                "triton",
+                _triton("transform", "hadamard"),
+                _triton("transform", "supports_hadamard"),
+                _key_of_hadamard,
+                (),
+            ),
         ),
         "clamp_outliers": (
             Provider(

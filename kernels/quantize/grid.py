@@ -1,4 +1,4 @@
-"""What the data of a format says about rounding to it and coding it: the constants of generated kernels.
+"""What the data of a quantizer says about rounding to its grid and coding it: the constants of generated kernels.
 
 Three ways of rounding cover every grid, and the magnitudes alone say which applies:
 
@@ -6,6 +6,8 @@ Three ways of rounding cover every grid, and the magnitudes alone say which appl
 * ``minifloat``: an index is exponent and mantissa of a small float, subnormal numbers included. Adding 1.5·2²³ units in
   the last place of the number's own binade rounds to the nearest of them.
 * ``thresholds``: anything else with few levels. The midpoints that lie below a magnitude are counted.
+
+A pruned format is rounded to the grid it was made from; its codes are one index higher, below which 0 has its own.
 """
 
 from __future__ import annotations
@@ -18,11 +20,24 @@ from itertools import pairwise
 
 import torch
 
+from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
 from qcompile.ir.formats import Format
+from qcompile.ir.gaussian import clip_of
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 
-__all__ = ["MANTISSA_BITS", "Grid", "bits_of", "float_of", "grid_of", "minifloat", "uniform_offset", "unsupported"]
+__all__ = [
+    "MANTISSA_BITS",
+    "Grid",
+    "Passing",
+    "bits_of",
+    "float_of",
+    "grid_of",
+    "minifloat",
+    "passing",
+    "uniform_offset",
+    "unsupported",
+]
 
 #: Of float32.
 MANTISSA_BITS = 23
@@ -60,6 +75,19 @@ prmt.b32 $1, lower, upper, half;
 }}
 """
 
+#: Numbers in two's complement as sign and magnitude: where the sign is set, the bits below it are flipped.
+_SIGN_MAGNITUDE = """
+{{
+.reg .b32 number, sign, flip;
+xor.b32 number, $1, {bias};
+and.b32 sign, number, {sign};
+shr.b32 flip, sign, {shift};
+sub.s32 flip, sign, flip;
+xor.b32 number, number, flip;
+and.b32 $0, number, {code};
+}}
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -74,13 +102,16 @@ class Grid:
         has_zero: whether 0 is a level; then the sign of a zero is kept.
         ties_up: whether ties go toward +∞ instead of to the even index.
         power_of_two: whether scales are powers of two.
+        clip: α of the rms rule, 0 where scales follow from the absolute maximum.
         plain_limit: largest absolute maximum of a row whose reciprocal scale is a normal number. No element of such a
             row leaves the grid by more than rounding takes back; only other rows need to be clamped.
-        target: the 8-bit tensor-core type.
+        target: the 8-bit tensor-core type, "" if there is none.
         factor: what levels are multiplied with to stand in it.
         is_target: whether the grid is that type's own, so that a conversion is rounding and code at once.
         rounding: ``"uniform"``, ``"minifloat"`` or ``"thresholds"``.
         step, offset: of a uniform grid.
+        floors: whether rounding is ⌊y⌋ + ½, as it is for half-integers with ties up.
+        pruned: whether elements that are rounded have indices one higher, 0 being that of elements that are dropped.
         mantissa_bits, smallest_normal: of a minifloat.
         to_fields: factor that moves a minifloat's exponent and mantissa to where float32 has its own.
         midpoints: float32 bits of magnitudes; index i + 1 begins right above the i-th.
@@ -94,6 +125,7 @@ class Grid:
     has_zero: bool
     ties_up: bool
     power_of_two: bool
+    clip: float
     plain_limit: float
     target: str
     factor: float
@@ -101,12 +133,43 @@ class Grid:
     rounding: str
     step: float = 1.0
     offset: float = 0.0
+    floors: bool = False
+    pruned: bool = False
     mantissa_bits: int = 0
     smallest_normal: float = 1.0
     to_fields: float = 1.0
     midpoints: tuple[int, ...] = ()
     gaps: tuple[float, ...] = ()
     table: tuple[int, ...] = ()
+
+    @property
+    def biased(self) -> bool:
+        """Whether kernels have ⌊y⌋ + bias for a code until they pack it."""
+        return self.floors and not self.pruned
+
+    @property
+    def blank(self) -> int:
+        """The code, in a kernel, whose stored code is 0."""
+        return self.bias if self.biased else 0
+
+    @property
+    def bias(self) -> int:
+        """What is added to ⌊y⌋ for it to be no negative number in its part of a byte (see ``floors``)."""
+        return 2 ** (8 // self.codes_per_byte - 1)
+
+    def in_every_code(self, field: int) -> int:
+        """The byte whose codes are all ``field``."""
+        width = 8 // self.codes_per_byte
+        return sum(field << width * i for i in range(self.codes_per_byte))
+
+    @property
+    def sign_magnitude(self) -> str:
+        """PTX: four bytes of stored codes ($0) from four of ⌊y⌋ + bias ($1)."""
+        bytes_of = {
+            name: self.in_every_code(field) * 0x01010101
+            for name, field in (("bias", self.bias), ("sign", 2 ** (self.bits - 1)), ("code", 2**self.bits - 1))
+        }
+        return _SIGN_MAGNITUDE.format(shift=self.bits - 1, **{k: f"0x{v:08x}" for k, v in bytes_of.items()})
 
     def table_word(self, first: int, count: int) -> int:
         """``count`` (4 or 8) entries of :attr:`table` as one signed integer, the lowest first."""
@@ -120,40 +183,90 @@ class Grid:
         return _PAIR_LOOKUP.format(*words)
 
 
-def unsupported(q: Quantizer) -> str:
-    """Why there is no :class:`Grid` for ``q``; empty if there is."""
+@dataclass(frozen=True)
+class Passing:
+    """Which elements an estimator's mask lets pass, y being the scaled input: constants of a kernel.
+
+    Attributes:
+        limit: |y| ≤ limit passes, a float32 number; 0 if that does not decide.
+        threshold: otherwise, and for elements that sparsity drops (whose level is 0), |y − level| ≤ threshold does.
+    """
+
+    limit: float
+    threshold: float
+
+    @property
+    def above_limit(self) -> float:
+        """The float32 number that follows the limit."""
+        return float_of(bits_of(self.limit) + 1)
+
+    @property
+    def above_threshold(self) -> float:
+        """The float32 number that follows the threshold."""
+        return float_of(bits_of(self.threshold) + 1)
+
+
+@cache
+def passing(estimator: str, fmt: Format) -> Passing | None:
+    """The constants of an estimator with a mask; ``None`` for one without.
+
+    ``trust`` compares with the distance to the nearest level. That is at most half the widest gap within the grid, so a
+    threshold not below it decides outside only, where y ∓ max is exact: a limit of |y| does as well.
+    """
+    spec = Estimator.parse(estimator)
+    parameters = dict(spec.parameters)
+    if spec.kind.mask is None:
+        return None
+    if spec.name == "clip":
+        limit = _float32(clip_limit(fmt, **parameters))  # type: ignore[arg-type]
+        return Passing(limit, limit)
+    threshold = _float32(trust_threshold(fmt, **parameters))
+    decides_outside = trust_threshold(fmt) <= threshold <= fmt.max
+    return Passing(_largest_sum(fmt.max, threshold) if decides_outside else 0.0, threshold)
+
+
+def _largest_sum(a: float, b: float) -> float:
+    """The largest float32 number ≤ a + b, of positive float32 numbers whose sum float64 holds."""
+    total = _float32(a + b)
+    return total if total <= a + b else float_of(bits_of(total) - 1)
+
+
+def _float32(value: float) -> float:
+    return float_of(bits_of(value))
+
+
+def unsupported(q: Quantizer, eight_bit: bool = True) -> str:
+    """Why there is no :class:`Grid` for ``q``; empty if there is. ``eight_bit``: whether 8-bit codes are wanted."""
     fmt = q.format
-    if q.granularity.kind != "row" or q.scale.name not in ("absmax", "absmax_pow2"):
-        return f"scales other than absmax and absmax_pow2 by rows, here {q.granularity} {q.scale.name}"
+    if q.granularity.kind != "row" or q.scale.name not in ("absmax", "absmax_pow2", "rms"):
+        return f"scales other than absmax, absmax_pow2 and rms by rows, here {q.granularity} {q.scale.name}"
     if q.rounding == "stochastic":
         return "stochastic rounding"
-    if fmt.pruned:
-        return f"{fmt.name}, which rounds to the levels of {fmt.pruned}"
-    if fmt.tensor_core_type is None:
+    if eight_bit and fmt.tensor_core_type is None:
         return f"{fmt.name} has values that no 8-bit tensor-core type holds"
-    if _rounding(fmt) is None:
+    if _rounding(fmt.grid) is None:
         return f"{fmt.name} is neither uniform nor a minifloat, and has more than {_MOST_MIDPOINTS + 1} magnitudes"
     return ""
 
 
 @cache
-def grid_of(quantizer: str) -> Grid:
+def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
     """The constants of a quantizer. Raises ``ValueError`` where :func:`unsupported` has a reason."""
     q = Quantizer.parse(quantizer)
-    reason, fmt = unsupported(q), q.format
+    reason, fmt = unsupported(q, eight_bit), q.format
     if reason:
         msg = f"{q}: {reason}"
         raise ValueError(msg)
-    rounding = _rounding(fmt)
+    rounding = _rounding(fmt.grid)
     assert rounding is not None
     kind, constants = rounding
     if kind == "thresholds":
-        ties = [q.rounding == "even" and i % 2 == 1 for i in range(len(fmt.thresholds))]
+        ties = [q.rounding == "even" and i % 2 == 1 for i in range(len(fmt.grid.thresholds))]
         constants["midpoints"] = tuple(
-            bits_of(threshold) - tie for threshold, tie in zip(fmt.thresholds, ties, strict=True)
+            bits_of(threshold) - tie for threshold, tie in zip(fmt.grid.thresholds, ties, strict=True)
         )
     largest_float = torch.finfo(torch.float32).max
-    dtype = tensor_core_dtype(fmt)
+    dtype = tensor_core_dtype(fmt) if fmt.tensor_core_type else None
     return Grid(
         bits=fmt.bits,
         codes_per_byte=fmt.codes_per_byte,
@@ -161,12 +274,15 @@ def grid_of(quantizer: str) -> Grid:
         has_zero=fmt.has_zero,
         ties_up=q.rounding == "up",
         power_of_two=q.scale.name == "absmax_pow2",
+        clip=clip_of(fmt.name) if q.scale.statistic == "rms" else 0.0,
         plain_limit=min(fmt.max * 2.0**126, largest_float),
         target=fmt.tensor_core_type or "",
         factor=fmt.tensor_core_factor,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
         rounding=kind,
-        table=_table(fmt, dtype) if fmt.bits <= 4 else (),
+        floors=q.rounding == "up" and (constants.get("step"), constants.get("offset")) == (1.0, 0.5),
+        pruned=fmt.pruned is not None,
+        table=_table(fmt, dtype) if dtype and fmt.bits <= 4 else (),
         **constants,
     )
 

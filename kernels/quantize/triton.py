@@ -29,7 +29,7 @@ from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.outliers.triton import clamped, row_bounds, search_constants
@@ -86,12 +86,14 @@ COLUMN_BAND, TRANSPOSED_TILE, RECODE_TILE = (32, 128), (128, 64), (128, 64)
 #: Codes that a program recodes where nothing is transposed.
 RECODE_BLOCK = 8192
 
+WARP = tl.constexpr(32)
 EXPONENT = tl.constexpr(0x7F800000)
 BIAS = tl.constexpr(127)
 MANTISSA = tl.constexpr(MANTISSA_BITS)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
 SMALLEST_AMAX = tl.constexpr(AMAX_FLOOR)
+SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _scale_pair(amax, fmt: tl.constexpr):
+def scale_pair(amax, fmt: tl.constexpr):
     """Scale and reciprocal γ, each rounded once from an absolute maximum not below AMAX_FLOOR."""
     gamma = tl.math.div_rn(fmt.largest, amax)
     if fmt.power_of_two:
@@ -116,11 +118,21 @@ def _scale_pair(amax, fmt: tl.constexpr):
     return scale, gamma
 
 
+@triton.jit
+def rms_scale_pair(squares, size, fmt: tl.constexpr):
+    """Scale and reciprocal γ of rows of ``size`` elements with this sum of ``squares``, float64.
+
+    Float64 until both are rounded, so that neither the order of summation nor a product in place of a quotient shows.
+    """
+    clip = fmt.clip * tl.sqrt(squares / size) + SMALLEST_CLIP
+    return (clip * (1.0 / fmt.largest)).to(tl.float32), (1.0 / clip * fmt.largest).to(tl.float32)
+
+
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _saturated(y, fmt: tl.constexpr):
+def saturated(y, fmt: tl.constexpr):
     """y within ±largest, NaN as the largest: for rows beyond ``plain_limit``, whose y may be anything."""
     if INTERPRETED:  # of a number and NaN, a GPU takes the number
         y = tl.where(y == y, y, fmt.largest)
@@ -131,10 +143,37 @@ def _saturated(y, fmt: tl.constexpr):
 
 
 @triton.jit
-def _nearest(y, fmt: tl.constexpr):
-    """The level nearest to y (no NaN, see ``plain_limit``) with y's sign, float32, and its stored code, int32."""
+def biased_code(y, fmt: tl.constexpr):
+    """Int32 whose lowest bits are ⌊y⌋ + bias, of a grid that ``floors``: y rounded to half-integers with ties up."""
+    base: tl.constexpr = ROUNDER + fmt.bias
+    if INTERPRETED:
+        raised = tl.floor(y) + base
+    else:
+        raised = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, $2;", "=f,f,f", [y, base], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return as_bits(raised)
+
+
+@triton.jit
+def biased_level(code, fmt: tl.constexpr):
+    """Float32 level of a :func:`biased_code`."""
+    base: tl.constexpr = ROUNDER + fmt.bias
+    return as_float(code) - base + 0.5
+
+
+@triton.jit
+def nearest(y, fmt: tl.constexpr):
+    """The level nearest to y (no NaN, see ``plain_limit``) with y's sign, float32, and its code, int32.
+
+    The code is the stored one, or that of :func:`biased_code` for a ``biased`` grid.
+    """
     negative = y < 0.0
-    if fmt.rounding == "minifloat":
+    if fmt.floors:
+        code = biased_code(y, fmt)
+        level = biased_level(code, fmt)
+        index = as_bits(tl.abs(level) - 0.5 + ROUNDER) & (2 ** (fmt.bits - 1) - 1)
+    elif fmt.rounding == "minifloat":
         # 1.5·2²³ units in the last place of y's binade, or of the smallest normal one. Both products are exact.
         binade = as_float(as_bits(tl.maximum(tl.abs(y), fmt.smallest_normal)) & EXPONENT)
         rounder: tl.constexpr = 1.5 * 2.0 ** (MANTISSA - fmt.mantissa_bits)
@@ -167,13 +206,16 @@ def _nearest(y, fmt: tl.constexpr):
             above = bits > fmt.midpoints[i]
             level += tl.where(above, fmt.gaps[i + 1], 0.0)
             index += above.to(tl.int32)
-    sign = as_bits(y) & SIGN if fmt.has_zero else tl.where(negative, SIGN, 0)
-    code = index | ((sign >> (32 - fmt.bits)) & (2 ** (fmt.bits - 1)))
-    return as_float(as_bits(level) | sign), code
+    if not fmt.biased:
+        sign = as_bits(y) & SIGN if fmt.has_zero else tl.where(negative, SIGN, 0)
+        level = as_float((as_bits(level) & MAGNITUDE) | sign)
+        code = index + 1 if fmt.pruned else index
+        code |= (sign >> (32 - fmt.bits)) & (2 ** (fmt.bits - 1))
+    return level, code
 
 
 @triton.jit
-def _tensor_core_code(level, fmt: tl.constexpr):
+def tensor_core_code(level, fmt: tl.constexpr):
     """A level in the target type, which holds it exactly."""
     if fmt.factor != 1.0:
         level *= fmt.factor
@@ -187,33 +229,61 @@ def _tensor_core_code(level, fmt: tl.constexpr):
 
 
 @triton.jit
-def _encoded(y, fmt: tl.constexpr):
-    """8-bit code and stored code of y (no NaN, see ``plain_limit``)."""
+def encoded(y, fmt: tl.constexpr):
+    """8-bit code and code (see :func:`nearest`) of y (no NaN, see ``plain_limit``)."""
     if fmt.is_target and not INTERPRETED:
-        eight_bit = _tensor_core_code(y, fmt)
-        stored = eight_bit.to(tl.uint8, bitcast=True)
+        eight_bit = tensor_core_code(y, fmt)
+        code = eight_bit.to(tl.uint8, bitcast=True)
     else:
-        level, stored = _nearest(y, fmt)
-        eight_bit = _tensor_core_code(level, fmt)
-    return eight_bit, stored
+        level, code = nearest(y, fmt)
+        eight_bit = tensor_core_code(level, fmt)
+    return eight_bit, code
 
 
 @triton.jit
-def _joined(codes, width: tl.constexpr):
-    """[n, m] codes of ``width`` bits as [n, m / 2] codes of twice as many, the lower index in the lower bits."""
-    low, high = tl.split(tl.reshape(codes, [codes.shape[0], codes.shape[1] // 2, 2]))
-    return low | (high << width)
+def halves(x, axis: tl.constexpr):
+    """Of every two neighbours along ``axis`` of a matrix the first and the second."""
+    n: tl.constexpr = x.shape[0]
+    m: tl.constexpr = x.shape[1]
+    return tl.split(
+        tl.reshape(x, [n, m // 2, 2]) if axis == 1 else tl.permute(tl.reshape(x, [n // 2, 2, m]), (0, 2, 1))
+    )
 
 
 @triton.jit
-def _packed(codes, fmt: tl.constexpr):
+def _joined(codes, width: tl.constexpr, axis: tl.constexpr):
+    """Codes of ``width`` bits as half as many of twice that, the lower index in the lower bits."""
+    low, high = halves(codes, axis)
+    return low + (high << width)
+
+
+@triton.jit
+def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
+    """Codes (see :func:`nearest`) as bytes of stored codes, packed along ``axis`` of a matrix."""
     if fmt.codes_per_byte == 8:
-        codes = _joined(codes, 1)
+        codes = _joined(codes, 1, axis)
     if fmt.codes_per_byte >= 4:
-        codes = _joined(codes, 2)
+        codes = _joined(codes, 2, axis)
     if fmt.codes_per_byte >= 2:
-        codes = _joined(codes, 4)
-    return codes.to(tl.uint8)
+        codes = _joined(codes, 4, axis)
+    codes = codes.to(tl.uint8)
+    return _sign_magnitude(codes, fmt) if fmt.biased else codes
+
+
+@triton.jit
+def _sign_magnitude(codes, fmt: tl.constexpr):
+    """Bytes of stored codes from bytes of ⌊y⌋ + bias: four at once where a thread has as many.
+
+    It has if a warp does: programs of several warps have 32 elements a thread or more.
+    """
+    if INTERPRETED or codes.shape[0] * codes.shape[1] < 4 * WARP:
+        number = codes.to(tl.int32) ^ fmt.in_every_code(fmt.bias)
+        sign = number & fmt.in_every_code(2 ** (fmt.bits - 1))
+        flip = sign - (sign >> (fmt.bits - 1))
+        stored = ((number ^ flip) & fmt.in_every_code(2**fmt.bits - 1)).to(tl.uint8)
+    else:
+        stored = tl.inline_asm_elementwise(fmt.sign_magnitude, "=r,r", [codes], dtype=tl.uint8, is_pure=True, pack=4)
+    return stored
 
 
 # --- by rows --------------------------------------------------------------------------------------------------------
@@ -233,13 +303,13 @@ def _write_row(
     y, codes, stored, start, size, stored_size, fmt: tl.constexpr, block: tl.constexpr, ragged: tl.constexpr
 ):
     at = start + runs(block, RUN)
-    eight_bit, code = _encoded(y, fmt)
+    eight_bit, code = encoded(y, fmt)
     tl.store(codes + at, eight_bit, mask=at < size)
     if stored is not None:
         if ragged:  # the last byte is filled with zeros
-            code = tl.where(at < size, code, 0)
+            code = tl.where(at < size, code, fmt.blank)
         at = start // fmt.codes_per_byte + runs(block // fmt.codes_per_byte, RUN // fmt.codes_per_byte)
-        tl.store(stored + at, _packed(code, fmt), mask=at < stored_size)
+        tl.store(stored + at, pack_codes(code, fmt, 1), mask=at < stored_size)
 
 
 @triton.jit
@@ -259,11 +329,11 @@ def _quantize_row(
     row = tl.program_id(0).to(tl.int64)
     value = _loaded(x + row * row_stride, fold, runs(block, RUN), size)
     amax = greater(absolute_maximum(value, None), SMALLEST_AMAX)
-    scale, gamma = _scale_pair(amax, fmt)
+    scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     y = value * gamma
     if not (amax <= fmt.plain_limit):
-        y = _saturated(y, fmt)
+        y = saturated(y, fmt)
     if stored is not None:
         stored += row * stored_size
     _write_row(y, codes + row * size, stored, 0, size, stored_size, fmt, block, ragged)
@@ -289,12 +359,12 @@ def _quantize_long_row(
     for start in range(0, size, block):
         running = greater(running, tl.abs(_loaded(x, fold, start + runs(block, RUN), size)))
     amax = greater(absolute_maximum(running, None), SMALLEST_AMAX)
-    scale, gamma = _scale_pair(amax, fmt)
+    scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     if stored is not None:
         stored += row * stored_size
     for start in range(0, size, block):
-        y = _saturated(_loaded(x, fold, start + runs(block, RUN), size) * gamma, fmt)
+        y = saturated(_loaded(x, fold, start + runs(block, RUN), size) * gamma, fmt)
         _write_row(y, codes + row * size, stored, start, size, stored_size, fmt, block, ragged)
 
 
@@ -328,7 +398,7 @@ def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: t
     largest = tl.abs(_loaded(x, None, runs(block, RUN), size))
     for start in range(block, size, block):
         largest = greater(largest, tl.abs(_loaded(x, None, start + runs(block, RUN), size)))
-    scale, gamma = _scale_pair(greater(absolute_maximum(largest, None), SMALLEST_AMAX), fmt)
+    scale, gamma = scale_pair(greater(absolute_maximum(largest, None), SMALLEST_AMAX), fmt)
     tl.store(scales + row, scale)
     tl.store(gammas + row, gamma)
 
@@ -357,7 +427,7 @@ def _encode_transposed(
     if by_column is not None:
         column = first_column + tl.arange(0, tile)
         y *= tl.load(by_column + column, mask=column < size, other=0.0)[None, :]
-    eight_bit, _ = _encoded(_saturated(y, fmt), fmt)
+    eight_bit, _ = encoded(saturated(y, fmt), fmt)
     _write_transposed(codes, eight_bit, first_row, first_column, rows, size, tile_rows, tile)
 
 
@@ -395,11 +465,11 @@ def _quantize_rows_of_pair(
         if fold is not None:
             value *= tl.load(fold + at, mask=at < size, other=0.0)
         amax = greater(absolute_maximum(value, None), SMALLEST_AMAX)
-        scale, gamma = _scale_pair(amax, fmt)
+        scale, gamma = scale_pair(amax, fmt)
         tl.store(scales + row, scale)
         y = value * gamma
         if not (amax <= fmt.plain_limit):
-            y = _saturated(y, fmt)
+            y = saturated(y, fmt)
         _write_row(y, codes + row * size, None, 0, size, 0, fmt, block, False)
     tl.store(partials + first.to(tl.int64) * size + at, columns, mask=at < size)
 
@@ -432,7 +502,7 @@ def _column_scales(
     running = tl.zeros([tile_rows, tile], tl.float32)
     for first in range(0, count, tile_rows):
         running = greater(running, _loaded_tile(partials, first, column, count, size, size, tile_rows, tile))
-    scale, gamma = _scale_pair(greater(absolute_maximum(running, 0), SMALLEST_AMAX), fmt)
+    scale, gamma = scale_pair(greater(absolute_maximum(running, 0), SMALLEST_AMAX), fmt)
     at = column + tl.arange(0, tile)
     tl.store(scales + at, scale, mask=at < size)
     tl.store(gammas + at, gamma, mask=at < size)
@@ -475,8 +545,10 @@ def _converted(stored, fmt: tl.constexpr):
         tl.static_assert(fmt.rounding == "uniform")
         index = stored.to(tl.int32) & (2 ** (fmt.bits - 1) - 1)
         level = (index.to(tl.float32) + fmt.offset) * fmt.step
+        if fmt.pruned:  # index 0 is that of 0
+            level = tl.where(index > 0, level - fmt.step, 0.0)
         sign = (stored.to(tl.int32) << (32 - fmt.bits)) & SIGN
-        code = _tensor_core_code(as_float(as_bits(level) | sign), fmt).to(tl.uint8, bitcast=True)
+        code = tensor_core_code(as_float(as_bits(level) | sign), fmt).to(tl.uint8, bitcast=True)
     return code
 
 
@@ -570,10 +642,10 @@ def _write_compensated_row(
         inner = clamped(value, lowest, highest)
         y = inner * gamma
         if saturate:
-            y = _saturated(y, fmt)
-        level, _ = _nearest(y, fmt)
+            y = saturated(y, fmt)
+        level, _ = nearest(y, fmt)
         level = tl.where(value == inner, level, level + (value - inner) * gamma)
-        eight_bit, _ = _encoded(_saturated(level, compensated), compensated)
+        eight_bit, _ = encoded(saturated(level, compensated), compensated)
         tl.store(codes + at, eight_bit.to(tl.uint8, bitcast=True), mask=at < size)
 
 
@@ -600,7 +672,7 @@ def _quantize_compensated_row(
     lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, at_least, at_most)
     if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
         amax = greater(greater(tl.abs(lowest), tl.abs(highest)), SMALLEST_AMAX)
-    scale, gamma = _scale_pair(amax, fmt)
+    scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     x += row * row_stride
     codes += row * size
@@ -617,7 +689,9 @@ def _quantize_compensated_row(
 def supports_quantize_8bit(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     """Whether the kernels here quantize tensors of ``dtypes`` so, and if not, why."""
     q = Quantizer.parse(quantizer)
-    reason = unsupported(q) or _missing_conversion(q.format)
+    reason = unsupported(q) or missing_conversion(q.format)
+    if not reason and q.scale.statistic == "rms":
+        reason = "root mean squares are taken by the kernels of transforms"
     return (False, reason) if reason else supports_dtypes(dtypes)
 
 
@@ -639,7 +713,7 @@ def supports_recode(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     """Whether :func:`recode` handles codes of ``quantizer``, and if not, why; ``dtypes`` is empty."""
     q = Quantizer.parse(quantizer)
     fmt = q.format
-    if fmt.codes_per_byte == 1 and not fmt.torch_dtype and uniform_offset(fmt) is None:
+    if fmt.codes_per_byte == 1 and not fmt.torch_dtype and uniform_offset(fmt.grid) is None:
         return False, f"codes of {fmt.name} have no table, being wider than 4 bits, and are not evenly spaced"
     return supports_quantize_8bit(dtypes, str(Quantizer(fmt)))
 
@@ -649,11 +723,11 @@ def supports_quantize_compensated(dtypes: tuple[torch.dtype, ...], operand: str,
     supported, reason = supports_quantize_8bit(dtypes, str(Operand.parse(operand).quantizer))
     if not supported:
         return False, reason
-    reason = _missing_conversion(Quantizer.parse(COMPENSATED).format)
+    reason = missing_conversion(Quantizer.parse(COMPENSATED).format)
     return (False, reason) if reason else supports_size(size)
 
 
-def _missing_conversion(fmt: Format) -> str:
+def missing_conversion(fmt: Format) -> str:
     """Why this device cannot write 8-bit codes of ``fmt``; empty if it can, or if there is none."""
     if fmt.tensor_core_type == "int8" or not torch.cuda.is_available():
         return ""
