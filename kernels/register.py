@@ -298,15 +298,14 @@ def provider_of(
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
         raise KeyError(msg)
     providers = PROVIDERS.get(device_type, {}).get(op_name, ())
-    reasons: list[str] = []
+    generated, reasons = "", []  # type: ignore[var-annotated]
     if device_type == "cuda":
         from .lowerings import LOWERINGS, cuda_provider  # imports Inductor, which registering kernels must not
 
         if op_name in LOWERINGS or not providers:
-            name, reason = cuda_provider(op_name, quantizer_text, estimator, transform)
+            name, generated = cuda_provider(op_name, quantizer_text, estimator, transform)
             if name != "reference":
-                return name, reason
-            reasons.append(reason)
+                return name, generated
         elif providers[0].texts is None:
             return providers[0].name, ""  # extents decide about a second choice
     elif not providers:
@@ -319,7 +318,7 @@ def provider_of(
         if supported:
             return provider.name, "; ".join(reasons)
         reasons.append(reason)
-    return "reference", "; ".join(reasons)
+    return "reference", "; ".join(filter(None, (generated, *reasons)))
 
 
 def _dispatcher(op_name: str, providers: tuple[Provider, ...]) -> Callable[..., Any]:
