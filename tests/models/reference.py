@@ -103,7 +103,7 @@ class _EstimateRotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return rotate(rotate(grad.double()) * ctx.mask).to(grad.dtype), None, None
+        return rotate(rotate(grad) * ctx.mask), None, None
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -113,11 +113,13 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def walsh(x: Tensor) -> Tensor:
-    """H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], down to single elements: neighbours are added first."""
-    if x.shape[-1] == 1:
-        return x
-    first, second = (walsh(half) for half in x.chunk(2, -1))
-    return torch.cat((first + second, first - second), -1)
+    """H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], from single elements up: neighbours are added first."""
+    size, n = x.shape[-1], 1
+    x = x.unsqueeze(-1)
+    while n < size:  # [..., size / n, n]: blocks that are transformed, two of which make the next
+        first, second = x[..., ::2, :], x[..., 1::2, :]
+        x, n = torch.cat((first + second, first - second), -1), 2 * n
+    return x.squeeze(-2)
 
 
 def quest4(x: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def quest4(x: Tensor) -> Tensor:
     clip = 2.513930578568423 * rows.double().square().mean(-1, keepdim=True).sqrt() + 1e-8
     y = rotate(rows) * (7.5 / clip).float()
     level = y.floor().clamp(-8, 7) + 0.5
-    value = rotate((level * (clip / 7.5).float()).double()).to(x.dtype)
+    value = rotate((level * (clip / 7.5).float()).to(x.dtype))
     return _EstimateRotated.apply(x, value, (y - level).abs() <= 0.5)
 
 
@@ -376,6 +378,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 #: Ops of the package whose result is an operand as the product reads it.
 _DECODERS = ("qcompile::dequantize", "qcompile::restore_outliers")
+_ROTATION = "qcompile::hadamard"
 #: Ops that copy what they are given.
 _COPIES = (aten.clone, aten._to_copy, aten.copy_, aten.copy, aten.constant_pad_nd, aten.cat)
 
@@ -425,7 +428,7 @@ class Flops(TorchDispatchMode):
         quantized = name in _DECODERS or any(map(self._is_quantized, leaves))
         if flops is not None:
             self._add(name, flops, quantized)
-        elif quantized and (name in _DECODERS or packet in _COPIES):
+        elif quantized and (name in _DECODERS or name == _ROTATION or packet in _COPIES):
             self.mark(result)
         return result
 

@@ -77,7 +77,11 @@ def test_zoo(name, backend):
     model, inputs = build(entry)
     twin = copy.deepcopy(model)
     plain = expect(twin, inputs(0), Reference(twin, None))
-    compiled = Compiled(RECIPES[backend].override(OPTIONS[backend]))
+    options = dict(OPTIONS[backend])
+    if entry.dtype != torch.float64:
+        # Rotations that are not computed are roundings that are not made; in float32 that turns codes over.
+        options["disable_passes"] = ["cancel_rotations"]
+    compiled = Compiled(RECIPES[backend].override(options))
     call = torch.compile(model, backend=compiled, fullgraph=not entry.breaks)
     for number in range(STEPS):
         first, last = number == 0, number == STEPS - 1
