@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py --out benchmarks/h200/training_step.csv
     python benchmarks/training_step.py --arms ours_fp8,ours_fp8_occ --sizes d4096      # or --arms all
+    python benchmarks/training_step.py --arms bf16,quest_fp8,quest_plain --sizes d4096 # QuEST, and its math unfused
 
 A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py). Arms
 run one after the other on the same seed and data, BF16 first and once more at the end: the difference of the two is the
@@ -107,6 +108,43 @@ def ours(label: str, recipe: Options) -> Arm:
     return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
 
 
+def quest(label: str, recipe: Options) -> Arm:
+    """QuEST in 4 bits (arXiv 2502.05003), as ``backend="qcompile_quest"`` runs it."""
+
+    def compile_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        return torch.compile(model, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
+
+    roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
+    return Arm(label, compile_quest, "ours", roles, counterpart="quest_bf16" if recipe["backward"] != "bf16" else "")
+
+
+class PlainQuestLinear(nn.Linear):
+    """The same math in plain torch: rotate, scale, round, mask by the straight-through form, multiply rotated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self._quantized(x), self._quantized(self.weight), self.bias)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        rotation: Any = self.rotation
+        rotated = (x.unflatten(-1, (-1, rotation.shape[0])) @ rotation).flatten(-2)
+        wide = rotated.float()
+        step = 2 / 15 * (2.513930578568423 * wide.square().mean(-1, keepdim=True).sqrt() + 1e-8)
+        rounded = (torch.floor(wide / step).clamp(-8, 7) + 0.5) * step
+        trusted = rotated * ((rounded - wide).abs() <= step / 2)
+        return trusted + (rounded.to(x.dtype) - trusted).detach()
+
+
+def plain_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+    rotation = torch.ones(1, 1)
+    while len(rotation) < 128:
+        rotation = torch.cat((torch.cat((rotation, rotation), 1), torch.cat((rotation, -rotation), 1)))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            module.__class__ = PlainQuestLinear
+            module.register_buffer("rotation", (rotation * 128**-0.5).to(module.weight), persistent=False)
+    return inductor(model, options)
+
+
 ROLES_OF_BACKWARD = {"bf16": ("fprop",), "dgrad_fp8": ("fprop", "dgrad"), "fp8": ("fprop", "dgrad", "wgrad")}
 
 NO_OUTLIERS = {"activation": {"outliers": None}}
@@ -138,6 +176,13 @@ ARMS: dict[str, Arm] = {
     "torchao_rowwise": torchao("rowwise"),
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
+    "quest_bf16": quest("QuEST W4A4, backward bf16", {"backward": "bf16"}),
+    "quest_fp8": quest("QuEST W4A4, backward fp8", {"backward": "fp8"}),
+    "quest_fp8_unrotated": quest(
+        "QuEST W4A4, no rotation, backward fp8",
+        {"backward": "fp8", "activation": {"rotation": None}, "weight": {"rotation": None}},
+    ),
+    "quest_plain": Arm("QuEST W4A4 in plain torch", plain_quest),
 }
 
 #: Measured unless ``--arms`` says otherwise: what fits into five minutes with two sizes.

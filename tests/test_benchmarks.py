@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch.autograd import DeviceType
 
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.recipes import FP4
+from qcompile.recipes import FP4, QUEST
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -171,6 +172,31 @@ def test_the_step_trains():
     _, last = trainer.milliseconds(20)
     assert last < 0.8 * first
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_quest_in_plain_torch_is_the_recipes_math():
+    """The peer of the QuEST arms: same product, same gradients, head left alone."""
+    model = nn.ModuleDict({"layer": nn.Linear(256, 24, bias=False), "lm_head": nn.Linear(24, 5)})
+    x = torch.randn(9, 256, requires_grad=True)
+    operand = str(QUEST.activation)
+
+    def step(call):
+        x.grad = model.layer.weight.grad = None
+        y = call(x)
+        (y * torch.linspace(-1, 1, 24)).sum().backward()
+        return y.detach(), x.grad, model.layer.weight.grad
+
+    def quantized(x):
+        fake_quantize = torch.ops.qcompile.fake_quantize
+        return nn.functional.linear(fake_quantize(x, operand, -1), fake_quantize(model.layer.weight, operand, -1))
+
+    expected = step(quantized)
+    with mock.patch.object(training_step, "inductor", lambda model, options: model):
+        plain = training_step.plain_quest(model, {})
+    for actual, wanted in zip(step(plain["layer"]), expected, strict=True):
+        assert (actual - wanted).norm() < 1e-5 * wanted.norm()
+    assert type(plain["lm_head"]) is nn.Linear
+    assert list(model.state_dict()) == ["layer.weight", "lm_head.weight", "lm_head.bias"]
 
 
 @pytest.mark.parametrize("name", list(training_step.OURS))
