@@ -15,6 +15,7 @@ _EXPORTS = {
     "Monitor": "qcompile.numerics",
     "monitor": "qcompile.numerics",
     "gradient_cosine": "qcompile.numerics",
+    "save_repro": "qcompile.repro",
     "RECIPES": "qcompile.recipes",
 }
 
