@@ -1,0 +1,166 @@
+"""Two processes over gloo against one process on the whole batch.
+
+Rows are quantized one by one and weights are whole on every rank, so sharding the batch changes no code: what is left
+is the order in which gradients are summed, first over a rank's rows and then over ranks. Per step that is a relative
+error of at most R·2⁻²⁴ of the largest summand for the R = 36 rows; :func:`assert_same` allows four steps of it,
+amplified tenfold by the momentum 1 / (1 − 0.9): 40·R·2⁻²⁴ ≈ 1e-4 of a parameter's largest *change*. A code that went
+the other way would show as a step of the grid in one weight, at least a twelfth of its row's largest element.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import worker
+
+WORLD, TIMEOUT = 2, 180
+TOLERANCE = 10 * worker.STEPS * 36 * 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Ranks:
+    """The processes of one group of cells, started when its first result is asked for: starting is most of the time."""
+
+    def __init__(self, group: str, directory: Path) -> None:
+        self.group, self.directory, self.problem = group, directory, self._run(group, directory)
+
+    @staticmethod
+    def _run(group: str, directory: Path) -> str:
+        """Run to the end, to the first failure, or for ``TIMEOUT`` seconds; what went wrong, with tracebacks."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        logs = [directory / f"rank{rank}.log" for rank in range(WORLD)]
+        processes = []
+        for rank, path in enumerate(logs):
+            command = [sys.executable, worker.__file__, group, str(rank), str(WORLD), str(directory)]
+            with path.open("w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + TIMEOUT
+        try:
+            while True:
+                codes = [process.poll() for process in processes]
+                if any(codes) or time.monotonic() > deadline or None not in codes:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if not any(codes) and None not in codes:
+            return ""
+        failed = [rank for rank, code in enumerate(codes) if code]
+        what = f"rank {failed[0]} exited with {codes[failed[0]]}" if failed else f"not done after {TIMEOUT} s"
+        return f"{what}\n" + "\n".join(f"--- rank {rank}\n{path.read_text()[-4000:]}" for rank, path in enumerate(logs))
+
+    def __call__(self, cell: str) -> list[dict[str, Any]]:
+        """What each rank returned from a cell."""
+        paths = [self.directory / f"{self.group}_{cell}.rank{rank}.pt" for rank in range(WORLD)]
+        if not all(path.exists() for path in paths):
+            pytest.fail(f"no result of {self.group}_{cell}: {self.problem}", pytrace=False)
+        return [torch.load(path, weights_only=True) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> Ranks:
+    return Ranks("ddp", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory) -> Ranks:
+    return Ranks("fsdp", tmp_path_factory.mktemp("fsdp"))
+
+
+def single_process(recipe: str, regional: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses and final parameters of one process on whole batches; ``regional`` compiles the blocks alone."""
+    model = worker.Decoder()
+    for module in model.blocks if regional else [model]:
+        module.compile(backend=worker.backend_of(recipe), fullgraph=True)
+    losses = worker.train(model, worker.sgd(model), worker.batches())
+    return losses, worker.parameters_of(model)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Parameters equal up to ``TOLERANCE`` of the most that any element of them was trained by."""
+    start = worker.parameters_of(worker.Decoder())
+    assert list(actual) == list(expected) == list(start)
+    for name, value in expected.items():
+        limit = TOLERANCE * float((value - start[name]).abs().max())
+        assert limit > 0, f"{name} was not trained"
+        torch.testing.assert_close(
+            actual[name], value, rtol=2.0**-23, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def assert_trains_like_one_process(recipe: str, ranks: list[dict[str, Any]], regional: bool = False) -> None:
+    losses, parameters = single_process(recipe, regional)
+    for rank in ranks:
+        assert_same(rank["parameters"], parameters)
+    assert all(torch.equal(ranks[0]["parameters"][name], ranks[1]["parameters"][name]) for name in parameters)
+    if "losses" in ranks[0]:
+        mean = [torch.stack(each).mean() for each in zip(*(rank["losses"] for rank in ranks), strict=True)]
+        torch.testing.assert_close(torch.stack(mean), torch.stack(losses), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "quest"])
+def test_ddp_trains_like_one_process(recipe, ddp):
+    assert_trains_like_one_process(f"qcompile_{recipe}", ddp(recipe))
+
+
+def test_graphs_split_between_buckets_of_ddp(ddp):
+    """Dynamo's DDPOptimizer hands the backend pieces of the graph, and weights must still be known as weights."""
+    ranks = ddp("buckets")
+    assert ranks[0]["graphs"] > 1
+    assert_trains_like_one_process("qcompile_fp4", ranks)
+
+
+def test_accumulation_under_ddp(ddp):
+    assert_trains_like_one_process("qcompile_fp4", ddp("accumulating"))
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "quest"])
+def test_fsdp_trains_like_one_process(recipe, fsdp):
+    """Every block compiled and sharded, as torch recommends; the head is outside of what is compiled."""
+    assert_trains_like_one_process(f"qcompile_{recipe}", fsdp(recipe), regional=True)
+
+
+def test_a_sharded_model_compiled_as_a_whole(fsdp):
+    """Dynamo (2.13) compiles the blocks alone, FSDP's hooks breaking the graph in the loop: the head is as in eager."""
+    assert_trains_like_one_process("qcompile_fp4", fsdp("whole"), regional=True)
+
+
+def test_parameters_gathered_in_bfloat16(fsdp):
+    """``MixedPrecisionPolicy``: weights are quantized from BF16 and gradients reduced in FP32, on the FP32 shards."""
+    model = worker.Decoder().bfloat16()
+    for block in model.blocks:
+        block.compile(backend=worker.backend_of("qcompile_fp4"), fullgraph=True)
+    worker.loss_of(model, worker.batches()[0]).backward()
+    ranks = fsdp("bfloat16")
+    for rank in ranks:
+        for name, parameter in model.named_parameters():
+            actual = rank["gradients"][name]
+            assert actual.dtype == torch.float32
+            # One process sums over both halves of the batch in BF16, whose last place is 2⁻⁸.
+            assert torch.norm(actual - parameter.grad.float()) < 2**-6 * torch.norm(actual), name
+
+
+def test_sharded_state_is_saved_and_loaded_bitwise(fsdp):
+    """``torch.distributed.checkpoint`` of model and optimizer, under the names of the uncompiled model."""
+    _, expected = single_process("qcompile_fp4", regional=True)
+    for rank in fsdp("checkpoint"):
+        assert rank["keys"] == sorted(worker.Decoder().state_dict())
+        assert_same(rank["parameters"], expected)
+        assert all(torch.equal(rank["resumed"][name], value) for name, value in rank["parameters"].items())
