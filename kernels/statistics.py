@@ -22,8 +22,6 @@ STATISTICS = ("signal", "noise", "clipped", "masked", "underflow")
 #: Every n-th row is looked at where there are many, unless rows share scales.
 _STRIDE, _FEW_ROWS = 16, 1024
 
-LIB.define("operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor")
-
 
 def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
     """Float32 ``[len(STATISTICS)]`` of x, floating point, quantized along ``axis`` as ``operand`` says."""

@@ -25,7 +25,6 @@ from qcompile.passes.watch import watch
 
 from . import compat
 from .ir.recipe import Recipe
-from .numerics import monitor
 from .recipes import RECIPES
 from .session import session_for
 
@@ -92,6 +91,8 @@ def compile_with(
         with quantize_choices():
             compiled = compat.compile_fx(gm, example_inputs, config_patches=patches)
     if watched:
+        from .numerics import monitor  # brings the report's libraries along
+
         compiled = (monitor() if recipe.monitor is True else recipe.monitor).attach(watched, compiled)
     return session.watch(compiled)
 

@@ -54,6 +54,15 @@ def test_the_backend_imports_only_what_a_compilation_needs():
     assert not {"qcompile.report", "qcompile.cli"} & loaded
 
 
+def test_in_a_checkout_the_folder_kernels_may_be_taken_for_hugging_faces():
+    """transformers looks for a package of that name; finding our folder must not register our ops twice."""
+    code = "import kernels, qcompile.kernels; assert kernels is not qcompile.kernels"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_name_the_package_does_not_have_is_an_attribute_error():
     package = import_module("qcompile")
     assert all(hasattr(package, name) for name in package.__all__)

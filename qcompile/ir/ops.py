@@ -28,6 +28,8 @@ LIB = torch.library.Library("qcompile", "FRAGMENT")
 _SCHEMAS = (
     # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
+    # Float32 [5], what quantizing an operand does to it: see kernels/statistics.py; a composite too.
+    "operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
     # `fold`: float32 factors along the axis, as many as it has elements; x · fold is quantized.
     # `transform`: text of a Transform whose rotation divides the axis; codes are of what it makes of x, rotated.

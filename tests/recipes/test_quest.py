@@ -246,8 +246,8 @@ def test_gradients_of_variants(options):
     check_gradients(options, 192, torch.float32, eagerly(**options))
 
 
-def check_gradients(options, size, dtype, backend, **kwargs) -> None:
-    recipe = QUEST.override(options)
+def check_gradients(chosen, size, dtype, backend, **kwargs) -> None:
+    recipe = QUEST.override(chosen)
     layer = nn.Linear(size, 40, bias=False).to(dtype)
     x, e = torch.randn(3, 7, size).to(dtype).requires_grad_(), torch.randn(21, 40).to(dtype)
     y = torch.compile(layer, backend=backend, fullgraph=True, **kwargs)(x)
