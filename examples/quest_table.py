@@ -21,7 +21,7 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from scaling_law import SIZES, train_one
+from scaling_law import SIZES, add_training_arguments, train_one
 
 from qcompile import demo
 
@@ -166,12 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="8.8M")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
-    parser.add_argument("--text", type=Path, help="read as bytes (default: Shakespeare, 1 MB)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak, for every setting")
-    parser.add_argument("--seed", type=int, default=0)
+    add_training_arguments(parser)
     demo.require("matplotlib")
     torch.set_float32_matmul_precision("high")
     try:

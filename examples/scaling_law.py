@@ -395,6 +395,16 @@ def train_one(
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every run of a table shares; the fields of an experiment by these names."""
+    parser.add_argument("--text", type=Path, help="read as bytes (default: Shakespeare, 1 MB, for trying out only)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak, for every size and arm")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -409,12 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     training.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     training.add_argument("--bits", nargs="+", choices=ARMS, default=["16", "4", "2", "1"])
     training.add_argument("--tokens-per-parameter", nargs="+", type=float, default=[25.0, 50.0], metavar="RATIO")
-    training.add_argument("--text", type=Path, help="read as bytes (default: Shakespeare, 1 MB, for trying out only)")
-    training.add_argument("--device", default="auto")
-    training.add_argument("--batch", type=int, default=64)
-    training.add_argument("--sequence", type=int, default=512)
-    training.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak, for every size and arm")
-    training.add_argument("--seed", type=int, default=0)
+    add_training_arguments(training)
     training.set_defaults(command=train)
     given = parser.parse_args(arguments)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.ops import LIB, quantized
+from qcompile.ir.ops import LIB, quantized, transform_of
 from qcompile.ir.recipe import Operand
 from qcompile.kernels.quantize.reference import load_scale, spread, unpack
 
@@ -38,7 +38,7 @@ def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None =
 def _statistics(rows: Tensor, spec: Operand, seed: Tensor | None) -> Tensor:
     restored, scales, mask, global_scale = quantized(rows, str(spec), -1, seed)
     stored, fmt = spec.stored, spec.stored.format
-    rotation = spec.transform.on(int(rows.shape[-1])).rotation if spec.transform.rotation > 1 else 1
+    rotation = transform_of(spec, rows, -1).rotation
     seen = torch.ops.qcompile.hadamard(rows, rotation, -1) if rotation > 1 else rows
     size, wide = seen.float().abs(), rows.float()
     scale = spread(load_scale(scales, stored, global_scale), rows.shape, stored)

@@ -118,9 +118,6 @@ def _is_rotated(node: Any, rotation: Rotation) -> bool:
     """Whether :func:`_unrotated` can take the rotation away."""
     if is_call(node, ops.hadamard.default):
         return len(node.args) == 3 and _rotation_of(node)[1] == rotation
-    source = _source_axis(node, rotation.axis)
-    if source is not None:
-        return _is_rotated(node.args[0], Rotation(rotation.block, source))
     return bool(parts := _parts(node, rotation)) and all(_is_rotated(part, of) for part, of in parts.values())
 
 
@@ -128,19 +125,19 @@ def _unrotated(graph: Graph, node: Node, rotation: Rotation) -> Node:
     """What ``node`` is the rotation of; the operations between are repeated on it."""
     if is_call(node, ops.hadamard.default):
         return node.args[0]  # type: ignore[return-value]
-    source = _source_axis(node, rotation.axis)
-    parts = {0: (node.args[0], Rotation(rotation.block, source))} if source is not None else _parts(node, rotation)
     arguments = list(node.args)
-    for position, (part, of) in parts.items():
-        arguments[position] = _unrotated(graph, part, of)  # type: ignore[arg-type]
+    for position, (part, of) in _parts(node, rotation).items():
+        arguments[position] = _unrotated(graph, part, of)
     with graph.inserting_before(node):
         return emit(graph, node, node.target, *arguments, **node.kwargs)
 
 
 def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
-    """Arguments of which ``node`` is rotated if they are, with their rotations: the terms of a sum, the operand of a
-    product that brings the axis along.
+    """Arguments of which ``node`` is rotated if they are, with their rotations: what a view looks at, the terms of a
+    sum, the operand of a product that brings the axis along.
     """
+    if (source := _source_axis(node, rotation.axis)) is not None:
+        return {0: (node.args[0], Rotation(rotation.block, source))}
     if is_call(node, aten.add.Tensor) and not node.kwargs and all(isinstance(term, Node) for term in node.args):
         shapes = [term.meta["val"].shape for term in node.args]
         if same_sizes(*shapes):

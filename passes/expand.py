@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import compat
 
+from .insert import graph_modules
+
 __all__ = ["expand"]
 
 COMPOSITES = (F.multi_head_attention_forward,)
@@ -27,8 +29,7 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")
 
 def expand(gm: GraphModule) -> int:
     """Rewrites ``gm`` and its nested bodies in place; returns how many calls were opened."""
-    children = [child for _, child in gm.named_children() if isinstance(child, GraphModule)]
-    return _expand_in(gm) + sum(map(expand, children))
+    return sum(map(_expand_in, graph_modules(gm)))
 
 
 def _expand_in(gm: GraphModule) -> int:

@@ -30,7 +30,7 @@ from qcompile.ir.recipe import Operand
 from .find_gemms import IN_PLACE_OPERATORS, Frame, Slot
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
 
-__all__ = ["insert"]
+__all__ = ["graph_modules", "insert"]
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -40,12 +40,13 @@ def insert(gm: GraphModule, plan: Plan) -> int:
     by_node = {decision.site.node: decision for decision in plan.quantized}
     for decision in plan.decisions:
         _stamp(decision)
-    return sum(_insert_in(module, by_node) for module in _graph_modules(gm))
+    return sum(_insert_in(module, by_node) for module in graph_modules(gm))
 
 
-def _graph_modules(gm: GraphModule) -> list[GraphModule]:
+def graph_modules(gm: GraphModule) -> list[GraphModule]:
+    """``gm`` and the bodies nested in it."""
     children = [child for _, child in gm.named_children() if isinstance(child, GraphModule)]
-    return [gm, *(module for child in children for module in _graph_modules(child))]
+    return [gm, *(module for child in children for module in graph_modules(child))]
 
 
 def _stamp(decision: Decision) -> None:

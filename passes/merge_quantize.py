@@ -58,7 +58,7 @@ class Use:
         """``None`` for a call that the 8-bit kernels do not cover."""
         x, text, axis, *rest = node.args
         global_scale, seed, fold = [*rest, None, None, None][:3]
-        transform = node.kwargs.get("transform", rest[3] if len(rest) > 3 else "")
+        transform = rest[3] if len(rest) > 3 else ""
         quantizer = Quantizer.parse(text)  # type: ignore[arg-type]
         supported = quantizer.granularity.kind == "row" and quantizer.scale.storage == "float32"
         if not supported or global_scale is not None or seed is not None:
@@ -89,8 +89,8 @@ def _is_mask_of(user: Node, quantize: Node, text: Any, axis: Any, transform: Any
     """Whether ``user`` masks the elements of the tensor that ``quantize`` encodes."""
     if not is_call(user, ops.estimator_mask.default) or user.args[1] is not _item(quantize, 1):
         return False
-    its_text, _, its_axis, global_scale, its_transform = [*user.args[2:], None, ""][:5]
-    its_transform = user.kwargs.get("transform", its_transform)
+    its_text, _, its_axis, *rest = user.args[2:]
+    global_scale, its_transform = rest if len(rest) == 2 else (*rest, None, "")[:2]
     return (its_text, its_axis, global_scale, its_transform) == (text, axis, None, transform)
 
 

@@ -14,10 +14,11 @@ from torch.fx import Node
 
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
+from qcompile.ir.transforms import Transform
 
 from .find_gemms import Site, Slot
 
-__all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index"]
+__all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
 
 SITE_KEY = "qcompile_site"
 KIND_KEY = "qcompile_kind"
@@ -141,13 +142,18 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
 
 
+def transform_at(slot: Slot, operand: Operand, node: Node) -> Transform:
+    """The transform of an operand as its axis admits it; as the recipe has it where the extent is not known yet."""
+    size = slot.size(node)
+    return operand.transform.on(size) if isinstance(size, int) else operand.transform
+
+
 def _rotation_note(slot: Slot, operand: Operand | None, node: Node) -> str:
     """What is left of a rotation whose size does not divide the axis; "" if it does."""
-    size = slot.size(node)
-    if operand is None or not isinstance(size, int) or operand.transform.on(size) == operand.transform:
+    if operand is None or (transform := transform_at(slot, operand, node)) == operand.transform:
         return ""
-    rotation = operand.transform.on(size).rotation
-    return f"{f'hadamard({rotation})' if rotation > 1 else 'no rotation'}, since K = {size}"
+    rotation = f"hadamard({transform.rotation})" if transform.rotation > 1 else "no rotation"
+    return f"{rotation}, since K = {slot.size(node)}"
 
 
 def _misfit(site: Site, operands: tuple[Operand | None, ...]) -> str:

@@ -92,18 +92,19 @@ class Monitor:
     @property
     def history(self) -> Tensor:
         """Float32 ``[steps, operands, statistics]`` on the host, NaN where a graph did not run; synchronizes."""
-        parts = []
-        for graph in self._graphs:
-            nothing = torch.full((len(graph.rows), len(STATISTICS)), math.nan)
-            parts.append(torch.stack([nothing if step is None else step.cpu() for step in graph.history] or [nothing]))
-        if not parts or not self._steps:
-            return torch.empty(0, len(self.layers), len(STATISTICS))
-        return torch.cat(parts, 1)
+        steps = [self._at(step) for step in range(self._steps)]
+        return torch.stack(steps) if steps else torch.empty(0, len(self.layers), len(STATISTICS))
+
+    def _at(self, step: int) -> Tensor:
+        """One step of the history, the only one that is copied."""
+        nothing = [torch.full((len(graph.rows), len(STATISTICS)), math.nan) for graph in self._graphs]
+        found = [graph.history[step] for graph in self._graphs]
+        parts = [none if part is None else part.cpu() for part, none in zip(found, nothing, strict=True)]
+        return torch.cat(parts) if parts else torch.empty(0, len(STATISTICS))
 
     def sqnr(self) -> Tensor:
         """Signal-to-quantization-noise ratio in dB, ``[steps, operands]``."""
-        history = self.history
-        return 10 * torch.log10(history[..., 0] / history[..., 1])
+        return _sqnr(self.history)
 
     def table(self, last: int | None = None) -> Table:
         """A rich table of means over the ``last`` steps (default: all)."""
@@ -128,7 +129,8 @@ class Monitor:
 
     def to_csv(self, path: str | Path) -> None:
         """One line an operand and step: step, layer, operand, sqnr_db and the shares."""
-        history, sqnr = self.history, self.sqnr()
+        history = self.history
+        sqnr = _sqnr(history)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "layer", "operand", "sqnr_db", *SHARES])
@@ -142,10 +144,11 @@ class Monitor:
 
         ``writer``: a ``SummaryWriter``, or anything with its ``add_scalar(tag, value, global_step)``.
         """
-        history, sqnr = self.history, self.sqnr()
-        step = self._steps - 1 if step is None else step
-        for i, (layer, kind, _) in enumerate(self.layers if len(history) else ()):
-            values = {"sqnr_db": sqnr[-1, i], **dict(zip(SHARES, history[-1, i, 2:], strict=True))}
+        if not self._steps:
+            return
+        last, step = self._at(-1), self._steps - 1 if step is None else step
+        for (layer, kind, _), row, ratio in zip(self.layers, last, _sqnr(last), strict=True):
+            values = {"sqnr_db": ratio, **dict(zip(SHARES, row[2:], strict=True))}
             for name, value in values.items():
                 writer.add_scalar(f"{layer}/{kind}/{name}", float(value), step)
 
@@ -168,6 +171,11 @@ class Monitor:
         axes.set(xlabel="step", title=f"{what} of {operand}s")
         figure.colorbar(image, ax=axes)
         figure.savefig(path, dpi=150)
+
+
+def _sqnr(statistics: Tensor) -> Tensor:
+    """Signal-to-noise ratio in dB of statistics ``[…, len(STATISTICS)]``."""
+    return 10 * torch.log10(statistics[..., 0] / statistics[..., 1])
 
 
 _monitor = Monitor()

@@ -26,7 +26,7 @@ from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
 from qcompile.passes.lower import DECODED
 from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision
+from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
 
 from . import compat
 from .backends import compile_with, split_options
@@ -353,8 +353,7 @@ def _estimators(decision: Decision) -> str:
         if operand is None:
             texts.append("-")
             continue
-        size = slot.size(decision.site.node)
-        transform = operand.transform.on(size) if isinstance(size, int) else operand.transform
+        transform = transform_at(slot, operand, decision.site.node)
         texts.append(f"{operand.estimator} of {transform}" if transform else str(operand.estimator))
     return " × ".join(texts)
 

@@ -8,6 +8,7 @@ import ctypes
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def _seed() -> None:
     """The same random numbers whichever tests ran before."""
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, and nothing left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -20,12 +20,7 @@ from qcompile.passes.pass_base import Observations
 from qcompile.recipes.fp4 import FP4
 from qcompile.session import UnmatchedRuleError
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mlp(nn.Module):

@@ -20,11 +20,7 @@ from qcompile.recipes import FP4, QUEST
 ops = torch.ops.qcompile
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mlp(nn.Module):

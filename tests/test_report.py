@@ -22,12 +22,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.report import ROLES, Report, Row
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mlp(nn.Module):

@@ -305,9 +305,8 @@ def _rounding(fmt: Format) -> tuple[str, dict] | None:
 
 def _table(fmt: Format, dtype: torch.dtype) -> tuple[int, ...]:
     """The byte of the 8-bit code of every stored code."""
-    unused = [0.0] * (2 ** (fmt.bits - 1) - len(fmt.magnitudes))
-    magnitudes = torch.tensor([*fmt.magnitudes, *unused]) * fmt.tensor_core_factor
-    return tuple(torch.cat([magnitudes, -magnitudes]).to(dtype).view(torch.uint8).tolist())
+    levels = torch.tensor(fmt.levels) * fmt.tensor_core_factor
+    return tuple(levels.to(dtype).view(torch.uint8).tolist())
 
 
 def uniform_offset(fmt: Format) -> float | None:

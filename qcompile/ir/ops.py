@@ -21,7 +21,7 @@ from .quantizer import Quantizer
 from .recipe import Operand, OutlierClamp
 from .transforms import Transform
 
-__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized"]
+__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of"]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -186,8 +186,8 @@ def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
     return torch.where(amax == 0, 1.0, amax / torch.full_like(amax, 448.0 * quantizer.format.max))
 
 
-def _transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
-    """The operand's transform on this axis; a rotation needs to know how long it is."""
+def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
+    """The operand's transform on this axis of x; a rotation needs to know how long it is."""
     return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
 
 
@@ -198,7 +198,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
         ops = torch.ops.qcompile
         spec = Operand.parse(operand)
-        quantizer, clamp, transform = str(spec.stored), None, _transform_of(spec, x, axis)
+        quantizer, clamp, transform = str(spec.stored), None, transform_of(spec, x, axis)
         if spec.outliers:
             extent = x.shape[axis] if spec.outliers.per == "row" else x.numel()
             if any(clamped_counts(spec.outliers, extent)):  # short rows have nothing beyond their quantiles
@@ -211,15 +211,16 @@ class _FakeQuantize(torch.autograd.Function):
         if clamp:
             clamped, values, positions = ops.clamp_outliers(x, clamp, axis)
         global_scale = global_scale_of(clamped, spec.quantizer)
-        text = {"transform": str(transform)} if transform else {}
-        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed, **text)
+        text = (str(transform),) if transform else ()
+        fold = (None,) * len(text)
+        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed, *fold, *text)
         y = ops.dequantize(codes, scales, quantizer, axis, x.shape[axis], x.dtype, global_scale)
         if transform.rotation > 1:
             y = ops.hadamard(y, transform.rotation, axis)
         if clamp and spec.outliers.compensate:  # type: ignore[union-attr]
             y = ops.restore_outliers(y, values, positions, clamp, axis)
         if spec.estimator.kind.mask:
-            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale, **text)
+            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale, *text)
         return y, scales, mask, global_scale
 
     @staticmethod
@@ -239,7 +240,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad = ops.scale_gradient(grad, x, scales, str(spec.quantizer), str(spec.estimator), ctx.axis, global_scale)
         elif spec.estimator.kind.mask:
             (mask,) = ctx.saved_tensors
-            rotation = _transform_of(spec, grad, ctx.axis).rotation
+            rotation = transform_of(spec, grad, ctx.axis).rotation
             if rotation > 1:  # the mask is one of rotated elements
                 grad = ops.hadamard(ops.hadamard(grad, rotation, ctx.axis), rotation, ctx.axis, mask)
             else:

@@ -26,11 +26,7 @@ WORLD, TIMEOUT = 2, 180
 TOLERANCE = 10 * worker.STEPS * 36 * 2.0**-24
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Ranks:

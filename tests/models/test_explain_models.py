@@ -27,11 +27,7 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 TEXT = {"input_ids": torch.arange(22).view(2, 11) % 59, "labels": torch.arange(22).view(2, 11) % 59}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Products(TorchDispatchMode):

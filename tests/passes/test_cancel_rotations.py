@@ -15,12 +15,7 @@ from qcompile.backends import compile_with
 from qcompile.passes.pass_base import Observations
 from qcompile.recipes.quest import QUEST
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def run(function, *inputs: Tensor, dynamic: tuple[int, ...] = (), **options) -> tuple[list[Tensor], Counter[str]]:

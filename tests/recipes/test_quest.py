@@ -68,11 +68,7 @@ VECTORS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def quantized_row(operand: str, provider: str) -> tuple[Tensor, Tensor, Tensor]:
