@@ -12,6 +12,9 @@ the graph that read it::
 
 ``quantize``, ``dequantize`` and the estimators stay: they have kernels and Inductor lowerings of their own
 (kernels/lowerings.py).
+
+Under Inductor's freezing, where parameters are constants, products for tensor cores are lowered in the joint graph
+already (`lower_frozen`): Inductor then computes the weights' 8-bit codes once, instead of recoding them in every call.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 from qcompile.kernels.matmul.reference import LEVELS
 
-from .dialect import aten, is_call, ops, same_sizes
+from .dialect import aten, ops, same_sizes
 from .find_gemms import static_size
 from .pass_base import Context, emit
 
-__all__ = ["DECODED", "lower", "product_provider"]
+__all__ = ["DECODED", "lower", "lower_frozen", "product_provider"]
 
 #: The provider that reads decoded operands.
 DECODED = "dequantize + aten"
@@ -131,13 +134,25 @@ def _contraction(left: Side) -> int | None:
 
 def lower(graph: Graph, context: Context) -> int:
     """Returns how many products were lowered."""
+    return _lower(graph, decoded=True)
+
+
+def lower_frozen(graph: Graph, context: Context) -> int:
+    """Products of frozen weights on tensor cores; 0 unless this is an inference graph that Inductor will freeze.
+
+    What would run decoded stays: folded constants would be the wide weights.
+    """
+    return _lower(graph, decoded=False) if compat.will_freeze(graph) else 0
+
+
+def _lower(graph: Graph, decoded: bool) -> int:
     made: dict[Any, Node] = {}
     count = 0
-    for node in list(graph.nodes):
-        if not is_call(node, ops.scaled_mm.default):
+    for node in graph.find_nodes(op="call_function", target=ops.scaled_mm.default):
+        lowering = _decoded_product if product_provider(node)[0] == DECODED else _tensor_core_product
+        if lowering is _decoded_product and not decoded:
             continue
         with graph.inserting_before(node):
-            lowering = _decoded_product if product_provider(node)[0] == DECODED else _tensor_core_product
             replacement = lowering(graph, node, made)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)

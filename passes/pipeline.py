@@ -12,6 +12,7 @@ joint                                                            fuse           
 joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
 joint                                                            audit                   no (records what is left)
+joint                                                            lower_frozen            no (inference with freezing)
 partition      joint → forward, backward                         narrow_saved            **yes, if save= is set**
 post_grad      forward, then backward                            lower → merge_quantize  no
 ============== ================================================= ======================= =============================
@@ -37,7 +38,7 @@ from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
 from .insert import insert
-from .lower import lower
+from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
@@ -53,6 +54,7 @@ JOINT = (
     GraphPass("fold", fold),
     GraphPass("hints", hints),
     GraphPass("audit", audit),
+    GraphPass("lower_frozen", lower_frozen),
 )
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 

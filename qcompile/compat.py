@@ -32,6 +32,7 @@ __all__ = [
     "tensor_core_capability",
     "unlimited_recompiles",
     "user_hook",
+    "will_freeze",
 ]
 
 compile_fx = torch._inductor.compile_fx.compile_fx
@@ -109,6 +110,15 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, ``None`` for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def will_freeze(graph: Graph) -> bool:
+    """Whether Inductor will turn the parameters of this joint graph into constants and fold what depends on them alone.
+
+    Its global setting (``TORCHINDUCTOR_FREEZING=1``); as an option of one compilation it comes too late for Dynamo.
+    """
+    backward = any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder"))
+    return torch._inductor.config.freezing and not backward
 
 
 def is_parameter(value: Any) -> bool:

@@ -288,3 +288,26 @@ def test_sparse_weights_reach_tensor_cores(sparsity: str) -> None:
     assert_same(on_codes.outputs, decoded.outputs)
     assert_same(on_codes.gradients, decoded.gradients)
     assert {row["provider"].startswith("dequantize") for row in on_codes.gemms} == {False}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("backend", ["qcompile_fp4", "qcompile_quest"])
+def test_freezing_computes_weight_codes_once(backend: str, fresh_dynamo: None) -> None:
+    """Served with frozen weights, nothing reads a wide or a packed weight any more, and no bit changes."""
+    torch.manual_seed(0)
+    model, x = Block().eval().bfloat16(), torch.randn(17, 48).bfloat16()
+    results, read = [], []
+    for freezing in (False, True):
+        torch._dynamo.reset()
+        hook = {"freezing": freezing, "post_grad_custom_post_pass": lambda graph: read.append(_weights_read(graph))}
+        with torch.no_grad(), torch._inductor.config.patch(hook):
+            results.append(torch.compile(model, backend=backend, options={"activation": OFF})(x))
+    assert torch.equal(*results)
+    assert read == [{torch.bfloat16}, {torch.float8_e4m3fn}]
+
+
+def _weights_read(graph: torch.fx.Graph) -> set[torch.dtype]:
+    """Dtypes of the matrices that a graph takes from outside, its first argument left out."""
+    outside = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+    values = [n.meta["val"] if "val" in n.meta else getattr(graph.owning_module, n.target) for n in outside]
+    return {value.dtype for value in values if value.dim() == 2 and value.shape[0] != 17 and value.shape[-1] > 1}
