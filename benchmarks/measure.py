@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "failure",
     "fresh_log",
+    "mark",
     "microseconds",
     "quiet_stderr",
     "rotations",
@@ -164,6 +165,15 @@ def _device_microseconds(run: Call, repeats: int) -> float:
         mark.record()
     torch.cuda.synchronize()
     return 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def mark(cuda: bool) -> Any:
+    """A point in time on the device: a recorded CUDA event, or the clock in seconds."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _seconds(call: Call) -> float:

@@ -37,9 +37,11 @@ from typing import Any
 
 import torch
 import torch._logging
-from measure import environment, failure, fresh_log, quiet_stderr, write_rows
+from measure import environment, failure, fresh_log, mark, quiet_stderr, write_rows
 from model import SIZES, Llama, Size, build, random_batch
 from torch import Tensor, nn
+
+from qcompile import Monitor
 
 __all__ = ["ARMS", "OURS", "Arm", "Result", "Run", "Trainer", "main", "release", "run_size"]
 
@@ -67,6 +69,7 @@ class Arm:
         roles: the GEMMs of a linear that run in 8 bits, out of fprop, dgrad and wgrad.
         outliers: whether activations are clamped and compensated (OCC).
         counterpart: the arm with the same forward and an exact backward, "" if there is none.
+        monitor: what gathers the arm's numerics, if anything does.
     """
 
     label: str
@@ -75,6 +78,7 @@ class Arm:
     roles: frozenset[str] = frozenset()
     outliers: bool = False
     counterpart: str = ""
+    monitor: Monitor | None = None
 
 
 def inductor(model: nn.Module, options: Options) -> Callable[..., Tensor]:
@@ -106,6 +110,13 @@ def ours(label: str, recipe: Options) -> Arm:
     outliers = recipe["activation"]["outliers"] is not None
     exact = "ours_bf16_occ" if outliers else "ours_bf16"
     return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
+
+
+def monitored(name: str) -> Arm:
+    """An arm of :data:`OURS` with ``options={"monitor": …}``, whose every step is a row of the history."""
+    monitor = Monitor()
+    arm = ours(f"{_label(OURS[name])}, monitored", {**OURS[name], "monitor": monitor})
+    return replace(arm, monitor=monitor)
 
 
 def quest(label: str, recipe: Options) -> Arm:
@@ -176,6 +187,7 @@ ARMS: dict[str, Arm] = {
     "torchao_rowwise": torchao("rowwise"),
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
+    **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
     "quest_bf16": quest("QuEST W4A4, backward bf16", {"backward": "bf16"}),
     "quest_fp8": quest("QuEST W4A4, backward fp8", {"backward": "fp8"}),
     "quest_fp8_unrotated": quest(
@@ -232,7 +244,7 @@ class Trainer:
     """A compiled model with its optimizer and batch."""
 
     def __init__(self, arm: Arm, size: Size, run: Run) -> None:
-        self.run = run
+        self.run, self.monitor = run, arm.monitor
         self.model: Llama = build(size, run.device, torch.bfloat16, run.seed)
         self.compiled = arm.compile(self.model, run.options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
@@ -249,6 +261,8 @@ class Trainer:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.monitor is not None:
+            self.monitor.step()
 
     def step(self) -> Tensor:
         loss = self.forward_backward()
@@ -258,10 +272,10 @@ class Trainer:
     def milliseconds(self, steps: int) -> tuple[list[float], float]:
         """Times of ``steps`` steps, and the loss of the last one."""
         cuda = self.run.device.type == "cuda"
-        marks: list[Any] = [_mark(cuda)]
+        marks: list[Any] = [mark(cuda)]
         for _ in range(steps):
             loss = self.step()
-            marks.append(_mark(cuda))
+            marks.append(mark(cuda))
         last = loss.item()
         return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)], last
 
@@ -272,14 +286,6 @@ class Trainer:
             for name, p in self.model.named_parameters()
             if p.grad is not None
         }
-
-
-def _mark(cuda: bool) -> Any:
-    if not cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Prefill of a Llama of 1.6 billion parameters: prompts of 512 tokens in, logits of the last token out.
+
+    python benchmarks/prefill.py --out benchmarks/h200/prefill.csv            # batches 1, 2, 4, 8
+    python benchmarks/prefill.py --batches 8 --out prefill_8.csv              # one process a batch: they compile alone
+
+The shape is that of QuEST's serving table (arXiv 2502.05003, figure 6: 20 layers of width 2560, MLP 6912), where INT4
+kernels on an RTX 4090 gain 1.4 to 1.8 over BF16. Weights are random and frozen (``TORCHINDUCTOR_FREEZING``), for all
+arms: Inductor computes the codes of a weight once, when it compiles. CUDA graphs leave launches out of every arm.
+
+Before an arm is timed its logits must have a cosine of at least 0.8 with BF16's; a wrong operand leaves 0. Writes the
+CSV file after every arm and a plot beside it (.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch._inductor.config
+from measure import environment, failure, fresh_log, mark, quiet_stderr, write_rows
+from model import SIZES, Llama, Size, build
+from torch import Tensor, nn
+from training_step import names_from, release
+
+__all__ = ["ARMS", "Prefill", "Row", "main", "measure_batch"]
+
+WIDE = Size("1.6B", 2560, 20, 6912, heads=20, kv_heads=20, sequence=512, batch=1)
+COSINE = 0.8
+UNROTATED = {"activation": {"rotation": None}, "weight": {"rotation": None}}
+
+#: Backend and options by arm.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("inductor", {}),
+    "w4a4": ("qcompile_quest", {"bits": 4}),
+    "w4a4_unrotated": ("qcompile_quest", {"bits": 4, **UNROTATED}),
+}
+
+
+class Prefill(nn.Module):
+    """Logits ``[batch, vocabulary]`` of the token that follows each prompt, int64 ``[batch, sequence]``."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = model.embedding(tokens)
+        for block in model.layers:
+            x = block(x, model.cosine, model.sine)
+        return model.lm_head(model.norm(x[:, -1]))
+
+
+@dataclass
+class Row:
+    """One arm at one batch. ``speedup``: BF16's time over this one; ``cosine``: of the logits with BF16's."""
+
+    arm: str
+    batch: int
+    status: str = "ok"
+    median_ms: float = math.nan
+    min_ms: float = math.nan
+    speedup: float = math.nan
+    cosine: float = math.nan
+
+
+@torch.no_grad()
+def measure(
+    arm: str, size: Size, tokens: Tensor, reference: Tensor | None, repeats: int
+) -> tuple[dict[str, float], Tensor]:
+    """Figures and logits of one arm. Raises ``ValueError`` if the logits are wrong."""
+    model = Prefill(build(size, tokens.device, torch.bfloat16, seed=0)).eval()
+    backend, options = ARMS[arm]
+    torch._inductor.config.freezing = True
+    run = torch.compile(model, backend=backend, options={**options, "triton.cudagraphs": tokens.is_cuda}, dynamic=False)
+    logits = run(tokens).float().clone()
+    cosine = math.nan if reference is None else nn.functional.cosine_similarity(logits, reference, -1).min().item()
+    if cosine < COSINE:
+        msg = f"logits have a cosine of {cosine:.3f} with BF16's"
+        raise ValueError(msg)
+    times = milliseconds(lambda: run(tokens), repeats, tokens.is_cuda)
+    return {"median_ms": median(times), "min_ms": min(times), "cosine": cosine}, logits
+
+
+def milliseconds(call: Callable[[], Any], repeats: int, cuda: bool) -> list[float]:
+    """Times of ``repeats`` prefills, queued one after the other as a server does."""
+    for _ in range(5):
+        call()
+    marks = [mark(cuda)]
+    for _ in range(repeats):
+        call()
+        marks.append(mark(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)]
+
+
+def measure_batch(size: Size, batch: int, arms: list[str], device: str, repeats: int, log: Path) -> Iterator[Row]:
+    """BF16 first; a failing arm is one line, and the others go on."""
+    tokens = torch.randint(size.vocabulary, (batch, size.sequence), generator=torch.Generator().manual_seed(0))
+    reference: Tensor | None = None
+    base = math.nan
+    for arm in arms:
+        row = Row(arm, batch)
+        try:
+            with quiet_stderr(log):
+                figures, logits = measure(arm, size, tokens.to(device), reference, repeats)
+            if reference is None:
+                reference, base = logits, figures["median_ms"]
+            row = Row(arm, batch, speedup=base / figures["median_ms"], **figures)
+        except Exception as error:
+            row.status = failure(error, log, f"{arm}, batch {batch}")
+        release()
+        yield row
+        if reference is None:
+            return
+
+
+def plot(path: Path, rows: list[Row]) -> None:
+    """Time over batch size, and speedup beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm in dict.fromkeys(row.arm for row in rows):
+        points = [row for row in rows if row.arm == arm and row.status == "ok"]
+        left.plot([r.batch for r in points], [r.median_ms for r in points], "o-", label=arm)
+        right.plot([r.batch for r in points], [r.speedup for r in points], "o-", label=arm)
+    left.set(xlabel="prompts of 512 tokens", ylabel="milliseconds (median)")
+    right.set(xlabel="prompts of 512 tokens", ylabel="times BF16")
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    where = environment()
+    figure.suptitle(f"{where['card']}, torch {where['torch']}, {where['date']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 4, 8])
+    parser.add_argument("--arms", type=lambda s: names_from(ARMS, s), default=list(ARMS), help=", ".join(ARMS))
+    parser.add_argument("--size", choices=SIZES, help="a smaller model, to try the script out")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("prefill.csv"))
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("prefill: needs a CUDA card (or --device cpu)", file=sys.stderr)
+        return 2
+    size = SIZES[given.size] if given.size else WIDE
+    log = fresh_log(given.out)
+    rows: list[Row] = []
+    for batch in given.batches:
+        for row in measure_batch(size, batch, given.arms, given.device, given.repeats, log):
+            rows.append(row)
+            write_rows(given.out, rows)
+            print(f"{row.arm:16} {row.batch:3} {row.median_ms:9.3f} ms {row.speedup:6.3f} {row.status}", flush=True)
+    plot(given.out.with_suffix(".png"), rows)
+    return 0 if all(row.status == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
