@@ -25,6 +25,7 @@ from qcompile.kernels.quantize.inductor import (
     index_of_moved,
     is_empty,
     packed_bytes,
+    rounded,
     run_reference,
     scale_value,
     select,
@@ -168,7 +169,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
 
     def element(index) -> Value:
         scale = scale_value(load_scale(group_of(index_of_moved(index, axis), q)), q, load_global)
-        y = ops.truediv(ops.to_dtype(load_x(index), torch.float32), scale)
+        y = ops.truediv(rounded(load_x(index), x.get_dtype()), scale)
         y = ops.where(ops.eq(scale, _float(0.0)), _float(0.0), y)
         slope = SLOPES[spec.name](y, q.format, **dict(spec.parameters))
         return ops.to_dtype(ops.mul(ops.to_dtype(load_grad(index), torch.float32), slope), dtype)

@@ -46,6 +46,7 @@ __all__ = [
     "lower_quantize",
     "lower_quantize_8bit",
     "packed_bytes",
+    "rounded",
     "run_reference",
     "select",
     "supports_dequantize",
@@ -312,6 +313,17 @@ def unpacked(load: Callable[[Index], Value], index: Index, per_byte: int) -> Val
 # --- scales -------------------------------------------------------------------------------------------------
 
 
+def rounded(value: Value, dtype: torch.dtype) -> Value:
+    """A loaded element of a tensor of ``dtype``, in float32.
+
+    Inductor keeps float32 between the operations that it puts into one kernel, 16-bit casts among them. Codes would
+    then depend on what was fused: a weight that autocast casts would not be the same in the backward as in the forward.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        value = ops.to_dtype(value, dtype, use_compute_types=False)
+    return ops.to_dtype(value, _FP32)
+
+
 class GridUnits:
     """The tensor ``y = x · γ`` that is rounded, computed where it is read, and the scales that belong to it.
 
@@ -322,6 +334,7 @@ class GridUnits:
     def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None, fold=None) -> None:
         moved = axis_last(x, axis)
         self.q, self.per_byte, self.device = q, per_byte, x.get_device()
+        self._dtype = x.get_dtype()
         self.shape = list(moved.get_size())
         self.axis_is_last = axis % len(self.shape) == len(self.shape) - 1
         self.groups = [sympy.sympify(size) for size in q.scale_shape(tuple(self.shape))]
@@ -335,7 +348,7 @@ class GridUnits:
         self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
 
     def load_x(self, index: Index) -> Value:
-        x = ops.to_dtype(self._load_x(index), _FP32)
+        x = rounded(self._load_x(index), self._dtype)
         return x if self._load_fold is None else ops.mul(x, self._load_fold([index[-1]]))
 
     def _magnitude(self, index: Index) -> Value:

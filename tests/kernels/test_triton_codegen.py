@@ -332,6 +332,23 @@ def test_interpreted_granularities_and_scale_rules(generate, axis):
 
 
 @interpreted
+def test_interpreted_casts_are_rounded_before_they_are_quantized(generate):
+    """Inductor drops the rounding of a cast inside a kernel; a weight under autocast would have other codes in the
+    backward, whose kernel reads the cast from memory, than in the forward. (The interpreter truncates to bfloat16.)
+    """
+    x, dtype = torch.randn(33, 64), torch.float16
+    outputs, kernels = generate(
+        lambda x: (quantize(x.to(dtype), E2M1, -1), torch.ops.qcompile.quantize_8bit(x.to(dtype) * 1, E2M1, False)), x
+    )
+    (codes, scales), (codes_8bit, scales_8bit, _) = outputs
+    expected = reference.quantize(x.to(dtype), E2M1, -1)
+    assert kernels and torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
+    expected = reference.quantize_8bit(x.to(dtype), E2M1, False)
+    assert torch.equal(codes_8bit.view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(scales_8bit, expected[1])
+
+
+@interpreted
 def test_interpreted_dynamic_sizes(generate):
     """The guard at the end of a row when it is unknown whether the last byte is full."""
     x = rows_of_everything(19, 37, Quantizer.parse(E2M1).format)
