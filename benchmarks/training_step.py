@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def quest(label: str, recipe: Options) -> Arm:
         return torch.compile(model, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
 
     roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
-    return Arm(label, compile_quest, "ours", roles, counterpart="quest_bf16" if recipe["backward"] != "bf16" else "")
+    exact = "quest_bf16" if "weight" not in recipe else "quest_bf16_unrotated"
+    return Arm(label, compile_quest, "ours", roles, counterpart=exact if recipe["backward"] != "bf16" else "")
 
 
 class PlainQuestLinear(nn.Linear):
@@ -145,14 +147,19 @@ class PlainQuestLinear(nn.Linear):
         return trusted + (rounded.to(x.dtype) - trusted).detach()
 
 
-def plain_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+def plain_quest(model: nn.Module, options: Options, dense: bool = False) -> Callable[..., Tensor]:
+    """``dense``: every layer multiplies by a matrix of K × K with the rotation in its diagonal, as the released code."""
     rotation = torch.ones(1, 1)
     while len(rotation) < 128:
         rotation = torch.cat((torch.cat((rotation, rotation), 1), torch.cat((rotation, -rotation), 1)))
+    matrices: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lm_head" not in name:
+            width = module.in_features if dense else 128
+            if width not in matrices:
+                matrices[width] = torch.block_diag(*[rotation.to(module.weight) * 128**-0.5] * (width // 128))
             module.__class__ = PlainQuestLinear
-            module.register_buffer("rotation", (rotation * 128**-0.5).to(module.weight), persistent=False)
+            module.register_buffer("rotation", matrices[width], persistent=False)
     return inductor(model, options)
 
 
@@ -190,11 +197,17 @@ ARMS: dict[str, Arm] = {
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
     "quest_bf16": quest("QuEST W4A4, backward bf16", {"backward": "bf16"}),
     "quest_fp8": quest("QuEST W4A4, backward fp8", {"backward": "fp8"}),
-    "quest_fp8_unrotated": quest(
-        "QuEST W4A4, no rotation, backward fp8",
-        {"backward": "fp8", "activation": {"rotation": None}, "weight": {"rotation": None}},
-    ),
+    **{
+        f"quest_{backward}_unrotated": quest(
+            f"QuEST W4A4, no rotation, backward {backward}",
+            {"backward": backward, "activation": {"rotation": None}, "weight": {"rotation": None}},
+        )
+        for backward in ("bf16", "fp8")
+    },
     "quest_plain": Arm("QuEST W4A4 in plain torch", plain_quest),
+    "quest_plain_dense": Arm(
+        "QuEST W4A4 in plain torch, rotations as K × K matrices", partial(plain_quest, dense=True)
+    ),
 }
 
 #: Measured unless ``--arms`` says otherwise: what fits into five minutes with two sizes.

@@ -13,6 +13,7 @@ import argparse
 import csv
 import math
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +88,7 @@ def run(given: argparse.Namespace) -> None:
     experiment = demo.prepare({**same, **asdict(size), "heads": size.hidden // 128})
     tokens = given.steps * given.batch * given.sequence
     passes = tokens / len(experiment.train)
+    inductor = {"triton.cudagraphs": True} if given.cudagraphs else {}
     print(f"{size.parameters:,} parameters, {tokens:,} bytes: {passes:.1f} passes over the text")
     for setting in given.settings:
         if setting in done:
@@ -99,11 +101,13 @@ def run(given: argparse.Namespace) -> None:
 
         options = ARMS[setting].options
         backend = "inductor" if options is None else "qcompile_quest"
-        loss = train_one(experiment, backend, options, watch)
+        start = time.perf_counter()
+        loss = train_one(experiment, backend, {**(options or {}), **inductor} or None, watch)
         for step, value in history:
             append(curves, setting, step, f"{value:.5f}")
         append(table, setting, size.parameters, tokens, f"{loss:.5f}")
-        print(f"{setting}: {loss:.4f} nats a byte", flush=True)
+        minutes = (time.perf_counter() - start) / 60
+        print(f"{setting}: {loss:.4f} nats a byte, {minutes:.1f} minutes", flush=True)
     console = Console(highlight=False)
     console.print(summary(rows_of(table, TABLE)))
     plot(rows_of(table, TABLE), rows_of(curves, CURVES), given.out / "quest_table.png")
@@ -166,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="8.8M")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
+    parser.add_argument("--cudagraphs", action="store_true", help="at these sizes launches take longer than kernels")
     add_training_arguments(parser)
     demo.require("matplotlib")
     torch.set_float32_matmul_precision("high")

@@ -342,7 +342,9 @@ def test_interpreted_casts_are_rounded_before_they_are_quantized(generate):
     )
     (codes, scales), (codes_8bit, scales_8bit, _) = outputs
     expected = reference.quantize(x.to(dtype), E2M1, -1)
-    assert kernels and torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
+    assert kernels
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales, expected[1])
     expected = reference.quantize_8bit(x.to(dtype), E2M1, False)
     assert torch.equal(codes_8bit.view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(scales_8bit, expected[1])
