@@ -148,7 +148,7 @@ class PlainQuestLinear(nn.Linear):
 
 
 def plain_quest(model: nn.Module, options: Options, dense: bool = False) -> Callable[..., Tensor]:
-    """``dense``: every layer multiplies by a matrix of K × K with the rotation in its diagonal, as the released code."""
+    """``dense``: a layer multiplies by a K × K matrix with the rotation in its diagonal, as the released code does."""
     rotation = torch.ones(1, 1)
     while len(rotation) < 128:
         rotation = torch.cat((torch.cat((rotation, rotation), 1), torch.cat((rotation, -rotation), 1)))
