@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from qcompile import Monitor
 
-__all__ = ["ARMS", "OURS", "Arm", "Result", "Run", "Trainer", "main", "release", "run_size"]
+__all__ = ["ARMS", "OURS", "Arm", "Result", "Run", "Trainer", "in_plain_quest", "main", "release", "run_size"]
 
 LOSS_BOUND = 0.02
 WORST_COSINE = 0.97
@@ -147,20 +147,27 @@ class PlainQuestLinear(nn.Linear):
         return trusted + (rounded.to(x.dtype) - trusted).detach()
 
 
-def plain_quest(model: nn.Module, options: Options, dense: bool = False) -> Callable[..., Tensor]:
-    """``dense``: a layer multiplies by a K × K matrix with the rotation in its diagonal, as the released code does."""
+def in_plain_quest(model: nn.Module, block: int = 128, dense: bool = False) -> nn.Module:
+    """The model with such linears; block 1 rotates nothing.
+
+    ``dense``: a layer multiplies by a K × K matrix with the rotation in its diagonal, as the released code does.
+    """
     rotation = torch.ones(1, 1)
-    while len(rotation) < 128:
+    while len(rotation) < block:
         rotation = torch.cat((torch.cat((rotation, rotation), 1), torch.cat((rotation, -rotation), 1)))
     matrices: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lm_head" not in name:
-            width = module.in_features if dense else 128
+            width = module.in_features if dense else block
             if width not in matrices:
-                matrices[width] = torch.block_diag(*[rotation.to(module.weight) * 128**-0.5] * (width // 128))
+                matrices[width] = torch.block_diag(*[rotation.to(module.weight) * block**-0.5] * (width // block))
             module.__class__ = PlainQuestLinear
             module.register_buffer("rotation", matrices[width], persistent=False)
-    return inductor(model, options)
+    return model
+
+
+def plain_quest(model: nn.Module, options: Options, dense: bool = False) -> Callable[..., Tensor]:
+    return inductor(in_plain_quest(model, dense=dense), options)
 
 
 ROLES_OF_BACKWARD = {"bf16": ("fprop",), "dgrad_fp8": ("fprop", "dgrad"), "fp8": ("fprop", "dgrad", "wgrad")}
