@@ -385,7 +385,7 @@ def _kernel(
 
 
 @cache
-def candidates(problem: Problem, bias: bool) -> tuple[Config, ...]:
+def candidates(problem: Problem, bias: bool = False) -> tuple[Config, ...]:
     """The configs that fit into shared memory, in the order of ``predicted_cycles``, then of :data:`CONFIGS`."""
 
     def cycles(config: Config) -> float:
@@ -396,7 +396,7 @@ def candidates(problem: Problem, bias: bool) -> tuple[Config, ...]:
     return tuple(sorted(fitting, key=cycles))
 
 
-def best_config(problem: Problem, bias: bool, run: Callable[[Config], None], tune: bool) -> Config:
+def best_config(problem: Problem, run: Callable[[Config], None], tune: bool, bias: bool = False) -> Config:
     """The measured config, if there is one or ``tune`` asks for it, else the first candidate; ``run`` launches one."""
     measured = _MEASURED.get((problem, bias))
     if measured is None and tune and not torch.cuda.is_current_stream_capturing():
@@ -452,7 +452,7 @@ def mm_8bit(
             _launch(config, card, int8, *operands)
 
         problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
-        run(config or best_config(problem, bias is not None, run, tune))
+        run(config or best_config(problem, run, tune, bias is not None))
     return out
 
 
