@@ -42,10 +42,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.cache import get_cache_manager
 from triton.testing import do_bench
 
-from .triton import TMA_ALIGNMENT, Card, Problem, card_of, predicted_cycles
+from .triton import TMA_ALIGNMENT, Problem, card_of, predicted_cycles
 from .triton import Config as TritonConfig
 
-__all__ = ["CONFIGS", "SHARED_MEMORY", "Config", "as_int8", "best_config", "candidates", "mm_8bit"]
+__all__ = [
+    "CONFIGS",
+    "SHARED_MEMORY",
+    "Config",
+    "as_int8",
+    "best_config",
+    "candidates",
+    "kernel",
+    "launch_arguments",
+    "mm_8bit",
+]
 
 #: Most shared memory that a program may take on compute capability 9.0, in bytes (CUDA C++ Programming Guide,
 #: "Technical Specifications per Compute Capability").
@@ -268,7 +278,7 @@ def _multiply(
     do_not_specialize=["m", "n", "k", "scale_a_stride", "scale_b_stride"],
     do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias"],
 )
-def _kernel(
+def kernel(
     a,
     b,
     out,
@@ -434,8 +444,7 @@ def mm_8bit(
     ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point. ``config`` fixes how the kernel is cut up; ``tune``
     measures which is fastest, once a process. Raises ``ValueError`` for other dtypes and other K.
     """
-    int8 = a.dtype == b.dtype == torch.int8
-    if not int8 and not (a.dtype in _FP8 and b.dtype in _FP8):
+    if not (a.dtype in _FP8 and b.dtype in _FP8) and not a.dtype == b.dtype == torch.int8:
         msg = f"mm_8bit takes int8 with int8, or float8_e4m3fn and float8_e5m2; got {a.dtype} with {b.dtype}"
         raise ValueError(msg)
     (m, k), n = a.shape, b.shape[0]
@@ -443,13 +452,15 @@ def mm_8bit(
         msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"
         raise ValueError(msg)
     out = a.new_empty((m, n), dtype=dtype)
-    scales = scale_a.contiguous(), scale_b.contiguous(), bias if bias is None else bias.contiguous()
+    scale_a, scale_b, bias = scale_a.contiguous(), scale_b.contiguous(), None if bias is None else bias.contiguous()
     card = card_of(a.device)
     with torch.cuda.device_of(a):
-        operands = _aligned(a), _aligned(b), out, *scales
+        a, b = _aligned(a), _aligned(b)
 
         def run(config: Config) -> None:
-            _launch(config, card, int8, *operands)
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, bias)
+            tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+            kernel[(min(tiles, card.processors),)](*arguments, **options)
 
         problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
         run(config or best_config(problem, run, tune, bias is not None))
@@ -457,18 +468,22 @@ def mm_8bit(
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix where the tensor memory accelerator can read it; int8 as e4m3 (see the top)."""
+    """The matrix where the tensor memory accelerator can read it."""
     matrix = matrix.contiguous()
-    if matrix.data_ptr() % TMA_ALIGNMENT:
-        matrix = matrix.clone()
-    return matrix.view(torch.float8_e4m3fn) if matrix.dtype == torch.int8 else matrix
+    return matrix.clone() if matrix.data_ptr() % TMA_ALIGNMENT else matrix
 
 
-def _launch(config: Config, card: Card, int8: bool, a, b, out, scale_a, scale_b, bias) -> None:
+def launch_arguments(
+    config: Config, a: Tensor, b: Tensor, out: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and options of the kernel, for which INT8 may have to be compiled; all tensors are contiguous."""
     (m, k), n = a.shape, b.shape[0]
     rows = config.block_m // CONSUMERS.value
-    piece_n = config.piece_bytes // out.itemsize
     tma_store = n * out.itemsize % TMA_ALIGNMENT == 0
+    piece_n = (config.piece_bytes if tma_store else 128) // out.itemsize  # addresses take registers
+    int8 = a.dtype == torch.int8
+    if int8:
+        a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
     arguments = (
         _descriptor(a, k, rows, BLOCK_K.value),
         _descriptor(b, k, config.block_n, BLOCK_K.value),
@@ -492,12 +507,11 @@ def _launch(config: Config, card: Card, int8: bool, a, b, out, scale_a, scale_b,
     )
     options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
     if int8:
-        key = (config, card, tma_store, out.dtype, None if bias is None else bias.dtype)
+        key = (config, a.device, tma_store, out.dtype, None if bias is None else bias.dtype)
         if key not in _INT8_PTX:
             _INT8_PTX[key] = _int8_ptx(arguments, options)
         options["ir_override"] = _INT8_PTX[key]
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    _kernel[(min(tiles, card.processors),)](*arguments, **options)
+    return arguments, options
 
 
 def _descriptor(matrix: Tensor, columns: int, *block: int) -> TensorDescriptor:
@@ -515,9 +529,9 @@ def _int8_ptx(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
 
     Raises ``RuntimeError`` if Triton does not take it (``TRITON_KERNEL_OVERRIDE=1`` makes it look elsewhere).
     """
-    ptx = as_int8(_kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"])
+    ptx = as_int8(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"])
     path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_int8.ptx", binary=False)
-    if _kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
+    if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
         msg = f"Triton did not assemble {path}"
         raise RuntimeError(msg)
     return path

@@ -185,7 +185,7 @@ def test_it_is_the_provider_of_int8_where_it_can_be():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_compiled_products_are_exact(mode, bias):
-    """Called from Inductor's code, or measured against its template; M is symbolic."""
+    """Called from Inductor's code, or measured against its template."""
     if mm_8bit.default not in lowerings:
         register_lowering(mm_8bit.default, type_promotion_kind=None)(inductor.lower_mm_8bit)
     torch._dynamo.reset()
