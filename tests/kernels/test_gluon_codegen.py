@@ -15,18 +15,20 @@ import torch
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
+from torch._inductor import config as inductor_config  # noqa: E402
+from torch._inductor.lowering import lowerings, register_lowering  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 
-from qcompile.kernels.matmul import gluon, providers  # noqa: E402
+from qcompile.kernels.matmul import gluon, inductor, providers, reference  # noqa: E402
+from qcompile.kernels.matmul import triton as gemm  # noqa: E402
 from qcompile.kernels.matmul.providers import Product, choose  # noqa: E402
-from qcompile.kernels.matmul.triton import Card, Problem  # noqa: E402
 
 from .harness import ClaimedDriver, compiled  # noqa: E402
 
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {E4M3: "e4m3", E5M2: "e5m2", INT8: "s8"}
-H200 = Card("NVIDIA H200", (9, 0), 132)
+H200 = gemm.Card("NVIDIA H200", (9, 0), 132)
 
 
 class CompilingDriver(ClaimedDriver):
@@ -124,7 +126,7 @@ def test_an_override_that_triton_ignores_is_an_error(monkeypatch):
 
 def test_candidates_fit_and_fill_the_card():
     """A bias needs room of its own; few tiles are cut smaller."""
-    large = Problem(16384, 4096, 4096, INT8, INT8, BF16, H200)
+    large = gemm.Problem(16384, 4096, 4096, INT8, INT8, BF16, H200)
     assert gluon.candidates(large)[0] == gluon.CONFIGS[0]
     assert gluon.candidates(large, bias=True)[0] == gluon.CONFIGS[1]
     assert gluon.candidates(replace(large, m=512, n=2048))[0].block_n == 128
@@ -154,3 +156,35 @@ def test_it_refuses_other_dtypes_and_k():
         gluon.mm_8bit(torch.zeros(2, 16, dtype=INT8), torch.zeros(2, 16).to(E4M3), one, one, BF16)
     with pytest.raises(ValueError, match="multiple of 16, got 17"):
         gluon.mm_8bit(*torch.zeros(2, 2, 17, dtype=INT8), one, one, BF16)
+
+
+@compiled
+@pytest.mark.parametrize("bias", [False, True])
+def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
+    """On tensors of their own dtypes, also where a view changed it; M is symbolic."""
+    op = torch.ops.qcompile.mm_8bit
+    if op.default not in lowerings:
+        register_lowering(op.default, type_promotion_kind=None)(inductor.lower_mm_8bit)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gemm, "card_of", lambda device: H200)
+    calls = []
+
+    def recorded(a, b, scale_a, scale_b, *shift, dtype):
+        calls.append((a.dtype, b.dtype, *(x.dtype for x in shift), dtype))
+        return reference.mm_8bit(a, b, scale_a, scale_b, dtype, *shift)
+
+    monkeypatch.setattr("torch._inductor.select_algorithm.extern_kernels.qcompile_mm_8bit_in_gluon", recorded)
+
+    @torch.compile(backend="inductor", fullgraph=True)
+    def product(a, b, scale_a, scale_b, shift):
+        return op(a.view(INT8), b, scale_a, scale_b, FP16, shift if bias else None)
+
+    torch._dynamo.reset()
+    b, one, shift = torch.randint(-7, 8, (48, 64), dtype=INT8), torch.ones(1, 1), torch.randn(48)
+    with inductor_config.patch({"cpu_backend": "triton", "fx_graph_cache": False}):
+        for m in (5, 9):
+            a = torch.randint(-7, 8, (m, 64), dtype=INT8)
+            torch._dynamo.mark_dynamic(a, 0)
+            got = product(a.view(torch.uint8), b, one, one, shift)
+            assert torch.equal(got, reference.mm_8bit(a, b, one, one, FP16, shift if bias else None))
+    assert calls == [(INT8, INT8, *[FP32] * bias, FP16)] * 2
