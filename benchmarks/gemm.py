@@ -4,8 +4,9 @@
 
 Operands are rows of Gaussians quantized to E2M1 (FP8) or to integers of 4 bits (INT8); BF16 multiplies the Gaussians.
 Every provider is first compared with float64 on some rows, to the rounding of its output: 4-bit codes have exact sums.
-Then all are timed in turns, several operand sets each, so that none runs on a warmer cache or a cooler card. Triton's
-configs are tuned before, within the time that `--seconds` leaves; `--sweep` times each of them, and experimental ones.
+Then all are timed in turns, several operand sets each, so that none runs on a warmer cache or a cooler card. Configs of
+the kernels in Triton and Gluon are tuned before, templates within the time that `--seconds` leaves; `--sweep` times
+each config instead, and experimental ones.
 
 Writes a CSV file: a row for every shape and provider, with the config that won, TFLOP/s and ratios.
 """
@@ -13,6 +14,8 @@ Writes a CSV file: a row for every shape and provider, with the config that won,
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import re
 import statistics
 import sys
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -106,9 +110,17 @@ def operand_sets(m: int, n: int, k: int, kind: str) -> list[Operands]:
     return sets
 
 
-def hand_launched(operands: Operands, config: gemm.Config | None = None) -> Tensor:
-    x = operands
-    return gemm.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, config=config, tune=config is None)
+def hand_launched(x: Operands, module: ModuleType, config=None) -> Tensor:
+    return module.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, config=config, tune=config is None)
+
+
+def hand_launched_kernels() -> dict[str, ModuleType]:
+    """Modules with a kernel and its configs; Gluon's runs on Hopper only."""
+    kernels = {"triton": gemm}
+    if torch.cuda.get_device_capability() == (9, 0):
+        with contextlib.suppress(ImportError):  # Triton without Gluon, or with another one
+            kernels["gluon"] = importlib.import_module("qcompile.kernels.matmul.gluon")
+    return kernels
 
 
 def scaled_mm(x: Operands) -> Tensor:
@@ -124,12 +136,14 @@ def providers_of(m: int, n: int, k: int, sweep: bool, deadline: float) -> Iterat
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], scaled_mm, sets, roundings=2)
         else:
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], int_mm, sets, roundings=0)
-        yield f"{kind} triton", partial(tuned, f"{kind} triton", sets)
-        if sweep:
-            for config in (*gemm.candidates(problem_of(sets[0])), *gemm.EXPERIMENTAL_CONFIGS):
-                name, run = f"{kind} {config}", partial(hand_launched, config=config)
-                yield name, partial(Provider, name, run, sets, config=str(config))
-        elif kind == "fp8" and time.monotonic() < deadline:
+        for kernel, module in hand_launched_kernels().items():
+            name = f"{kind} {kernel}"
+            yield name, partial(tuned, name, sets, module)
+            if sweep:
+                for config in (*module.candidates(problem_of(sets[0])), *getattr(module, "EXPERIMENTAL_CONFIGS", ())):
+                    run = partial(hand_launched, module=module, config=config)
+                    yield f"{name} {config}", partial(Provider, f"{name} {config}", run, sets, config=str(config))
+        if not sweep and kind == "fp8" and time.monotonic() < deadline:
             yield "fp8 template", partial(template, "fp8 template", sets)
 
 
@@ -138,11 +152,11 @@ def problem_of(x: Operands) -> gemm.Problem:
     return gemm.Problem(m, n, k, x.a.dtype, x.b.dtype, BF16, gemm.card_of(x.a.device))
 
 
-def tuned(name: str, sets: list[Operands]) -> Provider:
+def tuned(name: str, sets: list[Operands], module: ModuleType) -> Provider:
     """The hand-launched kernel with the config that is fastest on the first set."""
-    hand_launched(sets[0])
-    best = gemm.best_config(problem_of(sets[0]), lambda config: None, tune=False)
-    return Provider(name, partial(hand_launched, config=best), sets, config=str(best))
+    hand_launched(sets[0], module)
+    best = module.best_config(problem_of(sets[0]), lambda config: None, tune=False)
+    return Provider(name, partial(hand_launched, module=module, config=best), sets, config=str(best))
 
 
 def int_mm(x: Operands) -> Tensor:

@@ -1,4 +1,4 @@
-"""``mm_8bit`` in Inductor: cuBLASLt, or a Triton template whose epilogue takes the operations that follow.
+"""``mm_8bit`` in Inductor: cuBLASLt, Gluon, or a Triton template whose epilogue takes the operations that follow.
 
 The template is the TMA kernel of :mod:`qcompile.kernels.matmul.triton` with two differences. Its tensor descriptors
 are made on the device, since Inductor passes pointers. And its output leaves by pointers, piece by piece, through
@@ -6,9 +6,9 @@ Inductor's ``store_output``, which fuses what reads the product: an activation, 
 before the next is computed, so an epilogue needs the registers and the shared memory of one piece.
 
 Without max-autotune the product runs on the provider that :func:`qcompile.kernels.matmul.providers.choose` names. With
-it, Inductor measures cuBLASLt and the template's configs, with the epilogue if ``benchmark_epilogue_fusion`` is on.
-Where neither can be generated (on CPUs, on cards without TMA, where K may be no multiple of 16) the op's own kernel is
-called, which chooses by the sizes it meets.
+it, Inductor measures that provider (cuBLASLt for FP8, Gluon for INT8) and the template's configs, with the epilogue if
+``benchmark_epilogue_fusion`` is on. Where none can be generated (on CPUs, on cards without TMA, where K may be no
+multiple of 16) the op's own kernel is called, which chooses by the sizes it meets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._inductor import ir
 from torch._inductor.kernel.mm import aten__fp8_mm
 from torch._inductor.kernel.mm_common import persistent_mm_grid
 from torch._inductor.lowering import lowerings
-from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
+from torch._inductor.select_algorithm import ExternKernelChoice, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
 
 from qcompile.kernels.quantize.inductor import is_empty, run_reference
@@ -97,6 +97,16 @@ def pieces_of(product, PARTS: tl.constexpr):
 )
 
 
+def mm_8bit_in_gluon(a, b, scale_a, scale_b, bias=None, *, dtype: torch.dtype) -> torch.Tensor:
+    """What generated code calls; operands as in :func:`qcompile.kernels.matmul.gluon.mm_8bit`."""
+    from . import gluon
+
+    return gluon.mm_8bit(a, b, scale_a, scale_b, dtype, bias)
+
+
+_GLUON = ExternKernelChoice(mm_8bit_in_gluon, name="qcompile_mm_8bit_in_gluon", has_out_variant=False)
+
+
 def supports_mm_8bit() -> tuple[bool, str]:
     """``(True, "")``: every product has a lowering; which provider serves it depends on the shape."""
     return True, ""
@@ -134,6 +144,8 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None):
         aten__fp8_mm.maybe_append_choice(
             choices, input_nodes=inputs, layout=layout, out_dtype=dtype, use_fast_accum=True
         )
+    if provider == "gluon":
+        _GLUON.maybe_append_choice(choices, input_nodes=operands, layout=layout, dtype=dtype)
     if provider != "reference" and (measure or not choices) and _fits_tma(operands, card):
         rows, columns, depth = (V.graph.sizevars.optimization_hint(extent) for extent in (m, n, k))
         configs = _template_configs(gemm.Problem(rows, columns, depth, *product.dtypes, dtype, card))

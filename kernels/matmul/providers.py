@@ -5,6 +5,7 @@ provider  operands                                        compute capability    
 ========= =============================================== ======================= =========================
 cublaslt  FP8, not both e5m2; N and K multiples of 16     9.0; 8.9 with one scale bfloat16, as is its bias
                                                           a tensor
+gluon     both INT8; K a multiple of 16                   9.0                     bfloat16, float16, float32
 triton    FP8, or both INT8; any extents                  8.9 for FP8, 8.0 for    bfloat16, float16, float32
                                                           INT8
 reference any                                             any                     any
@@ -35,6 +36,8 @@ from . import reference
 __all__ = ["PROVIDERS", "Product", "Provider", "choose", "mm_8bit"]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: What the kernels in Triton and Gluon write.
+_WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 #: The compute capability on which all of this has run.
 _TESTED = (9, 0)
 
@@ -170,8 +173,7 @@ def _obstacle_to_triton(product: Product) -> str:
         "there is nothing to multiply": 0 not in product.shape,
         "INT8 needs compute capability 8.0": fp8 or product.capability >= (8, 0),
         "FP8 needs compute capability 8.9 (integer grids as INT8: 8.0)": int8 or product.capability >= (8, 9),
-        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype
-        in (torch.bfloat16, torch.float16, torch.float32),
+        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
         "it is not installed": _has_triton(),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
@@ -188,9 +190,41 @@ def _run_triton(*arguments: Any) -> Tensor:
     return triton.mm_8bit(*arguments)
 
 
+# --- Gluon ----------------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_gluon(product: Product) -> str:
+    k = product.shape[2]
+    checks = {
+        "it is used for INT8 only": product.dtypes == (torch.int8, torch.int8),
+        "there is nothing to multiply": 0 not in product.shape,
+        "it needs compute capability 9.0": product.capability == (9, 0),
+        f"K = {k} is no multiple of 16": k % 16 == 0,
+        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
+        "Triton has none": product.capability != (9, 0) or _has_gluon(),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+@cache
+def _has_gluon() -> bool:
+    try:
+        from . import gluon  # noqa: F401
+    except ImportError:  # no Triton, or one whose Gluon has other names
+        return False
+    return True
+
+
+def _run_gluon(*arguments: Any) -> Tensor:
+    from . import gluon
+
+    return gluon.mm_8bit(*arguments)
+
+
 #: Best first.
 PROVIDERS = (
     Provider("cublaslt", _run_cublaslt, _obstacle_to_cublaslt),
+    Provider("gluon", _run_gluon, _obstacle_to_gluon),
     Provider("triton", _run_triton, _obstacle_to_triton),
     Provider("reference", reference.mm_8bit, lambda product: ""),
 )

@@ -1,0 +1,551 @@
+"""8-bit matrix product for Hopper in Gluon, Triton's language of explicit layouts: FP8 or INT8, scaled in the epilogue.
+
+One persistent program a processor, its warps specialized:
+
+* a warp that loads: TMA copies of both operands into a ring of stages in shared memory;
+* two warp groups that multiply: each owns the upper or the lower half of the tile's rows, and both read the same stage
+  of ``b``. They meet at the stages' barriers only, and the loads of the next tile go on while they write this one.
+
+It is there for INT8. Triton's compiler (3.6, 3.7) knows the widths of Hopper's integer instruction up to 224 columns,
+though they go up to 256 (PTX ISA, "wgmma.mma_async", shapes for .s8). It cuts a tile of 256 columns into two products
+of 128, each of which reads ``a`` from shared memory, whose bandwidth limits 8-bit products; and its pipeline waits for
+the products of a step before it begins the next.
+
+Gluon ends in the same compiler and meets the same limit, but its layouts are given by hand and are the same for both
+types: the product of two e4m3 in float32 and that of two int8 in int32 differ in the name of one instruction. So INT8
+is compiled as e4m3, whose bits are those of int8 and whose sums are the bits of int32, which the epilogue reads as
+such; and :func:`as_int8` renames the instruction in the PTX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.cache import get_cache_manager
+from triton.testing import do_bench
+
+from .triton import TMA_ALIGNMENT, Problem, card_of, predicted_cycles
+from .triton import Config as TritonConfig
+
+__all__ = [
+    "CONFIGS",
+    "SHARED_MEMORY",
+    "Config",
+    "as_int8",
+    "best_config",
+    "candidates",
+    "kernel",
+    "launch_arguments",
+    "mm_8bit",
+]
+
+#: Most shared memory that a program may take on compute capability 9.0, in bytes (CUDA C++ Programming Guide,
+#: "Technical Specifications per Compute Capability").
+SHARED_MEMORY = 227 * 1024
+#: Bytes of K in a stage: one row of the swizzled shared memory.
+BLOCK_K = gl.constexpr(128)
+#: Warp groups that multiply, and the registers of a thread: of the second of them, and of the warp that loads. The
+#: first gets what is left of 168 a thread.
+CONSUMERS = gl.constexpr(2)
+_REGISTERS = gl.constexpr((232, 24))
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is cut up.
+
+    Attributes:
+        block_m, block_n: extents of the tile, of which each of the two warp groups multiplies half the rows.
+        stages: tiles of both operands in flight.
+        piece_bytes: length of a row of the pieces in which the output leaves, a multiple of 128 bytes.
+        buffers: pieces of a warp group that may be on their way at once.
+        group_m: tiles down before the next column of tiles begins.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    piece_bytes: int = 128
+    buffers: int = 1
+    group_m: int = 8
+
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}x{BLOCK_K.value} s{self.stages} g{self.group_m}"
+        return f"{tile} pieces {self.piece_bytes} x {self.buffers}"
+
+    def shared_memory(self, bias: bool) -> int:
+        """Bytes of shared memory that a program takes, at most.
+
+        Operands in flight, output on its way, scales (and biases) of the columns for each warp group, barriers.
+        """
+        operands = self.stages * (self.block_m + self.block_n) * BLOCK_K.value
+        output = self.buffers * self.block_m * self.piece_bytes
+        columns = CONSUMERS.value * (1 + bias) * 4 * self.block_n
+        return operands + output + columns + 16 * self.stages + 256
+
+
+#: What can serve a problem; of those that ``predicted_cycles`` cannot tell apart, the likelier first.
+CONFIGS = (
+    Config(128, 256, stages=4, buffers=2),
+    Config(128, 256, stages=4),
+    Config(128, 256, stages=4, group_m=16),
+    Config(128, 256, stages=3, buffers=2),
+    Config(128, 256, stages=3, piece_bytes=256),
+    Config(256, 128, stages=4, group_m=4),
+    Config(128, 128, stages=6),
+)
+
+
+# --- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _first_element(tile, m, n, block_m: gl.constexpr, block_n: gl.constexpr, group_m: gl.constexpr):
+    """Row and column at which a tile begins; ``group_m`` tiles down, then the next column."""
+    tiles_m = gl.cdiv(m, block_m)
+    in_group = group_m * gl.cdiv(n, block_n)
+    first = tile // in_group * group_m
+    height = min(tiles_m - first, group_m)
+    place = tile % in_group
+    return (first + place % height) * block_m, place // height * block_n
+
+
+@gluon.jit
+def _next(stage, phase, stages: gl.constexpr):
+    """The stage after ``stage``, and the parity of its barriers' phase, which changes once around the ring."""
+    last = stage == stages - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _load(
+    a,
+    b,
+    left,
+    right,
+    full,
+    empty,
+    m,
+    n,
+    k,
+    block_m: gl.constexpr,
+    block_n: gl.constexpr,
+    stages: gl.constexpr,
+    group_m: gl.constexpr,
+):
+    """Fill the ring: the part of ``a`` of each warp group, and ``b``."""
+    part_m: gl.constexpr = block_m // CONSUMERS
+    stage = 0
+    phase = 1  # of a fresh barrier, the phase before counts as over: all stages are empty
+    for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
+        row, column = _first_element(tile, m, n, block_m, block_n, group_m)
+        for depth in range(0, k, BLOCK_K):
+            mbarrier.wait(empty.index(stage), phase)
+            arrived = full.index(stage)
+            mbarrier.expect(arrived, (block_m + block_n) * BLOCK_K)
+            for part in gl.static_range(CONSUMERS):
+                place = left.index(stage * CONSUMERS + part)
+                tma.async_copy_global_to_shared(a, [row + part * part_m, depth], arrived, place)
+            tma.async_copy_global_to_shared(b, [column, depth], arrived, right.index(stage))
+            stage, phase = _next(stage, phase, stages)
+
+
+@gluon.jit
+def _pieces(product, parts: gl.constexpr):
+    """A tuple of the tile's ``parts`` pieces, from left to right."""
+    if parts == 1:
+        return (product,)
+    else:  # what follows a return is compiled as well
+        halves = product.reshape((product.shape[0], 2, product.shape[1] // 2))
+        first, second = halves.permute((0, 2, 1)).split()
+        return _pieces(first, parts // 2) + _pieces(second, parts // 2)
+
+
+@gluon.jit
+def _multiply(
+    out,
+    left,
+    right,
+    full,
+    empty,
+    staged,
+    columnwise,
+    scale_a,
+    scale_b,
+    bias,
+    m,
+    n,
+    k,
+    scale_a_stride,
+    scale_b_stride,
+    part: gl.constexpr,
+    has_bias: gl.constexpr,
+    integer: gl.constexpr,
+    tma_store: gl.constexpr,
+    block_m: gl.constexpr,
+    block_n: gl.constexpr,
+    stages: gl.constexpr,
+    piece_n: gl.constexpr,
+    buffers: gl.constexpr,
+    group_m: gl.constexpr,
+):
+    """One warp group: its rows of every tile of this program.
+
+    ``staged`` holds pieces of the output on their way out, ``columnwise`` the scales (and the bias) of the columns.
+    """
+    part_m: gl.constexpr = block_m // CONSUMERS
+    parts: gl.constexpr = block_n // piece_n
+    warps: gl.constexpr = [gl.num_warps(), 1]
+    whole_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps, [16, block_n, 32])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps, [16, piece_n, 32])
+    by_thread: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
+        row, column = _first_element(tile, m, n, block_m, block_n, group_m)
+        row += part * part_m
+        # Asked for now, so that they are there when the epilogue wants them.
+        rows = row + gl.arange(0, part_m, gl.SliceLayout(1, layout))
+        by_row = gl.load(scale_a + rows * scale_a_stride, mask=rows < m, other=0.0)
+        columns = column + gl.arange(0, block_n, by_thread)
+        by_column = gl.load(scale_b + columns * scale_b_stride, mask=columns < n, other=0.0)
+        if has_bias:
+            shift = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
+
+        product = gl.zeros((part_m, block_n), gl.float32, whole_layout)
+        before = stage
+        for depth in range(0, k, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            transposed = right.index(stage).permute((1, 0))
+            product = warpgroup_mma(left.index(stage * CONSUMERS + part), transposed, product, is_async=True)
+            product = warpgroup_mma_wait(1, deps=[product])
+            mbarrier.arrive(empty.index(before), pred=depth > 0)
+            before = stage
+            stage, phase = _next(stage, phase, stages)
+        product = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(empty.index(before))
+
+        scales = columnwise.index(0)
+        scales.store(by_column)
+        if has_bias:
+            columnwise.index(1).store(shift)
+        pieces = _pieces(product, parts)
+        for piece in gl.static_range(parts):
+            value = gl.convert_layout(pieces[piece], layout, assert_trivial=True)
+            if integer:
+                value = value.to(gl.int32, bitcast=True).to(gl.float32)
+            factor = scales.slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))
+            value = value * by_row[:, None] * factor[None, :]
+            if has_bias:
+                summand = columnwise.index(1).slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))
+                value += summand[None, :]
+            at = column + piece * piece_n
+            if tma_store:
+                buffer = staged.index(piece % buffers)
+                tma.store_wait(buffers - 1)
+                buffer.store(value.to(out.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out, [row, at], buffer)
+            else:
+                places = at + gl.arange(0, piece_n, gl.SliceLayout(0, layout))
+                address = out + rows.to(gl.int64)[:, None] * n + places[None, :]  # m · n may exceed 2^31
+                gl.store(address, value.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (places < n)[None, :])
+    if tma_store:
+        tma.store_wait(0)
+
+
+# One binary for all extents and addresses: that of INT8 is made once.
+@gluon.jit(
+    do_not_specialize=["m", "n", "k", "scale_a_stride", "scale_b_stride"],
+    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias"],
+)
+def kernel(
+    a,
+    b,
+    out,
+    scale_a,
+    scale_b,
+    bias,
+    m,
+    n,
+    k,
+    scale_a_stride,
+    scale_b_stride,
+    integer: gl.constexpr,
+    tma_store: gl.constexpr,
+    block_m: gl.constexpr,
+    block_n: gl.constexpr,
+    stages: gl.constexpr,
+    piece_n: gl.constexpr,
+    buffers: gl.constexpr,
+    group_m: gl.constexpr,
+):
+    """``a``, ``b`` and, if ``tma_store``, ``out`` are tensor descriptors; the accelerator fills with zeros and drops
+    what lies outside.
+    """
+    part_m: gl.constexpr = block_m // CONSUMERS
+    left = gl.allocate_shared_memory(a.dtype, [stages * CONSUMERS, part_m, BLOCK_K], a.layout)
+    right = gl.allocate_shared_memory(b.dtype, [stages, block_n, BLOCK_K], b.layout)
+    full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(stages):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    kinds: gl.constexpr = 1 if bias is None else 2
+    columns_0 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
+    columns_1 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
+    if tma_store:
+        staged_0 = gl.allocate_shared_memory(out.dtype, [buffers, part_m, piece_n], out.layout)
+        staged_1 = gl.allocate_shared_memory(out.dtype, [buffers, part_m, piece_n], out.layout)
+    else:
+        staged_0 = columns_0
+        staged_1 = columns_1
+    has_bias: gl.constexpr = bias is not None
+    summands = bias if has_bias else scale_b  # not read
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    out,
+                    left,
+                    right,
+                    full,
+                    empty,
+                    staged_0,
+                    columns_0,
+                    scale_a,
+                    scale_b,
+                    summands,
+                    m,
+                    n,
+                    k,
+                    scale_a_stride,
+                    scale_b_stride,
+                    0,
+                    has_bias,
+                    integer,
+                    tma_store,
+                    block_m,
+                    block_n,
+                    stages,
+                    piece_n,
+                    buffers,
+                    group_m,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    out,
+                    left,
+                    right,
+                    full,
+                    empty,
+                    staged_1,
+                    columns_1,
+                    scale_a,
+                    scale_b,
+                    summands,
+                    m,
+                    n,
+                    k,
+                    scale_a_stride,
+                    scale_b_stride,
+                    1,
+                    has_bias,
+                    integer,
+                    tma_store,
+                    block_m,
+                    block_n,
+                    stages,
+                    piece_n,
+                    buffers,
+                    group_m,
+                ),
+            ),
+            (_load, (a, b, left, right, full, empty, m, n, k, block_m, block_n, stages, group_m)),
+        ],
+        [4, 1],
+        _REGISTERS,
+    )
+
+
+# --- choice of a config ---------------------------------------------------------------------------------------------
+
+
+@cache
+def candidates(problem: Problem, bias: bool = False) -> tuple[Config, ...]:
+    """The configs that fit into shared memory, in the order of ``predicted_cycles``, then of :data:`CONFIGS`."""
+
+    def cycles(config: Config) -> float:
+        tile = TritonConfig(config.block_m, config.block_n, BLOCK_K.value, warps=12, stages=config.stages)
+        return predicted_cycles(tile, problem)
+
+    fitting = [config for config in CONFIGS if config.shared_memory(bias) <= SHARED_MEMORY]
+    return tuple(sorted(fitting, key=cycles))
+
+
+def best_config(problem: Problem, run: Callable[[Config], None], tune: bool, bias: bool = False) -> Config:
+    """The measured config, if there is one or ``tune`` asks for it, else the first candidate; ``run`` launches one."""
+    measured = _MEASURED.get((problem, bias))
+    if measured is None and tune and not torch.cuda.is_current_stream_capturing():
+        milliseconds = partial(_milliseconds, run)
+        measured = _MEASURED[problem, bias] = min(candidates(problem, bias), key=milliseconds)
+    return measured or candidates(problem, bias)[0]
+
+
+#: What this process measured.
+_MEASURED: dict[tuple[Problem, bool], Config] = {}
+
+
+def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
+    return do_bench(lambda: run(config), warmup=5, rep=25, return_mode="median")
+
+
+# --- launch ---------------------------------------------------------------------------------------------------------
+
+
+def mm_8bit(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    tune: bool = False,
+) -> Tensor:
+    """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` ``[M, N]`` in ``dtype`` (bfloat16, float16 or float32).
+
+    a ``[M, K]`` and b ``[N, K]`` both int8, or each float8_e4m3fn or float8_e5m2; M, N ≥ 1, K ≥ 16 a multiple of 16;
+    copied if they are not contiguous or not aligned to 16 bytes. scale_a ``[M, 1]`` or ``[1, 1]`` and scale_b
+    ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point. ``config`` fixes how the kernel is cut up; ``tune``
+    measures which is fastest, once a process. Raises ``ValueError`` for other dtypes and other K.
+    """
+    if not (a.dtype in _FP8 and b.dtype in _FP8) and not a.dtype == b.dtype == torch.int8:
+        msg = f"mm_8bit takes int8 with int8, or float8_e4m3fn and float8_e5m2; got {a.dtype} with {b.dtype}"
+        raise ValueError(msg)
+    (m, k), n = a.shape, b.shape[0]
+    if k % TMA_ALIGNMENT:
+        msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"
+        raise ValueError(msg)
+    out = a.new_empty((m, n), dtype=dtype)
+    scale_a, scale_b, bias = scale_a.contiguous(), scale_b.contiguous(), None if bias is None else bias.contiguous()
+    card = card_of(a.device)
+    with torch.cuda.device_of(a):
+        a, b = _aligned(a), _aligned(b)
+
+        def run(config: Config) -> None:
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, bias)
+            tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+            kernel[(min(tiles, card.processors),)](*arguments, **options)
+
+        problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
+        run(config or best_config(problem, run, tune, bias is not None))
+    return out
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix where the tensor memory accelerator can read it."""
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % TMA_ALIGNMENT else matrix
+
+
+def launch_arguments(
+    config: Config, a: Tensor, b: Tensor, out: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and options of the kernel, for which INT8 may have to be compiled; all tensors are contiguous."""
+    (m, k), n = a.shape, b.shape[0]
+    rows = config.block_m // CONSUMERS.value
+    tma_store = n * out.itemsize % TMA_ALIGNMENT == 0
+    piece_n = (config.piece_bytes if tma_store else 128) // out.itemsize  # addresses take registers
+    int8 = a.dtype == torch.int8
+    if int8:
+        a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
+    arguments = (
+        _descriptor(a, k, rows, BLOCK_K.value),
+        _descriptor(b, k, config.block_n, BLOCK_K.value),
+        _descriptor(out, n, rows, piece_n) if tma_store else out,
+        scale_a,
+        scale_b,
+        bias,
+        m,
+        n,
+        k,
+        int(scale_a.shape[0] > 1),
+        int(scale_b.shape[0] > 1),
+        int8,
+        tma_store,
+        config.block_m,
+        config.block_n,
+        config.stages,
+        piece_n,
+        config.buffers,
+        config.group_m,
+    )
+    options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
+    if int8:
+        key = (config, a.device, tma_store, out.dtype, None if bias is None else bias.dtype)
+        if key not in _INT8_PTX:
+            _INT8_PTX[key] = _int8_ptx(arguments, options)
+        options["ir_override"] = _INT8_PTX[key]
+    return arguments, options
+
+
+def _descriptor(matrix: Tensor, columns: int, *block: int) -> TensorDescriptor:
+    # A single row may have any stride, so it is not asked.
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.itemsize, rank=2)
+    return TensorDescriptor(matrix, [matrix.shape[0], columns], [columns, 1], list(block), layout)
+
+
+#: Files of PTX for INT8, by all that the PTX depends on.
+_INT8_PTX: dict[tuple[Any, ...], str] = {}
+
+
+def _int8_ptx(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """A file with the PTX of the kernel for INT8, which Triton assembles in place of its own.
+
+    Raises ``RuntimeError`` if Triton does not take it (``TRITON_KERNEL_OVERRIDE=1`` makes it look elsewhere).
+    """
+    ptx = as_int8(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"])
+    path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_int8.ptx", binary=False)
+    if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
+        msg = f"Triton did not assemble {path}"
+        raise RuntimeError(msg)
+    return path
+
+
+def as_int8(ptx: str) -> str:
+    """PTX in which the products of e4m3 are those of int8, their sums int32.
+
+    Only the type and the two signs, which integers do not have, differ: "wgmma.mma_async" in the PTX ISA. Raises
+    ``ValueError`` if there is none.
+    """
+    product = re.compile(r"(wgmma\.mma_async\.sync\.aligned\.m64n\d+k32)\.f32\.e4m3\.e4m3( [^;]*), 1, 1;")
+    renamed, count = product.subn(r"\1.s32.s8.s8\2;", ptx)
+    if not count or ".e4m3" in renamed:
+        msg = "the PTX has products of e4m3 in no known form, or none"
+        raise ValueError(msg)
+    return renamed

@@ -1,0 +1,190 @@
+"""The product in Gluon, compiled for Hopper without a GPU: its instructions, registers and shared memory.
+
+Gluon has no interpreter: what the kernel computes is tested on the card only (``tests/gpu/test_gluon_matmul.py``).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from torch._inductor import config as inductor_config  # noqa: E402
+from torch._inductor.lowering import lowerings, register_lowering  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+
+from qcompile.kernels.matmul import gluon, inductor, providers, reference  # noqa: E402
+from qcompile.kernels.matmul import triton as gemm  # noqa: E402
+from qcompile.kernels.matmul.providers import Product, choose  # noqa: E402
+
+from .harness import ClaimedDriver, compiled  # noqa: E402
+
+E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {E4M3: "e4m3", E5M2: "e5m2", INT8: "s8"}
+H200 = gemm.Card("NVIDIA H200", (9, 0), 132)
+
+
+class CompilingDriver(ClaimedDriver):
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
+    monkeypatch.setattr(gluon, "_INT8_PTX", {})
+    gluon.kernel.device_caches.clear()
+
+
+def build(config: gluon.Config, dtypes, dtype=BF16, bias=None, n: int = 512) -> CompiledKernel:
+    """The kernel as it is launched."""
+    a, b = (torch.zeros(rows, 256, dtype=torch.uint8).view(t) for rows, t in zip((300, n), dtypes, strict=True))
+    out, one = torch.empty(300, n, dtype=dtype), torch.ones(1, 1)
+    shift = None if bias is None else torch.zeros(n, dtype=bias)
+    arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift)
+    return gluon.kernel.warmup(*arguments, grid=(1,), **options)
+
+
+def assembler_log(kernel: CompiledKernel, folder) -> str:
+    """What ptxas says of the registers, and of products that it had to put in sequence."""
+    (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [INT8, E4M3], ids=str)
+@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+def test_every_config_fits_and_keeps_its_products_in_flight(tmp_path, config, dtype):
+    """One instruction as wide as the tile, nothing spilled, no product that waits for the one before."""
+    kernel = build(config, (dtype, dtype))
+    sums = "s32" if dtype == INT8 else "f32"
+    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64\S+)", kernel.asm["ptx"])
+    groups = gluon.CONSUMERS.value * (config.block_m // gluon.CONSUMERS.value // 64)
+    assert products == [f"m64n{config.block_n}k32.{sums}.{NAMES[dtype]}.{NAMES[dtype]}"] * groups * 4
+    log = assembler_log(kernel, tmp_path)
+    assert "0 bytes spill stores" in log
+    assert "wgmma" not in log
+    assert kernel.metadata.shared <= config.shared_memory(bias=False) <= gluon.SHARED_MEMORY
+
+
+@compiled
+@pytest.mark.parametrize("n", [512, 515], ids=["TMA store", "pointer store"])
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_every_output_leaves_without_spilling(tmp_path, dtype, n):
+    """With bias; 515 columns of it are no multiple of 16 bytes."""
+    (config,) = (c for c in gluon.CONFIGS if c.piece_bytes > 128)
+    kernel = build(config, (INT8, INT8), dtype, FP32, n)
+    log = assembler_log(kernel, tmp_path)
+    assert "0 bytes spill stores" in log
+    assert "wgmma" not in log
+    assert ("cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]) == (n == 512)
+    assert kernel.metadata.shared <= config.shared_memory(bias=True)
+
+
+@compiled
+@pytest.mark.parametrize("dtypes", [(E5M2, E4M3), (E4M3, E5M2), (E5M2, E5M2)], ids=str)
+def test_fp8_types_mix(dtypes):
+    products = re.findall(r"m64n256k32\.f32\.(\w+)\.(\w+)", build(gluon.CONFIGS[0], dtypes).asm["ptx"])
+    assert set(products) == {tuple(NAMES[dtype] for dtype in dtypes)}
+
+
+@compiled
+def test_one_binary_serves_all_extents_and_addresses():
+    """INT8 is renamed once: nothing in the PTX may depend on what its key leaves out."""
+    config = gluon.CONFIGS[1]
+    whole = build(config, (INT8, INT8), n=512).asm["ptx"]
+    assert build(config, (INT8, INT8), n=8).asm["ptx"] == whole
+    assert len(gluon._INT8_PTX) == 1
+
+
+def test_renaming_refuses_what_it_does_not_know():
+    product = "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {%r1, %r2}, %rd1, %rd2, p, 1, 1;"
+    renamed = "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {%r1, %r2}, %rd1, %rd2, p;"
+    assert gluon.as_int8(f"{product}\n{product}") == f"{renamed}\n{renamed}"
+    for text in ("", product.replace("1, 1;", "1, -1;"), f"{product}\ncvt.rn.e4m3x2.f32"):
+        with pytest.raises(ValueError, match="no known form"):
+            gluon.as_int8(text)
+
+
+@compiled
+def test_an_override_that_triton_ignores_is_an_error(monkeypatch):
+    """Products of e4m3 on integers would be wrong without a word."""
+    monkeypatch.setattr(gluon, "as_int8", lambda ptx: ptx + "// never assembled")
+    monkeypatch.setenv("TRITON_KERNEL_OVERRIDE", "1")
+    with pytest.raises(RuntimeError, match="did not assemble"):
+        build(gluon.CONFIGS[0], (INT8, INT8))
+
+
+def test_candidates_fit_and_fill_the_card():
+    """A bias needs room of its own; few tiles are cut smaller."""
+    large = gemm.Problem(16384, 4096, 4096, INT8, INT8, BF16, H200)
+    assert gluon.candidates(large)[0] == gluon.CONFIGS[0]
+    assert gluon.candidates(large, bias=True)[0] == gluon.CONFIGS[1]
+    assert gluon.candidates(replace(large, m=512, n=2048))[0].block_n == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtypes": (E4M3, E4M3), "dtype": FP32}, "gluon: it is used for INT8 only"),
+        ({"shape": (7, 4096, 24)}, "gluon: K = 24 is no multiple of 16"),
+        ({"capability": (10, 0)}, "gluon: it needs compute capability 9.0"),
+        ({}, "gluon: Triton has none"),
+    ],
+)
+def test_why_another_provider_runs(monkeypatch, change, reason):
+    product = Product((4096, 4096, 4096), (INT8, INT8), BF16, (9, 0))
+    assert choose(product)[0].name == "gluon"
+    monkeypatch.setattr(providers, "_has_gluon", lambda: bool(change))
+    provider, said = choose(replace(product, **change))
+    assert provider.name == "triton"
+    assert reason in said
+
+
+def test_it_refuses_other_dtypes_and_k():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"got torch\.int8 with torch\.float8_e4m3fn"):
+        gluon.mm_8bit(torch.zeros(2, 16, dtype=INT8), torch.zeros(2, 16).to(E4M3), one, one, BF16)
+    with pytest.raises(ValueError, match="multiple of 16, got 17"):
+        gluon.mm_8bit(*torch.zeros(2, 2, 17, dtype=INT8), one, one, BF16)
+
+
+@compiled
+@pytest.mark.parametrize("bias", [False, True])
+def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
+    """On tensors of their own dtypes, also where a view changed it; M is symbolic."""
+    op = torch.ops.qcompile.mm_8bit
+    if op.default not in lowerings:
+        register_lowering(op.default, type_promotion_kind=None)(inductor.lower_mm_8bit)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gemm, "card_of", lambda device: H200)
+    calls = []
+
+    def recorded(a, b, scale_a, scale_b, *shift, dtype):
+        calls.append((a.dtype, b.dtype, *(x.dtype for x in shift), dtype))
+        return reference.mm_8bit(a, b, scale_a, scale_b, dtype, *shift)
+
+    monkeypatch.setattr("torch._inductor.select_algorithm.extern_kernels.qcompile_mm_8bit_in_gluon", recorded)
+
+    @torch.compile(backend="inductor", fullgraph=True)
+    def product(a, b, scale_a, scale_b, shift):
+        return op(a.view(INT8), b, scale_a, scale_b, FP16, shift if bias else None)
+
+    torch._dynamo.reset()
+    b, one, shift = torch.randint(-7, 8, (48, 64), dtype=INT8), torch.ones(1, 1), torch.randn(48)
+    with inductor_config.patch({"cpu_backend": "triton", "fx_graph_cache": False}):
+        for m in (5, 9):
+            a = torch.randint(-7, 8, (m, 64), dtype=INT8)
+            torch._dynamo.mark_dynamic(a, 0)
+            got = product(a.view(torch.uint8), b, one, one, shift)
+            assert torch.equal(got, reference.mm_8bit(a, b, one, one, FP16, shift if bias else None))
+    assert calls == [(INT8, INT8, *[FP32] * bias, FP16)] * 2
