@@ -9,6 +9,7 @@ the other way would show as a step of the grid in one weight, at least a twelfth
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,29 @@ def test_graphs_split_between_buckets_of_ddp(ddp):
 
 def test_accumulation_under_ddp(ddp):
     assert_trains_like_one_process("qcompile_fp4", ddp("accumulating"))
+
+
+def test_reports_are_merged_over_ranks(ddp):
+    """What all ranks do alike is listed once; what one of them does not is a disagreement; bytes are added up."""
+    first, second = ddp("reports")
+    assert (first["same"], first["other"]) == (second["same"], second["other"])
+    own, same, other = (json.loads(first[key]) for key in ("own", "same", "other"))
+    assert same["ranks"] == [0, 1]
+    assert same["disagreements"] == []
+    assert {tuple(row["ranks"]) for row in same["rows"]} == {(0, 1)}
+    assert [row | {"ranks": []} for row in same["rows"]] == own["rows"]
+    assert same["code_bytes"] == 2 * own["code_bytes"] > 0
+
+    layers = [f"blocks.{i}.up" for i in range(worker.LAYERS)]
+    assert [line.partition(" (linear): rank 0: fprop quantized")[0] for line in other["disagreements"]] == layers
+    assert all(line.endswith("| rank 1: skipped (skip='up')") for line in other["disagreements"])
+    apart = [row for row in other["rows"] if row["ranks"] != [0, 1]]
+    assert [(row["layer"], row["ranks"]) for row in apart if row["role"] in ("fprop", "-")] == [
+        (layer, [rank]) for layer in layers for rank in range(WORLD)
+    ]
+
+    assert json.loads(second["group"])["ranks"] == [1]
+    assert first["group"] == "Report.gather: rank 0 is not in the group whose reports it is to merge"
 
 
 @pytest.mark.parametrize("recipe", ["fp4", "quest"])
