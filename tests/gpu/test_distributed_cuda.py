@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two GPUs against one GPU on the whole batch: run by hand (`pytest -s tests/gpu`), never in CI.
+"""DDP and FSDP2 on two GPUs against one GPU on the whole batch: run by hand (`pytest -n 0 -s FILE`), never in CI.
 
 Activations are quantized row by row and weights are whole wherever they are multiplied, so splitting a batch between
 GPUs changes no code by definition. What it changes is the order in which a matrix product of another size, and the
@@ -9,9 +9,9 @@ probability of about 1e-6 for each of a million elements a step. Another code is
 change all codes (10 %), a missing or doubled reduction the gradient itself (100 %). Over several steps a code that went
 the other way moves weights, whose codes may then go the other way too: there the limit is 5e-2.
 
-With `backward="fp8"`, dY is quantized for wgrad with a scale for every column of the tokens at hand, and in BF16 sums of
-another order differ by 2⁻⁹, which moves one code in fifty. These are compared with one GPU that adds up the gradients
-of the two half-batches: the same products of the same sizes, and a sum of two terms, which has one order.
+With `backward="fp8"`, dY is quantized for wgrad with a scale for every column of the tokens at hand; in BF16, sums of
+another order differ by 2⁻⁹, which moves one code in fifty. These two are compared with one GPU that adds up the
+gradients of the half-batches: the same products of the same sizes, and a sum of two terms, which has one order.
 
 Compared are norms of differences relative to norms: of every parameter's gradient in the first step, of every
 parameter's change over five steps, and the loss of every step relative to what it falls by. Each test prints the
