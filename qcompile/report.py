@@ -2,7 +2,8 @@
 
 ``print(qcompile.explain(model, *args))`` compiles the model's graphs through every pass without generating code
 (seconds), runs its forward once, and prints one row a GEMM and role. Parameters, buffers, gradients and random state
-are left as they were.
+are left as they were. Under ``torch.distributed`` every rank has a report of its own; :meth:`Report.gather` merges
+them and says where ranks disagree.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,6 +39,8 @@ from .session import Session, UnmatchedRuleError, session_for, unmatched_message
 __all__ = ["Report", "Row", "SavedBytes", "explain", "saved_bytes"]
 
 ROLES = ("fprop", "dgrad", "wgrad")
+#: How many disagreements between ranks the summary spells out.
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Row:
         provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
         decision: "quantized", "skipped" or, of a gradient that nobody needs, "not computed". reason: why, or a remark
             about granularity.
+        ranks: the ranks that the row holds on, in a report merged over ranks; empty in the report of one process.
     """
 
     layer: str
@@ -62,6 +68,10 @@ class Row:
     saved_bytes: int
     decision: str
     reason: str
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))  # JSON has lists alone
 
 
 @dataclass
@@ -72,6 +82,7 @@ class Report:
         backend: recipe name. rows: see :class:`Row`. programs: program text after each pass, keyed by graph, stage and
         pass. saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
         graphs: number of sub-graphs Dynamo handed over (1 if it found no graph break).
+        ranks: the ranks whose reports are merged in this one (:meth:`merged`); empty for the report of one process.
     """
 
     backend: str
@@ -79,6 +90,97 @@ class Report:
     programs: dict[str, str] = field(default_factory=dict)
     saved: list[dict[str, Any]] = field(default_factory=list)
     graphs: int = 0
+    ranks: tuple[int, ...] = ()
+
+    @staticmethod
+    def merged(reports: Sequence[Report], ranks: Sequence[int] | None = None) -> Report:
+        """One report of several processes' reports, ``reports[i]`` being that of rank ``ranks[i]`` (default: i).
+
+        A site whose rows are equal on several ranks is listed once, with these ranks; one that differs in anything
+        (decision, shape, bytes) is listed once a variant, each with its ranks. Stages of a pipeline thus stay apart.
+        Bytes of a row are those of each of its ranks; :attr:`saved_bytes` and :attr:`code_bytes` are sums over ranks,
+        and every entry of :attr:`saved` has its ``"rank"``. ``graphs`` is the largest of any rank. Programs are left
+        out. See :attr:`disagreements`.
+
+        Raises ``ValueError`` without reports, for reports that are merged already, and unless there is one rank a
+        report.
+        """
+        ranks = tuple(range(len(reports)) if ranks is None else ranks)
+        if not reports or len(ranks) != len(reports) or any(report.ranks for report in reports):
+            msg = f"merging takes one report of one process a rank, got {len(reports)} for ranks {list(ranks)}"
+            raise ValueError(msg)
+        variants: dict[tuple[Any, ...], dict[tuple[Row, ...], list[int]]] = {}  # sites in order, and what each became
+        for rank, report in zip(ranks, reports, strict=True):
+            count: Counter[Any] = Counter()
+            for site in report._by_site():
+                name = site[0].layer, site[0].op
+                variants.setdefault((*name, count[name]), {}).setdefault(site, []).append(rank)
+                count[name] += 1
+        return Report(
+            " / ".join(dict.fromkeys(report.backend for report in reports)),
+            [
+                replace(row, ranks=tuple(on))
+                for sites in variants.values()
+                for site, on in sites.items()
+                for row in site
+            ],
+            saved=[{**entry, "rank": r} for r, report in zip(ranks, reports, strict=True) for entry in report.saved],
+            graphs=max(report.graphs for report in reports),
+            ranks=ranks,
+        )
+
+    def gather(self, group: Any = None) -> Report:
+        """The reports of all ranks of a process group (default: all there are), merged, on each of them.
+
+        A collective: every rank of ``group`` calls it with its own report. Rows, saved tensors and totals are merged as
+        :meth:`merged` describes, ranks being those of the default group; programs stay this rank's own.
+
+        Raises ``RuntimeError`` where ``torch.distributed`` is not initialized, ``ValueError`` on a rank outside of
+        ``group``.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            msg = "Report.gather needs a process group: call torch.distributed.init_process_group() first"
+            raise RuntimeError(msg)
+        if dist.get_rank(group) < 0:
+            msg = f"Report.gather: rank {dist.get_rank()} is not in the group whose reports it is to merge"
+            raise ValueError(msg)
+        reports: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, replace(self, programs={}), group=group)
+        merged = Report.merged(reports, dist.get_process_group_ranks(group or dist.group.WORLD))
+        return replace(merged, programs=self.programs)
+
+    @property
+    def disagreements(self) -> list[str]:
+        """One line for every site of a merged report that ranks treat differently: a bug or a misconfiguration.
+
+        Sites are told apart by layer and op, and by their order where these are equal. Decisions, formats and
+        estimators of all roles count, and why a site was left alone. Shapes, bytes and kernels may differ between ranks
+        (an uneven batch), and so may the sites that a rank has (the stages of a pipeline).
+        """
+        treatments: dict[tuple[Any, ...], dict[str, list[int]]] = {}
+        count: Counter[Any] = Counter()
+        for site in self._by_site():
+            first = site[0]
+            text = "; ".join(f"{row.role} {row.decision} {row.formats} {row.estimator}".rstrip() for row in site)
+            text = f"skipped ({first.reason})" if first.role == "-" else text
+            for rank in first.ranks:
+                name = first.layer, first.op, rank
+                treatments.setdefault((first.layer, first.op, count[name]), {}).setdefault(text, []).append(rank)
+                count[name] += 1
+        return [
+            f"{layer} ({op}): " + " | ".join(f"{_ranks(ranks)}: {text}" for text, ranks in texts.items())
+            for (layer, op, _), texts in treatments.items()
+            if len(texts) > 1
+        ]
+
+    def _by_site(self) -> list[tuple[Row, ...]]:
+        """Rows of one site together: one that is left alone, or a forward product and its gradients."""
+        sites: list[list[Row]] = []
+        for row in self.rows:
+            if row.role in ("fprop", "-"):
+                sites.append([])
+            sites[-1].append(row)
+        return [tuple(site) for site in sites]
 
     @property
     def sites(self) -> int:
@@ -90,7 +192,7 @@ class Report:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes kept for the backward, parameters and inputs excluded."""
+        """Bytes kept for the backward, parameters and inputs excluded; in a merged report, of all ranks together."""
         return sum(tensor["bytes"] for tensor in self.saved)
 
     @property
@@ -101,11 +203,17 @@ class Report:
     def summary(self) -> str:
         text = f"{self.backend}: {self.quantized_sites} of {self.sites} GEMM sites quantized in {self.graphs} graph(s)"
         if self.saved:
-            text += f"; {_size(self.saved_bytes)} kept for the backward, {_size(self.code_bytes)} of it as codes"
+            over = " over all ranks" if self.ranks else ""
+            text += f"; {_size(self.saved_bytes)} kept for the backward{over}, {_size(self.code_bytes)} of it as codes"
+        if self.ranks:
+            text = f"{_ranks(self.ranks, self.ranks)}: {text}"
+        if different := self.disagreements:
+            text += f"\nRANKS DISAGREE about {len(different)} site(s):\n" + "\n".join(different[:SHOWN])
+            text += f"\n… and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         return text
 
     def to_json(self) -> str:
-        """Rows, saved tensors and totals as JSON; programs are left out (see :attr:`programs`)."""
+        """Rows, saved tensors, totals and disagreements as JSON; programs are left out (see :attr:`programs`)."""
         totals = {
             "backend": self.backend,
             "graphs": self.graphs,
@@ -113,6 +221,8 @@ class Report:
             "quantized_sites": self.quantized_sites,
             "saved_bytes": self.saved_bytes,
             "code_bytes": self.code_bytes,
+            "ranks": self.ranks,
+            "disagreements": self.disagreements,
         }
         return json.dumps({**totals, "rows": [asdict(row) for row in self.rows], "saved": self.saved}, indent=1)
 
@@ -131,24 +241,17 @@ class Report:
         for column in ("op", "role", "shape", "formats", "estimator", "provider"):
             table.add_column(column, overflow="fold")
         table.add_column("saved", justify="right")
+        if self.ranks:
+            table.add_column("ranks", no_wrap=True)
         table.add_column("decision / reason", overflow="fold")
         for row, count in _folded(self.rows) if compact else [(row, 1) for row in self.rows]:
             layer = f"{row.layer} [dim]×{count}[/dim]" if count > 1 else row.layer
             style = "" if row.decision == "quantized" else "yellow"
             verdict = row.decision + (f": {row.reason}" if row.reason else "")
             saved = _size(row.saved_bytes) if row.saved_bytes else ""
-            table.add_row(
-                layer,
-                row.op,
-                row.role,
-                row.shape,
-                row.formats,
-                row.estimator,
-                row.provider,
-                saved,
-                verdict,
-                style=style,
-            )
+            ranks = [_ranks(row.ranks, self.ranks)] if self.ranks else []
+            cells = [layer, row.op, row.role, row.shape, row.formats, row.estimator, row.provider, saved, *ranks]
+            table.add_row(*cells, verdict, style=style)
         return table
 
     def __rich__(self) -> Table:
@@ -434,6 +537,20 @@ def _folded(rows: list[Row]) -> list[tuple[Row, int]]:
         folded = replace(row, layer=re.sub(r"\b\d+\b", "*", row.layer))
         counts[folded] = counts.get(folded, 0) + 1
     return list(counts.items())
+
+
+def _ranks(ranks: Sequence[int], everyone: Sequence[int] = ()) -> str:
+    """``"2 ranks"`` for everyone, else which: ``"rank 3"``, ``"ranks 0–3, 6"``."""
+    if len(ranks) > 1 and tuple(ranks) == tuple(everyone):
+        return f"{len(ranks)} ranks"
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
 
 
 def _size(size: float) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,135 @@ def test_complex_outputs_do_not_hinder_the_backward():
             return torch.fft.rfft(self.layer(x))
 
     assert [r.role for r in qcompile.explain(Spectrum(), torch.randn(6, 40)).rows] == list(ROLES)
+
+
+# --- merged over ranks ---------------------------------------------------------------------------------------
+
+
+def site(layer: str, decision: str = "quantized", **changes: Any) -> list[Row]:
+    """Rows of one linear layer as one process reports them."""
+    row = Row(layer, "linear", "fprop", "6×40 · 28×40", "e2m1 row × e2m1 row", "ste × ste", "cpp", 144, decision, "")
+    row = replace(row, **changes)
+    if decision == "skipped":
+        return [replace(row, role="-", formats="", estimator="", provider="", saved_bytes=0)]
+    return [row, replace(row, role="wgrad", estimator="", saved_bytes=0)]
+
+
+def of_rank(*sites: list[Row], backend: str = "qcompile_fp4", graphs: int = 1) -> Report:
+    rows = [row for rows in sites for row in rows]
+    saved = [{"bytes": 200, "codes": False}, {"bytes": sum(row.saved_bytes for row in rows), "codes": True}]
+    return Report(backend, rows, {"dynamo_captured": ""}, saved, graphs)
+
+
+def listed(report: Report) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    return [(row.layer, row.role, row.shape[:4], row.ranks) for row in report.rows]
+
+
+def test_equal_rows_of_ranks_are_one_row():
+    """Bytes of a row are a rank's; totals are sums over ranks."""
+    one = of_rank(site("up"), site("head", "skipped", reason="skip='head'"))
+    merged = Report.merged([one, one])
+    assert listed(merged) == [
+        ("up", "fprop", "6×40", (0, 1)),
+        ("up", "wgrad", "6×40", (0, 1)),
+        ("head", "-", "6×40", (0, 1)),
+    ]
+    assert (merged.ranks, merged.sites, merged.quantized_sites, merged.graphs) == ((0, 1), 2, 1, 1)
+    assert merged.rows[0].saved_bytes == 144
+    assert (merged.code_bytes, merged.saved_bytes) == (2 * 144, 2 * 344)
+    assert [entry["rank"] for entry in merged.saved] == [0, 0, 1, 1]
+    assert merged.disagreements == []
+    assert merged.summary() == (
+        "2 ranks: qcompile_fp4: 1 of 2 GEMM sites quantized in 1 graph(s); "
+        "688 B kept for the backward over all ranks, 288 B of it as codes"
+    )
+    assert str(merged).count("2 ranks") == 1 + len(merged.rows)
+
+
+def test_stages_of_a_pipeline_stay_apart():
+    """Each row names its ranks, which need not begin at 0; nobody disagrees about what others do not have."""
+    stages = [of_rank(site("layers.0")), of_rank(site("layers.0")), of_rank(site("layers.1"), graphs=3)]
+    merged = Report.merged(stages, ranks=[4, 5, 7])
+    assert [(row.layer, row.ranks) for row in merged.rows[::2]] == [("layers.0", (4, 5)), ("layers.1", (7,))]
+    assert (merged.graphs, merged.disagreements) == (3, [])
+    assert "ranks 4–5" in str(merged)
+    assert "rank 7" in str(merged)
+
+
+def test_an_uneven_batch_is_no_disagreement():
+    """Other shapes, bytes and kernels: two rows, the variants of a layer below each other."""
+    short = of_rank(site("up", shape="5×40 · 28×40", saved_bytes=120, provider="aten"), site("down"))
+    merged = Report.merged([of_rank(site("up"), site("down")), short])
+    assert [(row.layer, row.shape[:4], row.ranks) for row in merged.rows if row.role == "fprop"] == [
+        ("up", "6×40", (0,)),
+        ("up", "5×40", (1,)),
+        ("down", "6×40", (0, 1)),
+    ]
+    assert merged.disagreements == []
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (site("up", "skipped", reason="skip='up'"), "skipped (skip='up')"),
+        (site("up", formats="int4 row × int4 row"), "fprop quantized int4 row × int4 row ste × ste"),
+        (site("up", estimator="trust × trust"), "fprop quantized e2m1 row × e2m1 row trust × trust"),
+        (site("up")[:1], "fprop quantized e2m1 row × e2m1 row ste × ste"),
+    ],
+    ids=["skipped", "format", "estimator", "frozen"],
+)
+def test_a_site_that_ranks_treat_differently_is_shown_first(other, said):
+    usual = of_rank(site("up"), site("down"))
+    merged = Report.merged([usual, usual, of_rank(other, site("down")), usual])
+    (line,) = merged.disagreements
+    assert line.startswith("up (linear): ranks 0–1, 3: fprop quantized e2m1 row × e2m1 row ste × ste; wgrad quantized")
+    assert f"| rank 2: {said}" in line
+    assert merged.summary().endswith(f"\nRANKS DISAGREE about 1 site(s):\n{line}")
+    assert " ".join(str(merged).split()).startswith(" ".join(merged.summary().split()))
+    assert json.loads(merged.to_json())["disagreements"] == [line]
+
+
+def test_a_layer_that_is_called_twice_stays_two_sites():
+    """Calls are compared one by one: here the first has another shape on rank 1, and nothing else differs."""
+
+    def calls(shape: str) -> Report:
+        return of_rank(site("up", shape=shape), site("up", estimator="clip × clip"))
+
+    merged = Report.merged([calls("6×40 · 28×40"), calls("5×40 · 28×40")])
+    assert [(row.shape[:4], row.estimator, row.ranks) for row in merged.rows if row.role == "fprop"] == [
+        ("6×40", "ste × ste", (0,)),
+        ("5×40", "ste × ste", (1,)),
+        ("6×40", "clip × clip", (0, 1)),
+    ]
+    assert merged.disagreements == []
+    assert Report.merged([of_rank(site("up"), site("up"))] * 2).sites == 2
+
+
+def test_many_disagreements_do_not_fill_the_screen():
+    names = [f"layers.{i}" for i in range(20)]
+    merged = Report.merged([of_rank(*map(site, names)), of_rank(*(site(n, "skipped", reason="fuel") for n in names))])
+    assert len(merged.disagreements) == 20
+    assert "RANKS DISAGREE about 20 site(s)" in merged.summary()
+    assert merged.summary().endswith("… and 12 more")
+
+
+def test_merged_reports_survive_json():
+    merged = Report.merged(
+        [of_rank(site("up")), of_rank(site("up", "skipped", reason="fuel"), backend="qcompile_quest")]
+    )
+    data = json.loads(merged.to_json())
+    assert data["backend"] == "qcompile_fp4 / qcompile_quest"
+    assert [Row(**row) for row in data["rows"]] == merged.rows
+    assert data["ranks"] == [0, 1]
+
+
+def test_wrong_uses_of_merging_are_plain_errors():
+    one = of_rank(site("up"))
+    for reports, ranks in (([], None), ([one, one], [0]), ([one, Report.merged([one])], None)):
+        with pytest.raises(ValueError, match="merging takes one report of one process a rank, got"):
+            Report.merged(reports, ranks)
+    with pytest.raises(RuntimeError, match=r"^Report\.gather needs a process group: call torch\.distributed\.init"):
+        one.gather()
 
 
 # --- forms of output ----------------------------------------------------------------------------------------

@@ -9,11 +9,7 @@ the other way would show as a step of the grid in one weight, at least a twelfth
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+import json
 from typing import Any
 
 import pytest
@@ -21,63 +17,26 @@ import torch
 from torch import Tensor
 
 from . import worker
+from .ranks import WORLD, Ranks
 
-WORLD, TIMEOUT = 2, 180
 TOLERANCE = 10 * worker.STEPS * 36 * 2.0**-24
 
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-class Ranks:
-    """The processes of one group of cells, started when its first result is asked for: starting is most of the time."""
-
-    def __init__(self, group: str, directory: Path) -> None:
-        self.group, self.directory, self.problem = group, directory, self._run(group, directory)
-
-    @staticmethod
-    def _run(group: str, directory: Path) -> str:
-        """Run to the end, to the first failure, or for ``TIMEOUT`` seconds; what went wrong, with tracebacks."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        logs = [directory / f"rank{rank}.log" for rank in range(WORLD)]
-        processes = []
-        for rank, path in enumerate(logs):
-            command = [sys.executable, worker.__file__, group, str(rank), str(WORLD), str(directory)]
-            with path.open("w") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + TIMEOUT
-        try:
-            while True:
-                codes = [process.poll() for process in processes]
-                if any(codes) or time.monotonic() > deadline or None not in codes:
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        if not any(codes) and None not in codes:
-            return ""
-        failed = [rank for rank, code in enumerate(codes) if code]
-        what = f"rank {failed[0]} exited with {codes[failed[0]]}" if failed else f"not done after {TIMEOUT} s"
-        return f"{what}\n" + "\n".join(f"--- rank {rank}\n{path.read_text()[-4000:]}" for rank, path in enumerate(logs))
-
-    def __call__(self, cell: str) -> list[dict[str, Any]]:
-        """What each rank returned from a cell."""
-        paths = [self.directory / f"{self.group}_{cell}.rank{rank}.pt" for rank in range(WORLD)]
-        if not all(path.exists() for path in paths):
-            pytest.fail(f"no result of {self.group}_{cell}: {self.problem}", pytrace=False)
-        return [torch.load(path, weights_only=True) for path in paths]
+#: Threads and a network that two processes of one machine can share.
+GLOO = ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},) * WORLD
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory) -> Ranks:
-    return Ranks("ddp", tmp_path_factory.mktemp("ddp"))
+    return Ranks(worker.__file__, "ddp", tmp_path_factory.mktemp("ddp"), GLOO)
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory) -> Ranks:
-    return Ranks("fsdp", tmp_path_factory.mktemp("fsdp"))
+    return Ranks(worker.__file__, "fsdp", tmp_path_factory.mktemp("fsdp"), GLOO)
 
 
 def single_process(recipe: str, regional: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -125,6 +84,29 @@ def test_graphs_split_between_buckets_of_ddp(ddp):
 
 def test_accumulation_under_ddp(ddp):
     assert_trains_like_one_process("qcompile_fp4", ddp("accumulating"))
+
+
+def test_reports_are_merged_over_ranks(ddp):
+    """What all ranks do alike is listed once; what one of them does not is a disagreement; bytes are added up."""
+    first, second = ddp("reports")
+    assert (first["same"], first["other"]) == (second["same"], second["other"])
+    own, same, other = (json.loads(first[key]) for key in ("own", "same", "other"))
+    assert same["ranks"] == [0, 1]
+    assert same["disagreements"] == []
+    assert {tuple(row["ranks"]) for row in same["rows"]} == {(0, 1)}
+    assert [row | {"ranks": []} for row in same["rows"]] == own["rows"]
+    assert same["code_bytes"] == 2 * own["code_bytes"] > 0
+
+    layers = [f"blocks.{i}.up" for i in range(worker.LAYERS)]
+    assert [line.partition(" (linear): rank 0: fprop quantized")[0] for line in other["disagreements"]] == layers
+    assert all(line.endswith("| rank 1: skipped (skip='up')") for line in other["disagreements"])
+    apart = [row for row in other["rows"] if row["ranks"] != [0, 1]]
+    assert [(row["layer"], row["ranks"]) for row in apart if row["role"] in ("fprop", "-")] == [
+        (layer, [rank]) for layer in layers for rank in range(WORLD)
+    ]
+
+    assert json.loads(second["group"])["ranks"] == [1]
+    assert first["group"] == "Report.gather: rank 0 is not in the group whose reports it is to merge"
 
 
 @pytest.mark.parametrize("recipe", ["fp4", "quest"])

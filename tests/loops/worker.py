@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.recipes import RECIPES
@@ -204,12 +205,30 @@ def fsdp_checkpoint(recipe: str, directory: Path) -> dict[str, Any]:
     return {"parameters": parameters_of(model), "resumed": parameters_of(resumed), "keys": sorted(saved)}
 
 
+def reports() -> dict[str, Any]:
+    """Reports merged over ranks as JSON: all alike; with rank 1 given a layer more to skip; of a group that rank 1
+    alone is in, or what rank 0 is told of it.
+    """
+    model, tokens, rank = Decoder(), mine(batches())[0][:, :-1], dist.get_rank()
+    same = qcompile.explain(model, tokens)
+    other = qcompile.explain(model, tokens, options={"skip": ["head", "up"] if rank else ["head"]})
+    alone = dist.new_group([1])
+    try:
+        of_group = same.gather(alone).to_json()
+    except ValueError as error:
+        of_group = str(error)
+    merged = same.gather()
+    assert merged.programs == same.programs
+    return {"same": merged.to_json(), "other": other.gather().to_json(), "group": of_group, "own": same.to_json()}
+
+
 #: What a test asks for by name, given the rendezvous directory.
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ddp_fp4": lambda _: ddp("qcompile_fp4"),
     "ddp_quest": lambda _: ddp("qcompile_quest"),
     "ddp_buckets": lambda _: ddp("qcompile_fp4", bucket_bytes=20_000),
     "ddp_accumulating": lambda _: ddp_accumulating("qcompile_fp4"),
+    "ddp_reports": lambda _: reports(),
     "fsdp_fp4": lambda _: fsdp("qcompile_fp4"),
     "fsdp_quest": lambda _: fsdp("qcompile_quest"),
     "fsdp_whole": lambda _: fsdp_whole("qcompile_fp4"),
