@@ -72,6 +72,15 @@ def rows_of(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def forget(path: Path, columns: tuple[str, ...], setting: str) -> None:
+    """Take out what an interrupted run has left."""
+    rows = rows_of(path, columns)
+    path.write_text(",".join(columns) + "\n", encoding="utf-8")
+    for row in rows:
+        if row["setting"] != setting:
+            append(path, *row.values())
+
+
 def append(path: Path, *values: Any) -> None:
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(values)
@@ -93,18 +102,16 @@ def run(given: argparse.Namespace) -> None:
     for setting in given.settings:
         if setting in done:
             continue
-        history: list[tuple[int, float]] = []
 
-        def watch(step: int, compiled: Any, history: list[tuple[int, float]] = history) -> None:
+        def watch(step: int, compiled: Any, setting: str = setting) -> None:
             if step % given.every == 0:
-                history.append((step, demo.validate(compiled, experiment)))
+                append(curves, setting, step, f"{demo.validate(compiled, experiment):.5f}")
 
+        forget(curves, CURVES, setting)
         options = ARMS[setting].options
         backend = "inductor" if options is None else "qcompile_quest"
         start = time.perf_counter()
         loss = train_one(experiment, backend, {**(options or {}), **inductor} or None, watch)
-        for step, value in history:
-            append(curves, setting, step, f"{value:.5f}")
         append(table, setting, size.parameters, tokens, f"{loss:.5f}")
         minutes = (time.perf_counter() - start) / 60
         print(f"{setting}: {loss:.4f} nats a byte, {minutes:.1f} minutes", flush=True)
