@@ -138,19 +138,19 @@ def _next(stage, phase, stages: gl.constexpr):
 
 @gluon.jit
 def _load(
-    a,
-    b,
-    left,
-    right,
-    full,
-    empty,
-    m,
-    n,
-    k,
     block_m: gl.constexpr,
     block_n: gl.constexpr,
     stages: gl.constexpr,
     group_m: gl.constexpr,
+    a,
+    b,
+    m,
+    n,
+    k,
+    left,
+    right,
+    full,
+    empty,
 ):
     """Fill the ring: the part of ``a`` of each warp group, and ``b``."""
     part_m: gl.constexpr = block_m // CONSUMERS
@@ -182,21 +182,6 @@ def _pieces(product, parts: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    out,
-    left,
-    right,
-    full,
-    empty,
-    staged,
-    columnwise,
-    scale_a,
-    scale_b,
-    bias,
-    m,
-    n,
-    k,
-    scale_a_stride,
-    scale_b_stride,
     part: gl.constexpr,
     has_bias: gl.constexpr,
     integer: gl.constexpr,
@@ -207,6 +192,21 @@ def _multiply(
     piece_n: gl.constexpr,
     buffers: gl.constexpr,
     group_m: gl.constexpr,
+    out,
+    staged,
+    columnwise,
+    left,
+    right,
+    full,
+    empty,
+    scale_a,
+    scale_b,
+    bias,
+    m,
+    n,
+    k,
+    scale_a_stride,
+    scale_b_stride,
 ):
     """One warp group: its rows of every tile of this program.
 
@@ -214,6 +214,7 @@ def _multiply(
     """
     part_m: gl.constexpr = block_m // CONSUMERS
     parts: gl.constexpr = block_n // piece_n
+    gl.static_assert(parts % buffers == 0)  # a buffer is taken in turn
     warps: gl.constexpr = [gl.num_warps(), 1]
     whole_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps, [16, block_n, 32])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps, [16, piece_n, 32])
@@ -322,69 +323,26 @@ def kernel(
         staged_1 = columns_1
     has_bias: gl.constexpr = bias is not None
     summands = bias if has_bias else scale_b  # not read
+    ring = (left, right, full, empty)
+    problem = (scale_a, scale_b, summands, m, n, k, scale_a_stride, scale_b_stride)
     gl.warp_specialize(
         [
             (
                 _multiply,
-                (
-                    out,
-                    left,
-                    right,
-                    full,
-                    empty,
-                    staged_0,
-                    columns_0,
-                    scale_a,
-                    scale_b,
-                    summands,
-                    m,
-                    n,
-                    k,
-                    scale_a_stride,
-                    scale_b_stride,
-                    0,
-                    has_bias,
-                    integer,
-                    tma_store,
-                    block_m,
-                    block_n,
-                    stages,
-                    piece_n,
-                    buffers,
-                    group_m,
-                ),
+                # Triton adds tuples, but does not unpack them; of what is added on the right, only tensors survive.
+                (0, has_bias, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                + (out, staged_0, columns_0)
+                + ring
+                + problem,
             ),
             (
                 _multiply,
-                (
-                    out,
-                    left,
-                    right,
-                    full,
-                    empty,
-                    staged_1,
-                    columns_1,
-                    scale_a,
-                    scale_b,
-                    summands,
-                    m,
-                    n,
-                    k,
-                    scale_a_stride,
-                    scale_b_stride,
-                    1,
-                    has_bias,
-                    integer,
-                    tma_store,
-                    block_m,
-                    block_n,
-                    stages,
-                    piece_n,
-                    buffers,
-                    group_m,
-                ),
+                (1, has_bias, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                + (out, staged_1, columns_1)
+                + ring
+                + problem,
             ),
-            (_load, (a, b, left, right, full, empty, m, n, k, block_m, block_n, stages, group_m)),
+            (_load, (block_m, block_n, stages, group_m, a, b, m, n, k) + ring),  # noqa: RUF005
         ],
         [4, 1],
         _REGISTERS,
