@@ -186,10 +186,10 @@ CASES: dict[str, Case] = {
     "weight quantize_8bit_transposed e2m1": Case(
         lambda k, x: k.quantize_8bit_transposed(x, FP4), normal, WEIGHTS, bitwise
     ),
-    "fused: rmsnorm · weight → quantize_8bit packed": Case(
+    "rmsnorm · weight → quantize_8bit packed": Case(
         rmsnorm_quantize, with_weight, [(16384, 4096)], mostly_bitwise, compiled=True
     ),
-    "fused: silu(gate) · up → quantize_8bit packed": Case(
+    "silu(gate) · up → quantize_8bit packed": Case(
         swiglu_quantize, two, [(16384, 14336)], mostly_bitwise, compiled=True
     ),
 }

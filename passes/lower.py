@@ -41,7 +41,7 @@ __all__ = ["DECODED", "lower", "lower_frozen", "product_provider"]
 #: The provider that reads decoded operands.
 DECODED = "dequantize + aten"
 #: Tensor cores, through whichever kernel fits the extents.
-AT_RUN_TIME = "cublaslt or triton"
+AT_RUN_TIME = "cublaslt, gluon or triton"
 #: Stands for an extent that is known at run time only: one that keeps no provider away.
 _ALIGNED = 16
 

@@ -218,7 +218,7 @@ def test_tuning_keeps_a_config_on_disk(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_every_provider_that_claims_a_product_is_exact(dtypes):
-    """cuBLASLt, Triton and the reference agree bit for bit, with every shape of the scales, with and without bias."""
+    """cuBLASLt, Gluon, Triton and the reference agree bit for bit: every shape of the scales, with and without bias."""
     a, b, bias = codes(304, 2048, dtypes[0]), codes(272, 2048, dtypes[1]), torch.randint(-3, 4, (272,), device="cuda")
     capability = torch.cuda.get_device_capability()
     for rows, columns in ((304, 272), (1, 272), (304, 1), (1, 1)):
@@ -274,6 +274,7 @@ def test_compiled_products_are_exact(mode, dtype):
 def test_the_template_takes_the_epilogue(monkeypatch, dtype, n):
     """Without cuBLASLt there is one kernel, which adds the residual; its output rows may be of any length."""
     monkeypatch.setattr(providers, "_cuda_version", lambda: (0,))
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
     inputs = block_inputs(1000, n, 240, dtype)
     got, (code,) = run_and_get_code(torch.compile(residual_block, fullgraph=True), *inputs)
     assert "triton_tem_fused_add_mm_8bit_relu" in code
@@ -287,6 +288,7 @@ def test_configs_of_the_template_are_exact(monkeypatch, place):
     if place >= len(configs):
         pytest.skip("there are fewer")
     monkeypatch.setattr(inductor, "_template_configs", lambda problem: configs[place:])
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
     a, b, bias = codes(4000, 528, INT8), codes(2064, 528, INT8), torch.randint(-3, 4, (2064,), device="cuda").float()
     scales = powers_of_two(4000, 1), powers_of_two(2064, 1)
     got = torch.compile(lambda *x: mm_8bit(*x[:4], FP32, x[4]), fullgraph=True)(a, b, *scales, bias)
@@ -306,6 +308,7 @@ def test_one_compilation_serves_every_number_of_rows(mode, dtype):
             assert_equal(compiled(*inputs), expected_block(*inputs))
 
 
-def test_template_outputs_of_more_than_2_31_elements():
+def test_template_outputs_of_more_than_2_31_elements(monkeypatch):
     """Inductor's index arithmetic, past 2^31."""
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
     check_large_output(torch.compile(lambda *x: mm_8bit(*x, BF16), fullgraph=True), 64)

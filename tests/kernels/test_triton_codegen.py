@@ -160,11 +160,12 @@ def test_one_kernel_for_other_scales(generate, text):
 
 @compiled
 @pytest.mark.parametrize("packed", [False, True])
-def test_one_kernel_for_gelu_and_quantize_8bit(generate, packed):
-    """8-bit codes and scales come out of the pass that computes x; stored codes are packed from the 8-bit codes."""
+def test_gelu_and_quantize_8bit(generate, packed):
+    """8-bit codes and scales come out of the pass that computes x; with stored codes the op's own kernel is faster."""
     x = torch.randn(37, 254, dtype=torch.bfloat16)
     _, kernels = generate(lambda x: torch.ops.qcompile.quantize_8bit(F.gelu(x), E2M1, packed), x)
-    assert len(kernels) == 1 + packed
+    assert len(kernels) == 1
+    assert ("quantize" in kernels[0].name) != packed
 
 
 @compiled
@@ -295,18 +296,17 @@ def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch
 
 
 @interpreted
-@pytest.mark.parametrize("packed", [False, True])
-def test_interpreted_8bit_codes(generate, packed):
+def test_interpreted_8bit_codes(generate):
     """Every way to round to a level: arithmetic with and without subnormals, uniform grids, by code; sign of zero."""
     texts = ["e2m1", "int4", "int4z", "e3m0", "e1m2", "e2m1 row absmax up", "int2"]
     xs = [rows_of_everything(19, 40, Quantizer.parse(text).format) for text in texts]
     quantize_8bit = torch.ops.qcompile.quantize_8bit
     outputs, kernels = generate(
-        lambda *xs: [quantize_8bit(x * 1, t, packed) for x, t in zip(xs, texts, strict=True)], *xs
+        lambda *xs: [quantize_8bit(x * 1, t, False) for x, t in zip(xs, texts, strict=True)], *xs
     )
     assert kernels
     for text, x, (codes, scales, stored) in zip(texts, xs, outputs, strict=True):
-        expected = reference.quantize_8bit(x, text, packed)
+        expected = reference.quantize_8bit(x, text, False)
         assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8)), text
         torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(stored, expected[2]), text

@@ -338,7 +338,8 @@ ROWS = Product((4096, 4096, 4096), (E4M3, E4M3), BF16, (9, 0))
         ({"dtypes": (E5M2, E4M3)}, "cublaslt", ""),
         ({"bias": BF16}, "cublaslt", ""),
         ({"dtypes": (E5M2, E5M2)}, "triton", "cublaslt: it does not multiply e5m2 with e5m2"),
-        ({"dtypes": (INT8, INT8)}, "triton", "cublaslt: it multiplies FP8 only"),
+        ({"dtypes": (INT8, INT8)}, "gluon", "cublaslt: it multiplies FP8 only"),
+        ({"dtypes": (INT8, INT8), "shape": (7, 4096, 24)}, "triton", "gluon: K = 24 is no multiple of 16"),
         ({"shape": (7, 4096, 24)}, "triton", "cublaslt: K = 24 is no multiple of 16"),
         ({"shape": (7, 100, 32)}, "triton", "cublaslt: N = 100 is no multiple of 16"),
         ({"dtype": FP32}, "triton", "cublaslt: it writes bfloat16, not float32"),
@@ -368,7 +369,7 @@ def test_a_build_without_cuda_has_no_cublaslt(monkeypatch):
     monkeypatch.setattr(providers, "_has_triton", lambda: False)
     provider, reason = choose(ROWS)
     assert provider.name == "reference"
-    assert "has CUDA None, it needs 12.1; triton: it is not installed" in reason
+    assert "has CUDA None, it needs 12.1; gluon: it is used for INT8 only; triton: it is not installed" in reason
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (5, 1), (1, 16), (5, 16)])
@@ -481,7 +482,10 @@ def test_residual_and_activation_are_fused_into_the_template(generate, dtype, dy
     if dynamic is None:
         for tensor in (inputs[0], inputs[2], inputs[4]):
             torch._dynamo.mark_dynamic(tensor, 0)
-    with mock.patch.object(providers, "_cuda_version", return_value=(0,)):
+    with (
+        mock.patch.object(providers, "_cuda_version", return_value=(0,)),
+        mock.patch.object(providers, "_has_gluon", return_value=False),
+    ):
         _, (kernel,) = generate(residual_block, *inputs, dynamic=dynamic)
     assert kernel.name == "triton_tem_fused_add_mm_8bit_relu_0"
     built = kernel.compile()
@@ -504,8 +508,9 @@ def test_stored_codes_seen_as_e4m3_are_not_read_as_bytes(generate):
 
 
 @compiled
-def test_two_outputs_and_a_cast_leave_the_template_together(generate):
+def test_two_outputs_and_a_cast_leave_the_template_together(generate, monkeypatch):
     """The largest epilogue: a float32 output beside the product. Its pieces fit into shared memory."""
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
 
     def product(a, b, scale_a, scale_b):
         y = mm_8bit(a, b, scale_a, scale_b, FP16)
