@@ -304,9 +304,13 @@ def explain(
             observe=observed,
             inner_compile=compat.eager_inner_compile,
         )
-        captured.update(_owners(model, example_inputs))
         graphs.append(observed)  # a graph that torch cannot trace comes back in pieces; only what compiled counts
-        return compiled
+
+        def run(*inputs: Any) -> Any:
+            captured.update(_owners(model, inputs))
+            return compiled(*inputs)
+
+        return run
 
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
@@ -321,8 +325,8 @@ def explain(
 
 
 def _owners(model: Any, inputs: Sequence[Any]) -> list[str]:
-    """Names of the modules that own one of a graph's inputs. Asked while it is compiled: FSDP gathers a parameter for
-    as long as its module runs.
+    """Names of the modules that own one of a graph's inputs. Asked while the graph runs: equal layers share a graph,
+    and FSDP gathers a parameter for as long as its module runs.
     """
     given = {id(value) for value in inputs}
     modules = model.named_modules() if isinstance(model, nn.Module) else ()

@@ -468,6 +468,33 @@ def test_modules_that_are_in_no_graph_are_listed():
     assert merged.remarks == report.remarks
 
 
+def test_equal_layers_that_share_a_graph_are_all_in_it():
+    """As under FSDP2, whose hooks leave the loop over blocks in Python and one graph for all blocks."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).relu()
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                torch._dynamo.graph_break()
+                x = block(x)
+            return x
+
+    report = qcompile.explain(Loop(), torch.randn(6, 12))
+    assert report.graphs < 3
+    assert report.remarks == []
+
+
 # --- explain leaves no trace --------------------------------------------------------------------------------
 
 
