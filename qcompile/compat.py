@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointPolicy",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "captures_recurrent_layers",
     "compile_fx",
     "eager_inner_compile",
     "fake_mode_of",
@@ -61,6 +62,11 @@ def is_inductor_option(name: str) -> bool:
 def unlimited_recompiles() -> AbstractContextManager[Any]:
     """Within it, Dynamo compiles a code object however many compiled versions it has already."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+
+
+def captures_recurrent_layers() -> bool:
+    """Whether Dynamo traces ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``; else any frame that calls one runs in Python."""
+    return bool(torch._dynamo.config.allow_rnn)
 
 
 def user_hook(name: str, patches: Mapping[str, Any]) -> Any:

@@ -39,7 +39,7 @@ from .session import Session, UnmatchedRuleError, session_for, unmatched_message
 __all__ = ["Report", "Row", "SavedBytes", "explain", "saved_bytes"]
 
 ROLES = ("fprop", "dgrad", "wgrad")
-#: How many disagreements between ranks the summary spells out.
+#: How many disagreements between ranks, or modules in no graph, the summary spells out.
 SHOWN = 8
 
 
@@ -83,6 +83,8 @@ class Report:
         pass. saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
         graphs: number of sub-graphs Dynamo handed over (1 if it found no graph break).
         ranks: the ranks whose reports are merged in this one (:meth:`merged`); empty for the report of one process.
+        remarks: lines about what no graph has: modules whose parameters Dynamo handed over in none, and what keeps
+        them in Python.
     """
 
     backend: str
@@ -91,6 +93,7 @@ class Report:
     saved: list[dict[str, Any]] = field(default_factory=list)
     graphs: int = 0
     ranks: tuple[int, ...] = ()
+    remarks: list[str] = field(default_factory=list)
 
     @staticmethod
     def merged(reports: Sequence[Report], ranks: Sequence[int] | None = None) -> Report:
@@ -127,6 +130,7 @@ class Report:
             saved=[{**entry, "rank": r} for r, report in zip(ranks, reports, strict=True) for entry in report.saved],
             graphs=max(report.graphs for report in reports),
             ranks=ranks,
+            remarks=list(dict.fromkeys(remark for report in reports for remark in report.remarks)),
         )
 
     def gather(self, group: Any = None) -> Report:
@@ -207,6 +211,7 @@ class Report:
             text += f"; {_size(self.saved_bytes)} kept for the backward{over}, {_size(self.code_bytes)} of it as codes"
         if self.ranks:
             text = f"{_ranks(self.ranks, self.ranks)}: {text}"
+        text = "\n".join([text, *self.remarks])
         if different := self.disagreements:
             text += f"\nRANKS DISAGREE about {len(different)} site(s):\n" + "\n".join(different[:SHOWN])
             text += f"\n… and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
@@ -223,6 +228,7 @@ class Report:
             "code_bytes": self.code_bytes,
             "ranks": self.ranks,
             "disagreements": self.disagreements,
+            "remarks": self.remarks,
         }
         return json.dumps({**totals, "rows": [asdict(row) for row in self.rows], "saved": self.saved}, indent=1)
 
@@ -286,6 +292,7 @@ def explain(
     model = getattr(model, "_orig_mod", model)
     options = dict(options or {})
     graphs: list[Observations] = []
+    captured: set[str] = set()
 
     def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:
         observed = Observations()
@@ -298,17 +305,55 @@ def explain(
             inner_compile=compat.eager_inner_compile,
         )
         graphs.append(observed)  # a graph that torch cannot trace comes back in pieces; only what compiled counts
-        return compiled
+
+        def run(*inputs: Any) -> Any:
+            captured.update(_owners(model, inputs))
+            return compiled(*inputs)
+
+        return run
 
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
     report = _make_report(backend, graphs)
+    report.remarks = _not_captured(model, captured)
     ours, _ = split_options(None, options)
     session: Session = session_for(RECIPES[backend].override(ours), options)
     session.settled = True
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report
+
+
+def _owners(model: Any, inputs: Sequence[Any]) -> list[str]:
+    """Names of the modules that own one of a graph's inputs. Asked while the graph runs: equal layers share a graph,
+    and FSDP gathers a parameter for as long as its module runs.
+    """
+    given = {id(value) for value in inputs}
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [name for name, module in modules if any(id(p) in given for p in module._parameters.values())]
+
+
+def _not_captured(model: Any, captured: set[str]) -> list[str]:
+    """What to say of the modules with parameters that are in no graph."""
+    if not isinstance(model, nn.Module):
+        return []
+    missing = {
+        name: m
+        for name, m in model.named_modules()
+        if name not in captured and any(p is not None for p in m._parameters.values())
+    }
+    recurrent = [name for name, m in missing.items() if isinstance(m, (nn.RNN, nn.LSTM, nn.GRU))]
+    remarks = []
+    if missing:
+        names = [name or type(m).__name__ for name, m in missing.items()]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        remarks.append(f"not captured: {', '.join(names[:SHOWN])}{more} (in no graph of Dynamo's, so left in Python)")
+    if recurrent and not compat.captures_recurrent_layers():
+        remarks.append(
+            f"Dynamo leaves what calls nn.RNN, nn.LSTM or nn.GRU ({', '.join(recurrent[:SHOWN])}) in Python unless "
+            "torch._dynamo.config.allow_rnn = True is set before compiling"
+        )
+    return remarks
 
 
 def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:

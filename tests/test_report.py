@@ -420,6 +420,81 @@ def test_a_disabled_pass_has_no_program():
     assert not {"joint_fuse", "dynamo_insert"} & set(report.programs)
 
 
+# --- what no graph has --------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind: type[nn.Module] = nn.LSTM) -> None:
+        super().__init__()
+        self.inp, self.encoder, self.out = nn.Linear(40, 12), kind(12, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encoder(self.inp(x))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_that_keeps_the_model_in_python_is_named(kind):
+    """Dynamo gives the whole frame up, so there is nothing else to report."""
+    report = qcompile.explain(Tagger(kind), torch.randn(3, 7, 40))
+    missing, advice = report.remarks
+    assert "encoder" in missing
+    assert missing.startswith("not captured: ")
+    assert "(encoder)" in advice
+    assert "torch._dynamo.config.allow_rnn = True" in advice
+    assert report.summary().endswith(f"\n{missing}\n{advice}")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        report = qcompile.explain(Tagger(kind), torch.randn(3, 7, 40))
+    assert report.remarks == []
+    assert {"inp", "out"} <= {row.layer for row in report.rows}
+
+
+def test_modules_that_are_in_no_graph_are_listed():
+    """A layer behind a graph break of the user's that leaves its frame in Python; others are as they were."""
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.hidden, self.norm = nn.Linear(40, 12), nn.Linear(12, 12), nn.LayerNorm(12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch._dynamo.disable(self.hidden)(self.seen(x)))
+
+    report = qcompile.explain(Partly(), torch.randn(6, 40))
+    assert report.remarks == ["not captured: hidden (in no graph of Dynamo's, so left in Python)"]
+    assert [row.layer for row in report.rows if row.role == "fprop"] == ["seen"]
+    assert qcompile.explain(Mlp(), torch.randn(6, 40)).remarks == []
+    merged = Report.merged([report, report])
+    assert merged.remarks == report.remarks
+
+
+def test_equal_layers_that_share_a_graph_are_all_in_it():
+    """As under FSDP2, whose hooks leave the loop over blocks in Python and one graph for all blocks."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).relu()
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                torch._dynamo.graph_break()
+                x = block(x)
+            return x
+
+    report = qcompile.explain(Loop(), torch.randn(6, 12))
+    assert report.graphs < 3
+    assert report.remarks == []
+
+
 # --- explain leaves no trace --------------------------------------------------------------------------------
 
 
