@@ -32,6 +32,7 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))  # they are scripts, which import each other by name
 import loss_curves  # noqa: E402
 import measure  # noqa: E402
+import prefill  # noqa: E402
 import profile_step  # noqa: E402
 import quantize_kernels  # noqa: E402
 import training_step  # noqa: E402
@@ -520,3 +521,51 @@ def test_buffers_outgrow_the_cache(monkeypatch):
         count = measure.rotations(size)
         assert count >= 3
         assert (count - 1) * size >= 4 * measure.L2_BYTES
+
+
+# --- prefill --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_prefill(monkeypatch):
+    """Arms compile to their plain math, the one called "wrong" to the model in high precision."""
+
+    def compiled(arm, model, cudagraphs):
+        return model if arm is wrong else prefill.Prefill(arm.plain(model.model))
+
+    wrong = prefill.Arm("inductor", {}, prefill.ARMS["w4a4"].plain)
+    monkeypatch.setitem(prefill.ARMS, "wrong", wrong)
+    monkeypatch.setattr(prefill, "compiled", compiled)
+    monkeypatch.setattr(prefill, "COSINE", 0.9999)
+
+
+def test_prefill_times_what_is_right_only(eager_prefill, tmp_path, capsys):
+    out = tmp_path / "prefill.csv"
+    given = ["--device", "cpu", "--size", "tiny", "--batches", "1,2", "--repeats", "2", "--out", str(out)]
+    assert prefill.main([*given, "--arms", "bf16,wrong,w4a4"]) == 1
+    rows = list(csv.DictReader(out.open()))
+    assert [(row["arm"], row["batch"]) for row in rows] == [(a, b) for b in "12" for a in ("bf16", "wrong", "w4a4")]
+    for row in rows:
+        if row["arm"] == "wrong":
+            assert "with those of the plain math" in row["status"]
+            assert row["median_ms"] == "nan"
+        else:
+            assert row["status"] == "ok"
+            assert float(row["median_ms"]) >= float(row["min_ms"]) > 0
+    assert float(rows[0]["speedup"]) == 1
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_without_rotation_the_plain_math_rotates_nothing():
+    model = prefill.model_of(TINY, torch.device("cpu"))
+    layer = prefill.ARMS["w4a4_unrotated"].plain(model).layers[0].q_proj
+    x = torch.randn(5, TINY.hidden, dtype=torch.bfloat16)
+    assert torch.equal(x.unflatten(-1, (-1, 1)) @ layer.rotation, x.unflatten(-1, (-1, 1)))
+
+
+def test_dense_rotations_are_the_blocks_of_the_others():
+    models = [training_step.in_plain_quest(prefill.model_of(TINY, torch.device("cpu")), dense=d) for d in (False, True)]
+    x = torch.randn(3, TINY.intermediate, dtype=torch.bfloat16)
+    small, dense = (model.layers[1].down_proj.rotation for model in models)
+    assert dense.shape == (TINY.intermediate, TINY.intermediate)
+    assert torch.allclose((x.unflatten(-1, (-1, 128)) @ small).flatten(-2), x @ dense, atol=0.05)
