@@ -22,7 +22,7 @@ sys.path.remove(str(EXAMPLES))
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_both_arms_leave_a_table_and_two_maps(tmp_path, monkeypatch, capsys):
-    small = {"batch": 2, "sequence": 32, "hidden": 64, "layers": 1, "heads": 2, "intermediate": 96}
+    small = {"batch": 2, "sequence": 32, "hidden": 256, "layers": 1, "heads": 2, "intermediate": 320}
     monkeypatch.setitem(demo.PRESETS, "cpu", {**demo.PRESETS["cpu"], **small})
     assert watch_numerics.main(["--steps", "3", "--device", "cpu", "--out", str(tmp_path)]) == 0
     tables = {arm: list(csv.DictReader((tmp_path / f"{arm}.csv").open())) for arm in watch_numerics.ARMS}
