@@ -7,9 +7,11 @@ The shape is that of QuEST's serving table (arXiv 2502.05003, figure 6: 20 layer
 kernels on an RTX 4090 gain 1.4 to 1.8 over BF16. Weights are random and frozen (``TORCHINDUCTOR_FREEZING``), for all
 arms: Inductor computes the codes of a weight once, when it compiles. CUDA graphs leave launches out of every arm.
 
-Before an arm is timed, two layers compiled in its way must give logits with a cosine of at least 0.98 with the same
-math in plain torch; a wrong operand leaves 0. (Twenty random layers amplify the rounding of the last bit: no two ways
-to compile them agree so well.) Writes the CSV file after every arm and a plot beside it (.png).
+Before an arm is timed, two layers compiled in its way must give nearly the logits of the same math in plain torch. How
+nearly, plain torch says itself: random layers amplify the rounding of the last bit, and float32 logits of that math are
+at a cosine of 0.93 from its bfloat16 ones. An arm may be half as far again; without quantization it is at 0.8.
+
+Writes the CSV file after every arm and a plot beside it (.png).
 """
 
 from __future__ import annotations
@@ -35,22 +37,23 @@ from training_step import in_plain_quest, names_from, release
 __all__ = ["ARMS", "Arm", "Prefill", "Row", "main", "measure_batch"]
 
 WIDE = Size("1.6B", 2560, 20, 6912, heads=20, kv_heads=20, sequence=512, batch=1)
-COSINE = 0.98
+#: Most distance (one less the cosine) from the plain math, as a multiple of what float32 changes in that.
+FACTOR = 1.5
 UNROTATED = {"activation": {"rotation": None}, "weight": {"rotation": None}}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Backend, options, and what says the same in plain torch."""
+    """Backend, options, and what says the same in plain torch (none: not gated)."""
 
     backend: str
     options: dict[str, Any]
-    plain: Callable[[nn.Module], nn.Module]
+    plain: Callable[[nn.Module], nn.Module] | None = None
 
 
 BASELINE = "bf16"
 ARMS = {
-    BASELINE: Arm("inductor", {}, lambda model: model),
+    BASELINE: Arm("inductor", {}),
     "w4a4": Arm("qcompile_quest", {"bits": 4}, in_plain_quest),
     "w4a4_unrotated": Arm("qcompile_quest", {"bits": 4, **UNROTATED}, partial(in_plain_quest, block=1)),
 }
@@ -97,13 +100,17 @@ def compiled(arm: Arm, model: Prefill, cudagraphs: bool) -> Callable[[Tensor], T
 @torch.no_grad()
 def gate(arm: Arm, size: Size, tokens: Tensor) -> float:
     """Cosine of two layers' logits with those of the plain math. Raises ``ValueError`` if they are wrong."""
+    if arm.plain is None:
+        return math.nan
     short = replace(size, layers=2)
-    logits = compiled(arm, Prefill(model_of(short, tokens.device)), cudagraphs=False)(tokens)
-    plain = Prefill(arm.plain(model_of(short, tokens.device)))(tokens)  # type: ignore[arg-type]
+    logits = compiled(arm, Prefill(model_of(short, tokens.device)), cudagraphs=False)(tokens).float()
     release()
-    cosine = nn.functional.cosine_similarity(logits.float(), plain.float(), -1).min().item()
-    if not cosine >= COSINE:
-        msg = f"logits have a cosine of {cosine:.3f} with those of the plain math"
+    plain = Prefill(arm.plain(model_of(short, tokens.device)))  # type: ignore[arg-type]
+    expected, exact = plain(tokens).float(), plain.float()(tokens)
+    cosines = nn.functional.cosine_similarity(torch.stack((logits, exact)), expected, -1)
+    cosine, usual = cosines.amin(-1).tolist()
+    if not 1 - cosine <= FACTOR * (1 - usual):
+        msg = f"logits have a cosine of {cosine:.3f} with those of the plain math, which float32 leaves at {usual:.3f}"
         raise ValueError(msg)
     return cosine
 
