@@ -105,7 +105,7 @@ def loss_of(call: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def errors(rank: dict[str, Any], expected: dict[str, Any], losses: Tensor) -> di
     assert list(rank["gradients"]) == list(gradients) == list(start)
     fall = expected["losses"][0] - expected["losses"][-1]
     assert fall > 0.1, "nothing was learned that could differ"
+    assert (expected["losses"].diff() < 0).all(), "unstable training multiplies the smallest difference"
     return {
         "gradient": max(error(rank["gradients"][name], value) for name, value in gradients.items()),
         "change": max(error(rank["parameters"][n] - start[n], value - start[n]) for n, value in parameters.items()),

@@ -37,6 +37,11 @@ class CompilingDriver(ClaimedDriver):
 
 
 @pytest.fixture(autouse=True)
+def _gluon_in_use(monkeypatch):
+    monkeypatch.setattr(providers, "_TIMED_GLUON", True)
+
+
+@pytest.fixture(autouse=True)
 def _no_card(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
