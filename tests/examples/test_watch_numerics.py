@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from qcompile import demo
+from qcompile import compat, demo
+from qcompile.backends import compile_with
+from qcompile.recipes import RECIPES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 if not EXAMPLES.is_dir():
@@ -19,9 +22,21 @@ import watch_numerics  # noqa: E402
 sys.path.remove(str(EXAMPLES))
 
 
-@pytest.mark.inductor
-@pytest.mark.slow
-def test_both_arms_leave_a_table_and_two_maps(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def eager_kernels(monkeypatch):
+    """Graphs are executed after all passes, not compiled."""
+    compile = torch.compile
+
+    def eagerly(model, backend, options):
+        def run(gm, inputs):
+            return compile_with(RECIPES[backend], gm, inputs, options=options, inner_compile=compat.eager_inner_compile)
+
+        return compile(model, backend=run)
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+
+
+def test_both_arms_leave_a_table_and_two_maps(tmp_path, monkeypatch, capsys, eager_kernels):
     small = {"batch": 2, "sequence": 32, "hidden": 256, "layers": 1, "heads": 2, "intermediate": 320}
     monkeypatch.setitem(demo.PRESETS, "cpu", {**demo.PRESETS["cpu"], **small})
     assert watch_numerics.main(["--steps", "3", "--device", "cpu", "--out", str(tmp_path)]) == 0

@@ -510,8 +510,9 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.inductor
 @pytest.mark.slow
-@both_backends
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
+@pytest.mark.parametrize(
+    ("recipe", "autocast"), [("qcompile_fp4", True), ("qcompile_quest", False)], ids=["FP4, autocast", "QuEST, weights"]
+)
 def test_five_steps_in_bfloat16(recipe, autocast):
     """Gradients and loss of each step against the reference at the same weights, which the optimizer then moves."""
     limit, options = SIXTEEN_BITS[recipe]
