@@ -127,12 +127,15 @@ def scaled_mm(x: Operands) -> Tensor:
     return torch._scaled_mm(x.a, x.b.t(), x.scale_a, x.scale_b.t(), None, None, BF16, use_fast_accum=True)
 
 
-def providers_of(m: int, n: int, k: int, sweep: bool, deadline: float) -> Iterator[tuple[str, Callable[[], Provider]]]:
+def providers_of(
+    m: int, n: int, k: int, kinds: list[str], sweep: bool, deadline: float
+) -> Iterator[tuple[str, Callable[[], Provider]]]:
     """Names of all providers of one shape, and what builds them; the hand-launched kernel is tuned then."""
-    for kind in ("fp8", "int8"):
+    for kind in kinds:
         sets = operand_sets(m, n, k, kind)
-        if kind == "fp8":
+        if kind == kinds[0]:
             yield BASELINE, partial(Provider, BASELINE, lambda x: x.dense_a @ x.dense_b.t(), sets)
+        if kind == "fp8":
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], scaled_mm, sets, roundings=2)
         else:
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], int_mm, sets, roundings=0)
@@ -247,10 +250,12 @@ def microseconds_in_turns(contenders: list[Provider], repeats: int) -> list[floa
     return [1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) / CALLS for pairs in times]
 
 
-def measure_shape(m: int, n: int, k: int, repeats: int, sweep: bool, deadline: float) -> tuple[list[Row], list[str]]:
+def measure_shape(
+    m: int, n: int, k: int, kinds: list[str], repeats: int, sweep: bool, deadline: float
+) -> tuple[list[Row], list[str]]:
     """Rows of one shape, and what went wrong."""
     contenders, failures = [], []
-    for name, build in providers_of(m, n, k, sweep, deadline):
+    for name, build in providers_of(m, n, k, kinds, sweep, deadline):
         try:
             provider = build()
             wrong = "" if name == BASELINE else disagreement(provider)
@@ -278,6 +283,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing (default: 20)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"M (default: {TOKENS})")
     parser.add_argument("--shapes", nargs="+", metavar="N,K", help="weights to measure (default: six of Llama's)")
+    parser.add_argument("--kinds", nargs="+", choices=("fp8", "int8"), default=["fp8", "int8"])
     parser.add_argument("--seconds", type=float, default=60, help="when to stop compiling templates (default: 60)")
     parser.add_argument("--sweep", action="store_true", help="time every config instead of the template")
     arguments = parser.parse_args()
@@ -290,7 +296,9 @@ def main() -> int:
     print(f"{'M x N x K':>20}  {'provider':<16} {'TFLOP/s':>8} {'/ BF16':>7} {'/ library':>9}  config")
     all_rows, all_failures = [], []
     for n, k in shapes:
-        rows, failures = measure_shape(arguments.tokens, n, k, arguments.repeats, arguments.sweep, deadline)
+        rows, failures = measure_shape(
+            arguments.tokens, n, k, arguments.kinds, arguments.repeats, arguments.sweep, deadline
+        )
         for row in rows:
             shape = f"{row.m} x {row.n} x {row.k}"
             ratios = f"{row.over_bf16:7.2f} {row.over_library:9.3f}"
@@ -298,8 +306,8 @@ def main() -> int:
         all_rows += rows
         all_failures += failures
         torch.cuda.empty_cache()
-    if arguments.out:
-        write_rows(arguments.out, all_rows)
+        if arguments.out:  # compiling takes minutes, and what was measured should outlive an interruption
+            write_rows(arguments.out, all_rows)
     for failure in all_failures:
         print(failure, file=sys.stderr)
     return 1 if all_failures and not arguments.sweep else 0
