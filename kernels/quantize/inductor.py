@@ -138,8 +138,9 @@ def lower_quantize_8bit(x, quantizer: str, packed: bool, fold=None):
     """``qcompile::quantize_8bit``: loops that fuse with what computes x.
 
     The op's own kernel runs where x lies in memory, and where packed codes are wanted too: a loop that makes both reads
-    x in strides, and a second one over the 8-bit codes takes longer than x takes to be written and read (on an H200
-    155 against 127 µs behind a norm, 688 against 621 µs behind SwiGLU).
+    x in strides, and a second one over the 8-bit codes takes longer than x takes to be written and read. (On an H200
+    the two loops took 155 µs behind a norm and 688 µs behind SwiGLU, 16384 rows; the producer at the speed of memory
+    and the op's kernel as measured are 127 and 621 µs.)
     """
     q = Quantizer.parse(quantizer)
     fused = ir.is_triton(x) and not (packed or is_empty(x) or is_in_memory(x))
