@@ -67,6 +67,21 @@ def test_float32_equals_the_eager_reference(mode):
     assert max(relative(a, e) for a, e in zip(actual, expected, strict=True)) < 2e-3
 
 
+def test_a_compiled_model_moves_to_the_card_and_back():
+    """One graph a device: what was compiled for the CPU neither runs on the card nor is compiled again on return."""
+    model, x = build()
+    compiled = torch.compile(model.cpu(), backend="qcompile_fp4", fullgraph=True)
+    first = gradients(model, compiled, x.cpu())
+    model.cuda()
+    there = gradients(model, compiled, x)
+    assert all(t.is_cuda for t in there)
+    assert max(relative(a, e) for a, e in zip(there, gradients(model, model.reference, x), strict=True)) < 2e-3
+    model.cpu()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = gradients(model, compiled, x.cpu())
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
 def test_bfloat16_stays_within_rounding_of_the_eager_reference():
     """Inductor keeps gelu in float32 where eager rounds to bfloat16, so a few codes differ; most must not."""
     model, x = build(torch.bfloat16)
