@@ -7,6 +7,7 @@ the milliseconds and which ops came and went.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -88,13 +89,14 @@ def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: C
 
 def dump(name: str, graph: Graph, context: Context) -> None:
     """Record the program for the report and for tlparse."""
-    compat.log_artifact(name, lambda: program_text(graph))
+    text = functools.cache(functools.partial(program_text, graph))  # both may want it, usually neither does
+    compat.log_artifact(name, text)
     if context.observe is not None:
         key, n = name, 1
         while key in context.observe.programs:  # one joint graph a sub-graph module, two post-grad graphs
             n += 1
             key = f"{name}_{n}"
-        context.observe.programs[key] = program_text(graph)
+        context.observe.programs[key] = text()
 
 
 def program_text(graph: Graph) -> str:
