@@ -23,7 +23,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,9 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.cache import get_cache_manager
-from triton.testing import do_bench
 
-from .triton import TMA_ALIGNMENT, Problem, card_of, predicted_cycles
+from .triton import TMA_ALIGNMENT, Problem, accumulator_of, card_of, fastest, first_element, predicted_cycles
 from .triton import Config as TritonConfig
 
 __all__ = [
@@ -66,7 +65,6 @@ BLOCK_K = gl.constexpr(128)
 #: first gets what is left of 168 a thread.
 CONSUMERS = gl.constexpr(2)
 _REGISTERS = gl.constexpr((232, 24))
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -119,17 +117,6 @@ CONFIGS = (
 
 
 @gluon.jit
-def _first_element(tile, m, n, block_m: gl.constexpr, block_n: gl.constexpr, group_m: gl.constexpr):
-    """Row and column at which a tile begins; ``group_m`` tiles down, then the next column."""
-    tiles_m = gl.cdiv(m, block_m)
-    in_group = group_m * gl.cdiv(n, block_n)
-    first = tile // in_group * group_m
-    height = min(tiles_m - first, group_m)
-    place = tile % in_group
-    return (first + place % height) * block_m, place // height * block_n
-
-
-@gluon.jit
 def _next(stage, phase, stages: gl.constexpr):
     """The stage after ``stage``, and the parity of its barriers' phase, which changes once around the ring."""
     last = stage == stages - 1
@@ -157,7 +144,7 @@ def _load(
     stage = 0
     phase = 1  # of a fresh barrier, the phase before counts as over: all stages are empty
     for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
-        row, column = _first_element(tile, m, n, block_m, block_n, group_m)
+        row, column = first_element(tile, m, n, block_m, block_n, group_m)
         for depth in range(0, k, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             arrived = full.index(stage)
@@ -222,7 +209,7 @@ def _multiply(
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
-        row, column = _first_element(tile, m, n, block_m, block_n, group_m)
+        row, column = first_element(tile, m, n, block_m, block_n, group_m)
         row += part * part_m
         # Asked for now, so that they are there when the epilogue wants them.
         rows = row + gl.arange(0, part_m, gl.SliceLayout(1, layout))
@@ -368,17 +355,12 @@ def best_config(problem: Problem, run: Callable[[Config], None], tune: bool, bia
     """The measured config, if there is one or ``tune`` asks for it, else the first candidate; ``run`` launches one."""
     measured = _MEASURED.get((problem, bias))
     if measured is None and tune and not torch.cuda.is_current_stream_capturing():
-        milliseconds = partial(_milliseconds, run)
-        measured = _MEASURED[problem, bias] = min(candidates(problem, bias), key=milliseconds)
+        measured = _MEASURED[problem, bias] = fastest(candidates(problem, bias), run)
     return measured or candidates(problem, bias)[0]
 
 
 #: What this process measured.
 _MEASURED: dict[tuple[Problem, bool], Config] = {}
-
-
-def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
-    return do_bench(lambda: run(config), warmup=5, rep=25, return_mode="median")
 
 
 # --- launch ---------------------------------------------------------------------------------------------------------
@@ -402,9 +384,7 @@ def mm_8bit(
     ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point. ``config`` fixes how the kernel is cut up; ``tune``
     measures which is fastest, once a process. Raises ``ValueError`` for other dtypes and other K.
     """
-    if not (a.dtype in _FP8 and b.dtype in _FP8) and not a.dtype == b.dtype == torch.int8:
-        msg = f"mm_8bit takes int8 with int8, or float8_e4m3fn and float8_e5m2; got {a.dtype} with {b.dtype}"
-        raise ValueError(msg)
+    accumulator_of(a, b)  # raises for what tensor cores do not multiply
     (m, k), n = a.shape, b.shape[0]
     if k % TMA_ALIGNMENT:
         msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"

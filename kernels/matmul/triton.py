@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -42,13 +43,18 @@ __all__ = [
     "Card",
     "Config",
     "Problem",
+    "accumulator_of",
     "best_config",
     "candidates",
     "card_of",
+    "fastest",
+    "first_element",
     "fits",
     "mm_8bit",
     "predicted_cycles",
 ]
+
+AnyConfig = TypeVar("AnyConfig")
 
 #: What the tensor memory accelerator (TMA) wants addresses and row lengths to be multiples of, in bytes.
 TMA_ALIGNMENT = 16
@@ -166,7 +172,7 @@ class Problem:
 
 
 @triton.jit
-def _first_element(tile, m, n, block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr):
+def first_element(tile, m, n, block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr):
     """Row and column at which a tile begins; ``group_m`` tiles down, then the next column."""
     tiles_m = tl.cdiv(m, block_m)
     in_group = group_m * tl.cdiv(n, block_n)
@@ -237,7 +243,7 @@ def _tma_kernel(
     part_n: tl.constexpr = block_n // parts
     tiles = tl.cdiv(m, block_m) * tl.cdiv(n, block_n)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=flatten, warp_specialize=warp_specialize):
-        row, column = _first_element(tile, m, n, block_m, block_n, group_m)
+        row, column = first_element(tile, m, n, block_m, block_n, group_m)
         product = tl.zeros((block_m, block_n), dtype=accumulator)
         for step in range(tl.cdiv(k, block_k)):
             left = a.load([row, step * block_k])
@@ -272,7 +278,7 @@ def _pointer_kernel(
     block_k: tl.constexpr,
     group_m: tl.constexpr,
 ):
-    row, column = _first_element(tl.program_id(0), m, n, block_m, block_n, group_m)
+    row, column = first_element(tl.program_id(0), m, n, block_m, block_n, group_m)
     rows = row + tl.arange(0, block_m)
     columns = column + tl.arange(0, block_n)
     depth = tl.arange(0, block_k)
@@ -325,7 +331,7 @@ def best_config(problem: Problem, run: Callable[[Config], None], tune: bool) -> 
     key = replace(problem, m=_rounded(problem.m), n=_rounded(problem.n), k=_rounded(problem.k))
     config = _MEASURED.get(key) or _read(key)
     if config is None and tune and not torch.cuda.is_current_stream_capturing():
-        config = _MEASURED[key] = _fastest(candidates(problem)[:_MOST_MEASURED], run)
+        config = _MEASURED[key] = fastest(candidates(problem)[:_MOST_MEASURED], run)
         _cache_on_disk(key).put(json.dumps(asdict(config)), _FILE, binary=False)
     return config or candidates(problem)[0]
 
@@ -356,10 +362,10 @@ def _read(problem: Problem) -> Config | None:
         return Config(**json.load(file))
 
 
-def _fastest(configs: Sequence[Config], run: Callable[[Config], None]) -> Config:
+def fastest(configs: Sequence[AnyConfig], run: Callable[[AnyConfig], None]) -> AnyConfig:
     """The config with the smallest median time."""
 
-    def milliseconds(config: Config) -> float:
+    def milliseconds(config: AnyConfig) -> float:
         try:
             return do_bench(lambda: run(config), warmup=5, rep=25, return_mode="median")
         except OutOfResources:
@@ -390,10 +396,7 @@ def mm_8bit(
     point. ``config`` fixes how the TMA kernel is cut up; ``tune`` measures which is fastest, unless that is known or a
     CUDA graph is being captured. Raises ``ValueError`` for a pair of dtypes that tensor cores do not multiply.
     """
-    accumulator = _ACCUMULATORS.get(a.dtype)
-    if accumulator is None or accumulator != _ACCUMULATORS.get(b.dtype):
-        msg = f"mm_8bit takes int8 with int8, or float8_e4m3fn and float8_e5m2; got {a.dtype} with {b.dtype}"
-        raise ValueError(msg)
+    accumulator = accumulator_of(a, b)
     a, b = a.contiguous(), b.contiguous()
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=dtype)
@@ -411,6 +414,15 @@ def mm_8bit(
 
         run(config or best_config(Problem(m, n, k, a.dtype, b.dtype, dtype, card), run, tune))
     return out
+
+
+def accumulator_of(a: Tensor, b: Tensor) -> tl.dtype:
+    """What products of the two are summed in. Raises ``ValueError`` if tensor cores do not multiply them."""
+    accumulator = _ACCUMULATORS.get(a.dtype)
+    if accumulator is None or accumulator != _ACCUMULATORS.get(b.dtype):
+        msg = f"mm_8bit takes int8 with int8, or float8_e4m3fn and float8_e5m2; got {a.dtype} with {b.dtype}"
+        raise ValueError(msg)
+    return accumulator
 
 
 @cache
