@@ -26,8 +26,8 @@ __all__ = [
     "environment",
     "failure",
     "fresh_log",
-    "mark",
     "microseconds",
+    "milliseconds",
     "quiet_stderr",
     "rotations",
     "write_rows",
@@ -158,17 +158,21 @@ def _device_microseconds(run: Call, repeats: int) -> float:
     """Median over ``repeats`` runs, queued without waiting, so that the card never idles between two marks."""
     for _ in range(3):
         run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    return 1e3 * statistics.median(milliseconds(run, repeats, cuda=True))
+
+
+def milliseconds(run: Call, repeats: int, cuda: bool) -> list[float]:
+    """Times of ``repeats`` runs, one queued after the other: by CUDA events, or by the clock."""
+    marks = [_mark(cuda)]
+    for _ in range(repeats):
         run()
-        mark.record()
-    torch.cuda.synchronize()
-    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+        marks.append(_mark(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)]
 
 
-def mark(cuda: bool) -> Any:
-    """A point in time on the device: a recorded CUDA event, or the clock in seconds."""
+def _mark(cuda: bool) -> Any:
     if not cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -22,14 +22,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch._inductor.config
-from measure import environment, failure, fresh_log, mark, quiet_stderr, write_rows
+from measure import environment, failure, fresh_log, milliseconds, quiet_stderr, write_rows
 from model import SIZES, Llama, Size, build
 from torch import Tensor, nn
 from training_step import in_plain_quest, names_from, release
@@ -119,21 +118,11 @@ def gate(arm: Arm, size: Size, tokens: Tensor) -> float:
 def measure(arm: Arm, size: Size, tokens: Tensor, repeats: int) -> dict[str, float]:
     cosine = gate(arm, size, tokens)
     run = compiled(arm, Prefill(model_of(size, tokens.device)), cudagraphs=tokens.is_cuda)
-    times = milliseconds(lambda: run(tokens), repeats, tokens.is_cuda)
-    return {"median_ms": median(times), "min_ms": min(times), "cosine": cosine}
-
-
-def milliseconds(call: Callable[[], Any], repeats: int, cuda: bool) -> list[float]:
-    """Times of ``repeats`` prefills, queued one after the other as a server does."""
+    call = partial(run, tokens)
     for _ in range(5):
         call()
-    marks = [mark(cuda)]
-    for _ in range(repeats):
-        call()
-        marks.append(mark(cuda))
-    if cuda:
-        torch.cuda.synchronize()
-    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)]
+    times = milliseconds(call, repeats, tokens.is_cuda)
+    return {"median_ms": median(times), "min_ms": min(times), "cosine": cosine}
 
 
 def measure_batch(size: Size, batch: int, arms: list[str], device: str, repeats: int, log: Path) -> Iterator[Row]:

@@ -29,16 +29,16 @@ import math
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._logging
-from measure import environment, failure, fresh_log, mark, quiet_stderr, write_rows
+from measure import environment, failure, fresh_log, milliseconds, quiet_stderr, write_rows
 from model import SIZES, Llama, Size, build, random_batch
 from torch import Tensor, nn
 
@@ -291,13 +291,9 @@ class Trainer:
 
     def milliseconds(self, steps: int) -> tuple[list[float], float]:
         """Times of ``steps`` steps, and the loss of the last one."""
-        cuda = self.run.device.type == "cuda"
-        marks: list[Any] = [mark(cuda)]
-        for _ in range(steps):
-            loss = self.step()
-            marks.append(mark(cuda))
-        last = loss.item()
-        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)], last
+        losses = deque[Tensor](maxlen=1)
+        times = milliseconds(lambda: losses.append(self.step()), steps, self.run.device.type == "cuda")
+        return times, losses[0].item()
 
     def gradients(self) -> dict[str, Tensor]:
         """About 16,384 evenly spread elements of every parameter's gradient, float32 on the CPU."""

@@ -74,11 +74,11 @@ def rows_of(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def forget(path: Path, columns: tuple[str, ...], setting: str) -> None:
     """Take out what an interrupted run has left."""
-    rows = rows_of(path, columns)
-    path.write_text(",".join(columns) + "\n", encoding="utf-8")
-    for row in rows:
-        if row["setting"] != setting:
-            append(path, *row.values())
+    kept = [row for row in rows_of(path, columns) if row["setting"] != setting]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(kept)
 
 
 def append(path: Path, *values: Any) -> None:
@@ -90,7 +90,6 @@ def run(given: argparse.Namespace) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     table, curves = given.out / "quest_table.csv", given.out / "quest_curves.csv"
     done = {row["setting"] for row in rows_of(table, TABLE)}
-    rows_of(curves, CURVES)
     size = SIZES[given.size]
     shared = ("text", "device", "batch", "sequence", "learning_rate", "seed", "steps", "out")
     same = {key: getattr(given, key) for key in shared}

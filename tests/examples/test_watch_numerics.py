@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile import compat, demo
-from qcompile.backends import compile_with
-from qcompile.recipes import RECIPES
+from qcompile import demo
+
+from ..loops.worker import backend_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 if not EXAMPLES.is_dir():
@@ -28,10 +28,7 @@ def eager_kernels(monkeypatch):
     compile = torch.compile
 
     def eagerly(model, backend, options):
-        def run(gm, inputs):
-            return compile_with(RECIPES[backend], gm, inputs, options=options, inner_compile=compat.eager_inner_compile)
-
-        return compile(model, backend=run)
+        return compile(model, backend=backend_of(backend), options=options)
 
     monkeypatch.setattr(torch, "compile", eagerly)
 
