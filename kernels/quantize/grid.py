@@ -88,7 +88,6 @@ and.b32 $0, number, {code};
 }}
 """
 
-
 #: Stored codes in the upper halves of four bytes ({halves}) from 8-bit ones ({word}). Bits of ``kept`` stand there
 #: already; each of the others is one ``function`` of three bits: that place's own and two lower ones. ``lop3`` computes
 #: any function of three words bit by bit, from its table; 0xe4 is that of "the third chooses between the first two".
@@ -198,9 +197,9 @@ class Grid:
     def pack_8bit(self) -> str:
         """PTX: four bytes of two stored codes ($0) from the 8-bit codes of four even ($1) and four odd ($2) elements.
 
-        "" unless there are two in a byte and their bits are nearly those of the 8-bit codes, as in small floats.
+        "" unless two share a byte, 0 is a level, and stored bits are nearly those of 8-bit codes, as in small floats.
         """
-        found = _upper_halves(self.table) if self.codes_per_byte == 2 and self.has_zero else None
+        found = _upper_halves(self.table) if self.table and self.codes_per_byte == 2 and self.has_zero else None
         if found is None:
             return ""
         halves = {name: _UPPER_HALVES.format(word=word, halves=name, **found) for name, word in _PARITIES}

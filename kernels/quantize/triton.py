@@ -75,7 +75,7 @@ __all__ = [
 Support = tuple[bool, str]
 
 #: Elements a thread holds: enough to share the cost of scales and reductions, few enough to leave registers for other
-#: programs of the processor.
+#: programs of the processor. A row in parts has up to twice as many.
 ELEMENTS_PER_THREAD = 64
 #: Bytes of elements a thread holds where a row is searched, which takes many reductions: one warp has 4096 16-bit
 #: elements, and needs no barriers.
@@ -275,9 +275,10 @@ def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
 
 @triton.jit
 def pack_levels(level, fmt: tl.constexpr):
-    """The same from levels, by way of ``Grid.pack_8bit``: four bytes at once, of which a thread has as many.
+    """Levels as bytes of stored codes, packed along axis 1, where :attr:`Grid.pack_8bit` has them from 8-bit codes.
 
-    Their 8-bit codes are converted once more, even and odd ones apart: that is cheaper than to move bytes.
+    Four bytes at once: a thread has as many. Levels are converted once more, even and odd ones apart, which costs less
+    than to part the bytes of 8-bit codes, and depends on no order in which a thread holds them.
     """
     even, odd = halves(level, 1)
     even, odd = tensor_core_code(even, fmt), tensor_core_code(odd, fmt)
@@ -416,7 +417,7 @@ def _quantize_row(
     parts: tl.constexpr,
     ragged: tl.constexpr,
 ):
-    """A row in parts, whose number is no power of two as that of their elements is; only the last is not whole."""
+    """One row, in as many parts as it takes, not padded to a power of two as a block is; all but the last are whole."""
     number = tl.program_id(0).to(tl.int64)
     x += number * row_stride
     codes += number * size
@@ -429,7 +430,7 @@ def _quantize_row(
     amax = greater(_row_maximum(row), SMALLEST_AMAX)
     scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + number, scale)
-    # One branch for the row: within it, the compiler would saturate first and then select.
+    # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
     if amax <= fmt.plain_limit:
         _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, False)
     else:
