@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from functools import cache, cached_property
+from itertools import combinations, pairwise, product
 
 import torch
 
@@ -85,6 +85,28 @@ shr.b32 flip, sign, {shift};
 sub.s32 flip, sign, flip;
 xor.b32 number, number, flip;
 and.b32 $0, number, {code};
+}}
+"""
+
+#: Stored codes in the upper halves of four bytes ({halves}) from 8-bit ones ({word}). Bits of ``kept`` stand there
+#: already; each of the others is one ``function`` of three bits: that place's own and two lower ones. ``lop3`` computes
+#: any function of three words bit by bit, from its table; 0xe4 is that of "the third chooses between the first two".
+_UPPER_HALVES = """\
+shl.b32 near, {word}, {near};
+shl.b32 far, {word}, {far};
+lop3.b32 far, {word}, near, far, {function:#04x};
+lop3.b32 {halves}, {word}, far, {kept:#010x}, 0xe4;
+"""
+
+#: Registers of what is packed.
+_PARITIES = (("even", "$1"), ("odd", "$2"))
+
+#: The upper halves of four bytes with even codes and of four with odd ones, as bytes with two codes.
+_PACK_8BIT = """
+{{
+.reg .b32 near, far, even, odd;
+{even}{odd}shr.b32 even, even, 4;
+lop3.b32 $0, odd, even, 0xf0f0f0f0, 0xe4;
 }}
 """
 
@@ -170,6 +192,18 @@ class Grid:
             for name, field in (("bias", self.bias), ("sign", 2 ** (self.bits - 1)), ("code", 2**self.bits - 1))
         }
         return _SIGN_MAGNITUDE.format(shift=self.bits - 1, **{k: f"0x{v:08x}" for k, v in bytes_of.items()})
+
+    @cached_property
+    def pack_8bit(self) -> str:
+        """PTX: four bytes of two stored codes ($0) from the 8-bit codes of four even ($1) and four odd ($2) elements.
+
+        "" unless two share a byte, 0 is a level, and stored bits are nearly those of 8-bit codes, as in small floats.
+        """
+        found = _upper_halves(self.table) if self.table and self.codes_per_byte == 2 and self.has_zero else None
+        if found is None:
+            return ""
+        halves = {name: _UPPER_HALVES.format(word=word, halves=name, **found) for name, word in _PARITIES}
+        return _PACK_8BIT.format(**halves)
 
     def table_word(self, first: int, count: int) -> int:
         """``count`` (4 or 8) entries of :attr:`table` as one signed integer, the lowest first."""
@@ -307,6 +341,24 @@ def _table(fmt: Format, dtype: torch.dtype) -> tuple[int, ...]:
     """The byte of the 8-bit code of every stored code."""
     levels = torch.tensor(fmt.levels) * fmt.tensor_core_factor
     return tuple(levels.to(dtype).view(torch.uint8).tolist())
+
+
+def _upper_halves(table: tuple[int, ...]) -> dict[str, int] | None:
+    """Constants with which :data:`_UPPER_HALVES` turns every entry of a table into its index; ``None`` if none do."""
+    distances = combinations(range(1, 5), 2)  # a bit from farther away would be one of another byte
+    for (near, far), kept in product(distances, sorted(range(16), key=int.bit_count)):
+        function: dict[int, int] = {}
+        agree = True
+        for (code, byte), place in product(enumerate(table), range(4, 8)):
+            bit, own = code >> place - 4 & 1, byte >> place & 1
+            if not kept >> place - 4 & 1:
+                inputs = own << 2 | (byte >> place - near & 1) << 1 | byte >> place - far & 1
+                own = function.setdefault(inputs, bit)
+            agree &= own == bit
+        if agree:
+            lut = sum(bit << inputs for inputs, bit in function.items())
+            return {"near": near, "far": far, "function": lut, "kept": kept * 0x10101010}
+    return None
 
 
 def uniform_offset(fmt: Format) -> float | None:

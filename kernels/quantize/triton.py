@@ -75,7 +75,7 @@ __all__ = [
 Support = tuple[bool, str]
 
 #: Elements a thread holds: enough to share the cost of scales and reductions, few enough to leave registers for other
-#: programs of the processor.
+#: programs of the processor. A row in parts has up to twice as many.
 ELEMENTS_PER_THREAD = 64
 #: Bytes of elements a thread holds where a row is searched, which takes many reductions: one warp has 4096 16-bit
 #: elements, and needs no barriers.
@@ -94,6 +94,9 @@ MANTISSA = tl.constexpr(MANTISSA_BITS)
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
 SMALLEST_AMAX = tl.constexpr(AMAX_FLOOR)
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
+#: PTX: of a pair of numbers, not negative, and the magnitudes of another the greater ones; NaN if one is.
+_GREATER_PAIR = "{{.reg .b32 magnitude; abs.{0} magnitude, $2; max.NaN.{0} $0, $1, magnitude;}}"
+GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair in ("bf16x2", "f16x2"))
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -271,6 +274,25 @@ def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
+def pack_levels(level, fmt: tl.constexpr):
+    """Levels as bytes of stored codes, packed along axis 1, where :attr:`Grid.pack_8bit` has them from 8-bit codes.
+
+    Four bytes at once: a thread has as many. Levels are converted once more, even and odd ones apart, which costs less
+    than to part the bytes of 8-bit codes, and depends on no order in which a thread holds them.
+    """
+    even, odd = halves(level, 1)
+    even, odd = tensor_core_code(even, fmt), tensor_core_code(odd, fmt)
+    return tl.inline_asm_elementwise(
+        fmt.pack_8bit,
+        "=r,r,r",
+        [even.to(tl.uint8, bitcast=True), odd.to(tl.uint8, bitcast=True)],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
 def _sign_magnitude(codes, fmt: tl.constexpr):
     """Bytes of stored codes from bytes of ⌊y⌋ + bias: four at once where a thread has as many.
 
@@ -290,26 +312,94 @@ def _sign_magnitude(codes, fmt: tl.constexpr):
 
 
 @triton.jit
-def _loaded(x, fold, at, size):
-    """Float32 elements ``at`` of the row x, times ``fold``; 0 past the end."""
-    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+def _loaded(x, fold, at, inside):
+    """Elements ``at`` of the row x, or float32 products with those of ``fold``; 0 unless ``inside`` (``None``: all)."""
+    other: tl.constexpr = None if inside is None else 0.0
+    value = tl.load(x + at, mask=inside, other=other)
     if fold is not None:
-        value *= tl.load(fold + at, mask=at < size, other=0.0)
+        value = value.to(tl.float32) * tl.load(fold + at, mask=inside, other=other)
     return value
 
 
 @triton.jit
-def _write_row(
-    y, codes, stored, start, size, stored_size, fmt: tl.constexpr, block: tl.constexpr, ragged: tl.constexpr
+def _row_maximum(row):
+    """max |x|, float32, of a row in parts [n, RUN]; NaN if there is one."""
+    largest = tl.zeros(row[0].shape, row[0].dtype)
+    for i in tl.static_range(len(row)):
+        largest = _greater_magnitude(largest, row[i])
+    largest = _halved(_halved(_halved(largest)))  # what a thread has becomes one pair
+    return absolute_maximum(largest.to(tl.float32), None)
+
+
+@triton.jit
+def _greater_magnitude(largest, x):
+    """The greater of ``largest``, not negative, and |x|; NaN if one is. 16-bit elements are compared in pairs."""
+    if INTERPRETED or x.dtype == tl.float32:
+        largest = greater(largest.to(tl.float32), tl.abs(x.to(tl.float32))).to(x.dtype)
+    else:
+        ptx: tl.constexpr = GREATER_BF16 if x.dtype == tl.bfloat16 else GREATER_FP16
+        largest = tl.inline_asm_elementwise(ptx, "=r,r,r", [largest, x], dtype=x.dtype, is_pure=True, pack=2)
+    return largest
+
+
+@triton.jit
+def _halved(largest):
+    """[2n, m / 2] from [n, m]: the greater of first and second halves."""
+    first, second = halves(tl.reshape(largest, [2 * largest.shape[0], largest.shape[1] // 2]), 0)
+    return _greater_magnitude(first, second)
+
+
+@triton.jit
+def _write_part(
+    y,
+    codes,
+    stored,
+    start,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    ragged: tl.constexpr,
+    whole: tl.constexpr,
 ):
-    at = start + runs(block, RUN)
-    eight_bit, code = encoded(y, fmt)
-    tl.store(codes + at, eight_bit, mask=at < size)
+    """8-bit and packed codes of the ``part`` elements of a row from ``start`` on; ``whole``: the row has as many."""
+    at = start + runs(part, RUN)
+    inside = None if whole else at < size
+    from_levels: tl.constexpr = stored is not None and fmt.pack_8bit != "" and not INTERPRETED
+    if from_levels:
+        level, _ = nearest(y, fmt)
+        eight_bit = tensor_core_code(level, fmt)
+    else:
+        eight_bit, code = encoded(y, fmt)
+    tl.store(codes + at, eight_bit, mask=inside)
     if stored is not None:
-        if ragged:  # the last byte is filled with zeros
-            code = tl.where(at < size, code, fmt.blank)
-        at = start // fmt.codes_per_byte + runs(block // fmt.codes_per_byte, RUN // fmt.codes_per_byte)
-        tl.store(stored + at, pack_codes(code, fmt, 1), mask=at < stored_size)
+        # The last byte is filled with zeros.
+        if from_levels:
+            packed = pack_levels(tl.where(inside, level, 0.0) if ragged and not whole else level, fmt)
+        else:
+            packed = pack_codes(tl.where(inside, code, fmt.blank) if ragged and not whole else code, fmt, 1)
+        at = start // fmt.codes_per_byte + runs(part // fmt.codes_per_byte, RUN // fmt.codes_per_byte)
+        tl.store(stored + at, packed, mask=None if whole else at < stored_size)
+
+
+@triton.jit
+def _write_row(
+    row,
+    gamma,
+    codes,
+    stored,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    ragged: tl.constexpr,
+    saturate: tl.constexpr,
+):
+    for i in tl.static_range(len(row)):
+        y = row[i].to(tl.float32) * gamma
+        if saturate:
+            y = saturated(y, fmt)
+        _write_part(y, codes, stored, i * part, size, stored_size, fmt, part, ragged, i < len(row) - 1)
 
 
 @triton.jit
@@ -323,20 +413,28 @@ def _quantize_row(
     size,
     stored_size,
     fmt: tl.constexpr,
-    block: tl.constexpr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
     ragged: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    value = _loaded(x + row * row_stride, fold, runs(block, RUN), size)
-    amax = greater(absolute_maximum(value, None), SMALLEST_AMAX)
-    scale, gamma = scale_pair(amax, fmt)
-    tl.store(scales + row, scale)
-    y = value * gamma
-    if not (amax <= fmt.plain_limit):
-        y = saturated(y, fmt)
+    """One row, in as many parts as it takes, not padded to a power of two as a block is; all but the last are whole."""
+    number = tl.program_id(0).to(tl.int64)
+    x += number * row_stride
+    codes += number * size
     if stored is not None:
-        stored += row * stored_size
-    _write_row(y, codes + row * size, stored, 0, size, stored_size, fmt, block, ragged)
+        stored += number * stored_size
+    row = ()
+    for i in tl.static_range(parts):
+        at = i * part + runs(part, RUN)
+        row += (_loaded(x, fold, at, None if i < parts - 1 else at < size),)  # type: ignore[assignment]
+    amax = greater(_row_maximum(row), SMALLEST_AMAX)
+    scale, gamma = scale_pair(amax, fmt)
+    tl.store(scales + number, scale)
+    # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
+    if amax <= fmt.plain_limit:
+        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, False)
+    else:
+        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, True)
 
 
 @triton.jit
@@ -357,15 +455,17 @@ def _quantize_long_row(
     x += row * row_stride
     running = tl.zeros([block // RUN, RUN], tl.float32)
     for start in range(0, size, block):
-        running = greater(running, tl.abs(_loaded(x, fold, start + runs(block, RUN), size)))
+        at = start + runs(block, RUN)
+        running = greater(running, tl.abs(_loaded(x, fold, at, at < size).to(tl.float32)))
     amax = greater(absolute_maximum(running, None), SMALLEST_AMAX)
     scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     if stored is not None:
         stored += row * stored_size
     for start in range(0, size, block):
-        y = saturated(_loaded(x, fold, start + runs(block, RUN), size) * gamma, fmt)
-        _write_row(y, codes + row * size, stored, start, size, stored_size, fmt, block, ragged)
+        at = start + runs(block, RUN)
+        y = saturated(_loaded(x, fold, at, at < size).to(tl.float32) * gamma, fmt)
+        _write_part(y, codes + row * size, stored, start, size, stored_size, fmt, block, ragged, False)
 
 
 # --- transposed -----------------------------------------------------------------------------------------------------
@@ -395,9 +495,10 @@ def _write_transposed(
 def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
-    largest = tl.abs(_loaded(x, None, runs(block, RUN), size))
-    for start in range(block, size, block):
-        largest = greater(largest, tl.abs(_loaded(x, None, start + runs(block, RUN), size)))
+    largest = tl.zeros([block // RUN, RUN], tl.float32)
+    for start in range(0, size, block):
+        at = start + runs(block, RUN)
+        largest = greater(largest, tl.abs(_loaded(x, None, at, at < size).to(tl.float32)))
     scale, gamma = scale_pair(greater(absolute_maximum(largest, None), SMALLEST_AMAX), fmt)
     tl.store(scales + row, scale)
     tl.store(gammas + row, gamma)
@@ -470,7 +571,7 @@ def _quantize_rows_of_pair(
         y = value * gamma
         if not (amax <= fmt.plain_limit):
             y = saturated(y, fmt)
-        _write_row(y, codes + row * size, None, 0, size, 0, fmt, block, False)
+        _write_part(y, codes + row * size, None, 0, size, 0, fmt, block, False, False)
     tl.store(partials + first.to(tl.int64) * size + at, columns, mask=at < size)
 
 
@@ -752,9 +853,15 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     codes = x.new_empty((rows, size), dtype=tensor_core_dtype(q.format))
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     stored = x.new_empty((rows, q.packed_size(size) if packed else 0), dtype=torch.uint8)
-    block = row_block(size)
+    if size <= LONGEST_ROW:
+        kernel, per_program = _quantize_row, row_block(size + 1) // 2  # the largest power of two that is not larger
+    else:
+        kernel, per_program = _quantize_long_row, LONGEST_ROW
+    num_warps = warps(per_program, ELEMENTS_PER_THREAD)
+    part = RUN.value * WARP.value * num_warps
+    layout = {"part": part, "parts": triton.cdiv(size, part)} if size <= LONGEST_ROW else {"block": LONGEST_ROW}
     launch(
-        _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
+        kernel,
         rows,
         x,
         _flat(fold),
@@ -765,10 +872,9 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
         size,
         stored.shape[1],
         fmt=fmt,
-        block=block,
+        **layout,
         ragged=size % fmt.codes_per_byte != 0,
-        # The factors to fold take registers, too.
-        num_warps=warps(block, ELEMENTS_PER_THREAD if fold is None else ELEMENTS_PER_THREAD // 2),
+        num_warps=num_warps,
     )
     return codes, scales, stored
 

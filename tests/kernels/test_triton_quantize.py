@@ -4,15 +4,16 @@ Codes, scales and packed codes are compared with the references bit for bit. Fre
 an element that a kernel leaves out shows. The interpreter has to be chosen before Triton is imported: the tests named
 ``test_interpreted_…`` run in a process of their own, which :func:`test_numerics_under_the_interpreter` starts.
 
-What the interpreter cannot run, inline PTX, is one table look-up and one comparison; the look-up's PTX is interpreted
-here, the comparison is left to tests/gpu.
+What the interpreter cannot run is inline PTX: that of table look-ups and of packing is interpreted here; comparisons
+and one addition are left to tests/gpu.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -125,7 +126,7 @@ def test_ptx_of_the_look_up(name):
         word = int.from_bytes(bytes([byte, 255 - byte, 0x3C, byte ^ 0x5A]), "little")
         if fmt.bits == 3:  # such codes leave the highest bit of their four unused
             word &= 0x77777777
-        low, high = run_ptx(grid_of(name).pair_lookup, word)
+        low, high = run_ptx(grid_of(name).pair_lookup, ["$0", "$1"], {"$2": word})
         for place in range(4):
             code = word >> 8 * place & 255
             assert low >> 8 * place & 255 == table[code & 15]
@@ -134,28 +135,80 @@ def test_ptx_of_the_look_up(name):
             assert [low & 255, high & 255] == expected.view(torch.uint8)[byte].tolist()
 
 
-def run_ptx(text: str, word: int) -> tuple[int, int]:
-    """$0 and $1 of straight-line PTX with and, or, shr and prmt, from $2."""
-    registers = {"$2": word}
+@pytest.mark.parametrize("name", ["e2m1", "e3m0"])
+def test_ptx_of_packing_8bit_codes(name):
+    """Every pair of codes in every place: a wrong bit would change a level, one from a neighbour only some of them."""
+    grid = grid_of(name)
+    for first in range(0, 256, 4):
+        pairs = [first, first + 1, first ^ 0xA7, first + 3]  # two codes each, the even one in the low half
+        even, odd = (as_word(grid.table[pair >> shift & 15] for pair in pairs) for shift in (0, 4))
+        for turn in range(0, 32, 8):
+            words = {"$1": turned(even, turn), "$2": turned(odd, turn)}
+            assert run_ptx(grid.pack_8bit, ["$0"], words) == [turned(as_word(pairs), turn)], pairs
 
-    def value(operand: str) -> int:
-        return int(operand, 16) if operand.startswith("0x") else registers.get(operand) or int(operand or "0")
 
-    for line in re.findall(r"(\w+)\.b32 ([^;]*);", text):
-        name, operands = line[0], [operand.strip() for operand in line[1].split(",")]
-        if name == "reg":
-            registers |= dict.fromkeys(operands, 0)
-            continue
-        destination, *sources = operands
-        a, b, *c = (registers[s] if s in registers else value(s) for s in sources)
-        if name == "prmt":
-            eight = (a | b << 32).to_bytes(8, "little")
-            selectors = [c[0] >> 4 * i & 15 for i in range(4)]
-            assert all(selector < 8 for selector in selectors)  # the others replicate signs
-            registers[destination] = int.from_bytes(bytes(eight[s] for s in selectors), "little")
-        else:
-            registers[destination] = {"and": a & b, "or": a | b, "shr": a >> b}[name]
-    return registers["$0"], registers["$1"]
+def test_only_small_floats_are_packed_from_8bit_codes():
+    """Where no function of bits is found there has to be no PTX either, not one that is wrong for some codes."""
+    packed = {text.split()[0] for text in quantizers() if grid_of(text).pack_8bit}
+    assert packed == {"e2m1", "e3m0"}
+
+
+@pytest.mark.parametrize("name", ["int1", "int2", "int3", "int4", "int7"])
+def test_ptx_of_sign_and_magnitude(name):
+    """Every byte of ⌊y⌋ + bias, against ⌊y⌋ itself: index and sign of the half-integer above it."""
+    grid = grid_of(f"{name} row absmax up")
+    width = 8 // grid.codes_per_byte
+    codes = torch.arange(256)[:, None] >> torch.arange(0, 8, width) & 2**width - 1
+    floors = (codes - grid.bias).clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1)  # beyond, y was saturated
+    stored = torch.where(floors < 0, -floors - 1 + 2 ** (grid.bits - 1), floors)
+    places = 2 ** torch.arange(0, 8, width)
+    biased, packed = ((part * places).sum(1).tolist() for part in (floors + grid.bias, stored))
+    for i in range(256):
+        word, expected = (as_word((part[i], part[255 - i], part[0], part[i ^ 0x5A])) for part in (biased, packed))
+        assert run_ptx(grid.sign_magnitude, ["$0"], {"$1": word}) == [expected], i
+
+
+def as_word(four: Iterable[int]) -> int:
+    return int.from_bytes(bytes(four), "little")
+
+
+def turned(word: int, bits: int) -> int:
+    """A word of 32 bits rotated to the left."""
+    return (word << bits | word >> 32 - bits) & 2**32 - 1
+
+
+def run_ptx(text: str, results: list[str], inputs: dict[str, int]) -> list[int]:
+    """``results`` of straight-line PTX on 32-bit registers, from ``inputs``."""
+    registers = dict(inputs)
+    for name, operands in re.findall(r"(\w+)\.[bs]32 ([^;]*);", text):
+        destination, *sources = (operand.strip() for operand in operands.split(","))
+        if name != "reg":
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[destination] = PTX[name](*values) & 2**32 - 1
+    return [registers[result] for result in results]
+
+
+def _prmt(a: int, b: int, selectors: int) -> int:
+    eight = (a | b << 32).to_bytes(8, "little")
+    places = [selectors >> 4 * i & 15 for i in range(4)]
+    assert max(places) < 8  # the others replicate signs
+    return as_word(eight[place] for place in places)
+
+
+def _lop3(a: int, b: int, c: int, table: int) -> int:
+    return sum((table >> (a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) & 1) << i for i in range(32))
+
+
+PTX: dict[str, Callable[..., int]] = {
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "sub": operator.sub,
+    "shl": operator.lshift,
+    "shr": operator.rshift,
+    "prmt": _prmt,
+    "lop3": _lop3,
+}
 
 
 # --- numerics in the interpreter ------------------------------------------------------------------------------------
@@ -195,8 +248,8 @@ def test_interpreted_formats(text):
 @interpreted
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_interpreted_rows(dtype):
-    """Element types, tiny rows, strides, the fold, and rows that do not fit registers."""
-    for shape in ((1, 1), (3, 2), (5, 130), (2, 16401)):
+    """Element types, tiny rows, strides, the fold, rows in parts, and rows that do not fit registers."""
+    for shape in ((1, 1), (3, 2), (5, 130), (2, 1537), (2, 16401)):
         x, fold = torch.randn(shape).to(dtype), torch.rand(1, shape[1]) + 0.5
         for text in (E2M1, E4M3):
             assert_same(kernels.quantize_8bit(x, text, True, fold), reference.quantize_8bit(x, text, True, fold), shape)
@@ -426,12 +479,12 @@ def test_odd_shapes_compile(rows, size, dtype):
 @compiled
 def test_arithmetic_in_ptx():
     """Approximate divisions change scales in the last place, contraction changes codes, flushing loses small rows."""
-    (kernel,) = launches_of(all_calls(64, 256)["rows e2m1"])
+    (kernel,) = launches_of(all_calls(64, 512)["rows e2m1"])
     ptx = kernel.asm["ptx"]
     assert "div.rn.f32" in ptx
     assert "div.full" not in ptx
     assert ".ftz" not in ptx
-    # Two fused multiply-adds round an element; both products are exact.
-    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2 * 256 // 32
+    # Two fused multiply-adds round an element, of a row that is saturated or of one that is not; products are exact.
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2 * 2 * 512 // 32
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
     assert "ld.global.v4.b32" in ptx or "ld.global.v8.b32" in ptx
