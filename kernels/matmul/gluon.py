@@ -124,6 +124,14 @@ def _next(stage, phase, stages: gl.constexpr):
 
 
 @gluon.jit
+def _before(stage, stages: gl.constexpr):
+    """The stage before ``stage``: not a variable that follows it, which Triton takes for a constant of the loop where
+    both have the same value at first.
+    """
+    return gl.where(stage == 0, stages - 1, stage - 1)
+
+
+@gluon.jit
 def _load(
     block_m: gl.constexpr,
     block_n: gl.constexpr,
@@ -220,17 +228,15 @@ def _multiply(
             shift = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
 
         product = gl.zeros((part_m, block_n), gl.float32, whole_layout)
-        before = stage
         for depth in range(0, k, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             transposed = right.index(stage).permute((1, 0))
             product = warpgroup_mma(left.index(stage * CONSUMERS + part), transposed, product, is_async=True)
             product = warpgroup_mma_wait(1, deps=[product])
-            mbarrier.arrive(empty.index(before), pred=depth > 0)
-            before = stage
+            mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth > 0)
             stage, phase = _next(stage, phase, stages)
         product = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(empty.index(before))
+        mbarrier.arrive(empty.index(_before(stage, stages)))
 
         scales = columnwise.index(0)
         scales.store(by_column)

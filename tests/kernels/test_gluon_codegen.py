@@ -193,3 +193,19 @@ def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
             got = product(a.view(torch.uint8), b, one, one, shift)
             assert torch.equal(got, reference.mm_8bit(a, b, one, one, FP16, shift if bias else None))
     assert calls == [(INT8, INT8, *[FP32] * bias, FP16)] * 2
+
+
+@compiled
+def test_the_ring_gives_back_one_stage_after_the_other():
+    """The barrier that a product's end is announced at is chosen within the loop: were it the first one every time, the
+    loads would wait for the others forever.
+    """
+    code = build(gluon.CONFIGS[0], (E4M3, E4M3)).asm["ttgir"]
+    loops = re.findall(r"scf\.for %depth(?:(?!scf\.for).)*?ttng\.arrive_barrier (%\d+), 1, (?!%true)", code, re.DOTALL)
+    assert len(loops) == gluon.CONSUMERS.value
+    for loop in re.finditer(
+        r"scf\.for %depth((?:(?!scf\.for).)*?)ttng\.arrive_barrier (%\d+), 1, (?!%true)", code, re.DOTALL
+    ):
+        stage = re.search(rf"{loop[2]} = ttg\.memdesc_index %empty\S*\[(%\d+)\]", loop[1])
+        assert stage
+        assert f"{stage[1]} = arith.select" in loop[1]
