@@ -642,10 +642,14 @@ def _write_compensated_row(
         inner = clamped(value, lowest, highest)
         y = inner * gamma
         if saturate:
-            y = saturated(y, fmt)
-        level, _ = nearest(y, fmt)
-        level = tl.where(value == inner, level, level + (value - inner) * gamma)
-        eight_bit, _ = encoded(saturated(level, compensated), compensated)
+            level, _ = nearest(saturated(y, fmt), fmt)
+            level = tl.where(value == inner, level, level + (value - inner) * gamma)
+        else:
+            level, _ = nearest(y, fmt)
+            level += (inner - value) * -gamma  # −0 where nothing was clamped, which leaves zeros their sign
+        if saturate or INTERPRETED:  # no NaN otherwise, and conversions saturate
+            level = saturated(level, compensated)
+        eight_bit, _ = encoded(level, compensated)
         tl.store(codes + at, eight_bit.to(tl.uint8, bitcast=True), mask=at < size)
 
 
