@@ -665,15 +665,15 @@ def _quantize_compensated_row(
     fmt: tl.constexpr,
     compensated: tl.constexpr,
     group: tl.constexpr,
-    at_least: tl.constexpr,
-    at_most: tl.constexpr,
+    halvings: tl.constexpr,
+    pair: tl.constexpr,
     block: tl.constexpr,
     part: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = runs(block, RUN)
     element = tl.load(x + row * row_stride + at, mask=at < size, other=0.0)
-    lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, at_least, at_most)
+    lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, halvings, pair)
     if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
         amax = greater(greater(tl.abs(lowest), tl.abs(highest)), SMALLEST_AMAX)
     scale, gamma = scale_pair(amax, fmt)
@@ -987,7 +987,6 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         *clamped_counts(spec.outliers, size),
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
-        **search_constants(rows, spec.outliers.alpha),
-        num_warps=warps(row_block(size), SEARCHED_BYTES_PER_THREAD // x.element_size()),
+        **search_constants(rows, spec.outliers.alpha, SEARCHED_BYTES_PER_THREAD // x.element_size()),
     )
     return codes, scales
