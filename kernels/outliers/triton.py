@@ -75,7 +75,7 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
     pairs = block // (2 * 32 * num_warps)  # of a thread
     return {
         "group": group,
-        "halvings": max(1, min(group, pairs).bit_length() - 1),
+        "halvings": max(2, min(group, pairs).bit_length() - 1),
         "pair": pair_type(rows.dtype, rows.device),
         "block": block,
         "part": max(RUN.value, block // 4),
@@ -133,6 +133,19 @@ def _on_pairs(instruction: tl.constexpr, a, b):
 def _halves(pairs):
     """The first and the second half."""
     return tl.split(tl.trans(tl.reshape(pairs, [2, pairs.shape[0] // 2])))
+
+
+@triton.jit
+def _joined(first, second):
+    """Inverse of :func:`_halves`."""
+    return tl.reshape(tl.trans(tl.join(first, second)), [2 * first.shape[0]])
+
+
+@triton.jit
+def _ordered(pairs, pair: tl.constexpr):
+    """The larger and the smaller ones of the elements of both halves, NaN being the larger."""
+    first, second = _halves(pairs)
+    return _on_pairs("max.NaN." + pair, first, second), _on_pairs("min." + pair, first, second)
 
 
 @triton.jit
@@ -246,17 +259,17 @@ def row_bounds(
     dtype: tl.constexpr = x.dtype
     elements: tl.constexpr = x.shape[0] * RUN
     if pair != "":
-        # Elements stay packed: half the registers. NaN is the larger of two.
-        larger_of: tl.constexpr = "max.NaN." + pair
-        smaller_of: tl.constexpr = "min." + pair
-        first, second = _halves(_pairs(x))
-        larger, smaller = _on_pairs(larger_of, first, second), _on_pairs(smaller_of, first, second)
-        left: tl.constexpr = halvings - 1
+        # Elements stay packed, half the registers, and every four are sorted: three of them are seldom on one side.
+        larger, smaller = _ordered(_pairs(x), pair)
+        fourth, upper_middle = _ordered(larger, pair)
+        lower_middle, first = _ordered(smaller, pair)
+        third, second = _ordered(_joined(upper_middle, lower_middle), pair)
+        larger, smaller = _joined(fourth, third), _joined(second, first)
         grouped: tl.constexpr = [elements // group, group // 2**halvings]
-        maxima = tl.max(tl.reshape(_extreme_keys(larger, left, larger_of), grouped), 1)
-        minima = tl.min(tl.reshape(_extreme_keys(smaller, left, smaller_of), grouped), 1)
-        upper_reach = tl.max(_extreme_keys(smaller, left, larger_of))
-        lower_reach = ~tl.min(_extreme_keys(larger, left, smaller_of))
+        maxima = tl.max(tl.reshape(_extreme_keys(fourth, halvings - 2, "max.NaN." + pair), grouped), 1)
+        minima = tl.min(tl.reshape(_extreme_keys(first, halvings - 2, "min." + pair), grouped), 1)
+        upper_reach = tl.max(_extreme_keys(second, halvings - 2, "max.NaN." + pair))
+        lower_reach = ~tl.min(_extreme_keys(third, halvings - 2, "min." + pair))
     else:
         value = x.to(tl.float32)
         maxima = _key(maximum(tl.reshape(maximum(value, 1), [group // RUN, elements // group]), 0), dtype)
