@@ -49,6 +49,10 @@ __all__ = ["clamp_outliers", "clamped", "row_bounds", "search_constants", "suppo
 #: PTX types of two elements in a register.
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 
+#: Most registers of a thread that searches pairs: the compiler finds room for that many, and five warps a scheduler, but
+#: does not look for it.
+_PAIR_REGISTERS = 96
+
 
 @cache
 def pair_type(dtype: torch.dtype, device: torch.device) -> str:
@@ -73,13 +77,15 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
     num_warps = warps(block, per_thread)
     group = group_size(alpha, block)
     pairs = block // (2 * 32 * num_warps)  # of a thread
+    pair = pair_type(rows.dtype, rows.device)
     return {
         "group": group,
         "halvings": max(2, min(group, pairs).bit_length() - 1),
-        "pair": pair_type(rows.dtype, rows.device),
+        "pair": pair,
         "block": block,
         "part": max(RUN.value, block // 4),
         "num_warps": num_warps,
+        "maxnreg": _PAIR_REGISTERS if pair else None,
     }
 
 

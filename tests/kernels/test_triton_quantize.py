@@ -367,8 +367,8 @@ def launches_of(call: Callable[[], object]) -> list:
     """The kernels that ``call`` would launch on a Hopper card, compiled; its tensors are on the meta device."""
     found = []
 
-    def compile_instead(kernel, programs, *arguments, num_warps: int, **constants):
-        found.append(compile_for_hopper(kernel, arguments, constants, num_warps))
+    def compile_instead(kernel, programs, *arguments, num_warps: int, maxnreg: int | None = None, **constants):
+        found.append(compile_for_hopper(kernel, arguments, constants, num_warps, maxnreg))
 
     with (
         mock.patch.object(kernels, "launch", compile_instead),
@@ -379,7 +379,7 @@ def launches_of(call: Callable[[], object]) -> list:
     return found
 
 
-def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int):
+def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
     names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.int32: "*i32"}
@@ -396,7 +396,8 @@ def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int):
             aligned.append((i,))
     signature = {p.name: signature.get(p.name, "constexpr") for p in kernel.params}
     source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
-    return triton.compile(source, target=SM90, options={"num_warps": num_warps, "enable_fp_fusion": False})
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
+    return triton.compile(source, target=SM90, options=options)
 
 
 def spills(kernel, folder: Path) -> int:
