@@ -7,10 +7,12 @@ of x's dtype, so two neighbouring ones enclose the answer in the end.
 Bisection would take as many counts as a key has bits. But tails are regular: the logarithm of the count falls about
 linearly with the key, which is itself about a logarithm. The first pivot is the mean key of the largest elements of
 groups of ln 2 / (1 − α), whose median is the quantile, whatever the distribution; their spread says how steeply counts
-fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: four to
-eight counts on activations.
+fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: three
+or four counts for a bound of normally distributed rows, five to eight where outliers keep to channels.
 
-On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``).
+On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``), or takes the larger ones of two pairs.
+So every four elements are sorted first: three of them are hardly ever in the same tail, and while a pivot for the upper
+bound is above all that came first or second, or one for the lower bound below all others, half the row is not counted.
 """
 
 from __future__ import annotations
@@ -48,9 +50,8 @@ __all__ = ["clamp_outliers", "clamped", "row_bounds", "search_constants", "suppo
 
 #: PTX types of two elements in a register.
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
-
-#: Most registers of a thread that searches pairs: the compiler finds room for that many, and five warps a scheduler, but
-#: does not look for it.
+#: Most registers of a thread that loads and searches pairs. The compiler would take a few more, and leave room for four
+#: warps a scheduler instead of five.
 _PAIR_REGISTERS = 96
 
 
@@ -78,6 +79,7 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
     group = group_size(alpha, block)
     pairs = block // (2 * 32 * num_warps)  # of a thread
     pair = pair_type(rows.dtype, rows.device)
+    aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0
     return {
         "group": group,
         "halvings": max(2, min(group, pairs).bit_length() - 1),
@@ -85,7 +87,7 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
         "block": block,
         "part": max(RUN.value, block // 4),
         "num_warps": num_warps,
-        "maxnreg": _PAIR_REGISTERS if pair else None,
+        "maxnreg": _PAIR_REGISTERS if pair and aligned else None,
     }
 
 
@@ -245,17 +247,14 @@ def _element_of_rank(
     direction = rank * 0
     while end - first > 1:
         count = _count(near, pivot, dtype, comparison, pair) - tl.where(pivot <= 0, padding, 0)
-        if pair != "":
-            if pivot <= reach:
-                count += _count(far, pivot, dtype, comparison, pair)
+        if pair != "" and pivot <= reach:
+            count += _count(far, pivot, dtype, comparison, pair)
         first, end, pivot, slope, direction = _narrowed(first, end, pivot, slope, direction, count, rank)
     return first
 
 
 @triton.jit
-def row_bounds(
-    x, inside, padding, low, high, group: tl.constexpr, halvings: tl.constexpr, pair: tl.constexpr
-):
+def row_bounds(x, inside, padding, low, high, group: tl.constexpr, halvings: tl.constexpr, pair: tl.constexpr):
     """The elements of rank ``low`` from below and ``high`` from above, and the largest magnitude; float32 scalars.
 
     NaN is above all numbers, and each result may be NaN. A zero is −0 for the lower and +0 for the upper bound.
@@ -265,7 +264,7 @@ def row_bounds(
     dtype: tl.constexpr = x.dtype
     elements: tl.constexpr = x.shape[0] * RUN
     if pair != "":
-        # Elements stay packed, half the registers, and every four are sorted: three of them are seldom on one side.
+        # Elements stay packed: half the registers. Every four of them are sorted, from first to fourth.
         larger, smaller = _ordered(_pairs(x), pair)
         fourth, upper_middle = _ordered(larger, pair)
         lower_middle, first = _ordered(smaller, pair)

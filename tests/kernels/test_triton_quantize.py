@@ -4,8 +4,8 @@ Codes, scales and packed codes are compared with the references bit for bit. Fre
 an element that a kernel leaves out shows. The interpreter has to be chosen before Triton is imported: the tests named
 ``test_interpreted_…`` run in a process of their own, which :func:`test_numerics_under_the_interpreter` starts.
 
-What the interpreter cannot run, inline PTX, is one table look-up and what is done with two 16-bit elements at once; both
-are interpreted here.
+What the interpreter cannot run, inline PTX, is one table look-up and what is done with two 16-bit elements at once;
+both are interpreted here.
 """
 
 from __future__ import annotations
