@@ -7,10 +7,12 @@ of x's dtype, so two neighbouring ones enclose the answer in the end.
 Bisection would take as many counts as a key has bits. But tails are regular: the logarithm of the count falls about
 linearly with the key, which is itself about a logarithm. The first pivot is the mean key of the largest elements of
 groups of ln 2 / (1 − α), whose median is the quantile, whatever the distribution; their spread says how steeply counts
-fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: four to
-eight counts on activations.
+fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: three
+or four counts for a bound of normally distributed rows, five to eight where outliers keep to channels.
 
-On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``).
+On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``), or takes the larger ones of two pairs.
+So every four elements are sorted first: three of them are hardly ever in the same tail, and while a pivot for the upper
+bound is above all that came first or second, or one for the lower bound below all others, half the row is not counted.
 """
 
 from __future__ import annotations
@@ -48,15 +50,17 @@ __all__ = ["clamp_outliers", "clamped", "row_bounds", "search_constants", "suppo
 
 #: PTX types of two elements in a register.
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
+#: Most registers of a thread that loads and searches pairs. The compiler would take a few more, and leave room for four
+#: warps a scheduler instead of five.
+_PAIR_REGISTERS = 96
 
 
 @cache
-def comparisons(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """PTX that compares the two 16-bit elements of ``$1`` with those of ``$2``: ≥ and ≤. Empty: compare in float32."""
+def pair_type(dtype: torch.dtype, device: torch.device) -> str:
+    """PTX type of two elements of ``dtype`` on a device that compares them at once; empty: compare in float32."""
     if INTERPRETED or dtype not in _PAIRS or torch.cuda.get_device_capability(device) < (9, 0):
-        return "", ""
-    pair = _PAIRS[dtype]
-    return f"set.ge.u32.{pair} $0, $1, $2;", f"set.le.u32.{pair} $0, $1, $2;"
+        return ""
+    return _PAIRS[dtype]
 
 
 def group_size(alpha: float, block: int) -> int:
@@ -65,12 +69,26 @@ def group_size(alpha: float, block: int) -> int:
     return min(block, max(RUN.value, 2 ** round(math.log2(wanted))))
 
 
-def search_constants(rows: Tensor, alpha: float) -> dict[str, Any]:
-    """Compile-time arguments of a kernel that searches ``rows`` [R, K]; it writes in parts, a quarter of a row each."""
+def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, Any]:
+    """Compile-time arguments of a kernel that searches ``rows`` [R, K], whose threads hold ``per_thread`` elements.
+
+    It writes in parts, a quarter of a row each.
+    """
     block = row_block(rows.shape[-1])
-    at_least, at_most = comparisons(rows.dtype, rows.device)
-    part = max(RUN.value, block // 4)
-    return {"group": group_size(alpha, block), "at_least": at_least, "at_most": at_most, "block": block, "part": part}
+    num_warps = warps(block, per_thread)
+    group = group_size(alpha, block)
+    pairs = block // (2 * 32 * num_warps)  # of a thread
+    pair = pair_type(rows.dtype, rows.device)
+    aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0
+    return {
+        "group": group,
+        "halvings": max(2, min(group, pairs).bit_length() - 1),
+        "pair": pair,
+        "block": block,
+        "part": max(RUN.value, block // 4),
+        "num_warps": num_warps,
+        "maxnreg": _PAIR_REGISTERS if pair and aligned else None,
+    }
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -98,48 +116,54 @@ def _number(key, dtype: tl.constexpr):
     return bits.to(dtype, bitcast=True)
 
 
-# --- counting -------------------------------------------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _pairs(x):
-    """16-bit elements [n, 16] as int32 [n, 8]."""
-    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2]))
-    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    """16-bit elements [n, 16] as int32 [8n], in an order in which both halves of it are in the same threads.
 
-
-@triton.jit
-def _matches(pairs, bound, comparison: tl.constexpr):
-    """How many elements satisfy ``comparison`` with ``bound``.
-
-    It gives 0xffff in the place of each one that does. Added up as integers, with a of them in low halves and b in high
-    ones, that is 65536 (a − b) − a.
+    So are the halves of these and so on: of four pairs that are loaded at once, each is in another quarter.
     """
-    bounds = (bound.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-    masks = tl.inline_asm_elementwise(comparison, "=r,r,r", [pairs, bounds], dtype=tl.int32, is_pure=True, pack=1)
-    total = tl.sum(masks)
-    low = -total & 0xFFFF
-    return 2 * low - ((total + low) >> 16)
+    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [x.shape[0] * 2, 4, 2]))
+    pairs = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    return tl.reshape(tl.trans(pairs), [x.shape[0] * RUN // 2])
 
 
 @triton.jit
-def _count_at_least(data, bound, comparison: tl.constexpr):
-    """How many elements of float32 data, or of pairs, are ≥ ``bound``; no NaN is."""
-    if comparison != "":
-        count = _matches(data, bound, comparison)
-    else:
-        count = tl.sum((data >= bound.to(tl.float32)).to(tl.int32))
-    return count
+def _on_pairs(instruction: tl.constexpr, a, b):
+    return tl.inline_asm_elementwise(
+        instruction + " $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _count_at_most(data, bound, comparison: tl.constexpr):
-    """The same for ≤."""
-    if comparison != "":
-        count = _matches(data, bound, comparison)
-    else:
-        count = tl.sum((data <= bound.to(tl.float32)).to(tl.int32))
-    return count
+def _halves(pairs):
+    """The first and the second half."""
+    return tl.split(tl.trans(tl.reshape(pairs, [2, pairs.shape[0] // 2])))
+
+
+@triton.jit
+def _joined(first, second):
+    """Inverse of :func:`_halves`."""
+    return tl.reshape(tl.trans(tl.join(first, second)), [2 * first.shape[0]])
+
+
+@triton.jit
+def _ordered(pairs, pair: tl.constexpr):
+    """The larger and the smaller ones of the elements of both halves, NaN being the larger."""
+    first, second = _halves(pairs)
+    return _on_pairs("max.NaN." + pair, first, second), _on_pairs("min." + pair, first, second)
+
+
+@triton.jit
+def _extreme_keys(pairs, halvings: tl.constexpr, instruction: tl.constexpr):
+    """Keys of the largest (or smallest, by ``instruction``) of every 2^halvings elements."""
+    for _ in tl.static_range(halvings):
+        first, second = _halves(pairs)
+        pairs = _on_pairs(instruction, first, second)
+    bits = tl.reshape(tl.join((pairs << 16) >> 16, pairs >> 16), [2 * pairs.shape[0]])
+    return bits ^ ((bits >> 31) & 0x7FFF)
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
@@ -178,41 +202,98 @@ def _narrowed(first, end, pivot, slope, direction, count, rank):
 
 
 @triton.jit
-def row_bounds(x, inside, padding, low, high, group: tl.constexpr, at_least: tl.constexpr, at_most: tl.constexpr):
+def _count(data, pivot, dtype: tl.constexpr, comparison: tl.constexpr, pair: tl.constexpr):
+    """How many elements of float32 data, or of pairs, reach the pivot; no NaN does.
+
+    A comparison of pairs gives 0xffff in the place of each element that does. Added up as integers, with a of them in
+    low halves and b in high ones, that is 65536 (a − b) − a.
+    """
+    mirrored: tl.constexpr = comparison == "le"
+    bound = _number(~pivot if mirrored else pivot, dtype)
+    if pair != "":
+        bounds = (bound.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+        total = tl.sum(_on_pairs("set." + comparison + ".u32." + pair, data, bounds))
+        low = -total & 0xFFFF
+        count = 2 * low - ((total + low) >> 16)
+    elif mirrored:
+        count = tl.sum((data <= bound.to(tl.float32)).to(tl.int32))
+    else:
+        count = tl.sum((data >= bound.to(tl.float32)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def _element_of_rank(
+    near,
+    far,
+    reach,
+    keys,
+    first,
+    end,
+    padding,
+    rank,
+    dtype: tl.constexpr,
+    comparison: tl.constexpr,
+    pair: tl.constexpr,
+):
+    """Key of the element of this rank from above, the greatest of the keys of elements equal to it.
+
+    It is between ``first`` and ``end``, inclusive; ``keys`` are those of the largest elements of groups. Elements that
+    are ``far`` have keys up to ``reach``, and most pivots are above it. With ``comparison`` "le" it is the element of
+    this rank from below, and all keys are those of the numbers' opposites.
+    """
+    end = tl.where(end == -1, 1, end + 1)  # −0 and +0 are equal
+    pivot, slope = _first_pivot(keys, first, end)
+    direction = rank * 0
+    while end - first > 1:
+        count = _count(near, pivot, dtype, comparison, pair) - tl.where(pivot <= 0, padding, 0)
+        if pair != "" and pivot <= reach:
+            count += _count(far, pivot, dtype, comparison, pair)
+        first, end, pivot, slope, direction = _narrowed(first, end, pivot, slope, direction, count, rank)
+    return first
+
+
+@triton.jit
+def row_bounds(x, inside, padding, low, high, group: tl.constexpr, halvings: tl.constexpr, pair: tl.constexpr):
     """The elements of rank ``low`` from below and ``high`` from above, and the largest magnitude; float32 scalars.
 
     NaN is above all numbers, and each result may be NaN. A zero is −0 for the lower and +0 for the upper bound.
     x [n, 16] of a float dtype of up to 32 bits; ``inside``: which elements are the row's; ``padding``: how many are
-    not, and are 0. ``group`` is :func:`group_size`, ``at_least`` and ``at_most`` are :func:`comparisons`.
+    not, and are 0. The rest are :func:`search_constants`.
     """
     dtype: tl.constexpr = x.dtype
-    value = x.to(tl.float32)
-    maxima = maximum(tl.reshape(maximum(value, 1), [group // RUN, x.shape[0] * RUN // group]), 0)
-    minima = tl.min(tl.reshape(tl.min(value, 1), [group // RUN, x.shape[0] * RUN // group]), 0)
-    top, bottom = maximum(maxima, 0), tl.min(minima, 0)
+    elements: tl.constexpr = x.shape[0] * RUN
+    if pair != "":
+        # Elements stay packed: half the registers. Every four of them are sorted, from first to fourth.
+        larger, smaller = _ordered(_pairs(x), pair)
+        fourth, upper_middle = _ordered(larger, pair)
+        lower_middle, first = _ordered(smaller, pair)
+        third, second = _ordered(_joined(upper_middle, lower_middle), pair)
+        larger, smaller = _joined(fourth, third), _joined(second, first)
+        grouped: tl.constexpr = [elements // group, group // 2**halvings]
+        maxima = tl.max(tl.reshape(_extreme_keys(fourth, halvings - 2, "max.NaN." + pair), grouped), 1)
+        minima = tl.min(tl.reshape(_extreme_keys(first, halvings - 2, "min." + pair), grouped), 1)
+        upper_reach = tl.max(_extreme_keys(second, halvings - 2, "max.NaN." + pair))
+        lower_reach = ~tl.min(_extreme_keys(third, halvings - 2, "min." + pair))
+    else:
+        value = x.to(tl.float32)
+        maxima = _key(maximum(tl.reshape(maximum(value, 1), [group // RUN, elements // group]), 0), dtype)
+        minima = _key(tl.min(tl.reshape(tl.min(value, 1), [group // RUN, elements // group]), 0), dtype)
+        larger, smaller = value, value
+        upper_reach, lower_reach = low, low
+    end, first = tl.max(maxima), tl.min(minima)
+    top, bottom = _number(end, dtype).to(tl.float32), _number(first, dtype).to(tl.float32)
     largest = greater(tl.abs(top), tl.abs(bottom))
-    # From here on 16-bit elements stay packed where they can be compared so: half the registers.
-    data = _pairs(x) if at_least != "" else value
     nans = low * 0
     if top != top:
-        top = tl.full([], float("inf"), tl.float32)
-        nans = x.shape[0] * RUN - _count_at_least(data, (-top).to(dtype), at_least)
+        end = _key(tl.full([], float("inf"), tl.float32), dtype)
+        nans = elements - _count(larger, ~end, dtype, "ge", pair)
+        if pair != "":
+            nans -= _count(smaller, ~end, dtype, "ge", pair)
     # The lower bound is minus the upper one of −x, and ~key is the key of the number's opposite.
     above, below = high - nans, low
-    upper, upper_end = _key(bottom, dtype), _key(top, dtype) + 1
-    lower, lower_end = ~_key(top, dtype), ~_key(bottom, dtype) + 1
-    upper_pivot, upper_slope = _first_pivot(_key(maxima, dtype), upper, upper_end)
-    lower_pivot, lower_slope = _first_pivot(~_key(minima, dtype), lower, lower_end)
-    upper_direction, lower_direction = nans * 0, nans * 0
-    while (upper_end - upper > 1) | (lower_end - lower > 1):
-        reaching = _count_at_least(data, _number(upper_pivot, dtype), at_least) - tl.where(upper_pivot <= 0, padding, 0)
-        staying = _count_at_most(data, _number(~lower_pivot, dtype), at_most) - tl.where(lower_pivot <= 0, padding, 0)
-        upper, upper_end, upper_pivot, upper_slope, upper_direction = _narrowed(
-            upper, upper_end, upper_pivot, upper_slope, upper_direction, reaching, above
-        )
-        lower, lower_end, lower_pivot, lower_slope, lower_direction = _narrowed(
-            lower, lower_end, lower_pivot, lower_slope, lower_direction, staying, below
-        )
+    upper = _element_of_rank(larger, smaller, upper_reach, maxima, first, end, padding, above, dtype, "ge", pair)
+    lower = _element_of_rank(smaller, larger, lower_reach, ~minima, ~end, ~first, padding, below, dtype, "le", pair)
     highest, lowest = _number(upper, dtype).to(tl.float32), _number(~lower, dtype).to(tl.float32)
     if dtype == tl.float32:
         highest = tl.min(tl.where(inside & (value >= highest), value, float("inf")))
@@ -220,7 +301,7 @@ def row_bounds(x, inside, padding, low, high, group: tl.constexpr, at_least: tl.
         highest, lowest = tl.where(highest == 0.0, 0.0, highest), tl.where(lowest == 0.0, -0.0, lowest)
     if nans > 0:
         highest = tl.where(above < 0, float("nan"), highest)
-        lowest = tl.where(nans + below + padding >= x.shape[0] * RUN, float("nan"), lowest)
+        lowest = tl.where(nans + below + padding >= elements, float("nan"), lowest)
     return lowest, highest, largest
 
 
@@ -275,8 +356,8 @@ def _clamp_row(
     low,
     high,
     group: tl.constexpr,
-    at_least: tl.constexpr,
-    at_most: tl.constexpr,
+    halvings: tl.constexpr,
+    pair: tl.constexpr,
     block: tl.constexpr,
     part: tl.constexpr,
 ):
@@ -287,7 +368,7 @@ def _clamp_row(
     positions += row * (low + high)
     whole = runs(block, RUN)
     row_elements = tl.load(x + whole, mask=whole < size, other=0.0)
-    lowest, highest, _ = row_bounds(row_elements, whole < size, block - size, low, high, group, at_least, at_most)
+    lowest, highest, _ = row_bounds(row_elements, whole < size, block - size, low, high, group, halvings, pair)
     first, last, row_order = _order(lowest), _order(highest), _order(row_elements.to(tl.float32))
     below = tl.sum(((whole < size) & (row_order < first)).to(tl.int32))
     above = tl.sum(((whole < size) & (row_order > last)).to(tl.int32))
@@ -341,8 +422,7 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
         size,
         low,
         high,
-        **search_constants(rows, spec.alpha),
-        num_warps=warps(row_block(size), 32),
+        **search_constants(rows, spec.alpha, 32),
     )
     if clipped is not moved:
         moved.copy_(clipped)

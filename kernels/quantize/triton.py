@@ -743,10 +743,14 @@ def _write_compensated_row(
         inner = clamped(value, lowest, highest)
         y = inner * gamma
         if saturate:
-            y = saturated(y, fmt)
-        level, _ = nearest(y, fmt)
-        level = tl.where(value == inner, level, level + (value - inner) * gamma)
-        eight_bit, _ = encoded(saturated(level, compensated), compensated)
+            level, _ = nearest(saturated(y, fmt), fmt)
+            level = tl.where(value == inner, level, level + (value - inner) * gamma)
+        else:
+            level, _ = nearest(y, fmt)
+            level += (inner - value) * -gamma  # −0 where nothing was clamped, which leaves zeros their sign
+        if saturate or INTERPRETED:  # no NaN otherwise, and conversions saturate
+            level = saturated(level, compensated)
+        eight_bit, _ = encoded(level, compensated)
         tl.store(codes + at, eight_bit.to(tl.uint8, bitcast=True), mask=at < size)
 
 
@@ -762,15 +766,15 @@ def _quantize_compensated_row(
     fmt: tl.constexpr,
     compensated: tl.constexpr,
     group: tl.constexpr,
-    at_least: tl.constexpr,
-    at_most: tl.constexpr,
+    halvings: tl.constexpr,
+    pair: tl.constexpr,
     block: tl.constexpr,
     part: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = runs(block, RUN)
     element = tl.load(x + row * row_stride + at, mask=at < size, other=0.0)
-    lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, at_least, at_most)
+    lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, halvings, pair)
     if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
         amax = greater(greater(tl.abs(lowest), tl.abs(highest)), SMALLEST_AMAX)
     scale, gamma = scale_pair(amax, fmt)
@@ -1089,7 +1093,6 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         *clamped_counts(spec.outliers, size),
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
-        **search_constants(rows, spec.outliers.alpha),
-        num_warps=warps(row_block(size), SEARCHED_BYTES_PER_THREAD // x.element_size()),
+        **search_constants(rows, spec.outliers.alpha, SEARCHED_BYTES_PER_THREAD // x.element_size()),
     )
     return codes, scales

@@ -4,8 +4,8 @@ Codes, scales and packed codes are compared with the references bit for bit. Fre
 an element that a kernel leaves out shows. The interpreter has to be chosen before Triton is imported: the tests named
 ``test_interpreted_…`` run in a process of their own, which :func:`test_numerics_under_the_interpreter` starts.
 
-What the interpreter cannot run is inline PTX: that of table look-ups and of packing is interpreted here; comparisons
-and one addition are left to tests/gpu.
+What the interpreter cannot run is inline PTX: that of table look-ups, of packing and of the search among pairs is
+interpreted here; the maxima of rows and one addition are left to tests/gpu.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.interpreter import TensorHandle  # noqa: E402
 
 from qcompile.ir.formats import FORMATS, Format  # noqa: E402
 from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
@@ -354,6 +357,34 @@ def test_interpreted_compensated(dtype):
     assert_same(kernels.quantize_compensated(x, operand, 1), reference.quantize_compensated(x, operand, 1))
 
 
+def on_pairs(instruction: str, constraints: str, words: list, dtype, is_pure: bool, pack: int):
+    """What PTX does with two 16-bit floats in a register, for the interpreter."""
+    name, pair = instruction.split()[0].rsplit(".", 1)
+    element = {"bf16x2": BF16, "f16x2": FP16}[pair]
+    arrays = np.broadcast_arrays(*(word.handle.data for word in words))
+    a, b = (torch.from_numpy(np.ascontiguousarray(array)).view(element) for array in arrays)
+    if name in ("set.ge.u32", "set.le.u32"):
+        result = -(a >= b if "ge" in name else a <= b).to(torch.int16)
+    else:
+        chosen = {"max.NaN": torch.maximum, "min": torch.fmin}[name](a, b)
+        result = torch.where(chosen.isnan(), 0x7FFF, chosen.view(torch.int16))  # the canonical NaN
+    words = result.view(torch.int32).numpy().reshape(arrays[0].shape)
+    return tl.core.tensor(TensorHandle(words, tl.int32), tl.block_type(tl.int32, list(words.shape)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_interpreted_pairs(dtype, monkeypatch):
+    """The search as a Hopper GPU makes it, two elements an instruction: every element counts once, wherever it is."""
+    monkeypatch.setattr(tl, "inline_asm_elementwise", on_pairs)
+    monkeypatch.setattr(outliers, "pair_type", lambda dtype, device: {BF16: "bf16x2", FP16: "f16x2"}[dtype])
+    for size, alpha in ((1, 0.9), (37, 0.6), (600, 0.99), (4000, 0.999)):
+        operand = f"e2m1; ste; occ(alpha={alpha},residual=e4m3)"
+        x = rows_with_outliers(size, dtype)
+        assert_same(kernels.quantize_compensated(x, operand, -1), reference.quantize_compensated(x, operand, -1), size)
+    assert_clamps(rows_with_outliers(300, dtype)[:10], "occ(alpha=0.9)", -1)
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_interpreted_clamp(dtype):
@@ -389,8 +420,8 @@ def launches_of(call: Callable[[], object]) -> list:
     """The kernels that ``call`` would launch on a Hopper card, compiled; its tensors are on the meta device."""
     found = []
 
-    def compile_instead(kernel, programs, *arguments, num_warps: int, **constants):
-        found.append(compile_for_hopper(kernel, arguments, constants, num_warps))
+    def compile_instead(kernel, programs, *arguments, num_warps: int, maxnreg: int | None = None, **constants):
+        found.append(compile_for_hopper(kernel, arguments, constants, num_warps, maxnreg))
 
     with (
         mock.patch.object(kernels, "launch", compile_instead),
@@ -401,7 +432,7 @@ def launches_of(call: Callable[[], object]) -> list:
     return found
 
 
-def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int):
+def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
     names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.int32: "*i32"}
@@ -418,7 +449,8 @@ def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int):
             aligned.append((i,))
     signature = {p.name: signature.get(p.name, "constexpr") for p in kernel.params}
     source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
-    return triton.compile(source, target=SM90, options={"num_warps": num_warps, "enable_fp_fusion": False})
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
+    return triton.compile(source, target=SM90, options=options)
 
 
 def spills(kernel, folder: Path) -> int:
