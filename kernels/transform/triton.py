@@ -82,6 +82,7 @@ __all__ = [
     "quantize_8bit_masked",
     "quantize_8bit_transposed",
     "rotated",
+    "rotates_by_product",
     "supports_estimator_mask",
     "supports_hadamard",
     "supports_quantize",
@@ -611,7 +612,7 @@ def _shape(size: int, rotation: int, block: int) -> dict[str, int]:
     return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, LARGEST_SPAN)}
 
 
-def _rotates_by_product(x: Tensor, q: Quantizer, transform: Transform) -> bool:
+def rotates_by_product(x: Tensor, q: Quantizer, transform: Transform) -> bool:
     """Whether tensor cores rotate rows x ``[R, K]``.
 
     Scales must not depend on what they compute, nor what sparsity keeps, which sums decide that are often equal.
@@ -657,7 +658,7 @@ def _by_rows(
         mask.shape[1],
     )
     constants = {"fmt": fmt, "passes": passing(str(estimator), q.format) if masked else None}
-    if _rotates_by_product(x, q, transform):
+    if rotates_by_product(x, q, transform):
         num_warps = warps(row_block(size + 1) // 2, PRODUCT_SPAN)
         part = PRODUCT_PART * num_warps
         launch(

@@ -66,7 +66,7 @@ def assert_same(actual, expected, what: object = "") -> None:
 def assert_quantizes(x: torch.Tensor, operand: str, packed: bool = True) -> None:
     actual = kernels.quantize_8bit_masked(x, operand, packed)
     spec = Operand.parse(operand)
-    if kernels._rotates_by_product(x, spec.stored, spec.transform):
+    if kernels.rotates_by_product(x, spec.stored, spec.transform):
         assert packed
         return assert_rotated_by_product(actual, x, operand)
     assert_same(actual, quantize_reference.quantize_8bit_masked(x, operand, packed), (operand, tuple(x.shape), x.dtype))
@@ -94,7 +94,7 @@ def test_products(bits, block, dtype):
     few, many = (1024, 4096, 5120, 16384), (1024, 2048, 8192, 14336)
     for rows, size in (*((37, size) for size in few), *((2001, size) for size in many)):
         x = rows_to_rotate(rows, size + 8, dtype)[:, :size]
-        assert kernels._rotates_by_product(x, spec.stored, spec.transform)
+        assert kernels.rotates_by_product(x, spec.stored, spec.transform)
         codes, scales, stored, mask = whole = kernels.quantize_8bit_masked(x, operand, True)
         assert_rotated_by_product(whole, x, operand)
         text, transform = str(spec.stored), str(spec.transform)

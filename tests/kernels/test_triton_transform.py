@@ -243,7 +243,7 @@ def test_interpreted_products(monkeypatch, size, bits):
     """Rotation by products: parts of rows that are whole and that are not, lines and columns in orders that are undone,
     what is left to butterflies. In what the interpreter adds up nothing is cut off.
     """
-    monkeypatch.setattr(kernels, "_rotates_by_product", lambda *_: True)
+    monkeypatch.setattr(kernels, "rotates_by_product", lambda *_: True)
     operand = EIGHT_BIT[bits]
     x = rows_to_rotate(9 if bits == 4 else 3, size, BF16)
     assert_rotated_by_product(kernels.quantize_8bit_masked(x, operand, True), x, operand)
