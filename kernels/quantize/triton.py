@@ -495,10 +495,10 @@ def _write_transposed(
 def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
-    largest = tl.zeros([block // RUN, RUN], tl.float32)
-    for start in range(0, size, block):
-        at = start + runs(block, RUN)
-        largest = greater(largest, tl.abs(_loaded(x, None, at, at < size).to(tl.float32)))
+    at = runs(block, RUN)
+    largest = tl.abs(_loaded(x, None, at, at < size).to(tl.float32))
+    for start in range(block, size, block):
+        largest = greater(largest, tl.abs(_loaded(x, None, start + at, start + at < size).to(tl.float32)))
     scale, gamma = scale_pair(greater(absolute_maximum(largest, None), SMALLEST_AMAX), fmt)
     tl.store(scales + row, scale)
     tl.store(gammas + row, gamma)

@@ -65,6 +65,7 @@ from qcompile.kernels.triton import (
     as_rows,
     greater,
     launch,
+    processors,
     row_block,
     runs,
     supports_dtypes,
@@ -102,6 +103,8 @@ PRODUCT_ROTATIONS, PRODUCT_SIZE = (32, 64, 128), tl.constexpr(32)
 PARITIES = tl.constexpr(sum((i.bit_count() & 1) << i for i in range(32)))
 #: Elements that a warp rotates at once, and most that a thread holds of a row.
 PRODUCT_PART, PRODUCT_SPAN = 1024, 128
+#: Warps of a processor, as far as their registers allow, each of which rotates row after row; and rows on their way.
+PRODUCT_WARPS, PRODUCT_STAGES = 12, 2
 
 #: PTX: the highest bits of $1 … $8, that of $1 highest.
 _SHIFT_IN = tl.constexpr(
@@ -459,13 +462,14 @@ def _quantize_long_row(
 
 
 @triton.jit
-def _quantize_row_by_product(
+def _quantize_rows_by_product(
     x,
     codes,
     scales,
     stored,
     mask,
     row_stride,
+    rows,
     size,
     stored_size,
     mask_size,
@@ -475,47 +479,42 @@ def _quantize_row_by_product(
     part: tl.constexpr,
     parts: tl.constexpr,
     whole: tl.constexpr,
+    stages: tl.constexpr,
 ):
-    """One row in parts, all of them ``whole`` or all but the last."""
-    number = tl.program_id(0).to(tl.int64)
-    x += number * row_stride
-    row = ()
-    squares = tl.zeros([PRODUCT_SIZE // 4, part // PRODUCT_SIZE], tl.float64)
-    for i in tl.static_range(parts):
-        at = i * part + _lines(part, rotation)
-        inside = None if whole or i < parts - 1 else at < size
-        lines = tl.load(x + at, mask=inside, other=None if inside is None else 0.0)
-        squares += _squares(tl.permute(lines, (1, 0)))
-        row += (lines,)  # type: ignore[assignment]
-    scale, gamma = rms_scale_pair(tl.sum(squares), size, fmt)
-    if scales is not None:
-        tl.store(scales + number, scale)
-    if codes is not None:
-        codes += number * size
-    if stored is not None:
-        stored += number * stored_size
-    if mask is not None:
-        mask += number * mask_size
+    """Every ``num_programs(0)``-th row, in parts, all of them ``whole`` or all but the last."""
     matrix = _hadamard_matrix(x.dtype.element_ty).to(tl.float32 if INTERPRETED else x.dtype.element_ty)
-    gamma *= rotation**-0.5
-    for i in tl.static_range(parts):
-        # Where all elements are there, none has to be compared.
-        _write_part(
-            _rotated_lines(row[i], matrix, rotation),
-            gamma,
-            codes,
-            stored,
-            mask,
-            i * part,
-            (i + 1) * part if whole or i < parts - 1 else size,
-            (i + 1) * part // fmt.codes_per_byte if whole or i < parts - 1 else stored_size,
-            (i + 1) * part // 8 if whole or i < parts - 1 else mask_size,
-            fmt,
-            passes,
-            0,
-            part,
-            False,
-        )
+    for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
+        place = tl.cast(number, tl.int64)
+        row = ()
+        for i in tl.static_range(parts):
+            at = i * part + _lines(part, rotation)
+            inside = None if whole or i < parts - 1 else at < size
+            other = None if inside is None else 0.0
+            row += (tl.load(x + place * row_stride + at, mask=inside, other=other),)  # type: ignore[assignment]
+        squares = tl.zeros([PRODUCT_SIZE // 4, part // PRODUCT_SIZE], tl.float64)
+        for i in tl.static_range(parts):
+            squares += _squares(tl.permute(row[i], (1, 0)))
+        scale, gamma = rms_scale_pair(tl.sum(squares), size, fmt)
+        if scales is not None:
+            tl.store(scales + place, scale)
+        for i in tl.static_range(parts):
+            # Where all elements are there, none has to be compared.
+            _write_part(
+                _rotated_lines(row[i], matrix, rotation),
+                gamma * rotation**-0.5,
+                None if codes is None else codes + place * size,
+                None if stored is None else stored + place * stored_size,
+                None if mask is None else mask + place * mask_size,
+                i * part,
+                (i + 1) * part if whole or i < parts - 1 else size,
+                (i + 1) * part // fmt.codes_per_byte if whole or i < parts - 1 else stored_size,
+                (i + 1) * part // 8 if whole or i < parts - 1 else mask_size,
+                fmt,
+                passes,
+                0,
+                part,
+                False,
+            )
 
 
 # --- hadamard -------------------------------------------------------------------------------------------------------
@@ -653,23 +652,24 @@ def _by_rows(
         packed if stored else None,
         mask if masked else None,
         x.stride(0),
-        size,
-        packed.shape[1],
-        mask.shape[1],
     )
+    sizes = size, packed.shape[1], mask.shape[1]
     constants = {"fmt": fmt, "passes": passing(str(estimator), q.format) if masked else None}
     if rotates_by_product(x, q, transform):
         num_warps = warps(row_block(size + 1) // 2, PRODUCT_SPAN)
         part = PRODUCT_PART * num_warps
         launch(
-            _quantize_row_by_product,
-            rows,
+            _quantize_rows_by_product,
+            min(rows, PRODUCT_WARPS // num_warps * processors(x.device)),
             *arguments,
+            rows,
+            *sizes,
             **constants,
             rotation=transform.rotation,
             part=part,
             parts=triton.cdiv(size, part),
             whole=size % part == 0,
+            stages=PRODUCT_STAGES,
             num_warps=num_warps,
         )
     else:
@@ -678,6 +678,7 @@ def _by_rows(
             _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
             rows,
             *arguments,
+            *sizes,
             **constants,
             unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
             whole=size == block,
