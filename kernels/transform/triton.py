@@ -102,7 +102,7 @@ PRODUCT_ROTATIONS, PRODUCT_SIZE = (32, 64, 128), tl.constexpr(32)
 #: Bit i is set where i has an odd number of bits.
 PARITIES = tl.constexpr(sum((i.bit_count() & 1) << i for i in range(32)))
 #: Elements that a warp rotates at once, and most that a thread holds of a row.
-PRODUCT_PART, PRODUCT_SPAN = 1024, 128
+PRODUCT_PART, PRODUCT_SPAN = 1024, 64
 #: Warps of a processor, as far as their registers allow, each of which rotates row after row; and rows on their way.
 PRODUCT_WARPS, PRODUCT_STAGES = 12, 2
 
@@ -177,35 +177,22 @@ def _hadamard_matrix(dtype: tl.constexpr):
 
 
 @triton.jit
-def _lines(part: tl.constexpr, block: tl.constexpr):
-    """Where the ``part`` elements are that :func:`_rotated_lines` takes as [part / n, n], n = ``PRODUCT_SIZE``.
+def _rotated_lines(x, matrix, block: tl.constexpr):
+    """Float32 columns of ``block`` neighbours of 16-bit elements [n, 32], rotated but *not* divided by block^½.
 
-    Of an element's index in its block, the two highest and the three lowest bits say where in a line it is. Those in
-    between and the block say which line. A thread has lines 8 apart of a product, and as far apart as all its warps
-    reach: to these go the bits in between, so that one thread has all results of a block that it has to add.
+    A product of lines of ``PRODUCT_SIZE`` elements with a matrix of that size takes five of log2(block) steps. Of an
+    element's index in its block, the two highest and the three lowest bits say where in its line it is, those in
+    between which line. A thread of a tensor core has lines 8 apart of a result, and as far apart as all warps reach:
+    to these go the bits in between, so that what they have to be added up with is in the same thread. Of eight columns
+    it has two, hence a quarter of each line: the matrix orders them so that the quarters of all its lines are
+    neighbours, and next to nothing moves between threads to be packed and written.
     """
-    near: tl.constexpr = min(block // PRODUCT_SIZE, 2)
-    far: tl.constexpr = block // PRODUCT_SIZE // near
-    line = tl.arange(0, part // PRODUCT_SIZE)
-    apart: tl.constexpr = part // PRODUCT_SIZE // far
-    number = (line % apart) // (8 * near) * 8 + line % 8
-    between = line // apart * near + line // 8 % near
-    k = tl.arange(0, PRODUCT_SIZE)
-    of_line = number * block + between * 8
-    return of_line[:, None] + ((k // 8) * (block // 4) + k % 8)[None, :]
-
-
-@triton.jit
-def _rotated_lines(lines, matrix, block: tl.constexpr):
-    """Float32 columns of ``block`` neighbours from 16-bit :func:`_lines`, rotated but *not* divided by block^½.
-
-    Of eight columns of a product a thread has two, hence a quarter of each block. The columns are ordered so that the
-    quarter is one of neighbours, and nothing moves between threads to be packed.
-    """
-    near: tl.constexpr = min(block // PRODUCT_SIZE, 2)
-    far: tl.constexpr = block // PRODUCT_SIZE // near
-    count: tl.constexpr = lines.shape[0]
+    count: tl.constexpr = x.shape[0]
     n: tl.constexpr = count * PRODUCT_SIZE // block
+    near: tl.constexpr = min(block // PRODUCT_SIZE, 2)
+    far: tl.constexpr = block // PRODUCT_SIZE // near
+    lines = tl.permute(tl.reshape(x, [n // 8, 8, 4, far, near, PRODUCT_SIZE // 4]), (3, 0, 4, 1, 2, 5))
+    lines = tl.reshape(lines, [count, PRODUCT_SIZE])
     y = tl.dot(lines.to(matrix.dtype), matrix)
     if near == 2:
         y = _butterfly(y, 8)
@@ -487,7 +474,7 @@ def _quantize_rows_by_product(
         place = tl.cast(number, tl.int64)
         row = ()
         for i in tl.static_range(parts):
-            at = i * part + _lines(part, rotation)
+            at = i * part + runs(part, PRODUCT_SIZE)
             inside = None if whole or i < parts - 1 else at < size
             other = None if inside is None else 0.0
             row += (tl.load(x + place * row_stride + at, mask=inside, other=other),)  # type: ignore[assignment]

@@ -189,7 +189,7 @@ def closed_form(x: Tensor, w: Tensor, e: Tensor, a: Operand, b: Operand) -> tupl
         codes, scale = ops.quantize(t, quantizer, -1, transform=str(transform))
         mask = ops.estimator_mask(t, scale, quantizer, str(operand.estimator), -1, transform=str(transform))
         levels = decode(unpack(codes, operand.stored.format.bits, size), operand.stored.format)
-        h = rotate(torch.eye(size), transform.rotation).double()
+        h = rotate(torch.eye(size, device=t.device), transform.rotation).double()
         return levels.double() * scale.double(), unpack(mask, 1, size).double(), h
 
     xq, mask_x, h = parts(x, a)
@@ -242,10 +242,10 @@ def test_gradients_of_variants(options):
     check_gradients(options, 192, torch.float32, eagerly(**options))
 
 
-def check_gradients(chosen, size, dtype, backend, **kwargs) -> None:
+def check_gradients(chosen, size, dtype, backend, device="cpu", **kwargs) -> None:
     recipe = QUEST.override(chosen)
-    layer = nn.Linear(size, 40, bias=False).to(dtype)
-    x, e = torch.randn(3, 7, size).to(dtype).requires_grad_(), torch.randn(21, 40).to(dtype)
+    layer = nn.Linear(size, 40, bias=False).to(device, dtype)
+    x, e = torch.randn(3, 7, size).to(device, dtype).requires_grad_(), torch.randn(21, 40).to(device, dtype)
     y = torch.compile(layer, backend=backend, fullgraph=True, **kwargs)(x)
     y.backward(e.view(3, 7, 40))
     rows = x.detach().view(21, size)
