@@ -5,7 +5,7 @@ provider  operands                                        compute capability    
 ========= =============================================== ======================= =========================
 cublaslt  FP8, not both e5m2; N and K multiples of 16     9.0; 8.9 with one scale bfloat16, as is its bias
                                                           a tensor
-gluon     both INT8; K a multiple of 16 (off until timed) 9.0                     bfloat16, float16, float32
+gluon     both INT8; K a multiple of 16                   9.0                     bfloat16, float16, float32
 triton    FP8, or both INT8; any extents                  8.9 for FP8, 8.0 for    bfloat16, float16, float32
                                                           INT8
 reference any                                             any                     any
@@ -40,8 +40,6 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 #: The compute capability on which all of this has run.
 _TESTED = (9, 0)
-#: Whether Gluon's kernel is known to be faster than Triton's: its results are right, its time has not been taken.
-_TIMED_GLUON = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,6 @@ def _obstacle_to_gluon(product: Product) -> str:
     k = product.shape[2]
     checks = {
         "it is used for INT8 only": product.dtypes == (torch.int8, torch.int8),
-        "it has not been timed on a card yet": _TIMED_GLUON,
         "there is nothing to multiply": 0 not in product.shape,
         "it needs compute capability 9.0": product.capability == (9, 0),
         f"K = {k} is no multiple of 16": k % 16 == 0,

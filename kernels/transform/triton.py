@@ -9,12 +9,6 @@ lanes, once a distance, takes three times the instructions.) Longer blocks do th
 Triton chooses layouts, so what runs where follows from shapes: *columns* [span, n] are blocks of ``span`` neighbours
 below each other. Its default for such shapes gives every thread whole columns, as long as there are 32 of them.
 
-Seven additions an element are too many beside rounding and packing. So tensor cores take five of the seven steps of
-16-bit rows that are quantized by their root mean square (:func:`_rotated_lines`). All products are with ±1 and
-exact, and scales are those of the row before it is rotated; but sums are rounded in the order of the tensor cores, so
-that a number within 2⁻¹⁸ of its block's sum of magnitudes from a midpoint may go to its other neighbour than in the
-reference.
-
 Per element of a 16-bit x, in bytes of device memory:
 
 * **quantize by rows** (2 in; 1 out as 8-bit codes, up to 1 as stored codes, ⅛ as mask, whichever are asked for): sum of
@@ -65,7 +59,6 @@ from qcompile.kernels.triton import (
     as_rows,
     greater,
     launch,
-    processors,
     row_block,
     runs,
     supports_dtypes,
@@ -83,7 +76,6 @@ __all__ = [
     "quantize_8bit_masked",
     "quantize_8bit_transposed",
     "rotated",
-    "rotates_by_product",
     "supports_estimator_mask",
     "supports_hadamard",
     "supports_quantize",
@@ -97,14 +89,6 @@ Support = tuple[bool, str]
 LARGEST_SPAN = 128
 #: Elements that a program rotates where rows do not matter.
 ROTATED_BLOCK = 4096
-#: Blocks that tensor cores rotate, and their part in it: the Hadamard matrix that they multiply with.
-PRODUCT_ROTATIONS, PRODUCT_SIZE = (32, 64, 128), tl.constexpr(32)
-#: Bit i is set where i has an odd number of bits.
-PARITIES = tl.constexpr(sum((i.bit_count() & 1) << i for i in range(32)))
-#: Elements that a warp rotates at once, and most that a thread holds of a row.
-PRODUCT_PART, PRODUCT_SPAN = 1024, 64
-#: Warps of a processor, as far as their registers allow, each of which rotates row after row; and rows on their way.
-PRODUCT_WARPS, PRODUCT_STAGES = 12, 2
 
 #: PTX: the highest bits of $1 … $8, that of $1 highest.
 _SHIFT_IN = tl.constexpr(
@@ -163,43 +147,6 @@ def rotated(columns, block: tl.constexpr):
     if block > 1:
         columns *= block**-0.5
     return columns
-
-
-@triton.jit
-def _hadamard_matrix(dtype: tl.constexpr):
-    """[n, n], n = ``PRODUCT_SIZE``: ±1, columns in the order that :func:`_rotated_lines` undoes."""
-    column = tl.arange(0, PRODUCT_SIZE)[None, :]
-    place = ((column >> 1) & 3) * (PRODUCT_SIZE // 4) + (column >> 3) * 2 + (column & 1)
-    common = tl.arange(0, PRODUCT_SIZE)[:, None] & place
-    one: tl.constexpr = 0x3F80 if dtype == tl.bfloat16 else 0x3C00  # in 16 bits, of which the highest is the sign
-    signs = tl.full(common.shape, PARITIES, tl.uint32) >> common.to(tl.uint32)
-    return ((signs.to(tl.int32) << 15) | one).to(tl.int16).to(dtype, bitcast=True)
-
-
-@triton.jit
-def _rotated_lines(x, matrix, block: tl.constexpr):
-    """Float32 columns of ``block`` neighbours of 16-bit elements [n, 32], rotated but *not* divided by block^½.
-
-    A product of lines of ``PRODUCT_SIZE`` elements with a matrix of that size takes five of log2(block) steps. Of an
-    element's index in its block, the two highest and the three lowest bits say where in its line it is, those in
-    between which line. A thread of a tensor core has lines 8 apart of a result, and as far apart as all warps reach:
-    to these go the bits in between, so that what they have to be added up with is in the same thread. Of eight columns
-    it has two, hence a quarter of each line: the matrix orders them so that the quarters of all its lines are
-    neighbours, and next to nothing moves between threads to be packed and written.
-    """
-    count: tl.constexpr = x.shape[0]
-    n: tl.constexpr = count * PRODUCT_SIZE // block
-    near: tl.constexpr = min(block // PRODUCT_SIZE, 2)
-    far: tl.constexpr = block // PRODUCT_SIZE // near
-    lines = tl.permute(tl.reshape(x, [n // 8, 8, 4, far, near, PRODUCT_SIZE // 4]), (3, 0, 4, 1, 2, 5))
-    lines = tl.reshape(lines, [count, PRODUCT_SIZE])
-    y = tl.dot(lines.to(matrix.dtype), matrix)
-    if near == 2:
-        y = _butterfly(y, 8)
-    if far == 2:
-        y = _butterfly(y, count // 2)
-    y = tl.permute(tl.reshape(y, [far, n // 8, near, 8, PRODUCT_SIZE // 8, 4, 2]), (5, 0, 2, 4, 6, 1, 3))
-    return tl.reshape(y, [block, n])
 
 
 # --- sparsity -------------------------------------------------------------------------------------------------------
@@ -448,62 +395,6 @@ def _quantize_long_row(
         )
 
 
-@triton.jit
-def _quantize_rows_by_product(
-    x,
-    codes,
-    scales,
-    stored,
-    mask,
-    row_stride,
-    rows,
-    size,
-    stored_size,
-    mask_size,
-    fmt: tl.constexpr,
-    passes: tl.constexpr,
-    rotation: tl.constexpr,
-    part: tl.constexpr,
-    parts: tl.constexpr,
-    whole: tl.constexpr,
-    stages: tl.constexpr,
-):
-    """Every ``num_programs(0)``-th row, in parts, all of them ``whole`` or all but the last."""
-    matrix = _hadamard_matrix(x.dtype.element_ty).to(tl.float32 if INTERPRETED else x.dtype.element_ty)
-    for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
-        place = tl.cast(number, tl.int64)
-        row = ()
-        for i in tl.static_range(parts):
-            at = i * part + runs(part, PRODUCT_SIZE)
-            inside = None if whole or i < parts - 1 else at < size
-            other = None if inside is None else 0.0
-            row += (tl.load(x + place * row_stride + at, mask=inside, other=other),)  # type: ignore[assignment]
-        squares = tl.zeros([PRODUCT_SIZE // 4, part // PRODUCT_SIZE], tl.float64)
-        for i in tl.static_range(parts):
-            squares += _squares(tl.permute(row[i], (1, 0)))
-        scale, gamma = rms_scale_pair(tl.sum(squares), size, fmt)
-        if scales is not None:
-            tl.store(scales + place, scale)
-        for i in tl.static_range(parts):
-            # Where all elements are there, none has to be compared.
-            _write_part(
-                _rotated_lines(row[i], matrix, rotation),
-                gamma * rotation**-0.5,
-                None if codes is None else codes + place * size,
-                None if stored is None else stored + place * stored_size,
-                None if mask is None else mask + place * mask_size,
-                i * part,
-                (i + 1) * part if whole or i < parts - 1 else size,
-                (i + 1) * part // fmt.codes_per_byte if whole or i < parts - 1 else stored_size,
-                (i + 1) * part // 8 if whole or i < parts - 1 else mask_size,
-                fmt,
-                passes,
-                0,
-                part,
-                False,
-            )
-
-
 # --- hadamard -------------------------------------------------------------------------------------------------------
 
 
@@ -598,22 +489,6 @@ def _shape(size: int, rotation: int, block: int) -> dict[str, int]:
     return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, LARGEST_SPAN)}
 
 
-def rotates_by_product(x: Tensor, q: Quantizer, transform: Transform) -> bool:
-    """Whether tensor cores rotate rows x ``[R, K]``.
-
-    Scales must not depend on what they compute, nor what sparsity keeps, which sums decide that are often equal.
-    """
-    return (
-        not INTERPRETED
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and q.scale.statistic == "rms"
-        and transform.rotation in PRODUCT_ROTATIONS
-        and not transform.sparsity
-        and PRODUCT_PART <= x.shape[1] <= LONGEST_ROW
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
-
-
 def _by_rows(
     x: Tensor,
     q: Quantizer,
@@ -632,46 +507,25 @@ def _by_rows(
     scales = x.new_empty((rows, 1 if scaled else 0), dtype=torch.float32)
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
-    arguments = (
+    launch(
+        _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
+        rows,
         x,
         codes if eight_bit else None,
         scales if scaled else None,
         packed if stored else None,
         mask if masked else None,
         x.stride(0),
+        size,
+        packed.shape[1],
+        mask.shape[1],
+        fmt=fmt,
+        passes=passing(str(estimator), q.format) if masked else None,
+        unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
+        whole=size == row_block(size),
+        ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
+        **_shape(size, transform.rotation, row_block(size)),
     )
-    sizes = size, packed.shape[1], mask.shape[1]
-    constants = {"fmt": fmt, "passes": passing(str(estimator), q.format) if masked else None}
-    if rotates_by_product(x, q, transform):
-        num_warps = warps(row_block(size + 1) // 2, PRODUCT_SPAN)
-        part = PRODUCT_PART * num_warps
-        launch(
-            _quantize_rows_by_product,
-            min(rows, PRODUCT_WARPS // num_warps * processors(x.device)),
-            *arguments,
-            rows,
-            *sizes,
-            **constants,
-            rotation=transform.rotation,
-            part=part,
-            parts=triton.cdiv(size, part),
-            whole=size % part == 0,
-            stages=PRODUCT_STAGES,
-            num_warps=num_warps,
-        )
-    else:
-        block = row_block(size)
-        launch(
-            _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
-            rows,
-            *arguments,
-            *sizes,
-            **constants,
-            unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
-            whole=size == block,
-            ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
-            **_shape(size, transform.rotation, block),
-        )
     return [codes, scales, packed, mask]
 
 

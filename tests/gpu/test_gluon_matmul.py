@@ -28,11 +28,6 @@ mm_8bit = torch.ops.qcompile.mm_8bit
 
 
 @pytest.fixture(autouse=True)
-def _gluon_in_use(monkeypatch):
-    monkeypatch.setattr(providers, "_TIMED_GLUON", True)
-
-
-@pytest.fixture(autouse=True)
 def _nan_filled_memory():
     """Blocks the caching allocator will hand out again, filled with NaN (0xFF bytes)."""
     blocks = [torch.full((2**bits,), 0xFF, dtype=torch.uint8, device="cuda") for bits in (9, 14, 20, 23, 25)]

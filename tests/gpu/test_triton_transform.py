@@ -23,8 +23,6 @@ from qcompile.kernels.transform import reference  # noqa: E402
 from qcompile.kernels.transform import triton as kernels  # noqa: E402
 from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
-from ..kernels.rotations import assert_rotated_by_product  # noqa: E402
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
 EIGHT_BIT = {bits: text for bits, text in QUEST.items() if bits != 8}
@@ -65,44 +63,17 @@ def assert_same(actual, expected, what: object = "") -> None:
 
 def assert_quantizes(x: torch.Tensor, operand: str, packed: bool = True) -> None:
     actual = kernels.quantize_8bit_masked(x, operand, packed)
-    spec = Operand.parse(operand)
-    if kernels.rotates_by_product(x, spec.stored, spec.transform):
-        assert packed
-        return assert_rotated_by_product(actual, x, operand)
     assert_same(actual, quantize_reference.quantize_8bit_masked(x, operand, packed), (operand, tuple(x.shape), x.dtype))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("bits", EIGHT_BIT)
 def test_widths(bits, dtype):
-    """Every operand of the recipe, rotated and not, on rows of every length and kind, by butterflies and products."""
+    """Every operand of the recipe, rotated and not, on rows of every length and kind."""
     for shape in SHAPES:
         x = rows_to_rotate(*shape, dtype)
         assert_quantizes(x, EIGHT_BIT[bits])
         assert_quantizes(x[:, :-3], EIGHT_BIT[bits].replace("; hadamard(128)", ""))
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("bits", EIGHT_BIT)
-def test_products(bits, block, dtype):
-    """Groups of rows that are not full, more of them than programs, padded rows; codes, stored codes and masks do not
-    depend on which of them are asked for, nor on the rows beside.
-    """
-    operand = EIGHT_BIT[bits].replace("(128)", f"({block})")
-    spec = Operand.parse(operand)
-    few, many = (1024, 4096, 5120, 16384), (1024, 2048, 8192, 14336)
-    for rows, size in (*((37, size) for size in few), *((2001, size) for size in many)):
-        x = rows_to_rotate(rows, size + 8, dtype)[:, :size]
-        assert kernels.rotates_by_product(x, spec.stored, spec.transform)
-        codes, scales, stored, mask = whole = kernels.quantize_8bit_masked(x, operand, True)
-        assert_rotated_by_product(whole, x, operand)
-        text, transform = str(spec.stored), str(spec.transform)
-        assert_same(kernels.quantize(x, text, -1, transform=transform), (stored, scales))
-        assert_same([kernels.quantize_8bit_masked(x, operand, False)[0]], [codes])
-        if spec.estimator.kind.mask:
-            assert_same([kernels.estimator_mask(x, scales, text, str(spec.estimator), -1, None, transform)], [mask])
-        assert_same([kernels.quantize(x[-1:], text, -1, transform=transform)[0]], [stored[-1:]])
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])

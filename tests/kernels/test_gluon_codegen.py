@@ -37,11 +37,6 @@ class CompilingDriver(ClaimedDriver):
 
 
 @pytest.fixture(autouse=True)
-def _gluon_in_use(monkeypatch):
-    monkeypatch.setattr(providers, "_TIMED_GLUON", True)
-
-
-@pytest.fixture(autouse=True)
 def _no_card(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
@@ -197,15 +192,14 @@ def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
 
 @compiled
 def test_the_ring_gives_back_one_stage_after_the_other():
-    """The barrier that a product's end is announced at is chosen within the loop: were it the first one every time, the
-    loads would wait for the others forever.
+    """The barrier that tells of a product's end is chosen within the loop: were it the same every time, the loads would
+    wait for the others forever.
     """
     code = build(gluon.CONFIGS[0], (E4M3, E4M3)).asm["ttgir"]
-    loops = re.findall(r"scf\.for %depth(?:(?!scf\.for).)*?ttng\.arrive_barrier (%\d+), 1, (?!%true)", code, re.DOTALL)
+    within = r"scf\.for %depth((?:(?!scf\.for).)*?)ttng\.arrive_barrier (%\d+), 1, (?!%true)"
+    loops = re.findall(within, code, re.DOTALL)
     assert len(loops) == gluon.CONSUMERS.value
-    for loop in re.finditer(
-        r"scf\.for %depth((?:(?!scf\.for).)*?)ttng\.arrive_barrier (%\d+), 1, (?!%true)", code, re.DOTALL
-    ):
-        stage = re.search(rf"{loop[2]} = ttg\.memdesc_index %empty\S*\[(%\d+)\]", loop[1])
+    for body, barrier in loops:
+        stage = re.search(rf"{barrier} = ttg\.memdesc_index \S+\[(%\d+)\]", body)
         assert stage
-        assert f"{stage[1]} = arith.select" in loop[1]
+        assert f"{stage[1]} = arith.select" in body

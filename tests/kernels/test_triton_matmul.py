@@ -338,7 +338,7 @@ ROWS = Product((4096, 4096, 4096), (E4M3, E4M3), BF16, (9, 0))
         ({"dtypes": (E5M2, E4M3)}, "cublaslt", ""),
         ({"bias": BF16}, "cublaslt", ""),
         ({"dtypes": (E5M2, E5M2)}, "triton", "cublaslt: it does not multiply e5m2 with e5m2"),
-        ({"dtypes": (INT8, INT8)}, "triton", "gluon: it has not been timed on a card yet"),
+        ({"dtypes": (INT8, INT8)}, "gluon", "cublaslt: it multiplies FP8 only"),
         ({"dtypes": (INT8, INT8), "shape": (7, 4096, 24)}, "triton", "cublaslt: it multiplies FP8 only"),
         ({"shape": (7, 4096, 24)}, "triton", "cublaslt: K = 24 is no multiple of 16"),
         ({"shape": (7, 100, 32)}, "triton", "cublaslt: N = 100 is no multiple of 16"),
@@ -439,6 +439,7 @@ def generate(tmp_path, monkeypatch):
         register_lowering(op, type_promotion_kind=None)(inductor.lower_mm_8bit)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(gemm, "card_of", lambda device: SMALL_CARD if INTERPRETED else H200)
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)  # its kernel runs on cards only
     # Inductor trusts no address on the CPU, and TMA needs multiples of 16.
     monkeypatch.setattr("torch._inductor.graph.should_assume_input_aligned", lambda example: True)
     previous = triton.runtime.driver._active
@@ -482,10 +483,7 @@ def test_residual_and_activation_are_fused_into_the_template(generate, dtype, dy
     if dynamic is None:
         for tensor in (inputs[0], inputs[2], inputs[4]):
             torch._dynamo.mark_dynamic(tensor, 0)
-    with (
-        mock.patch.object(providers, "_cuda_version", return_value=(0,)),
-        mock.patch.object(providers, "_has_gluon", return_value=False),
-    ):
+    with mock.patch.object(providers, "_cuda_version", return_value=(0,)):
         _, (kernel,) = generate(residual_block, *inputs, dynamic=dynamic)
     assert kernel.name == "triton_tem_fused_add_mm_8bit_relu_0"
     built = kernel.compile()
@@ -508,9 +506,8 @@ def test_stored_codes_seen_as_e4m3_are_not_read_as_bytes(generate):
 
 
 @compiled
-def test_two_outputs_and_a_cast_leave_the_template_together(generate, monkeypatch):
+def test_two_outputs_and_a_cast_leave_the_template_together(generate):
     """The largest epilogue: a float32 output beside the product. Its pieces fit into shared memory."""
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
 
     def product(a, b, scale_a, scale_b):
         y = mm_8bit(a, b, scale_a, scale_b, FP16)

@@ -9,7 +9,6 @@ mode, and two packings whose text is interpreted here.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from unittest import mock
 
@@ -32,7 +31,6 @@ from qcompile.kernels.transform import triton as kernels  # noqa: E402
 from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
 from .harness import compiled, interpreted, run_interpreted  # noqa: E402
-from .rotations import assert_rotated_by_product  # noqa: E402
 from .test_triton_quantize import (  # noqa: E402
     assert_same,
     compile_for_hopper,
@@ -237,23 +235,6 @@ def test_interpreted_long_rows_by_absolute_maximum():
 
 
 @interpreted
-@pytest.mark.parametrize("bits", EIGHT_BIT)
-@pytest.mark.parametrize("size", [2048, 4096, 8960])
-def test_interpreted_products(monkeypatch, size, bits):
-    """Rotation by products: parts of rows that are whole and that are not, lines and columns in orders that are undone,
-    what is left to butterflies. In what the interpreter adds up nothing is cut off.
-    """
-    monkeypatch.setattr(kernels, "rotates_by_product", lambda *_: True)
-    operand = EIGHT_BIT[bits]
-    x = rows_to_rotate(9 if bits == 4 else 3, size, BF16)
-    assert_rotated_by_product(kernels.quantize_8bit_masked(x, operand, True), x, operand)
-    x = torch.randn(5, 2 * size).to(BF16)[::2, :size]
-    for block in (32, 64) if size == 2048 else ():
-        operand = EIGHT_BIT[bits].replace("(128)", f"({block})")
-        assert_rotated_by_product(kernels.quantize_8bit_masked(x, operand, True), x, operand)
-
-
-@interpreted
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_interpreted_sparsity(pattern):
     """Which units stay, ties and NaN included; a last group that is short; codes with a 0 of their own."""
@@ -402,25 +383,9 @@ def test_butterflies_are_additions_between_registers():
 
 
 @compiled
-def test_products_leave_registers_and_order_alone(tmp_path):
-    """A row is in shared memory, so a thread of 128 elements does with fewer registers than those; two products a line
-    of 32; butterflies and packing without exchanges of float32 numbers, of which one an element would be 128.
-    """
-    for name in ("masked 4", "stored", "mask"):
-        (kernel,) = launches_of(all_calls(64, 4096)[name])
-        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16", kernel.asm["ptx"])) == 64
-        assert len(re.findall(r"\bshfl\.", kernel.asm["ptx"])) < 64
-        assert not spills(kernel, tmp_path)
-        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "kernel.cubin"]
-        used = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-        assert max(int(count) for count in re.findall(r"REG:(\d+)", used)) <= 96
-
-
-@compiled
-@pytest.mark.parametrize("size", [896, 4096])
-def test_arithmetic_of_scales_in_ptx(size):
+def test_arithmetic_of_scales_in_ptx():
     """Float64 to the end, exact quotients and root; floors by the rounding mode; nothing contracted or flushed."""
-    (kernel,) = launches_of(all_calls(64, size)["masked 4"])
+    (kernel,) = launches_of(all_calls(64, 4096)["masked 4"])
     ptx = kernel.asm["ptx"]
     assert "div.rn.f64" in ptx
     assert "div.full" not in ptx
@@ -429,4 +394,4 @@ def test_arithmetic_of_scales_in_ptx(size):
     assert "fma.rn.f32" not in ptx
     assert ".ftz" not in ptx
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
-    assert re.search(r"ld\.global\.v[48]\.b32", ptx)
+    assert "ld.global.v4.b32" in ptx or "ld.global.v8.b32" in ptx
