@@ -46,13 +46,17 @@ from qcompile.kernels.triton import (
 
 from . import reference
 
-__all__ = ["clamp_outliers", "clamped", "row_bounds", "search_constants", "supports_clamp_outliers"]
+__all__ = [
+    "clamp_outliers",
+    "clamped",
+    "most_registers",
+    "row_bounds",
+    "search_constants",
+    "supports_clamp_outliers",
+]
 
 #: PTX types of two elements in a register.
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
-#: Most registers of a thread that loads and searches pairs. The compiler would take a few more, and leave room for four
-#: warps a scheduler instead of five.
-_PAIR_REGISTERS = 96
 
 
 @cache
@@ -78,17 +82,24 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
     num_warps = warps(block, per_thread)
     group = group_size(alpha, block)
     pairs = block // (2 * 32 * num_warps)  # of a thread
-    pair = pair_type(rows.dtype, rows.device)
-    aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0
     return {
         "group": group,
         "halvings": max(2, min(group, pairs).bit_length() - 1),
-        "pair": pair,
+        "pair": pair_type(rows.dtype, rows.device),
         "block": block,
         "part": max(RUN.value, block // 4),
         "num_warps": num_warps,
-        "maxnreg": _PAIR_REGISTERS if pair and aligned else None,
     }
+
+
+def most_registers(rows: Tensor) -> int | None:
+    """Of a thread that searches ``rows`` and does little else; ``None``: as many as the compiler wants.
+
+    It would take a few more than 96, and leave room for four warps a scheduler instead of five. Rows that cannot be
+    read 16 bytes at a time would spill.
+    """
+    aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0
+    return 96 if aligned and pair_type(rows.dtype, rows.device) else None
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

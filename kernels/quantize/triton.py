@@ -32,7 +32,7 @@ from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.outliers.triton import clamped, row_bounds, search_constants
+from qcompile.kernels.outliers.triton import clamped, most_registers, row_bounds, search_constants
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,
@@ -1094,5 +1094,6 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
         **search_constants(rows, spec.outliers.alpha, SEARCHED_BYTES_PER_THREAD // x.element_size()),
+        maxnreg=most_registers(rows),
     )
     return codes, scales
