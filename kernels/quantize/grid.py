@@ -12,11 +12,13 @@ A pruned format is rounded to the grid it was made from; its codes are one index
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations, pairwise, product
+from pathlib import Path
 
 import torch
 
@@ -41,6 +43,8 @@ __all__ = [
 
 #: Of float32.
 MANTISSA_BITS = 23
+
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 #: Most midpoints that a kernel compares with.
 _MOST_MIDPOINTS = 15
@@ -111,8 +115,19 @@ lop3.b32 $0, odd, even, 0xf0f0f0f0, 0xe4;
 """
 
 
+class Constants:
+    """What kernels are specialized by."""
+
+    @property
+    def cache_key(self) -> str:
+        """By which Triton tells constants apart in its cache on disk: fields, and the source of what follows from them
+        (PTX, for one), which is no part of a kernel's own source.
+        """
+        return f"{self!r} {_SOURCE}"
+
+
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(Constants):
     """A quantizer with one scale a row, as constants for its kernels to be specialized by.
 
     There is one of each (:func:`grid_of`), told apart by identity: Triton looks constants up at every launch.
@@ -218,7 +233,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Passing:
+class Passing(Constants):
     """Which elements an estimator's mask lets pass, y being the scaled input: constants of a kernel.
 
     Attributes:

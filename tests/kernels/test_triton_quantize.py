@@ -29,11 +29,14 @@ from triton.runtime.interpreter import TensorHandle  # noqa: E402
 
 from qcompile.ir.formats import FORMATS, Format  # noqa: E402
 from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
+from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
+from qcompile.kernels.quantize import grid as grids  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
 from qcompile.kernels.quantize import triton as kernels  # noqa: E402
-from qcompile.kernels.quantize.grid import grid_of, unsupported  # noqa: E402
+from qcompile.kernels.quantize.grid import grid_of, passing, unsupported  # noqa: E402
+from qcompile.kernels.transform import triton as transform_kernels  # noqa: E402
 
 from .harness import INTERPRETED, SM90, compiled, interpreted, run_interpreted  # noqa: E402
 
@@ -451,6 +454,26 @@ def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnr
     source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
     return triton.compile(source, target=SM90, options=options)
+
+
+@compiled
+def test_cached_kernels_depend_on_what_follows_from_a_format(monkeypatch):
+    """PTX that is made here is in no kernel's source, and its text may change where no field of a format does: then
+    kernels in a cache on disk are old.
+    """
+
+    def key(kernel, name: str, constants) -> str:
+        return ASTSource(kernel, {name: "constexpr"}, {name: constants}).hash()
+
+    def keys() -> list[str]:
+        operand = Operand.parse("int4 row rms up; trust")
+        passes = passing(str(operand.estimator), operand.stored.format)
+        return [key(kernels._recode, "fmt", grid_of(E2M1)), key(transform_kernels._write_part, "passes", passes)]
+
+    before = keys()
+    assert before == keys()
+    monkeypatch.setattr(grids, "_SOURCE", "another")
+    assert not set(before) & set(keys())
 
 
 def spills(kernel, folder: Path) -> int:
