@@ -858,12 +858,13 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     stored = x.new_empty((rows, q.packed_size(size) if packed else 0), dtype=torch.uint8)
     if size <= LONGEST_ROW:
-        kernel, per_program = _quantize_row, row_block(size + 1) // 2  # the largest power of two that is not larger
+        # Of the largest power of two that is not larger.
+        num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
+        part = RUN.value * WARP.value * num_warps
+        kernel, layout = _quantize_row, {"part": part, "parts": triton.cdiv(size, part)}
     else:
-        kernel, per_program = _quantize_long_row, LONGEST_ROW
-    num_warps = warps(per_program, ELEMENTS_PER_THREAD)
-    part = RUN.value * WARP.value * num_warps
-    layout = {"part": part, "parts": triton.cdiv(size, part)} if size <= LONGEST_ROW else {"block": LONGEST_ROW}
+        num_warps = warps(LONGEST_ROW, ELEMENTS_PER_THREAD)
+        kernel, layout = _quantize_long_row, {"block": LONGEST_ROW}
     launch(
         kernel,
         rows,

@@ -7,13 +7,11 @@ import torch
 
 from ..recipes.test_quest import check_gradients
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """Every test compiles the same code object, and Dynamo gives up after eight."""
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # Every test compiles the same code object, and Dynamo gives up after eight.
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -186,11 +186,10 @@ def turned(word: int, bits: int) -> int:
 def run_ptx(text: str, results: list[str], inputs: dict[str, int]) -> list[int]:
     """``results`` of straight-line PTX on 32-bit registers, from ``inputs``."""
     registers = dict(inputs)
-    for name, operands in re.findall(r"(\w+)\.[bs]32 ([^;]*);", text):
+    for name, operands in re.findall(rf"\b({'|'.join(PTX)})[.\w]* ([^;]*);", text):
         destination, *sources = (operand.strip() for operand in operands.split(","))
-        if name != "reg":
-            values = [registers[s] if s in registers else int(s, 0) for s in sources]
-            registers[destination] = PTX[name](*values) & 2**32 - 1
+        values = [registers[s] if s in registers else int(s, 0) for s in sources]
+        registers[destination] = PTX[name](*values) & 2**32 - 1
     return [registers[result] for result in results]
 
 
@@ -212,6 +211,8 @@ PTX: dict[str, Callable[..., int]] = {
     "sub": operator.sub,
     "shl": operator.lshift,
     "shr": operator.rshift,
+    "shf": lambda a, b, shift: (b << 32 | a) << shift >> 32,  # .l.wrap, shifts below 32
+    "mov": operator.pos,
     "prmt": _prmt,
     "lop3": _lop3,
 }

@@ -35,6 +35,7 @@ from .test_triton_quantize import (  # noqa: E402
     assert_same,
     compile_for_hopper,
     quick_interpreter,  # noqa: F401  (a fixture)
+    run_ptx,
     spills,
 )
 
@@ -132,36 +133,18 @@ def test_ptx_of_signs_and_magnitudes(bits):
         expected = quantize_reference.pack(quantize_reference.encode(y, Quantizer(fmt, rounding="up")), bits)
         fields = [sum(f + grid.bias << width * i for i in range(grid.codes_per_byte)) for f in floors]
         word = int.from_bytes(bytes(fields), "little")
-        assert list(run_ptx(grid.sign_magnitude, [word]).to_bytes(4, "little")) == expected.flatten().tolist()
+        assert (
+            list(run_ptx(grid.sign_magnitude, ["$0"], {"$1": word})[0].to_bytes(4, "little"))
+            == expected.flatten().tolist()
+        )
 
 
 def test_ptx_of_packed_signs():
     """Every sign alone: bits in the wrong order would mask neighbours."""
     text = kernels._SHIFT_IN.value
     for bit in range(8):
-        words = [0x80000001 if i == 7 - bit else 0x7FFFFFFF for i in range(8)]
-        assert run_ptx(text, words) & 255 == 1 << bit
-
-
-def run_ptx(text: str, inputs: list[int]) -> int:
-    """$0 of straight-line integer PTX, from $1, $2 …"""
-    registers = {f"${i + 1}": word for i, word in enumerate(inputs)}
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    operations: dict[str, Callable[..., int]] = {
-        "and": lambda a, b: a & b,
-        "xor": lambda a, b: a ^ b,
-        "sub": lambda a, b: a - b,
-        "shr": lambda a, b: a >> b,
-        "mov": lambda a: a,
-        "shf": lambda a, b, shift: (b << 32 | a) << shift >> 32,  # .l.wrap, shifts below 32
-    }
-    for name, operands in re.findall(r"(and|xor|sub|shr|mov|shf)[.\w]* ([^;]*);", text):
-        destination, *sources = (operand.strip() for operand in operands.split(","))
-        registers[destination] = operations[name](*map(value, sources)) & 0xFFFFFFFF
-    return registers["$0"]
+        words = {f"${i + 1}": 0x80000001 if i == 7 - bit else 0x7FFFFFFF for i in range(8)}
+        assert run_ptx(text, ["$0"], words)[0] & 255 == 1 << bit
 
 
 # --- numerics in the interpreter ------------------------------------------------------------------------------------
