@@ -1,10 +1,11 @@
 """Rotated, masked and sparse operands in Triton, equal to the references bit for bit.
 
 A program reads a row once. Elements arrive 16 neighbours a thread, as a line of memory is read best, and are exchanged
-through shared memory while they still have 16 bits, so that a thread then holds blocks of up to 128 neighbours. All
-butterflies are additions between its registers, in the order of the reference; sums, rounding, masks and packing happen
-there too, and only codes go back through shared memory to be written in lines. (Exchanging float32 numbers between
-lanes, once a distance, takes three times the instructions.) Longer blocks do that for the distances that remain.
+through shared memory while they still have 16 bits, so that a thread then holds blocks of up to 64 neighbours. Six of
+the seven butterflies of a block of 128 are additions between its registers, in the order of the reference; the last one
+is an exchange with the next lane and an addition. Sums, rounding, masks and packing happen in the thread too, and only
+codes go back through shared memory to be written in lines. (128 neighbours would need no exchange, but 167 registers
+instead of 96: three warps a scheduler cannot hide that such long code is fetched no faster than it runs.)
 
 Triton chooses layouts, so what runs where follows from shapes: *columns* [span, n] are blocks of ``span`` neighbours
 below each other. Its default for such shapes gives every thread whole columns, as long as there are 32 of them.
@@ -85,8 +86,8 @@ __all__ = [
 
 Support = tuple[bool, str]
 
-#: Most neighbours that one thread holds, and elements: its registers are then full.
-LARGEST_SPAN = 128
+#: Most neighbours that one thread holds, and elements where it rotates them; and elements where it does not.
+LARGEST_SPAN, UNROTATED_PER_THREAD = 64, 128
 #: Elements that a program rotates where rows do not matter.
 ROTATED_BLOCK = 4096
 
@@ -95,6 +96,10 @@ _SHIFT_IN = tl.constexpr(
     "{.reg .b32 bits; shr.u32 bits, $1, 31;"
     + "".join(f"shf.l.wrap.b32 bits, ${i}, bits, 1;" for i in range(2, 9))
     + "mov.b32 $0, bits;}"
+)
+#: PTX: $1 · $2, whose magnitude is 1, added to what the lane $3 away has in place of $1.
+_EXCHANGE = tl.constexpr(
+    "{.reg .f32 other; shfl.sync.bfly.b32 other, $1, $3, 31, 0xffffffff; fma.rn.f32 $0, $1, $2, other;}"
 )
 
 
@@ -136,14 +141,26 @@ def _butterfly_of_columns(x, distance: tl.constexpr):
 
 
 @triton.jit
+def _butterfly_of_lanes(x, distance: tl.constexpr):
+    """The same, where the columns ``distance`` apart are held by threads ``distance`` lanes apart."""
+    sign = tl.where(tl.arange(0, x.shape[1]) & distance != 0, -1.0, 1.0)[None, :]
+    return tl.inline_asm_elementwise(
+        _EXCHANGE, "=f,f,f,r", [x, sign, tl.full([1, 1], distance, tl.int32)], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def rotated(columns, block: tl.constexpr):
     """Float32 columns times the orthonormal Hadamard matrix of size ``block``."""
+    span: tl.constexpr = columns.shape[0]
     for step in tl.static_range(10):
         if 2**step < block:
-            if 2**step < columns.shape[0]:
+            if 2**step < span:
                 columns = _butterfly(columns, 2**step)
+            elif not INTERPRETED and columns.shape[1] >= 32 and 2**step < 32 * span:
+                columns = _butterfly_of_lanes(columns, 2**step // span)
             else:
-                columns = _butterfly_of_columns(columns, 2**step // columns.shape[0])
+                columns = _butterfly_of_columns(columns, 2**step // span)
     if block > 1:
         columns *= block**-0.5
     return columns
@@ -486,7 +503,8 @@ def _shape(size: int, rotation: int, block: int) -> dict[str, int]:
     block = max(block, rotation)
     # With 32 columns or more a thread has whole ones.
     span = max(RUN.value, min(rotation, LARGEST_SPAN, block // 32))
-    return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, LARGEST_SPAN)}
+    per_thread = LARGEST_SPAN if rotation > 1 else UNROTATED_PER_THREAD
+    return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, per_thread)}
 
 
 def _by_rows(

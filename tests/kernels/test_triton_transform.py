@@ -8,6 +8,7 @@ mode, and two packings whose text is interpreted here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from unittest import mock
@@ -28,6 +29,7 @@ from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing  # noqa: E402
 from qcompile.kernels.transform import reference  # noqa: E402
 from qcompile.kernels.transform import triton as kernels  # noqa: E402
+from qcompile.kernels.triton import row_block  # noqa: E402
 from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
 from .harness import compiled, interpreted, run_interpreted  # noqa: E402
@@ -353,16 +355,46 @@ def test_small_rows_compile(bits):
 
 
 @compiled
-def test_butterflies_are_additions_between_registers():
-    """Fewer additions would be another tree, and more, or shuffles of every element, half the speed."""
-    (kernel,) = launches_of(all_calls(64, 4096)["hadamard"])
-    ptx = kernel.asm["ptx"]
-    per_thread = 4096 // 32 // kernel.metadata.num_warps
-    assert len(re.findall(r"\b(?:add|sub)\.(?:rn\.)?f32", ptx)) == 7 * per_thread
-    assert len(re.findall(r"\bmul\.(?:rn\.)?f32", ptx)) == per_thread
-    assert "fma.rn.f32" not in ptx
-    assert ".ftz" not in ptx
-    assert not re.findall(r"shfl", ptx)
+@pytest.mark.parametrize("size", [1024, 2048, 4096, 14336])
+def test_butterflies_are_additions_between_registers_and_one_exchange(size):
+    """Fewer additions would be another tree, and more, or more exchanges than distances beyond a thread, half the
+    speed.
+    """
+    (kernel,) = launches_of(all_calls(64, size)["stored"])
+    (plain,) = launches_of(all_calls(64, size, block=1)["stored"])
+    shape = kernels._shape(size, 128, row_block(size))
+    per_thread = shape["block"] // 32 // shape["num_warps"]
+    lanes = math.log2(128 / shape["span"])
+
+    def count(pattern: str) -> float:
+        """Of an element, more than without rotation."""
+        per_thread_of_plain = shape["block"] // 32 // plain.metadata.num_warps
+        found, beside = (len(re.findall(pattern, k.asm["ptx"])) for k in (kernel, plain))
+        return found / per_thread - beside / per_thread_of_plain
+
+    assert count(r"\b(?:add|sub)\.(?:rn\.)?f32") == pytest.approx(7 - lanes, abs=0.1)
+    assert count(r"\bmul\.(?:rn\.)?f32") == pytest.approx(1, abs=0.1)
+    assert count(r"\bfma\.rn\.f32") == lanes
+    assert count(r"shfl\.sync\.bfly\.b32 other") == lanes
+    assert ".ftz" not in kernel.asm["ptx"]
+
+
+@compiled
+@pytest.mark.parametrize("size", [512, 2048, 4096, 14336])
+def test_neighbouring_columns_are_in_neighbouring_lanes(size):
+    """Triton chooses the layout that the exchange relies on: with another one, sums of the wrong elements."""
+    calls = all_calls(64, size)
+    for name in ("masked 4", "sparse", "hadamard", "masked hadamard"):
+        (kernel,) = launches_of(calls[name])
+        text = kernel.asm["ttgir"]
+        exchanged = re.findall(r"shfl\.sync.*-> tensor<\w+, (#\w+)>", text)
+        assert exchanged
+        for layout in set(exchanged):
+            (definition,) = re.findall(rf"^{layout} = (.*)$", text, re.MULTILINE)
+            linear = "lane = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]" in definition
+            assert linear or re.search(r"sizePerThread = \[\d+, 1\], threadsPerWarp = \[1, 32\]", definition), (
+                definition
+            )
 
 
 @compiled
@@ -374,7 +406,7 @@ def test_arithmetic_of_scales_in_ptx():
     assert "div.full" not in ptx
     assert "sqrt.rn.f64" in ptx
     assert "add.rm.f32" in ptx
-    assert "fma.rn.f32" not in ptx
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == len(re.findall(r"shfl\.sync\.bfly\.b32 other", ptx))
     assert ".ftz" not in ptx
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
     assert "ld.global.v4.b32" in ptx or "ld.global.v8.b32" in ptx
