@@ -126,7 +126,9 @@ def mm_8bit(
 
 
 def mm_block_scaled(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
-    """``qcompile::mm_block_scaled`` on CUDA by the provider that :func:`choose` names; arguments as in the reference."""
+    """``qcompile::mm_block_scaled`` on CUDA by the provider that :func:`choose` names; ``arguments`` as in the
+    reference.
+    """
     dtype, *bias = arguments[4:]
     product = Product(
         shape=(a.shape[0], b.shape[0], 2 * a.shape[1]),

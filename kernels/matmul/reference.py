@@ -100,8 +100,9 @@ def mm_block_scaled(
 def block_of(scale_a: Tensor, scale_b: Tensor) -> int:
     """How many elements share a scale. Raises ``ValueError`` if tensor cores do not take such scales."""
     if scale_a.dtype != scale_b.dtype or scale_a.dtype not in BLOCK_SCALES:
-        msg = f"mm_block_scaled takes scales that are both uint8 (E8M0) or both float8_e4m3fn; got {scale_a.dtype} "
-        raise ValueError(f"{msg}and {scale_b.dtype}")
+        got = f"{scale_a.dtype} and {scale_b.dtype}"
+        msg = f"mm_block_scaled takes scales that are both uint8 (E8M0) or both float8_e4m3fn; got {got}"
+        raise ValueError(msg)
     return BLOCK_SCALES[scale_a.dtype].granularity.size
 
 
