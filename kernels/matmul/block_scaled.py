@@ -2,10 +2,10 @@
 
 ``tl.dot_scaled`` becomes the instructions that take scales of blocks (PTX ISA, "tcgen05.mma", ``.block_scale``):
 ``kind::mxf4`` for MXFP4, E8M0 scales of 32 elements, and ``kind::mxf4nvf4`` for NVFP4, E4M3 scales of 16. On compute
-capability 12 these are ``mma.sync`` of ``kind::mxf4nvf4``. Below 10 Triton (3.6, 3.7) widens codes and E8M0 scales to
+capability 12.0 these are ``mma.sync`` of ``kind::mxf4nvf4``. Below 10 Triton (3.6, 3.7) widens codes and E8M0 scales to
 BF16, which is exact and lets an older card check this kernel; for E4M3 scales it has no such fallback.
 
-**None of this has run on a card with FP4 tensor cores.** It compiles for them, and on Hopper it is exact.
+**None of this has run on a card with FP4 tensor cores**, only been compiled for them.
 
 Codes come through TMA, which fills with zeros what lies outside. Scales go to the tensor cores' own memory, whose
 layout has 128 rows by 4 scales in 512 bytes: four rows that are 32 apart side by side (PTX ISA, "tcgen05.mma scale

@@ -20,8 +20,8 @@ Of ``mm_block_scaled``, whose operands are stored E2M1 codes with scales of bloc
 ========== ============================================== ======================= =========================
 provider   scales of both operands                        compute capability      output
 ========== ============================================== ======================= =========================
-dot_scaled E8M0 of 32 elements, or E4M3 of 16; any        10.0, untested          bfloat16, float16, float32
-           extents
+dot_scaled E8M0 of 32 elements, or E4M3 of 16; any        10.0, 10.3, 12.0; all   bfloat16, float16, float32
+           extents                                        of them untested
 reference  the same                                       any                     any
 ========== ============================================== ======================= =========================
 
@@ -53,6 +53,9 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 #: The compute capability on which all of this has run.
 _TESTED = (9, 0)
+#: Those for which Triton 3.6 and 3.7 both make FP4 instructions of ``dot_scaled``. For 12.1 they widen E8M0 scales and
+#: fail on E4M3 ones; for 10.1 and 11.0 one of the two does not compile.
+_WITH_FP4 = ((10, 0), (10, 3), (12, 0))
 
 
 @dataclass(frozen=True)
@@ -264,9 +267,8 @@ PROVIDERS = (
 def _obstacle_to_dot_scaled(product: Product) -> str:
     checks = {
         "there is nothing to multiply": 0 not in product.shape,
-        "no FP4 tensor cores, which take scales of blocks, before compute capability 10.0": (
-            product.capability >= (10, 0)
-        ),
+        "no FP4 tensor cores, which take scales of blocks, before compute capability 10.0": product.capability >= (10,),
+        "Triton reaches FP4 tensor cores of compute capability 10.0, 10.3 and 12.0": product.capability in _WITH_FP4,
         f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
         "Triton is not installed": _has_triton(),
     }
