@@ -48,6 +48,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "scale_gradient": estimate.scale_gradient,
     "scaled_mm": matmul.scaled_mm,
     "mm_8bit": matmul.mm_8bit,
+    "mm_block_scaled": matmul.mm_block_scaled,
 }
 
 
@@ -275,8 +276,11 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 None,
             ),
         ),
-        # It chooses by the extents of each product.
-        "mm_8bit": (Provider("tensor cores", matmul_providers.mm_8bit, lambda: (True, ""), _no_key, None),),
+        # They choose by the extents of each product.
+        **{
+            op: (Provider("tensor cores", getattr(matmul_providers, op), lambda: (True, ""), _no_key, None),)
+            for op in ("mm_8bit", "mm_block_scaled")
+        },
     },
 }
 

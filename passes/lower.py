@@ -4,7 +4,11 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
-`merge_quantize` then joins ``quantize`` and ``recode``. Elsewhere the operands are decoded for an ATen product, so that
+`merge_quantize` then joins ``quantize`` and ``recode``. Cards with FP4 tensor cores read MXFP4 and NVFP4 as stored::
+
+    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
+
+Elsewhere the operands are decoded for an ATen product, so that
 Inductor's own choices (cuBLAS, templates, epilogue fusion) apply to it; one decoded operand serves all products of
 the graph that read it::
 
@@ -28,7 +32,7 @@ from torch.fx import Graph, Node
 from qcompile import compat
 from qcompile.ir.formats import Format, get_format
 from qcompile.ir.recipe import Operand
-from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
 from qcompile.kernels.matmul import providers
 from qcompile.kernels.matmul.reference import LEVELS
 
@@ -44,6 +48,8 @@ DECODED = "dequantize + aten"
 AT_RUN_TIME = "cublaslt, gluon or triton"
 #: Stands for an extent that is known at run time only: one that keeps no provider away.
 _ALIGNED = 16
+#: What FP4 tensor cores read as it is stored: format, granularity and scale rule.
+_BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values()}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,15 @@ class Side:
     def contracts_rows(self, left: bool) -> bool:
         """Whether the product sums over the stored rows, so that the codes have to be transposed for it."""
         return self.transposed == left
+
+    def block_scaled(self, left: bool) -> tuple[Any, ...] | None:
+        """How codes are scaled, if FP4 tensor cores read them as they are stored, else ``None``."""
+        if self.text == "dense" or self.text.startswith(LEVELS) or self.contracts_rows(left):
+            return None
+        quantizer = Operand.parse(self.text).quantizer
+        scaled = quantizer.format, quantizer.granularity, quantizer.scale
+        alone = len(self.tensors) == (3 if quantizer.scale.two_level else 2)  # no residual of outliers beside them
+        return scaled if scaled in _BLOCK_SCALED and alone else None
 
     def why_not_8bit(self, left: bool) -> str:
         """Why tensor cores cannot read the codes; "" if they can."""
@@ -97,18 +112,16 @@ def product_provider(node: Node) -> tuple[str, str]:
         return DECODED, f"no 8-bit tensor cores on {value.device.type}"
     if value.dim() != 2:
         return DECODED, "a product of batches"
-    if why := left.why_not_8bit(left=True) or right.why_not_8bit(left=False):
+    dtypes, why = _read_as(left, right)
+    if dtypes is None:
         return DECODED, why
-    types = {left.format.tensor_core_type, right.format.tensor_core_type}
-    if len(types) > 1 and "int8" in types:
-        return DECODED, f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
     bias: Any = node.args[9] if len(node.args) > 9 else None
     if bias is not None and not same_sizes(bias.meta["val"].shape, value.shape[1:]):
         return DECODED, "a bias that is broadcast over the columns"
     extents = (*(static_size(n) for n in value.shape), _contraction(left))
     product = providers.Product(
         shape=tuple(_ALIGNED if n is None else n for n in extents),
-        dtypes=(tensor_core_dtype(left.format), tensor_core_dtype(right.format)),
+        dtypes=dtypes,
         dtype=value.dtype,
         capability=capability,
         bias=None if bias is None else bias.meta["val"].dtype,
@@ -117,7 +130,22 @@ def product_provider(node: Node) -> tuple[str, str]:
     provider, why = providers.choose(product)
     if provider.name == "reference":
         return DECODED, why
-    return (AT_RUN_TIME, "extents are known at run time only") if None in extents else (provider.name, why)
+    if None in extents and providers.FP4 not in dtypes:
+        return AT_RUN_TIME, "extents are known at run time only"
+    return provider.name, why
+
+
+def _read_as(left: Side, right: Side) -> tuple[tuple[torch.dtype, torch.dtype] | None, str]:
+    """The dtypes as which tensor cores read the two operands, or ``None`` and why they cannot."""
+    scaled = left.block_scaled(left=True)
+    if scaled is not None and scaled == right.block_scaled(left=False):
+        return (providers.FP4, providers.FP4), ""
+    if why := left.why_not_8bit(left=True) or right.why_not_8bit(left=False):
+        return None, why
+    types = {left.format.tensor_core_type, right.format.tensor_core_type}
+    if len(types) > 1 and "int8" in types:
+        return None, f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
+    return (tensor_core_dtype(left.format), tensor_core_dtype(right.format)), ""
 
 
 def _is_scalar(side: Side) -> bool:
@@ -149,7 +177,7 @@ def _lower(graph: Graph, decoded: bool) -> int:
     made: dict[Any, Node] = {}
     count = 0
     for node in graph.find_nodes(op="call_function", target=ops.scaled_mm.default):
-        lowering = _decoded_product if product_provider(node)[0] == DECODED else _tensor_core_product
+        lowering = _LOWERINGS.get(product_provider(node)[0], _tensor_core_product)
         if lowering is _decoded_product and not decoded:
             continue
         with graph.inserting_before(node):
@@ -199,6 +227,12 @@ def _scale(graph: Graph, gemm: Node, side: Side, codes: Node, made: dict[Any, No
     return made[key]
 
 
+def _block_scaled_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
+    sides = Side.of(node, 0), Side.of(node, 4)
+    codes, scales, global_scales = zip(*((*side.tensors, None)[:3] for side in sides), strict=True)
+    return emit(graph, node, ops.mm_block_scaled.default, *codes, *scales, *global_scales, *node.args[8:])
+
+
 # --- products of decoded operands ---------------------------------------------------------------------------------
 
 
@@ -240,3 +274,7 @@ def _decode(graph: Graph, gemm: Node, side: Side, dtype: torch.dtype) -> Node:
     if rest:
         dense = emit(graph, gemm, ops.restore_outliers.default, dense, *rest, str(spec.outliers), -1)
     return dense
+
+
+#: By provider; the others multiply 8-bit codes.
+_LOWERINGS = {DECODED: _decoded_product, providers.BLOCK_SCALED[0].name: _block_scaled_product}

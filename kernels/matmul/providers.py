@@ -1,4 +1,4 @@
-"""What can run ``mm_8bit``, which of it runs a given product, and why nothing better does.
+"""What can run ``mm_8bit`` and ``mm_block_scaled``, which of it runs a given product, and why nothing better does.
 
 ========= =============================================== ======================= =========================
 provider  operands                                        compute capability      output
@@ -15,9 +15,20 @@ cuBLASLt sums with fast accumulation: the tensor cores' own accumulator, 14 sign
 4-bit codes are exact in it (see :mod:`qcompile.kernels.matmul.triton`); arbitrary FP8 codes, those of a gradient, lose
 about 2^-14 of the running sum an addition there as in Triton.
 
-Blackwell (compute capability 10) multiplies FP4 natively, through ``torch._scaled_mm`` on ``float4_e2m1fn_x2`` or
-Triton's ``dot_scaled``, with a scale for every 16 or 32 elements of K. A scale for a row needs neither: the same FP8
-codes give the same product there at half the rate of FP4. None of it has been run on that card.
+Of ``mm_block_scaled``, whose operands are stored E2M1 codes with scales of blocks along K:
+
+========== ============================================== ======================= =========================
+provider   scales of both operands                        compute capability      output
+========== ============================================== ======================= =========================
+dot_scaled E8M0 of 32 elements, or E4M3 of 16; any        10.0, 10.3, 12.0; all   bfloat16, float16, float32
+           extents                                        of them untested
+reference  the same                                       any                     any
+========== ============================================== ======================= =========================
+
+Tensor cores for FP4 begin with compute capability 10 (Blackwell) and want such scales. With a scale for a row, the same
+FP8 codes give the same product there, through kernels that have run elsewhere, at half the rate of FP4. Blocks that all
+have the scale 1 would be FP4 as well: Triton 3.6 aborts where both operands have such a constant, and a tensor of ones
+is one more to read, so that waits for a card to measure it on. None of this has been run on one.
 """
 
 from __future__ import annotations
@@ -33,18 +44,23 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["PROVIDERS", "Product", "Provider", "choose", "mm_8bit"]
+__all__ = ["BLOCK_SCALED", "FP4", "PROVIDERS", "Product", "Provider", "choose", "mm_8bit", "mm_block_scaled"]
 
+#: Two E2M1 codes a byte: what stands for the dtype of stored codes, uint8, where they are multiplied as they are.
+FP4 = torch.float4_e2m1fn_x2
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What the kernels in Triton and Gluon write.
 _WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 #: The compute capability on which all of this has run.
 _TESTED = (9, 0)
+#: Those for which Triton 3.6 and 3.7 both make FP4 instructions of ``dot_scaled``. For 12.1 they widen E8M0 scales and
+#: fail on E4M3 ones; for 10.1 and 11.0 one of the two does not compile.
+_WITH_FP4 = ((10, 0), (10, 3), (12, 0))
 
 
 @dataclass(frozen=True)
 class Product:
-    """What decides about the provider of one ``mm_8bit``.
+    """What decides about the provider of one ``mm_8bit`` or, with two operands of :data:`FP4`, ``mm_block_scaled``.
 
     Attributes:
         shape: (M, N, K); symbolic extents count as multiples of 16 where they are so by their form.
@@ -65,7 +81,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of ``mm_8bit``.
+    """An implementation of ``mm_8bit`` or ``mm_block_scaled``.
 
     Attributes:
         name: what the report calls it.
@@ -84,7 +100,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     The reason also says if this was never tried on such a card. ``reference`` can always run.
     """
     reasons = []
-    for provider in PROVIDERS:
+    for provider in BLOCK_SCALED if FP4 in product.dtypes else PROVIDERS:
         obstacle = provider.obstacle(product)
         if not obstacle:
             break
@@ -92,7 +108,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     if product.capability != _TESTED and provider.name != "reference":
         major, minor = product.capability
         reasons.append(f"{provider.name} is untested on compute capability {major}.{minor}")
-        if major >= 10:
+        if major >= 10 and FP4 not in product.dtypes:
             reasons.append("its native FP4 would need a scale for every 16 or 32 elements")
     return provider, "; ".join(reasons)
 
@@ -110,6 +126,21 @@ def mm_8bit(
         tensor_scales=scale_a.shape[0] == scale_b.shape[0] == 1,
     )
     return _chosen(product).run(a, b, scale_a, scale_b, dtype, bias)
+
+
+def mm_block_scaled(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    """``qcompile::mm_block_scaled`` on CUDA by the provider that :func:`choose` names; ``arguments`` as in the
+    reference.
+    """
+    dtype, *bias = arguments[4:]
+    product = Product(
+        shape=(a.shape[0], b.shape[0], 2 * a.shape[1]),
+        dtypes=(FP4, FP4),
+        dtype=dtype,
+        capability=_capability(a.device),
+        bias=bias[0].dtype if bias and bias[0] is not None else None,
+    )
+    return _chosen(product).run(a, b, *arguments)
 
 
 @cache
@@ -227,4 +258,31 @@ PROVIDERS = (
     Provider("gluon", _run_gluon, _obstacle_to_gluon),
     Provider("triton", _run_triton, _obstacle_to_triton),
     Provider("reference", reference.mm_8bit, lambda product: ""),
+)
+
+
+# --- FP4 ------------------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_dot_scaled(product: Product) -> str:
+    checks = {
+        "there is nothing to multiply": 0 not in product.shape,
+        "no FP4 tensor cores, which take scales of blocks, before compute capability 10.0": product.capability >= (10,),
+        "Triton reaches FP4 tensor cores of compute capability 10.0, 10.3 and 12.0": product.capability in _WITH_FP4,
+        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
+        "Triton is not installed": _has_triton(),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _run_dot_scaled(*arguments: Any) -> Tensor:
+    from . import block_scaled
+
+    return block_scaled.mm_block_scaled(*arguments)
+
+
+#: Best first, for stored E2M1 codes with scales of blocks.
+BLOCK_SCALED = (
+    Provider("dot_scaled", _run_dot_scaled, _obstacle_to_dot_scaled),
+    Provider("reference", reference.mm_block_scaled, lambda product: ""),
 )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qcompile.ir.formats import get_format
 from qcompile.ir.recipe import Operand
-from qcompile.kernels.quantize.reference import decode, unpack
+from qcompile.ir.tensor_core_ops import BLOCK_SCALES
+from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["LEVELS", "decode_operand", "mm_8bit", "scaled_mm"]
+__all__ = ["LEVELS", "block_of", "decode_operand", "mm_8bit", "mm_block_scaled", "scaled_mm"]
 
 #: First word of the text of an operand without scales.
 LEVELS = "levels "
@@ -69,3 +70,45 @@ def mm_8bit(
     """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` of 8-bit codes a ``[M, K]`` and b ``[N, K]``, summed in float32."""
     product = a.float() @ b.float().t() * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def mm_block_scaled(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    global_a: Tensor | None,
+    global_b: Tensor | None,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``(â @ b̂ᵀ) · global_a · global_b + bias`` ``[M, N]`` in ``dtype``, summed in float32; â and b̂ are codes times
+    scales.
+
+    a ``[M, ⌈K/2⌉]`` and b ``[N, ⌈K/2⌉]`` uint8, two E2M1 codes a byte as `quantize` packs them; scales with one column
+    for every block along K, both uint8 (E8M0, 32 elements; OCP MX v1.0 §5.2) or both float8_e4m3fn (16 elements; NVFP4,
+    arXiv 2509.25149 App. B); global scales float32 ``[]``; bias ``[N]`` floating point. Raises ``ValueError`` for
+    scales of other dtypes.
+    """
+    block_of(scale_a, scale_b)
+    product = _block_scaled(a, scale_a) @ _block_scaled(b, scale_b).t()
+    for factor in (global_a, global_b):
+        product = product if factor is None else product * factor
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def block_of(scale_a: Tensor, scale_b: Tensor) -> int:
+    """How many elements share a scale. Raises ``ValueError`` if tensor cores do not take such scales."""
+    if scale_a.dtype != scale_b.dtype or scale_a.dtype not in BLOCK_SCALES:
+        got = f"{scale_a.dtype} and {scale_b.dtype}"
+        msg = f"mm_block_scaled takes scales that are both uint8 (E8M0) or both float8_e4m3fn; got {got}"
+        raise ValueError(msg)
+    return BLOCK_SCALES[scale_a.dtype].granularity.size
+
+
+def _block_scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """Float32 codes times scales: two significant bits times at most four, so nothing is rounded."""
+    quantizer = BLOCK_SCALES[scales.dtype]
+    levels = decode(unpack(codes, 4, 2 * codes.shape[1]), quantizer.format)
+    factors = scales.float() if quantizer.scale.two_level else load_scale(scales, quantizer)
+    return levels * spread(factors, levels.shape, quantizer)

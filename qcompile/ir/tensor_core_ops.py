@@ -8,6 +8,9 @@ without rounding. The operand of such a product is
 * **scales**, float32 ``[rows, 1]`` or ``[1, 1]``, those of ``quantize``. Where 8-bit codes are levels times
   :attr:`Format.tensor_core_factor` (half-integer grids in int8), whoever emits the product divides them by it.
 
+Tensor cores for FP4 take E2M1 codes as they are stored, two a byte, and a scale for every block along K
+(:data:`BLOCK_SCALES`) instead of one for a row.
+
 None of these ops is differentiable, and none is saved for the backward: packed codes are.
 """
 
@@ -20,7 +23,7 @@ from .ops import LIB, register_fake
 from .quantizer import Quantizer
 from .recipe import Operand
 
-__all__ = ["TENSOR_CORE_DTYPES", "tensor_core_dtype"]
+__all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "tensor_core_dtype"]
 
 _SCHEMAS = (
     # Row-wise quantization of x [R, K], optionally of x · fold (float32, K elements): 8-bit codes [R, K], scales
@@ -38,12 +41,24 @@ _SCHEMAS = (
     "recode(Tensor codes, str quantizer, SymInt size, bool transposed) -> Tensor",
     # a [M, K] times b [N, K] transposed, times both scales (M or 1, N or 1), plus bias [N]: [M, N] in `dtype`.
     "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    # The same of stored E2M1 codes a [M, ceil(K/2)] and b [N, ceil(K/2)] with scales of blocks along K, both of one
+    # dtype of BLOCK_SCALES, times both global scales (float32 []).
+    "mm_block_scaled(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? global_a, Tensor? global_b, "
+    "ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 #: Tensor-core type → torch dtype.
 TENSOR_CORE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+
+
+#: Dtype of stored scales → the quantizer (but for its rounding) whose codes and scales FP4 tensor cores read: MXFP4
+#: (OCP MX v1.0 §5.2) and NVFP4 (arXiv 2509.25149 App. B).
+BLOCK_SCALES = {
+    torch.uint8: Quantizer.parse("e2m1 block32 e8m0"),
+    torch.float8_e4m3fn: Quantizer.parse("e2m1 block16 e4m3"),
+}
 
 
 def tensor_core_dtype(fmt: Format) -> torch.dtype:
@@ -100,4 +115,9 @@ def _(codes, quantizer, size, transposed):
 
 @register_fake("mm_8bit")
 def _(a, b, scale_a, scale_b, dtype, bias=None):
+    return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
+@register_fake("mm_block_scaled")
+def _(a, b, scale_a, scale_b, global_a, global_b, dtype, bias=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
