@@ -93,8 +93,8 @@ class Config:
     def shared_memory(self, summands: int = 0) -> int:
         """Bytes of shared memory that a program takes, at most.
 
-        Operands in flight, output on its way, for each warp group the scales of the columns and their ``summands`` (0 to
-        2: a bias, an offset), barriers.
+        Operands in flight, output on its way, for each warp group the scales of the columns and their ``summands`` (a
+        bias, an offset: 0 to 2), barriers.
         """
         operands = self.stages * (self.block_m + self.block_n) * BLOCK_K.value
         output = self.buffers * self.block_m * self.piece_bytes

@@ -279,7 +279,7 @@ def test_rotated_codes_on_tensor_cores_are_the_same_numbers(bits: Any, backward:
 
 
 def test_codes_are_summed_once_and_for_all_their_readers() -> None:
-    """Forward on INT8, a sum an operand; gradients in 8-bit floating point cannot meet it, and nothing is lost there."""
+    """Forward on INT8, one sum an operand; gradients in 8-bit floating point cannot meet it, and are the wide ones."""
     model, x = Block(), torch.randn(35, 48, requires_grad=True)
     result = compile_and_run(model, x, recipe=QUEST, bits=8, backward="fp8")
     forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
@@ -288,9 +288,7 @@ def test_codes_are_summed_once_and_for_all_their_readers() -> None:
     assert forward.count("aten.sum.dim_IntList(") == 5
     assert "qcompile.mm_8bit.default(" not in backward
     wide = {row["role"]: row["reason"] for row in result.gemms if row["provider"].startswith("dequantize")}
-    assert wide == dict.fromkeys(
-        ("dgrad", "wgrad"), "int8 is not exact in 8-bit floating point, which gradients need"
-    )
+    assert wide == dict.fromkeys(("dgrad", "wgrad"), "int8 is not exact in 8-bit floating point, which gradients need")
     exact = compile_and_run(model, x, recipe=QUEST, bits=8, disable_passes=["lower"])
     assert_same(result.gradients, exact.gradients)
 
@@ -309,19 +307,22 @@ def test_sums_of_codes_stand_in_for_their_offsets(names: tuple[str, str], granul
     assert not on_codes.gemms[0]["provider"].startswith("dequantize")
 
 
-def test_sums_of_codes_over_a_symbolic_length() -> None:
-    """How many codes are summed is known at run time only: a constant in its place would be that of the first call."""
-    options: dict[str, Any] = {"recipe": fp4(activation="int8 row absmax up", attention=True), "dynamic": True}
-    results = []
+def test_sums_of_codes_over_tokens() -> None:
+    """wgrad contracts tokens, known at run time only: a constant number of codes would be that of the first call."""
+    text = "int8 tensor absmax up"
+    options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text, "dynamic": True}
+    model, results = nn.Linear(40, 24), []
     for capability in ((9, 0), None):
         with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
-            compiled, observations = compiler(lambda a, b: a @ b.T, **options)
+            compiled, observations = compiler(model, **options)
             torch.manual_seed(0)
-            results.append([compiled(torch.rand(9, k), torch.rand(12, k)) for k in (37, 1021)])
-            (row,) = observations[0].gemms
+            for x in (torch.randn(35, 40), torch.randn(17, 40)):
+                loss = (compiled(x) * torch.randn(len(x), 24)).sum()
+                results.append(torch.autograd.grad(loss, model.weight))
             assert len(observations) == 1
-            assert row["provider"].startswith("dequantize") == (capability is None)
-    assert_same(*results)
+            (wgrad,) = (row for row in observations[0].gemms if row["role"] == "wgrad")
+            assert wgrad["provider"].startswith("dequantize") == (capability is None), wgrad
+    assert_same(results[:2], results[2:])
 
 
 def test_the_verifier_misses_sums_of_codes() -> None:
@@ -329,13 +330,17 @@ def test_the_verifier_misses_sums_of_codes() -> None:
     left, right = (torch.fx.Graph() for _ in range(2))
     for graph, present in ((left, (None, True)), (right, (True, None))):
         stored, one = graph.placeholder("stored"), graph.placeholder("one")
-        codes = [graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("int8", "int8")]
+        codes = [
+            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("int8", "int8")
+        ]
         offsets = [one if given else None for given in present]
         arguments = (*codes, one, one, torch.float32, None)
         graph.call_function(torch.ops.qcompile.mm_8bit.default, (*arguments, one, one))
         verify(graph, "lower")
         graph.call_function(torch.ops.qcompile.mm_8bit.default, (*arguments, *offsets))
-        with pytest.raises(VerificationError, match=f"operand {present.index(True)} has codes of int8, without the sums"):
+        with pytest.raises(
+            VerificationError, match=f"operand {present.index(True)} has codes of int8, without the sums"
+        ):
             verify(graph, "lower")
 
 
