@@ -414,13 +414,14 @@ def mm_8bit(
         msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"
         raise ValueError(msg)
     out = a.new_empty((m, n), dtype=dtype)
-    epilogue = [None if x is None else x.contiguous() for x in (scale_a, scale_b, bias, offset_a, offset_b)]
+    scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    summands = [None if x is None else x.contiguous() for x in (bias, offset_a, offset_b)]
     card = card_of(a.device)
     with torch.cuda.device_of(a):
         a, b = _aligned(a), _aligned(b)
 
         def run(config: Config) -> None:
-            arguments, options = launch_arguments(config, a, b, out, *epilogue)
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *summands)
             tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
             kernel[(min(tiles, card.processors),)](*arguments, **options)
 

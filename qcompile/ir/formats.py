@@ -21,8 +21,8 @@ int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual 
 int1p…7p those of int1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
 ======== ==================================================== ======================================
 
-Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4 bits.
-int5…7 are 2v in INT8, since halves are no integers, and int8, whose doubles reach ±255, is v − ½ in INT8.
+Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
+bits. int5…7 are 2v in INT8, since halves are no integers, and int8, whose doubles reach ±255, is v − ½ in INT8.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_quantized_rows_of_a_model_are_exact(quantizer):
 
 @pytest.mark.parametrize("shape", [(300, 520, 144), (129, 264, 37), (2000, 2056, 240)], ids=str)
 def test_offsets_make_it_the_product_of_the_levels(shape):
-    """Half-integers of 8 bits on both sides or on one, by every provider; sums stay below 2^22, so nothing is rounded."""
+    """Half-integers of 8 bits on both sides or on one, by every provider; below 2^22 nothing is rounded."""
     m, n, k = shape
     a, b = (torch.randint(-128, 128, (rows, k), dtype=INT8, device="cuda") for rows in (m, n))
     scales, bias = (powers_of_two(m, 1), powers_of_two(n, 1)), torch.randint(-3, 4, (n,), device="cuda").float()
