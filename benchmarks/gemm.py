@@ -3,6 +3,7 @@
     python benchmarks/gemm.py --out benchmarks/h200/gemm.csv
 
 Operands are rows of Gaussians quantized to E2M1 (FP8) or to integers of 4 bits (INT8); BF16 multiplies the Gaussians.
+``--kinds int8_offset``: half-integers of 8 bits, as INT8 with sums of both operands' codes, which are timed as well.
 Every provider is first compared with float64 on some rows, to the rounding of its output: 4-bit codes have exact sums.
 Then all are timed in turns, several operand sets each, so that none runs on a warmer cache or a cooler card. Configs of
 the kernels in Triton and Gluon are tuned before, templates within the time that `--seconds` leaves; `--sweep` times
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.utils import run_and_get_code
 
+from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.matmul import inductor, providers
 from qcompile.kernels.matmul import triton as gemm
 from qcompile.kernels.quantize.reference import quantize_8bit
@@ -47,6 +49,8 @@ SETS, CALLS = 3, 6
 #: Rows of the output that are compared with float64.
 CHECKED_ROWS = 128
 BF16 = torch.bfloat16
+#: What the operands of each kind are quantized to.
+QUANTIZERS = {"fp8": "e2m1 row absmax even", "int8": "int4z row absmax even", "int8_offset": "int8 row absmax up"}
 #: What figures are compared with: the same product in BF16, and a library's in the same type.
 BASELINE = "bf16 mm"
 LIBRARIES = {"fp8": "fp8 _scaled_mm", "int8": "int8 _int_mm"}
@@ -54,7 +58,7 @@ LIBRARIES = {"fp8": "fp8 _scaled_mm", "int8": "int8 _int_mm"}
 
 @dataclass(frozen=True)
 class Operands:
-    """``a @ bᵀ``: codes, their scales, and the rows they were quantized from."""
+    """``a @ bᵀ``: codes, their scales, the rows they were quantized from, and what levels have that codes lack."""
 
     a: Tensor
     b: Tensor
@@ -62,6 +66,7 @@ class Operands:
     scale_b: Tensor
     dense_a: Tensor
     dense_b: Tensor
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -98,20 +103,28 @@ class Row:
 
 
 def operand_sets(m: int, n: int, k: int, kind: str) -> list[Operands]:
-    """:data:`SETS` pairs of Gaussian matrices and their 4-bit codes, as FP8 or as INT8."""
-    quantizer = "e2m1 row absmax even" if kind == "fp8" else "int4z row absmax even"
+    """:data:`SETS` pairs of Gaussian matrices and their codes, as FP8 or as INT8."""
+    quantizer = QUANTIZERS[kind]
+    offset = Quantizer.parse(quantizer).format.tensor_core_offset
     sets = []
     for _ in range(SETS):
         dense = [torch.randn(rows, k, dtype=BF16, device="cuda") for rows in (m, n)]
         (a, scale_a, _), (b, scale_b, _) = (quantize_8bit(x, quantizer, False) for x in dense)
         if kind == "int8":
             a, b = a.to(BF16).to(torch.int8), b.to(BF16).to(torch.int8)
-        sets.append(Operands(a, b, scale_a, scale_b, *dense))
+        sets.append(Operands(a, b, scale_a, scale_b, *dense, offset))
     return sets
 
 
 def hand_launched(x: Operands, module: ModuleType, config=None) -> Tensor:
-    return module.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, config=config, tune=config is None)
+    offsets = sums_of_codes(x.a, x.b, x.offset) if x.offset else (None, None)
+    return module.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, None, *offsets, config=config, tune=config is None)
+
+
+@partial(torch.compile, dynamic=False)
+def sums_of_codes(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """``offset_a`` and ``offset_b`` of the product, as `lower` has them computed."""
+    return (a.float() + offset).sum(-1, keepdim=True) * offset, b.float().sum(-1, keepdim=True) * offset
 
 
 def hand_launched_kernels() -> dict[str, ModuleType]:
@@ -137,7 +150,7 @@ def providers_of(
             yield BASELINE, partial(Provider, BASELINE, lambda x: x.dense_a @ x.dense_b.t(), sets)
         if kind == "fp8":
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], scaled_mm, sets, roundings=2)
-        else:
+        elif kind == "int8":
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], int_mm, sets, roundings=0)
         for kernel, module in hand_launched_kernels().items():
             name = f"{kind} {kernel}"
@@ -158,7 +171,8 @@ def problem_of(x: Operands) -> gemm.Problem:
 def tuned(name: str, sets: list[Operands], module: ModuleType) -> Provider:
     """The hand-launched kernel with the config that is fastest on the first set."""
     hand_launched(sets[0], module)
-    best = module.best_config(problem_of(sets[0]), lambda config: None, tune=False)
+    columns = {"summands": 1} if sets[0].offset and name.endswith("gluon") else {}
+    best = module.best_config(problem_of(sets[0]), lambda config: None, tune=False, **columns)
     return Provider(name, partial(hand_launched, module=module, config=best), sets, config=str(best))
 
 
@@ -203,7 +217,8 @@ def disagreement(provider: Provider) -> str:
     for x in provider.sets:
         rows = torch.randint(x.a.shape[0], (CHECKED_ROWS,), device="cuda")
         rows[-1] = x.a.shape[0] - 1
-        expected = x.a.view(torch.uint8)[rows].view(x.a.dtype).float().double() @ x.b.float().double().t()
+        left = x.a.view(torch.uint8)[rows].view(x.a.dtype).float().double() + x.offset
+        expected = left @ (x.b.float().double() + x.offset).t()
         if provider.roundings:
             expected = expected * x.scale_a[rows].double() * x.scale_b.double().t()
         tolerance = expected.abs() * (provider.roundings * 2.0**-8 + 2.0**-22 if provider.roundings else 0)
@@ -283,7 +298,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing (default: 20)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"M (default: {TOKENS})")
     parser.add_argument("--shapes", nargs="+", metavar="N,K", help="weights to measure (default: six of Llama's)")
-    parser.add_argument("--kinds", nargs="+", choices=("fp8", "int8"), default=["fp8", "int8"])
+    parser.add_argument("--kinds", nargs="+", choices=tuple(QUANTIZERS), default=["fp8", "int8"])
     parser.add_argument("--seconds", type=float, default=60, help="when to stop compiling templates (default: 60)")
     parser.add_argument("--sweep", action="store_true", help="time every config instead of the template")
     arguments = parser.parse_args()

@@ -4,13 +4,13 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
-`merge_quantize` then joins ``quantize`` and ``recode``. Cards with FP4 tensor cores read MXFP4 and NVFP4 as stored::
+with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). `merge_quantize` then
+joins ``quantize`` and ``recode``. Cards with FP4 tensor cores read MXFP4 and NVFP4 as stored::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
-Elsewhere the operands are decoded for an ATen product, so that
-Inductor's own choices (cuBLAS, templates, epilogue fusion) apply to it; one decoded operand serves all products of
-the graph that read it::
+Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
+fusion) apply to it; one decoded operand serves all products of the graph that read it::
 
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
 
@@ -126,6 +126,7 @@ def product_provider(node: Node) -> tuple[str, str]:
         capability=capability,
         bias=None if bias is None else bias.meta["val"].dtype,
         tensor_scales=all(_is_scalar(side) for side in (left, right)),
+        offsets=any(side.format.tensor_core_offset for side in (left, right)),
     )
     provider, why = providers.choose(product)
     if provider.name == "reference":
@@ -195,8 +196,13 @@ def _tensor_core_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Nod
     sides = Side.of(node, 0), Side.of(node, 4)
     codes = [_codes(graph, node, side, side is sides[0], made) for side in sides]
     scales = [_scale(graph, node, side, operand, made) for side, operand in zip(sides, codes, strict=True)]
-    dtype, *bias = node.args[8:]
-    return emit(graph, node, ops.mm_8bit.default, *codes, *scales, dtype, *bias)
+    dtype, *rest = node.args[8:]
+    bias = rest[0] if rest else None
+    own, others = (side.format.tensor_core_offset for side in sides)
+    # Σ (p + c)(q + d) = Σ p q + d Σ (p + c) + c Σ q
+    offsets = _offset(graph, node, codes[0], own, others, made), _offset(graph, node, codes[1], 0.0, own, made)
+    summands = (bias, *offsets) if any(offsets) else (bias,) if bias is not None else ()
+    return emit(graph, node, ops.mm_8bit.default, *codes, *scales, dtype, *summands)
 
 
 def _codes(graph: Graph, gemm: Node, side: Side, left: bool, made: dict[Any, Node]) -> Node:
@@ -224,6 +230,24 @@ def _scale(graph: Graph, gemm: Node, side: Side, codes: Node, made: dict[Any, No
     key = ("scale", factor, rows)
     if key not in made:
         made[key] = emit(graph, gemm, aten.full.default, [rows, 1], factor, dtype=torch.float32, device=value.device)
+    return made[key]
+
+
+def _offset(graph: Graph, gemm: Node, codes: Node, own: float, others: float, made: dict[Any, Node]) -> Node | None:
+    """Float32 ``[rows, 1]``: ``others`` · Σ (codes + ``own``) of every row, ``None`` if that is 0.
+
+    In float32, which rounds none of the sums of half-integers up to 127½ below K = 65793, in any order, and takes no
+    longer than int32: reading the codes does.
+    """
+    if not others:
+        return None
+    key = ("offset", codes, own, others)
+    if key not in made:
+        shifted = emit(graph, gemm, torch.ops.prims.convert_element_type.default, codes, torch.float32)
+        if own:
+            shifted = emit(graph, gemm, aten.add.Tensor, shifted, own)
+        sums = emit(graph, gemm, aten.sum.dim_IntList, shifted, [-1], True)
+        made[key] = emit(graph, gemm, aten.mul.Tensor, sums, others)
     return made[key]
 
 

@@ -4,6 +4,7 @@
 2. Scales have the shape their granularity says.
 3. Every decoder reads codes of the width its quantizer packs.
 4. No fake_quantize is left once autograd has been traced.
+5. No product reads 8-bit codes that lie beside their levels (:attr:`Format.tensor_core_offset`) as levels.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.recipe import Operand
 
 from .dialect import is_call, static_size, through_views
 
@@ -37,6 +40,8 @@ def verify(graph: Graph, stage: str) -> None:
             _check_quantize(stage, node)
         elif is_call(node, ops.dequantize.default):
             _check_dequantize(stage, node)
+        elif is_call(node, ops.mm_8bit.default):
+            _check_offsets(stage, node)
 
 
 def _check_quantize(stage: str, node: Node) -> None:
@@ -64,6 +69,24 @@ def _check_dequantize(stage: str, node: Node) -> None:
         _fail(stage, node, f"decodes to {node.meta['val'].dtype}, not {dtype}")
 
 
+def _check_offsets(stage: str, node: Node) -> None:
+    summands: Any = (*node.args[5:], None, None, None)[1:3]
+    for position, other in ((0, 1), (1, 0)):
+        fmt = _format_of_8bit_codes(node.args[position])
+        if fmt is not None and fmt.tensor_core_offset and summands[other] is None:
+            _fail(stage, node, f"operand {position} has codes of {fmt.name}, without the sums of the other's codes")
+
+
+def _format_of_8bit_codes(codes: Any) -> Format | None:
+    """The format whose levels 8-bit codes stand for, ``None`` where the graph does not say."""
+    source = codes.args[0] if is_call(codes, operator.getitem) else codes
+    if is_call(source, ops.quantize_8bit_masked.default):
+        return Operand.parse(source.args[1]).stored.format
+    if is_call(source, *_MAKE_8BIT_CODES):
+        return Quantizer.parse(source.args[1]).format
+    return None
+
+
 def _readers(node: Node) -> list[Node]:
     """Users of a tensor, views of it included."""
     found = []
@@ -71,6 +94,13 @@ def _readers(node: Node) -> list[Node]:
         found += _readers(user) if through_views(user) is not user and user.users else [user]
     return found
 
+
+_MAKE_8BIT_CODES = (
+    ops.recode.default,
+    ops.quantize_8bit.default,
+    ops.quantize_8bit_transposed.default,
+    ops.quantize_8bit_pair.default,
+)
 
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (

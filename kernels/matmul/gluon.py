@@ -90,14 +90,15 @@ class Config:
         tile = f"{self.block_m}x{self.block_n}x{BLOCK_K.value} s{self.stages} g{self.group_m}"
         return f"{tile} pieces {self.piece_bytes} x {self.buffers}"
 
-    def shared_memory(self, bias: bool) -> int:
+    def shared_memory(self, summands: int = 0) -> int:
         """Bytes of shared memory that a program takes, at most.
 
-        Operands in flight, output on its way, scales (and biases) of the columns for each warp group, barriers.
+        Operands in flight, output on its way, for each warp group the scales of the columns and their ``summands`` (a
+        bias, an offset: 0 to 2), barriers.
         """
         operands = self.stages * (self.block_m + self.block_n) * BLOCK_K.value
         output = self.buffers * self.block_m * self.piece_bytes
-        columns = CONSUMERS.value * (1 + bias) * 4 * self.block_n
+        columns = CONSUMERS.value * (1 + summands) * 4 * self.block_n
         return operands + output + columns + 16 * self.stages + 256
 
 
@@ -178,7 +179,7 @@ def _pieces(product, parts: gl.constexpr):
 @gluon.jit
 def _multiply(
     part: gl.constexpr,
-    has_bias: gl.constexpr,
+    summands,
     integer: gl.constexpr,
     tma_store: gl.constexpr,
     block_m: gl.constexpr,
@@ -196,7 +197,6 @@ def _multiply(
     empty,
     scale_a,
     scale_b,
-    bias,
     m,
     n,
     k,
@@ -205,8 +205,10 @@ def _multiply(
 ):
     """One warp group: its rows of every tile of this program.
 
-    ``staged`` holds pieces of the output on their way out, ``columnwise`` the scales (and the bias) of the columns.
+    ``staged`` holds pieces of the output on their way out, ``columnwise`` the scales of the columns, then their bias,
+    then their offsets, as far as there are such.
     """
+    bias, offset_a, offset_b = summands  # ``None`` where there are none
     part_m: gl.constexpr = block_m // CONSUMERS
     parts: gl.constexpr = block_n // piece_n
     gl.static_assert(parts % buffers == 0)  # a buffer is taken in turn
@@ -224,8 +226,12 @@ def _multiply(
         by_row = gl.load(scale_a + rows * scale_a_stride, mask=rows < m, other=0.0)
         columns = column + gl.arange(0, block_n, by_thread)
         by_column = gl.load(scale_b + columns * scale_b_stride, mask=columns < n, other=0.0)
-        if has_bias:
+        if bias is not None:
             shift = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
+        if offset_a is not None:
+            row_offset = gl.load(offset_a + rows, mask=rows < m, other=0.0)
+        if offset_b is not None:
+            column_offset = gl.load(offset_b + columns, mask=columns < n, other=0.0)
 
         product = gl.zeros((part_m, block_n), gl.float32, whole_layout)
         for depth in range(0, k, BLOCK_K):
@@ -240,16 +246,23 @@ def _multiply(
 
         scales = columnwise.index(0)
         scales.store(by_column)
-        if has_bias:
+        if bias is not None:
             columnwise.index(1).store(shift)
+        if offset_b is not None:
+            offsets = columnwise.index(columnwise.shape[0] - 1)
+            offsets.store(column_offset)
         pieces = _pieces(product, parts)
         for piece in gl.static_range(parts):
             value = gl.convert_layout(pieces[piece], layout, assert_trivial=True)
             if integer:
                 value = value.to(gl.int32, bitcast=True).to(gl.float32)
+            if offset_a is not None:
+                value += row_offset[:, None]
+            if offset_b is not None:
+                value += offsets.slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))[None, :]
             factor = scales.slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))
             value = value * by_row[:, None] * factor[None, :]
-            if has_bias:
+            if bias is not None:
                 summand = columnwise.index(1).slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))
                 value += summand[None, :]
             at = column + piece * piece_n
@@ -270,7 +283,7 @@ def _multiply(
 # One binary for all extents and addresses: that of INT8 is made once.
 @gluon.jit(
     do_not_specialize=["m", "n", "k", "scale_a_stride", "scale_b_stride"],
-    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias"],
+    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias", "offset_a", "offset_b"],
 )
 def kernel(
     a,
@@ -279,6 +292,8 @@ def kernel(
     scale_a,
     scale_b,
     bias,
+    offset_a,
+    offset_b,
     m,
     n,
     k,
@@ -305,7 +320,7 @@ def kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    kinds: gl.constexpr = 1 if bias is None else 2
+    kinds: gl.constexpr = 1 + (bias is not None) + (offset_b is not None)
     columns_0 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
     columns_1 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
     if tma_store:
@@ -314,23 +329,22 @@ def kernel(
     else:
         staged_0 = columns_0
         staged_1 = columns_1
-    has_bias: gl.constexpr = bias is not None
-    summands = bias if has_bias else scale_b  # not read
+    summands = (bias, offset_a, offset_b)
     ring = (left, right, full, empty)
-    problem = (scale_a, scale_b, summands, m, n, k, scale_a_stride, scale_b_stride)
+    problem = (scale_a, scale_b, m, n, k, scale_a_stride, scale_b_stride)
     gl.warp_specialize(
         [
             (
                 _multiply,
                 # Triton adds tuples, but does not unpack them; of what is added on the right, only tensors survive.
-                (0, has_bias, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                (0, summands, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
                 + (out, staged_0, columns_0)
                 + ring
                 + problem,
             ),
             (
                 _multiply,
-                (1, has_bias, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                (1, summands, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
                 + (out, staged_1, columns_1)
                 + ring
                 + problem,
@@ -346,27 +360,27 @@ def kernel(
 
 
 @cache
-def candidates(problem: Problem, bias: bool = False) -> tuple[Config, ...]:
+def candidates(problem: Problem, summands: int = 0) -> tuple[Config, ...]:
     """The configs that fit into shared memory, in the order of ``predicted_cycles``, then of :data:`CONFIGS`."""
 
     def cycles(config: Config) -> float:
         tile = TritonConfig(config.block_m, config.block_n, BLOCK_K.value, warps=12, stages=config.stages)
         return predicted_cycles(tile, problem)
 
-    fitting = [config for config in CONFIGS if config.shared_memory(bias) <= SHARED_MEMORY]
+    fitting = [config for config in CONFIGS if config.shared_memory(summands) <= SHARED_MEMORY]
     return tuple(sorted(fitting, key=cycles))
 
 
-def best_config(problem: Problem, run: Callable[[Config], None], tune: bool, bias: bool = False) -> Config:
+def best_config(problem: Problem, run: Callable[[Config], None], tune: bool, summands: int = 0) -> Config:
     """The measured config, if there is one or ``tune`` asks for it, else the first candidate; ``run`` launches one."""
-    measured = _MEASURED.get((problem, bias))
+    measured = _MEASURED.get((problem, summands))
     if measured is None and tune and not torch.cuda.is_current_stream_capturing():
-        measured = _MEASURED[problem, bias] = fastest(candidates(problem, bias), run)
-    return measured or candidates(problem, bias)[0]
+        measured = _MEASURED[problem, summands] = fastest(candidates(problem, summands), run)
+    return measured or candidates(problem, summands)[0]
 
 
-#: What this process measured.
-_MEASURED: dict[tuple[Problem, bool], Config] = {}
+#: What this process measured, by problem and summands of the columns.
+_MEASURED: dict[tuple[Problem, int], Config] = {}
 
 
 # --- launch ---------------------------------------------------------------------------------------------------------
@@ -379,16 +393,20 @@ def mm_8bit(
     scale_b: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
     *,
     config: Config | None = None,
     tune: bool = False,
 ) -> Tensor:
-    """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` ``[M, N]`` in ``dtype`` (bfloat16, float16 or float32).
+    """``(a @ bᵀ + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias`` ``[M, N]`` in ``dtype`` (bfloat16, float16 or
+    float32).
 
     a ``[M, K]`` and b ``[N, K]`` both int8, or each float8_e4m3fn or float8_e5m2; M, N ≥ 1, K ≥ 16 a multiple of 16;
     copied if they are not contiguous or not aligned to 16 bytes. scale_a ``[M, 1]`` or ``[1, 1]`` and scale_b
-    ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point. ``config`` fixes how the kernel is cut up; ``tune``
-    measures which is fastest, once a process. Raises ``ValueError`` for other dtypes and other K.
+    ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point; offset_a ``[M, 1]`` and offset_b ``[N, 1]`` float32.
+    ``config`` fixes how the kernel is cut up; ``tune`` measures which is fastest, once a process. Raises ``ValueError``
+    for other dtypes and other K.
     """
     accumulator_of(a, b)  # raises for what tensor cores do not multiply
     (m, k), n = a.shape, b.shape[0]
@@ -396,18 +414,19 @@ def mm_8bit(
         msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"
         raise ValueError(msg)
     out = a.new_empty((m, n), dtype=dtype)
-    scale_a, scale_b, bias = scale_a.contiguous(), scale_b.contiguous(), None if bias is None else bias.contiguous()
+    scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    summands = [None if x is None else x.contiguous() for x in (bias, offset_a, offset_b)]
     card = card_of(a.device)
     with torch.cuda.device_of(a):
         a, b = _aligned(a), _aligned(b)
 
         def run(config: Config) -> None:
-            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, bias)
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *summands)
             tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
             kernel[(min(tiles, card.processors),)](*arguments, **options)
 
         problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
-        run(config or best_config(problem, run, tune, bias is not None))
+        run(config or best_config(problem, run, tune, (bias is not None) + (offset_b is not None)))
     return out
 
 
@@ -418,7 +437,15 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def launch_arguments(
-    config: Config, a: Tensor, b: Tensor, out: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None
+    config: Config,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and options of the kernel, for which INT8 may have to be compiled; all tensors are contiguous."""
     (m, k), n = a.shape, b.shape[0]
@@ -435,6 +462,8 @@ def launch_arguments(
         scale_a,
         scale_b,
         bias,
+        offset_a,
+        offset_b,
         m,
         n,
         k,
@@ -451,7 +480,8 @@ def launch_arguments(
     )
     options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
     if int8:
-        key = (config, a.device, tma_store, out.dtype, None if bias is None else bias.dtype)
+        summands = (None if x is None else x.dtype for x in (bias, offset_a, offset_b))
+        key = (config, a.device, tma_store, out.dtype, *summands)
         if key not in _INT8_PTX:
             _INT8_PTX[key] = _int8_ptx(arguments, options)
         options["ir_override"] = _INT8_PTX[key]

@@ -42,11 +42,7 @@ _TEMPLATE = TritonTemplate(
     name="qcompile_mm_8bit",
     grid=persistent_mm_grid,
     source=r"""
-{% if HAS_BIAS %}
-{{def_kernel("a", "b", "scale_a", "scale_b", "bias")}}
-{% else %}
-{{def_kernel("a", "b", "scale_a", "scale_b")}}
-{% endif %}
+{{def_kernel("a", "b", "scale_a", "scale_b", *SUMMANDS)}}
     m = {{size("a", 0)}}
     n = {{size("b", 0)}}
     k = {{size("a", 1)}}
@@ -75,8 +71,15 @@ _TEMPLATE = TritonTemplate(
         for piece in tl.static_range(PARTS):
             columns = column + piece * PIECE_N + tl.arange(0, PIECE_N)
             by_column = tl.load(scale_b + columns * SCALE_B_STRIDE, mask=columns < n, other=0.0)
-            value = pieces[piece].to(tl.float32) * by_row[:, None] * by_column[None, :]
-            {% if HAS_BIAS %}
+            value = pieces[piece].to(tl.float32)
+            {% if "offset_a" in SUMMANDS %}
+            value += tl.load(offset_a + rows, mask=rows < m, other=0.0)[:, None]
+            {% endif %}
+            {% if "offset_b" in SUMMANDS %}
+            value += tl.load(offset_b + columns, mask=columns < n, other=0.0)[None, :]
+            {% endif %}
+            value = value * by_row[:, None] * by_column[None, :]
+            {% if "bias" in SUMMANDS %}
             value += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
             {% endif %}
             idx_m = rows.to(INDEX_DTYPE)[:, None]
@@ -97,11 +100,13 @@ def pieces_of(product, PARTS: tl.constexpr):
 )
 
 
-def mm_8bit_in_gluon(a, b, scale_a, scale_b, bias=None, *, dtype: torch.dtype) -> torch.Tensor:
-    """What generated code calls; operands as in :func:`qcompile.kernels.matmul.gluon.mm_8bit`."""
+def mm_8bit_in_gluon(a, b, scale_a, scale_b, *summands, dtype: torch.dtype, names: tuple[str, ...]) -> torch.Tensor:
+    """What generated code calls; operands as in :func:`qcompile.kernels.matmul.gluon.mm_8bit`, ``names`` those of
+    ``summands``.
+    """
     from . import gluon
 
-    return gluon.mm_8bit(a, b, scale_a, scale_b, dtype, bias)
+    return gluon.mm_8bit(a, b, scale_a, scale_b, dtype, **dict(zip(names, summands, strict=True)))
 
 
 _GLUON = ExternKernelChoice(mm_8bit_in_gluon, name="qcompile_mm_8bit_in_gluon", has_out_variant=False)
@@ -112,14 +117,17 @@ def supports_mm_8bit() -> tuple[bool, str]:
     return True, ""
 
 
-def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None):
+def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_a=None, offset_b=None):
     """``qcompile::mm_8bit``: ``[M, N]`` in ``dtype``; M may be symbolic."""
-    own_kernel = partial(run_reference, torch.ops.qcompile.mm_8bit.default, a, b, scale_a, scale_b, dtype, bias)
+    summands = {"bias": bias, "offset_a": offset_a, "offset_b": offset_b}
+    arguments = (a, b, scale_a, scale_b, dtype, *summands.values())
+    own_kernel = partial(run_reference, torch.ops.qcompile.mm_8bit.default, *arguments)
     if not ir.is_triton(a) or is_empty(a, b):
         return own_kernel()
     from . import triton as gemm  # imports Triton, which a build of torch for CPUs does without
 
-    operands = [_realized(x) for x in (a, b, scale_a, scale_b, *([] if bias is None else [bias]))]
+    names = tuple(name for name, x in summands.items() if x is not None)
+    operands = [_realized(x) for x in (a, b, scale_a, scale_b, *(summands[name] for name in names))]
     (m, k), n = a.get_size(), b.get_size()[0]
     card = gemm.card_of(a.get_device())
     product = Product(
@@ -129,6 +137,7 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None):
         capability=card.capability,
         bias=None if bias is None else bias.get_dtype(),
         tensor_scales=not (_is_of_rows(scale_a) or _is_of_rows(scale_b)),
+        offsets=offset_a is not None or offset_b is not None,
     )
     provider = choose(product)[0].name
     measure = inductor_config.max_autotune or inductor_config.max_autotune_gemm
@@ -145,12 +154,12 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None):
             choices, input_nodes=inputs, layout=layout, out_dtype=dtype, use_fast_accum=True
         )
     if provider == "gluon":
-        _GLUON.maybe_append_choice(choices, input_nodes=operands, layout=layout, dtype=dtype)
+        _GLUON.maybe_append_choice(choices, input_nodes=operands, layout=layout, dtype=dtype, names=names)
     if provider != "reference" and (measure or not choices) and _fits_tma(operands, card):
         rows, columns, depth = (V.graph.sizevars.optimization_hint(extent) for extent in (m, n, k))
         configs = _template_configs(gemm.Problem(rows, columns, depth, *product.dtypes, dtype, card))
         for config in configs[: _MEASURED_CONFIGS if measure else 1]:
-            _append_template(choices, operands, layout, config, card)
+            _append_template(choices, operands, names, layout, config, card)
     if not choices:
         return own_kernel()
     if len(choices) == 1:
@@ -214,8 +223,9 @@ def _template_configs(problem: gemm.Problem) -> list[gemm.Config]:
     return sorted(tiles.values(), key=lambda config: gemm.predicted_cycles(config, problem))
 
 
-def _append_template(choices, operands, layout, config: gemm.Config, card: gemm.Card) -> None:
-    a, _, scale_a, scale_b, *bias = operands
+def _append_template(choices, operands, summands, layout, config: gemm.Config, card: gemm.Card) -> None:
+    """``summands``: names of the operands after the scales."""
+    a, _, scale_a, scale_b = operands[:4]
     _TEMPLATE.maybe_append_choice(
         choices,
         input_nodes=operands,
@@ -231,5 +241,5 @@ def _append_template(choices, operands, layout, config: gemm.Config, card: gemm.
         ACCUMULATOR="tl.int32" if a.get_dtype() == torch.int8 else "tl.float32",
         SCALE_A_STRIDE=int(_is_of_rows(scale_a)),
         SCALE_B_STRIDE=int(_is_of_rows(scale_b)),
-        HAS_BIAS=bool(bias),
+        SUMMANDS=summands,
     )

@@ -3,8 +3,8 @@
 ========= =============================================== ======================= =========================
 provider  operands                                        compute capability      output
 ========= =============================================== ======================= =========================
-cublaslt  FP8, not both e5m2; N and K multiples of 16     9.0; 8.9 with one scale bfloat16, as is its bias
-                                                          a tensor
+cublaslt  FP8, not both e5m2, without offsets; N and K    9.0; 8.9 with one scale bfloat16, as is its bias
+          multiples of 16                                 a tensor
 gluon     both INT8; K a multiple of 16                   9.0                     bfloat16, float16, float32
 triton    FP8, or both INT8; any extents                  8.9 for FP8, 8.0 for    bfloat16, float16, float32
                                                           INT8
@@ -69,6 +69,7 @@ class Product:
         capability: compute capability of the card.
         bias: dtype of the bias, ``None`` without one.
         tensor_scales: whether both scales are ``[1, 1]``.
+        offsets: whether something is added before the scales.
     """
 
     shape: tuple[Any, Any, Any]
@@ -77,6 +78,7 @@ class Product:
     capability: tuple[int, int]
     bias: torch.dtype | None = None
     tensor_scales: bool = False
+    offsets: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,14 @@ def choose(product: Product) -> tuple[Provider, str]:
 
 
 def mm_8bit(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
 ) -> Tensor:
     """``qcompile::mm_8bit`` on CUDA by the provider that :func:`choose` names; shapes as in the reference."""
     product = Product(
@@ -124,8 +133,9 @@ def mm_8bit(
         capability=_capability(a.device),
         bias=None if bias is None else bias.dtype,
         tensor_scales=scale_a.shape[0] == scale_b.shape[0] == 1,
+        offsets=offset_a is not None or offset_b is not None,
     )
-    return _chosen(product).run(a, b, scale_a, scale_b, dtype, bias)
+    return _chosen(product).run(a, b, scale_a, scale_b, dtype, bias, offset_a, offset_b)
 
 
 def mm_block_scaled(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
@@ -161,6 +171,7 @@ def _obstacle_to_cublaslt(product: Product) -> str:
     checks = {
         "it multiplies FP8 only": all(dtype in _FP8 for dtype in product.dtypes),
         "it does not multiply e5m2 with e5m2": torch.float8_e4m3fn in product.dtypes,
+        "it adds nothing before the scales": not product.offsets,
         "there is nothing to multiply": 0 not in product.shape,
         "FP8 needs compute capability 8.9": product.capability >= (8, 9),
         "scales of rows need compute capability 9.0": product.capability >= (9, 0) or product.tensor_scales,
@@ -174,7 +185,14 @@ def _obstacle_to_cublaslt(product: Product) -> str:
 
 
 def _run_cublaslt(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    offset_a: None = None,
+    offset_b: None = None,
 ) -> Tensor:
     if scale_a.shape[0] != 1 or scale_b.shape[0] != 1:  # scales of rows on both sides, or none
         scale_a = scale_a.expand(a.shape[0], 1).contiguous()

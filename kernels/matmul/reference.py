@@ -65,10 +65,24 @@ def scaled_mm(
 
 
 def mm_8bit(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
 ) -> Tensor:
-    """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` of 8-bit codes a ``[M, K]`` and b ``[N, K]``, summed in float32."""
-    product = a.float() @ b.float().t() * scale_a * scale_b.t()
+    """``(a @ bᵀ + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias`` of 8-bit codes a ``[M, K]`` and b ``[N, K]``,
+    summed in float32.
+    """
+    product = a.float() @ b.float().t()
+    if offset_a is not None:
+        product = product + offset_a
+    if offset_b is not None:
+        product = product + offset_b.t()
+    product = product * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
 
 

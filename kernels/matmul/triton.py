@@ -1,6 +1,6 @@
 """8-bit matrix product on tensor cores in Triton: FP8 (e4m3, e5m2, mixed) and INT8, scaled in the epilogue.
 
-Two kernels compute ``(a @ bᵀ) · scale_a · scale_bᵀ + bias``:
+Two kernels compute ``(a @ bᵀ + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias``:
 
 * **TMA** (compute capability 9.0 and up; rows of whole 16 bytes): persistent, as many programs as the card has
   processors, tiles in groups that share operands in L2. The loop over tiles is flattened into the loop over K, so
@@ -8,7 +8,8 @@ Two kernels compute ``(a @ bᵀ) · scale_a · scale_bᵀ + bias``:
 * **Pointers** (everything else, down to compute capability 8.0 for INT8 and 8.9 for FP8, any M, N, K ≥ 1): one
   masked tile a program.
 
-Both sum in the accumulator of the tensor cores over all of K. For INT8 that is int32, exact. For FP8 on Hopper it keeps
+Both sum in the accumulator of the tensor cores over all of K. For INT8 that is int32, exact, to which offsets are added
+in float32: those of half-integers are multiples of ¼, so that nothing is rounded below 2^22. For FP8 on Hopper it keeps
 14 significant bits: sums of products of 4-bit codes, multiples of 1/4 for E2M1, are exact below 2^12 and come out of
 row-wise quantized data at no more than 2^11.4 (K = 28672).
 
@@ -194,13 +195,18 @@ def _pieces(product, parts: tl.constexpr):
 
 
 @triton.jit
-def _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias):
-    """Float32 ``product · scale_a · scale_bᵀ + bias`` of the tile that begins at (row, column)."""
+def _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b):
+    """Float32 ``(product + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias`` of the tile at (row, column)."""
     rows = row + tl.arange(0, product.shape[0])
     columns = column + tl.arange(0, product.shape[1])
     by_row = tl.load(scale_a + rows * scale_a_stride, mask=rows < m, other=0.0)
     by_column = tl.load(scale_b + columns * scale_b_stride, mask=columns < n, other=0.0)
-    result = product.to(tl.float32) * by_row[:, None] * by_column[None, :]
+    result = product.to(tl.float32)
+    if offset_a is not None:
+        result += tl.load(offset_a + rows, mask=rows < m, other=0.0)[:, None]
+    if offset_b is not None:
+        result += tl.load(offset_b + columns, mask=columns < n, other=0.0)[None, :]
+    result = result * by_row[:, None] * by_column[None, :]
     if bias is not None:
         result += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
     return result
@@ -222,6 +228,8 @@ def _tma_kernel(
     scale_a,
     scale_b,
     bias,
+    offset_a,
+    offset_b,
     m,
     n,
     k,
@@ -251,8 +259,11 @@ def _tma_kernel(
             product = tl.dot(left, right.T, product, out_dtype=accumulator)
         pieces = _pieces(product, parts)
         for part in tl.static_range(parts):
+            piece = pieces[part]
             at = column + part * part_n
-            value = _scaled(pieces[part], row, at, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias)
+            value = _scaled(
+                piece, row, at, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b
+            )
             if tma_store:
                 out.store([row, at], value.to(out.dtype))
             else:
@@ -267,6 +278,8 @@ def _pointer_kernel(
     scale_a,
     scale_b,
     bias,
+    offset_a,
+    offset_b,
     m,
     n,
     k,
@@ -292,7 +305,9 @@ def _pointer_kernel(
         product = tl.dot(left, right.T, product, out_dtype=accumulator)
         at_a += block_k
         at_b += block_k
-    value = _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias)
+    value = _scaled(
+        product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b
+    )
     _store(out, value, row, column, m, n)
 
 
@@ -385,16 +400,20 @@ def mm_8bit(
     scale_b: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
     *,
     config: Config | None = None,
     tune: bool = False,
 ) -> Tensor:
-    """``(a @ bᵀ) · scale_a · scale_bᵀ + bias`` ``[M, N]`` in ``dtype`` (bfloat16, float16 or float32).
+    """``(a @ bᵀ + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias`` ``[M, N]`` in ``dtype`` (bfloat16, float16 or
+    float32).
 
     a ``[M, K]`` and b ``[N, K]`` both int8, or each float8_e4m3fn or float8_e5m2; M, N, K ≥ 1; copied if they are not
     contiguous. scale_a ``[M, 1]`` or ``[1, 1]`` and scale_b ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating
-    point. ``config`` fixes how the TMA kernel is cut up; ``tune`` measures which is fastest, unless that is known or a
-    CUDA graph is being captured. Raises ``ValueError`` for a pair of dtypes that tensor cores do not multiply.
+    point; offset_a ``[M, 1]`` and offset_b ``[N, 1]`` float32. ``config`` fixes how the TMA kernel is cut up; ``tune``
+    measures which is fastest, unless that is known or a CUDA graph is being captured. Raises ``ValueError`` for a pair
+    of dtypes that tensor cores do not multiply.
     """
     accumulator = accumulator_of(a, b)
     a, b = a.contiguous(), b.contiguous()
@@ -402,7 +421,8 @@ def mm_8bit(
     out = a.new_empty((m, n), dtype=dtype)
     scales = scale_a.contiguous(), scale_b.contiguous()
     strides = tuple(int(scale.shape[0] > 1) for scale in scales)
-    operands = (*scales, bias if bias is None else bias.contiguous(), m, n, k, *strides, accumulator)
+    summands = (x if x is None else x.contiguous() for x in (bias, offset_a, offset_b))
+    operands = (*scales, *summands, m, n, k, *strides, accumulator)
     card = card_of(a.device)
     with torch.cuda.device_of(a):
         if card.capability < (9, 0) or not (_aligned(a, k) and _aligned(b, k)):
@@ -437,7 +457,9 @@ def _aligned(matrix: Tensor, columns: int) -> bool:
     return matrix.data_ptr() % TMA_ALIGNMENT == 0 and columns * matrix.itemsize % TMA_ALIGNMENT == 0
 
 
-def _launch_tma(config: Config, card: Card, a, b, out, scale_a, scale_b, bias, m, n, k, *rest) -> None:
+def _launch_tma(
+    config: Config, card: Card, a, b, out, scale_a, scale_b, bias, offset_a, offset_b, m, n, k, *rest
+) -> None:
     def descriptor(matrix: Tensor, columns: int, *block: int) -> TensorDescriptor:
         # A single row may have any stride, so it is not asked.
         return TensorDescriptor(matrix, [matrix.shape[0], columns], [columns, 1], list(block))
@@ -451,6 +473,8 @@ def _launch_tma(config: Config, card: Card, a, b, out, scale_a, scale_b, bias, m
         scale_a,
         scale_b,
         bias,
+        offset_a,
+        offset_b,
         m,
         n,
         k,
@@ -468,9 +492,8 @@ def _launch_tma(config: Config, card: Card, a, b, out, scale_a, scale_b, bias, m
     )
 
 
-def _launch_pointers(a, b, out, scale_a, scale_b, bias, m, n, k, *rest) -> None:
+def _launch_pointers(a, b, out, scale_a, scale_b, bias, offset_a, offset_b, m, n, k, *rest) -> None:
     block_m, block_n, block_k = 64 if m <= 64 else 128, 128, 64
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    _pointer_kernel[(tiles,)](
-        a, b, out, scale_a, scale_b, bias, m, n, k, *rest, block_m, block_n, block_k, 8, num_warps=8, num_stages=3
-    )
+    arguments = (a, b, out, scale_a, scale_b, bias, offset_a, offset_b, m, n, k, *rest)
+    _pointer_kernel[(tiles,)](*arguments, block_m, block_n, block_k, 8, num_warps=8, num_stages=3)

@@ -143,7 +143,7 @@ class Grid(Constants):
         plain_limit: largest absolute maximum of a row whose reciprocal scale is a normal number. No element of such a
             row leaves the grid by more than rounding takes back; only other rows need to be clamped.
         target: the 8-bit tensor-core type, "" if there is none.
-        factor: what levels are multiplied with to stand in it.
+        factor, target_offset: what levels are multiplied with, and what is then subtracted, to stand in it.
         is_target: whether the grid is that type's own, so that a conversion is rounding and code at once.
         rounding: ``"uniform"``, ``"minifloat"`` or ``"thresholds"``.
         step, offset: of a uniform grid.
@@ -166,6 +166,7 @@ class Grid(Constants):
     plain_limit: float
     target: str
     factor: float
+    target_offset: float
     is_target: bool
     rounding: str
     step: float = 1.0
@@ -193,6 +194,11 @@ class Grid(Constants):
     def bias(self) -> int:
         """What is added to ⌊y⌋ for it to be no negative number in its part of a byte (see ``floors``)."""
         return 2 ** (8 // self.codes_per_byte - 1)
+
+    @property
+    def integer_code(self) -> tuple[int, int]:
+        """What ⌊y⌋ + bias is multiplied with, and what is then added, for the 8-bit code of an integer ``target``."""
+        return int(self.factor), int(self.factor * (0.5 - self.bias) - self.target_offset)
 
     def in_every_code(self, field: int) -> int:
         """The byte whose codes are all ``field``."""
@@ -327,6 +333,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         plain_limit=min(fmt.max * 2.0**126, largest_float),
         target=fmt.tensor_core_type or "",
         factor=fmt.tensor_core_factor,
+        target_offset=fmt.tensor_core_offset,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
         rounding=kind,
         floors=q.rounding == "up" and (constants.get("step"), constants.get("offset")) == (1.0, 0.5),
@@ -354,8 +361,8 @@ def _rounding(fmt: Format) -> tuple[str, dict] | None:
 
 def _table(fmt: Format, dtype: torch.dtype) -> tuple[int, ...]:
     """The byte of the 8-bit code of every stored code."""
-    levels = torch.tensor(fmt.levels) * fmt.tensor_core_factor
-    return tuple(levels.to(dtype).view(torch.uint8).tolist())
+    levels = [level * fmt.tensor_core_factor - fmt.tensor_core_offset for level in fmt.levels]
+    return tuple(torch.tensor(levels).to(dtype).view(torch.uint8).tolist())
 
 
 def _upper_halves(table: tuple[int, ...]) -> dict[str, int] | None:

@@ -487,11 +487,15 @@ def encode(y: Value, q: Quantizer) -> Value:
 
 
 def tensor_core_code(y: Value, q: Quantizer) -> Value:
-    """The level nearest to float32 ``y`` in grid units, times the format's factor, in the tensor-core dtype."""
+    """The level nearest to float32 ``y`` in grid units, times the format's factor, less its offset, in the tensor-core
+    dtype.
+    """
     fmt, dtype = q.format, tensor_core_dtype(q.format)
     value = _rounded(y, q)
     if fmt.tensor_core_factor != 1:
         value = ops.mul(value, _float(fmt.tensor_core_factor))
+    if fmt.tensor_core_offset != 0:
+        value = ops.sub(value, _float(fmt.tensor_core_offset))
     return ops.to_dtype(value, dtype, use_compute_types=False)
 
 

@@ -156,7 +156,8 @@ def quantize_8bit_pair(
 def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor:
     """Stored codes ``[R, packed(K)]`` as 8-bit tensor-core codes ``[R, K]`` (or ``[K, R]``), contiguous."""
     fmt = Quantizer.parse(quantizer).format
-    values = (decode(unpack(codes, fmt.bits, size), fmt) * fmt.tensor_core_factor).to(tensor_core_dtype(fmt))
+    values = decode(unpack(codes, fmt.bits, size), fmt) * fmt.tensor_core_factor - fmt.tensor_core_offset
+    values = values.to(tensor_core_dtype(fmt))
     return values.t().contiguous() if transposed else values
 
 

@@ -219,9 +219,11 @@ def nearest(y, fmt: tl.constexpr):
 
 @triton.jit
 def tensor_core_code(level, fmt: tl.constexpr):
-    """A level in the target type, which holds it exactly."""
+    """A level in the target type, which holds it exactly, less an offset."""
     if fmt.factor != 1.0:
         level *= fmt.factor
+    if fmt.target_offset != 0.0:
+        level -= fmt.target_offset
     if fmt.target == "int8":
         code = as_bits(level + ROUNDER).to(tl.int8)
     elif fmt.target == "e4m3":

@@ -292,8 +292,8 @@ def _write_part(
     if fmt.biased:
         level = biased_level(code, fmt)
     if codes is not None:
-        if fmt.biased and fmt.target == "int8":  # half-integers, twice
-            eight_bit = (2 * code + (1 - 2 * fmt.bias)).to(tl.int8)
+        if fmt.biased and fmt.target == "int8":
+            eight_bit = (fmt.integer_code[0] * code + fmt.integer_code[1]).to(tl.int8)
         else:
             eight_bit = tensor_core_code(level, fmt)
         at = start + runs(block, RUN)

@@ -20,6 +20,9 @@ int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual 
                                                               ternary
 int1p…7p those of int1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
 ======== ==================================================== ======================================
+
+Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
+bits. int5…7 are 2v in INT8, since halves are no integers, and int8, whose doubles reach ±255, is v − ½ in INT8.
 """
 
 from __future__ import annotations
@@ -99,25 +102,36 @@ class Format:
 
     @cached_property
     def tensor_core_type(self) -> str | None:
-        """8-bit tensor-core type that holds every value exactly, up to :attr:`tensor_core_factor`.
+        """8-bit tensor-core type that holds ``level · factor − offset`` of every level exactly.
 
         ``"e4m3"`` for every 4-bit grid (odd numerators 2k+1 ≤ 15 fit its four significant bits), ``"int8"`` for the
-        integer grids up to 7 bits (numerators ≤ 127) and int8z, ``None`` for the rest.
+        other integer grids. ``None`` if there is none. Without an offset if that is possible, and without a factor.
         """
         return self._tensor_core[0]
 
     @property
     def tensor_core_factor(self) -> float:
-        """What values are multiplied with to stand in :attr:`tensor_core_type`: 2 for half-integers in int8, else 1."""
+        """What levels are multiplied with to stand in :attr:`tensor_core_type`: 2 for up to 7 bits of half-integers in
+        int8, whose numerators are at most 127; else 1.
+        """
         return self._tensor_core[1]
 
+    @property
+    def tensor_core_offset(self) -> float:
+        """What is then subtracted: ½ for 8 bits of half-integers, k + ½ being k in int8; else 0.
+
+        Such a code is no multiple of its level: products of codes need terms that correct them (``mm_8bit``).
+        """
+        return self._tensor_core[2]
+
     @cached_property
-    def _tensor_core(self) -> tuple[str | None, float]:
-        for factor in (1.0, 2.0):
+    def _tensor_core(self) -> tuple[str | None, float, float]:
+        levels = {*self.magnitudes, *(-m for m in self.magnitudes)}
+        for offset, factor in ((0.0, 1.0), (0.0, 2.0), (0.5, 1.0)):
             for candidate, values in _TENSOR_CORE_VALUES.items():
-                if all(m * factor in values for m in self.magnitudes):
-                    return candidate, factor
-        return None, 1.0
+                if all(level * factor - offset in values for level in levels):
+                    return candidate, factor, offset
+        return None, 1.0, 0.0
 
 
 def codes_per_byte(bits: int) -> int:
@@ -145,11 +159,15 @@ def _float_magnitudes(exponent_bits: int, mantissa_bits: int, reserved: int = 0)
     return tuple(values)
 
 
-#: Magnitudes of the 8-bit tensor-core types, the preferred ones first.
+def _signed(magnitudes: tuple[float, ...]) -> frozenset[float]:
+    return frozenset((*magnitudes, *(-m for m in magnitudes)))
+
+
+#: Values of the 8-bit tensor-core types, the preferred ones first.
 _TENSOR_CORE_VALUES = {
-    "e4m3": frozenset(_float_magnitudes(4, 3, reserved=1)),
-    "int8": frozenset(float(i) for i in range(128)),
-    "e5m2": frozenset(_float_magnitudes(5, 2, reserved=4)),
+    "e4m3": _signed(_float_magnitudes(4, 3, reserved=1)),
+    "int8": frozenset(float(i) for i in range(-128, 128)),
+    "e5m2": _signed(_float_magnitudes(5, 2, reserved=4)),
 }
 
 _ALL = (

@@ -8,6 +8,14 @@ without rounding. The operand of such a product is
 * **scales**, float32 ``[rows, 1]`` or ``[1, 1]``, those of ``quantize``. Where 8-bit codes are levels times
   :attr:`Format.tensor_core_factor` (half-integer grids in int8), whoever emits the product divides them by it.
 
+Where an :attr:`Format.tensor_core_offset` has been subtracted as well (the half-integers of 8 bits), a product of codes
+lacks what lies between it and that of the levels, times their factors. With codes p, q and offsets c, d::
+
+    Σ (p + c)(q + d)  =  Σ p q  +  d Σ (p + c)  +  c Σ q
+
+Whoever emits the product adds the last two as ``offset_a`` (one a row of a) and ``offset_b`` (one a row of b), as
+zero points of quantized networks are handled (Jacob et al., arXiv 1712.05877, §2.3).
+
 Tensor cores for FP4 take E2M1 codes as they are stored, two a byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
 
@@ -39,10 +47,12 @@ _SCHEMAS = (
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
     # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R].
     "recode(Tensor codes, str quantizer, SymInt size, bool transposed) -> Tensor",
-    # a [M, K] times b [N, K] transposed, times both scales (M or 1, N or 1), plus bias [N]: [M, N] in `dtype`.
-    "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None) -> Tensor",
-    # The same of stored E2M1 codes a [M, ceil(K/2)] and b [N, ceil(K/2)] with scales of blocks along K, both of one
-    # dtype of BLOCK_SCALES, times both global scales (float32 []).
+    # a [M, K] times b [N, K] transposed, plus offset_a [M, 1] and offset_b [N, 1] (float32), times both scales (M or 1,
+    # N or 1), plus bias [N]: [M, N] in `dtype`.
+    "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
+    "Tensor? offset_a=None, Tensor? offset_b=None) -> Tensor",
+    # Stored E2M1 codes a [M, ceil(K/2)] times b [N, ceil(K/2)] transposed, with scales of blocks along K, both of one
+    # dtype of BLOCK_SCALES, times both global scales (float32 []), plus bias [N].
     "mm_block_scaled(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? global_a, Tensor? global_b, "
     "ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
@@ -114,7 +124,7 @@ def _(codes, quantizer, size, transposed):
 
 
 @register_fake("mm_8bit")
-def _(a, b, scale_a, scale_b, dtype, bias=None):
+def _(a, b, scale_a, scale_b, dtype, bias=None, offset_a=None, offset_b=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
 
 

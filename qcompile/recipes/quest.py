@@ -29,6 +29,9 @@ LSQ, which the paper compares with, is left out: its step is a parameter that is
 would be missing from ``state_dict``, from the optimizer and from every checkpoint, or a module would have to be
 swapped, which is what this backend exists to avoid.
 
+Where both operands of a forward product are quantized, Hopper's tensor cores multiply the codes: up to 4 bits as FP8, 5
+to 8 bits as INT8. The half-integers k + ½ of 8 bits are multiplied as k; sums of k by rows make up for the halves.
+
 One departure: the trust rule compares in units of the grid. A row of zeros, whose scale is all floor, is then trusted,
 where the authors' comparison with the row's own root mean square masks it for good; a layer that is initialized with
 zeros can learn.

@@ -77,7 +77,7 @@ def test_every_config_is_exact(config, dtype):
     a, b = codes(5000, 2064, dtype), codes(6152, 2064, dtype)
     scales = powers_of_two(5000, 1), powers_of_two(6152, 1)
     assert_equal(gluon.mm_8bit(a, b, *scales, BF16, config=config), exact(a, b, *scales))
-    if config.shared_memory(bias=True) <= gluon.SHARED_MEMORY:
+    if config.shared_memory(1) <= gluon.SHARED_MEMORY:
         check(300, 520, 144, (dtype, dtype), config=config)
 
 
@@ -108,6 +108,26 @@ def test_all_of_int8_is_summed_in_int32():
     a[8], b[12] = 127, -128
     got = gluon.mm_8bit(a, b, one, one, FP32)
     assert_equal(got, (a.double() @ b.double().t()).float())  # both are rounded once, from the integer
+
+
+@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+@pytest.mark.parametrize("n", [6152, 515], ids=["TMA store", "pointer store"])
+def test_offsets_make_it_the_product_of_the_levels(config, n):
+    """Half-integers of 8 bits: codes are beside them by ½ on both sides, or on one. Sums stay below 2^22."""
+    a, b, bias = any_int8(5000, 240), any_int8(n, 240), torch.randint(-3, 4, (n,), device="cuda").float()
+    scales = powers_of_two(5000, 1), powers_of_two(n, 1)
+    sums = (a.sum(1, keepdim=True) / 2).float(), (b.sum(1, keepdim=True) / 2).float()
+    for shift, offset_a, offset_b, left, right in (
+        (None, sums[0] + 240 / 4, sums[1], a + 0.5, b + 0.5),
+        (bias, sums[0] + 240 / 4, sums[1], a + 0.5, b + 0.5),
+        (None, sums[0], None, a, b + 0.5),
+        (bias, None, sums[1], a + 0.5, b),
+    ):
+        if config.shared_memory((shift is not None) + (offset_b is not None)) <= gluon.SHARED_MEMORY:
+            got = gluon.mm_8bit(a, b, *scales, FP32, shift, offset_a, offset_b, config=config)
+            assert_equal(got, exact(left, right, *scales, shift))
+            got = gluon.mm_8bit(a, b, *scales, BF16, None, offset_a, offset_b, config=config)
+            assert_equal(got, exact(left, right, *scales))
 
 
 @pytest.mark.parametrize("bias", [BF16, FP16, FP32])

@@ -119,6 +119,47 @@ def test_quantized_rows_of_a_model_are_exact(quantizer):
     assert_equal(gemm.mm_8bit(a, b, one, one, FP32), exact(a, b, one, one))
 
 
+@pytest.mark.parametrize("shape", [(300, 520, 144), (129, 264, 37), (2000, 2056, 240)], ids=str)
+def test_offsets_make_it_the_product_of_the_levels(shape):
+    """Half-integers of 8 bits on both sides or on one, by every provider; below 2^22 nothing is rounded."""
+    m, n, k = shape
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=INT8, device="cuda") for rows in (m, n))
+    scales, bias = (powers_of_two(m, 1), powers_of_two(n, 1)), torch.randint(-3, 4, (n,), device="cuda").float()
+    sums = (a.sum(1, keepdim=True) / 2).float(), (b.sum(1, keepdim=True) / 2).float()
+    for offset_a, offset_b, left, right in (
+        (sums[0] + k / 4, sums[1], a + 0.5, b + 0.5),
+        (sums[0], None, a, b + 0.5),
+        (None, sums[1], a + 0.5, b),
+    ):
+        for shift, dtype in ((None, BF16), (bias, FP32)):
+            expected = exact(left, right, *scales, shift)
+            product = providers.Product(shape, (INT8, INT8), dtype, this_card().capability, None, False, True)
+            able = [provider for provider in providers.PROVIDERS if not provider.obstacle(product)]
+            assert "triton" in [provider.name for provider in able]
+            for provider in able:
+                got = provider.run(a, b, *scales, dtype, shift, offset_a, offset_b)
+                assert_equal(got, expected)
+
+
+def test_compiled_sums_and_offsets_are_exact(monkeypatch):
+    """The graph of `lower`: sums of the codes and the product, by the template, and by what runs without it."""
+    m, n, k = 1000, 528, 240
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=INT8, device="cuda") for rows in (m, n))
+    scales = powers_of_two(m, 1), powers_of_two(n, 1)
+
+    def product(a, b, scale_a, scale_b):
+        offset_a, offset_b = (a.float() + 0.5).sum(-1, keepdim=True) * 0.5, b.float().sum(-1, keepdim=True) * 0.5
+        return torch.relu(mm_8bit(a, b, scale_a, scale_b, FP32, None, offset_a, offset_b))
+
+    expected = torch.relu(exact(a + 0.5, b + 0.5, *scales))
+    assert_equal(torch.compile(product, fullgraph=True)(a, b, *scales), expected)
+    torch._dynamo.reset()
+    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
+    got, (code,) = run_and_get_code(torch.compile(product, fullgraph=True), a, b, *scales)
+    assert "triton_tem_fused" in code
+    assert_equal(got, expected)
+
+
 def test_arbitrary_scales_round_a_few_times():
     """Two products and a sum in float32, then the output dtype: half a unit in the last place each."""
     a, b = codes(300, 512, E4M3), codes(264, 512, E4M3)

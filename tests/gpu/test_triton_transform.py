@@ -25,7 +25,6 @@ from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
-EIGHT_BIT = {bits: text for bits, text in QUEST.items() if bits != 8}
 INT4 = QUEST[4]
 #: Rows of one block, of whole and of half-filled warps, as long as registers hold, and longer.
 SHAPES = [(1, 128), (37, 384), (130, 1152), (300, 2048), (64, 4096), (9, 14336), (7, 16384), (3, 20096)]
@@ -67,13 +66,13 @@ def assert_quantizes(x: torch.Tensor, operand: str, packed: bool = True) -> None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("bits", EIGHT_BIT)
+@pytest.mark.parametrize("bits", QUEST)
 def test_widths(bits, dtype):
     """Every operand of the recipe, rotated and not, on rows of every length and kind."""
     for shape in SHAPES:
         x = rows_to_rotate(*shape, dtype)
-        assert_quantizes(x, EIGHT_BIT[bits])
-        assert_quantizes(x[:, :-3], EIGHT_BIT[bits].replace("; hadamard(128)", ""))
+        assert_quantizes(x, QUEST[bits])
+        assert_quantizes(x[:, :-3], QUEST[bits].replace("; hadamard(128)", ""))
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
@@ -134,7 +133,7 @@ def test_ops():
     fold = torch.rand(1152, device="cuda") + 0.5
     expected = quantize_reference.quantize(x, "int4 row rms up", -1, fold=fold, transform="hadamard(128)")
     assert_same(kernels.quantize(x, "int4 row rms up", -1, None, None, fold, "hadamard(128)"), expected)
-    for bits, operand in EIGHT_BIT.items():
+    for bits, operand in QUEST.items():
         text, transform = str(Operand.parse(operand).quantizer), "hadamard(128)"
         expected = quantize_reference.quantize_8bit_transposed(x, text, transform)
         assert_same(kernels.quantize_8bit_transposed(x, text, transform), expected, bits)

@@ -104,27 +104,38 @@ def _exact_in(dtype, values: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("fmt", ALL)
 def test_tensor_core_type_by_brute_force(fmt):
-    """The named type holds m or 2m exactly for every magnitude m; where none is named, none does."""
+    """The named type holds f·v − o of every level v exactly; plain levels are preferred, then twice them, then those
+    beside by ½; where no type is named, none does.
+    """
     fits = []
-    for factor in (1.0, 2.0):
-        for name, dtype, limit in (
-            ("e4m3", ml_dtypes.float8_e4m3fn, 448),
-            ("int8", np.int8, 127),
-            ("e5m2", ml_dtypes.float8_e5m2, 57344),
+    levels = np.array([*fmt.magnitudes, *(-m for m in fmt.magnitudes)])
+    for offset, factor in ((0.0, 1.0), (0.0, 2.0), (0.5, 1.0)):
+        for name, dtype, least, most in (
+            ("e4m3", ml_dtypes.float8_e4m3fn, -448, 448),
+            ("int8", np.int8, -128, 127),
+            ("e5m2", ml_dtypes.float8_e5m2, -57344, 57344),
         ):
-            values = factor * np.array(fmt.magnitudes)
-            if values.max() <= limit and _exact_in(dtype, values):
-                fits.append((name, factor))
-    assert (fmt.tensor_core_type, fmt.tensor_core_factor) == (fits[0] if fits else (None, 1.0))
+            values = factor * levels - offset
+            if values.min() >= least and values.max() <= most and _exact_in(dtype, values):
+                fits.append((name, factor, offset))
+    expected = fits[0] if fits else (None, 1.0, 0.0)
+    assert (fmt.tensor_core_type, fmt.tensor_core_factor, fmt.tensor_core_offset) == expected
+
+
+def test_only_eight_bits_of_half_integers_need_an_offset():
+    """An offset costs sums of codes: no format may get one that does without."""
+    assert [(fmt.name, fmt.tensor_core_offset) for fmt in FORMATS.values() if fmt.tensor_core_offset] == [("int8", 0.5)]
+    assert {fmt.name for fmt in FORMATS.values() if fmt.tensor_core_factor == 2} == {
+        f"int{bits}{kind}" for bits in (5, 6, 7) for kind in ("", "p")
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     {
         **dict.fromkeys(("e2m1", "e1m2", "e3m0", "int4", "int4z", "e4m3"), "e4m3"),
-        **dict.fromkeys(("int5", "int7", "int8z"), "int8"),
+        **dict.fromkeys(("int5", "int7", "int8", "int8z"), "int8"),
         "e5m2": "e5m2",
-        "int8": None,
     }.items(),
 )
 def test_tensor_core_type_of_the_formats_recipes_use(name, expected):

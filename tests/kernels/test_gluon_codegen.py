@@ -44,12 +44,15 @@ def _no_card(monkeypatch, tmp_path):
     gluon.kernel.device_caches.clear()
 
 
-def build(config: gluon.Config, dtypes, dtype=BF16, bias=None, n: int = 512) -> CompiledKernel:
+def build(
+    config: gluon.Config, dtypes, dtype=BF16, bias=None, n: int = 512, offsets: tuple[bool, bool] = (False, False)
+) -> CompiledKernel:
     """The kernel as it is launched."""
     a, b = (torch.zeros(rows, 256, dtype=torch.uint8).view(t) for rows, t in zip((300, n), dtypes, strict=True))
     out, one = torch.empty(300, n, dtype=dtype), torch.ones(1, 1)
     shift = None if bias is None else torch.zeros(n, dtype=bias)
-    arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift)
+    summands = [torch.zeros(rows, 1) if given else None for rows, given in zip((300, n), offsets, strict=True)]
+    arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift, *summands)
     return gluon.kernel.warmup(*arguments, grid=(1,), **options)
 
 
@@ -73,7 +76,25 @@ def test_every_config_fits_and_keeps_its_products_in_flight(tmp_path, config, dt
     log = assembler_log(kernel, tmp_path)
     assert "0 bytes spill stores" in log
     assert "wgmma" not in log
-    assert kernel.metadata.shared <= config.shared_memory(bias=False) <= gluon.SHARED_MEMORY
+    assert kernel.metadata.shared <= config.shared_memory() <= gluon.SHARED_MEMORY
+
+
+@compiled
+@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+def test_offsets_fit_where_they_should_and_spill_nothing(tmp_path, config):
+    """With and without a bias beside; a config that has no room for all takes the rows' offsets at least."""
+    for bias, offsets in ((FP32, (True, True)), (None, (True, True)), (None, (True, False))):
+        summands = (bias is not None) + offsets[1]
+        if config.shared_memory(summands) > gluon.SHARED_MEMORY:
+            continue
+        kernel = build(config, (INT8, INT8), bias=bias, offsets=offsets)
+        log = assembler_log(kernel, tmp_path)
+        assert "0 bytes spill stores" in log
+        assert "wgmma" not in log
+        assert kernel.metadata.shared <= config.shared_memory(summands)
+        loads = len(re.findall(r"ld\.global", kernel.asm["ptx"]))
+        plain = len(re.findall(r"ld\.global", build(config, (INT8, INT8)).asm["ptx"]))
+        assert loads > plain
 
 
 @compiled
@@ -87,7 +108,7 @@ def test_every_output_leaves_without_spilling(tmp_path, dtype, n):
     assert "0 bytes spill stores" in log
     assert "wgmma" not in log
     assert ("cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]) == (n == 512)
-    assert kernel.metadata.shared <= config.shared_memory(bias=True)
+    assert kernel.metadata.shared <= config.shared_memory(1)
 
 
 @compiled
@@ -125,10 +146,11 @@ def test_an_override_that_triton_ignores_is_an_error(monkeypatch):
 
 
 def test_candidates_fit_and_fill_the_card():
-    """A bias needs room of its own; few tiles are cut smaller."""
+    """A bias needs room of its own, as does an offset; few tiles are cut smaller."""
     large = gemm.Problem(16384, 4096, 4096, INT8, INT8, BF16, H200)
     assert gluon.candidates(large)[0] == gluon.CONFIGS[0]
-    assert gluon.candidates(large, bias=True)[0] == gluon.CONFIGS[1]
+    assert gluon.candidates(large, 1)[0] == gluon.CONFIGS[1]
+    assert all(config.shared_memory(2) <= gluon.SHARED_MEMORY for config in gluon.candidates(large, 2))
     assert gluon.candidates(replace(large, m=512, n=2048))[0].block_n == 128
 
 
@@ -159,8 +181,8 @@ def test_it_refuses_other_dtypes_and_k():
 
 
 @compiled
-@pytest.mark.parametrize("bias", [False, True])
-def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
+@pytest.mark.parametrize("names", [(), ("bias",), ("offset_b",), ("bias", "offset_a", "offset_b")], ids=str)
+def test_generated_code_calls_it(monkeypatch, tmp_path, names):
     """On tensors of their own dtypes, also where a view changed it; M is symbolic."""
     op = torch.ops.qcompile.mm_8bit
     if op.default not in lowerings:
@@ -169,25 +191,28 @@ def test_generated_code_calls_it(monkeypatch, tmp_path, bias):
     monkeypatch.setattr(gemm, "card_of", lambda device: H200)
     calls = []
 
-    def recorded(a, b, scale_a, scale_b, *shift, dtype):
-        calls.append((a.dtype, b.dtype, *(x.dtype for x in shift), dtype))
-        return reference.mm_8bit(a, b, scale_a, scale_b, dtype, *shift)
+    def recorded(a, b, scale_a, scale_b, dtype, **summands):
+        calls.append((a.dtype, b.dtype, dtype, tuple(summands)))
+        return reference.mm_8bit(a, b, scale_a, scale_b, dtype, **summands)
 
-    monkeypatch.setattr("torch._inductor.select_algorithm.extern_kernels.qcompile_mm_8bit_in_gluon", recorded)
+    monkeypatch.setattr(gluon, "mm_8bit", recorded)
 
     @torch.compile(backend="inductor", fullgraph=True)
-    def product(a, b, scale_a, scale_b, shift):
-        return op(a.view(INT8), b, scale_a, scale_b, FP16, shift if bias else None)
+    def product(a, b, scale_a, scale_b, summands):
+        return op(a.view(INT8), b, scale_a, scale_b, FP16, *(summands.get(n) for n in ("bias", "offset_a", "offset_b")))
 
     torch._dynamo.reset()
-    b, one, shift = torch.randint(-7, 8, (48, 64), dtype=INT8), torch.ones(1, 1), torch.randn(48)
+    b, one = torch.randint(-7, 8, (48, 64), dtype=INT8), torch.ones(1, 1)
     with inductor_config.patch({"cpu_backend": "triton", "fx_graph_cache": False}):
         for m in (5, 9):
             a = torch.randint(-7, 8, (m, 64), dtype=INT8)
             torch._dynamo.mark_dynamic(a, 0)
-            got = product(a.view(torch.uint8), b, one, one, shift)
-            assert torch.equal(got, reference.mm_8bit(a, b, one, one, FP16, shift if bias else None))
-    assert calls == [(INT8, INT8, *[FP32] * bias, FP16)] * 2
+            every = {"bias": torch.randn(48), "offset_a": torch.randn(m, 1), "offset_b": torch.randn(48, 1)}
+            torch._dynamo.mark_dynamic(every["offset_a"], 0)
+            summands = {name: every[name] for name in names}
+            got = product(a.view(torch.uint8), b, one, one, summands)
+            assert torch.equal(got, reference.mm_8bit(a, b, one, one, FP16, **summands))
+    assert calls == [(INT8, INT8, FP16, names)] * 2
 
 
 @compiled

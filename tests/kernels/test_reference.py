@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import clamped_counts
 from qcompile.ir.recipe import OutlierClamp
-from qcompile.kernels.matmul.reference import scaled_mm
+from qcompile.kernels.matmul.reference import mm_8bit, scaled_mm
 from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
+from qcompile.kernels.quantize.reference import pack, recode
 
 OPS = torch.ops.qcompile
 
@@ -282,6 +284,29 @@ def test_scaled_mm_in_exact_integers(a_text, b_text, batch, a_transposed, b_tran
         out = scaled_mm(*args, dtype)
         assert out.dtype == dtype
         assert torch.equal(out.double(), expected)
+
+
+INTEGER = [fmt for fmt in FORMATS.values() if fmt.tensor_core_type == "int8"]
+
+
+@pytest.mark.parametrize("left", INTEGER, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("right", INTEGER, ids=lambda fmt: fmt.name)
+def test_products_of_8bit_codes_in_exact_integers(left, right, rng):
+    """Levels are (code + offset) / factor; with the sums of codes any two INT8 grids give the product of their levels."""
+    codes, levels = [], []
+    for fmt, rows in ((left, 5), (right, 7)):
+        index = rng.integers(0, len(fmt.magnitudes), (rows, 65))
+        sign = rng.integers(0, 2, index.shape)
+        stored = torch.from_numpy((index | sign << fmt.bits - 1).astype(np.uint8))
+        codes.append(recode(pack(stored, fmt.bits), fmt.name, 65, False))
+        levels.append(torch.from_numpy(np.array(fmt.magnitudes)[index] * np.where(sign, -1.0, 1.0)))
+        assert codes[-1].dtype == torch.int8
+        assert torch.equal((codes[-1].double() + fmt.tensor_core_offset) / fmt.tensor_core_factor, levels[-1])
+    sums = [c.sum(-1, keepdim=True, dtype=torch.float32) for c in codes]
+    offset_a = right.tensor_core_offset * (sums[0] + 65 * left.tensor_core_offset)
+    scales = [torch.full((1, 1), 1 / fmt.tensor_core_factor) for fmt in (left, right)]
+    got = mm_8bit(*codes, *scales, torch.float32, None, offset_a, left.tensor_core_offset * sums[1])
+    assert torch.equal(got.double(), levels[0] @ levels[1].T)
 
 
 @pytest.mark.parametrize("dense", ["a", "b", "both"])

@@ -298,7 +298,18 @@ def assert_quantizes_as_the_reference(generate, texts: list[str], xs: list[torch
 @interpreted
 def test_interpreted_8bit_codes(generate):
     """Every way to round to a level: arithmetic with and without subnormals, uniform grids, by code; sign of zero."""
-    texts = ["e2m1", "int4", "int4z", "e3m0", "e1m2", "e2m1 row absmax up", "int2"]
+    texts = [
+        "e2m1",
+        "int4",
+        "int4z",
+        "e3m0",
+        "e1m2",
+        "e2m1 row absmax up",
+        "int2",
+        "int7",
+        "int8",
+        "int8 row absmax up",
+    ]
     xs = [rows_of_everything(19, 40, Quantizer.parse(text).format) for text in texts]
     quantize_8bit = torch.ops.qcompile.quantize_8bit
     outputs, kernels = generate(

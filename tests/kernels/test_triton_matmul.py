@@ -63,6 +63,13 @@ def exact(a, b, scale_a, scale_b, bias=None) -> torch.Tensor:
     return product if bias is None else product + bias.double()
 
 
+def half_integers(m: int, n: int, k: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Codes p and q of all half-integers of 8 bits, p + ½ and q + ½, and what their product lacks."""
+    p, q = (torch.randint(-128, 128, (rows, k), dtype=INT8) for rows in (m, n))
+    p[0], q[0] = -128, -128
+    return (p, q), ((p.sum(1, keepdim=True) / 2 + k / 4).float(), (q.sum(1, keepdim=True) / 2).float())
+
+
 # --- numerics in the interpreter ------------------------------------------------------------------------------------
 
 
@@ -115,6 +122,22 @@ def check(shape: tuple[int, int, int], dtypes, config) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("k", [80, 37], ids=["TMA", "pointers"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_interpreted_offsets(small_card, parts, k):
+    """Codes beside their levels by ½ on both sides or on one, with scales and a bias: the product of the levels."""
+    m, n = 37, 129
+    (p, q), (offset_a, offset_b) = half_integers(m, n, k)
+    scales, bias, config = (powers_of_two(m, 1), powers_of_two(n, 1)), torch.randint(-3, 4, (n,)).float(), TILE
+    got = gemm.mm_8bit(p, q, *scales, FP32, bias, offset_a, offset_b, config=replace(config, parts=parts))
+    torch.testing.assert_close(got, exact(p + 0.5, q + 0.5, *scales, bias).float(), rtol=0, atol=0)
+    got = gemm.mm_8bit(p, q, *scales, FP32, None, None, offset_b, config=config)
+    torch.testing.assert_close(got, exact(p + 0.5, q, *scales).float(), rtol=0, atol=0)
+    got = gemm.mm_8bit(p, q, *scales, FP32, None, offset_a - k / 4, config=config)
+    torch.testing.assert_close(got, exact(p, q + 0.5, *scales).float(), rtol=0, atol=0)
+
+
+@interpreted
 def test_interpreted_bfloat16_of_both_kernels(small_card):
     """Results that bfloat16 holds come out as they are."""
     for k in (3, 16):
@@ -155,6 +178,22 @@ def test_interpreted_template_and_its_epilogue(generate, monkeypatch, dtypes, pa
 
 
 @interpreted
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=str)
+def test_interpreted_template_with_offsets(generate, monkeypatch, given, with_bias):
+    """Any of the optional operands may be there, and each is taken for itself."""
+    monkeypatch.setattr(inductor, "_template_configs", lambda problem: [replace(TILE, parts=2)])
+    (p, q), offsets = half_integers(70, 134, 80)
+    scales, bias = (powers_of_two(70, 1), powers_of_two(134, 1)), torch.randint(-3, 4, (134,)).float()
+    shift = bias if with_bias else None
+    offset_a, offset_b = (offset if present else None for offset, present in zip(offsets, given, strict=True))
+    got, (kernel,) = generate(lambda *x: mm_8bit(*x[:4], FP32, *x[4:]), p, q, *scales, shift, offset_a, offset_b)
+    assert kernel.is_template
+    assert_equal = torch.testing.assert_close
+    assert_equal(got, reference.mm_8bit(p, q, *scales, FP32, shift, offset_a, offset_b), rtol=0, atol=0)
+
+
+@interpreted
 def test_interpreted_template_with_symbolic_rows(generate, monkeypatch):
     """One kernel for every M: its extent is an argument."""
     monkeypatch.setattr(inductor, "_template_configs", lambda problem: [TILE])
@@ -188,7 +227,9 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: i
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compile_tma(config: gemm.Config, a_dtype, b_dtype, dtype, bias: bool = True) -> CompiledKernel:
+def compile_tma(
+    config: gemm.Config, a_dtype, b_dtype, dtype, bias: bool = True, offsets: bool = False
+) -> CompiledKernel:
     out = f"{TYPE_NAMES[dtype]}[{config.block_m},{config.block_n // config.parts}]"
     types = {
         "a": f"tensordesc<{TYPE_NAMES[a_dtype]}[{config.block_m},{config.block_k}]>",
@@ -197,16 +238,18 @@ def compile_tma(config: gemm.Config, a_dtype, b_dtype, dtype, bias: bool = True)
         "scale_a": "*fp32",
         "scale_b": "*fp32",
         **({"bias": "*fp32"} if bias else {}),
+        **(dict.fromkeys(("offset_a", "offset_b"), "*fp32") if offsets else {}),
         **dict.fromkeys(("m", "n", "k"), "i32"),
     }
     named = ("block_m", "block_n", "block_k", "parts", "group_m", "flatten", "tma_store", "warp_specialize")
-    constants = {name: getattr(config, name) for name in named} | scale_constants(a_dtype, bias)
+    constants = {name: getattr(config, name) for name in named} | scale_constants(a_dtype, bias, offsets)
     return compile_kernel(gemm._tma_kernel, types, constants, 90, config.warps, config.stages)
 
 
-def scale_constants(dtype: torch.dtype, bias: bool) -> dict:
+def scale_constants(dtype: torch.dtype, bias: bool, offsets: bool = False) -> dict:
     constants = {"scale_a_stride": 1, "scale_b_stride": 1, "accumulator": gemm._ACCUMULATORS[dtype]}
-    return constants if bias else constants | {"bias": None}
+    absent = [*([] if bias else ["bias"]), *([] if offsets else ["offset_a", "offset_b"])]
+    return constants | dict.fromkeys(absent)
 
 
 def stack_bytes(kernel: CompiledKernel) -> int:
@@ -242,7 +285,7 @@ def test_no_config_spills_and_each_fits_where_it_should(dtype):
     for out in (BF16, FP32):
         problem = gemm.Problem(16384, 4096, 4096, dtype, dtype, out, H200)
         for config in gemm.candidates(problem):
-            kernel = compile_tma(config, dtype, dtype, out)
+            kernel = compile_tma(config, dtype, dtype, out, offsets=dtype == INT8)
             assert stack_bytes(kernel) == 0, config
             assert kernel.metadata.shared + 1024 <= config.shared_memory(out.itemsize), config
 
@@ -361,6 +404,14 @@ def test_the_provider_and_why_no_better_one(monkeypatch, change, name, reason):
     assert provider.name == name
     assert reason in said
     assert bool(said) == bool(reason)
+
+
+def test_codes_beside_their_levels_are_no_product_of_cublaslt():
+    """Nothing can be added before its scales: it would drop the offsets."""
+    with mock.patch.object(providers, "_cuda_version", return_value=(13, 0)):
+        provider, said = choose(replace(ROWS, offsets=True))
+    assert provider.name == "triton"
+    assert "cublaslt: it adds nothing before the scales" in said
 
 
 def test_a_build_without_cuda_has_no_cublaslt(monkeypatch):
@@ -489,6 +540,17 @@ def test_residual_and_activation_are_fused_into_the_template(generate, dtype, dy
     built = kernel.compile()
     assert re.search(rf"wgmma\.mma_async\S*\.{MULTIPLIED_AS[dtype]}\.{MULTIPLIED_AS[dtype]}", built.asm["ptx"])
     assert "cp.async.bulk.tensor" in built.asm["ptx"]
+    assert stack_bytes(built) == 0
+    assert built.metadata.shared <= 227 * 1024
+
+
+@compiled
+def test_the_template_with_offsets_does_not_spill(generate):
+    """Both offsets and a bias, the most that an epilogue adds."""
+    offsets = torch.randn(16384, 1), torch.randn(512, 1)
+    inputs = [*operands(16384, 512, 256, INT8), torch.randn(512), *offsets]
+    _, (kernel,) = generate(lambda *x: mm_8bit(*x[:4], BF16, *x[4:]), *inputs)
+    built = kernel.compile()
     assert stack_bytes(built) == 0
     assert built.metadata.shared <= 227 * 1024
 

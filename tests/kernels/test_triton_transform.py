@@ -44,8 +44,6 @@ from .test_triton_quantize import (  # noqa: E402
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
-#: Those that tensor cores take: all but 8 bits on half-integers.
-EIGHT_BIT = {bits: text for bits, text in QUEST.items() if bits != 8}
 INT4, SPARSE = QUEST[4], "int4p row rms up; trust; hadamard(128); sparse(4:8)"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
@@ -103,7 +101,7 @@ def test_limits_decide_as_estimators_do(name):
 def test_what_is_supported():
     """A kernel that is asked for what it cannot do has no other way to refuse."""
     bf16 = (BF16,)
-    for text in (*EIGHT_BIT.values(), SPARSE, "e2m1 row absmax even; trust; sparse(2:4)", "int4; clip"):
+    for text in (*QUEST.values(), SPARSE, "e2m1 row absmax even; trust; sparse(2:4)", "int4; clip"):
         spec = Operand.parse(text)
         quantizer, transform = str(spec.stored), str(spec.transform)
         assert kernels.supports_quantize_8bit_masked(bf16, text) == (True, "")
@@ -111,7 +109,6 @@ def test_what_is_supported():
         assert kernels.supports_quantize_8bit_transposed(bf16, quantizer, transform) == (True, "")
         assert kernels.supports_estimator_mask(bf16, quantizer, "trust", transform) == (True, "")
     for refused, reason in (
-        (kernels.supports_quantize_8bit_masked(bf16, QUEST[8]), "no 8-bit tensor-core type holds"),
         (kernels.supports_quantize_8bit_masked((torch.float64,), INT4), "float64"),
         (kernels.supports_quantize_8bit_masked(bf16, "int4; ste; occ(alpha=0.99)"), "outliers"),
         (kernels.supports_quantize(bf16, "int4 block32", ""), "by rows"),
@@ -164,11 +161,11 @@ def assert_quantizes(x: torch.Tensor, operand: str, packed: bool = True) -> None
 
 
 @interpreted
-@pytest.mark.parametrize("bits", EIGHT_BIT)
+@pytest.mark.parametrize("bits", QUEST)
 def test_interpreted_widths(bits):
     """Every operand of the recipe on every kind of row: rounding, clipping, packing, masks, non-finite rows."""
-    assert_quantizes(rows_to_rotate(8, 256), EIGHT_BIT[bits])
-    unrotated = EIGHT_BIT[bits].replace("; hadamard(128)", "")
+    assert_quantizes(rows_to_rotate(8, 256), QUEST[bits])
+    unrotated = QUEST[bits].replace("; hadamard(128)", "")
     assert_quantizes(rows_to_rotate(3, 37), unrotated)
 
 
@@ -307,8 +304,8 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16, block: int = 128)
             f"masked {bits}": lambda text=text: kernels.quantize_8bit_masked(
                 x, text.replace("(128)", f"({block})"), True
             )
-            for bits, text in EIGHT_BIT.items()
-            if bits in (1, 4, 7, "fp4")
+            for bits, text in QUEST.items()
+            if bits in (1, 4, 7, 8, "fp4")
         },
         "sparse": lambda: kernels.quantize_8bit_masked(x, f"int4p row rms up; trust; {transform}; sparse(4:8)", False),
         "stored": lambda: kernels.quantize(x, "int4 row rms up", -1, None, None, None, transform),
@@ -342,7 +339,7 @@ def test_odd_shapes_compile(rows, size, dtype, block):
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [1, 2, 4, 7])
+@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
 def test_small_rows_compile(bits):
     """Four bytes are packed at once, which threads of small programs do not have."""
     for size in (1, 37, 128, 512, 1024):

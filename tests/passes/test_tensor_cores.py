@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompile import compat
+from qcompile.ir.formats import FORMATS, Format
+from qcompile.passes.verify import VerificationError, verify
 from qcompile.recipes import FP4, QUEST
 from qcompile.report import saved_bytes
 
@@ -161,12 +163,14 @@ def test_int8_codes_run_forward_and_leave_the_gradient_wide() -> None:
     [
         ({}, "the exact residual of the outliers (occ(residual=e4m3) is a code)"),
         ({"activation": "e2m1 block16"}, "scales block16 absmax change along the contraction"),
-        ({"activation": "int8 row"}, "int8 fits no 8-bit tensor-core type"),
+        ({"activation": "thirds row"}, "thirds fits no 8-bit tensor-core type"),
         ({"activation": "int7 row"}, "e4m3 and int8 do not mix on tensor cores"),
+        ({"activation": "int8 row"}, "e4m3 and int8 do not mix on tensor cores"),
     ],
     ids=str,
 )
-def test_products_that_stay_wide_say_why(options: dict[str, Any], reason: str) -> None:
+def test_products_that_stay_wide_say_why(options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "thirds", Format("thirds", 3, (0.0, 1 / 3, 2 / 3, 1.0)))
     result = compile_and_run(nn.Linear(128, 64), torch.randn(9, 128), recipe=fp4(**options))
     (row,) = (row for row in result.gemms if row["role"] == "fprop")
     assert (row["provider"], row["reason"]) == ("dequantize + aten", reason)
@@ -258,7 +262,7 @@ def test_rotated_operands_are_encoded_and_masked_in_one_kernel() -> None:
 
 
 @pytest.mark.parametrize("backward", ["bf16", "fp8"])
-@pytest.mark.parametrize("bits", [1, 3, 4, 7, "ternary", "fp4"])
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8, "ternary", "fp4"])
 def test_rotated_codes_on_tensor_cores_are_the_same_numbers(bits: Any, backward: str) -> None:
     model, x = Block(), torch.randn(35, 48, requires_grad=True)
     options: dict[str, Any] = {"recipe": QUEST, "bits": bits, "backward": backward}
@@ -271,10 +275,73 @@ def test_rotated_codes_on_tensor_cores_are_the_same_numbers(bits: Any, backward:
     assert not any(name.startswith("dequantize") for name in forward)
 
 
-def test_eight_bits_say_why_they_stay_wide() -> None:
-    result = compile_and_run(nn.Linear(128, 64), torch.randn(9, 128), recipe=QUEST, bits=8)
-    (row,) = (row for row in result.gemms if row["role"] == "fprop")
-    assert row["reason"] == "int8 fits no 8-bit tensor-core type"
+# --- codes beside their levels: the half-integers of 8 bits -----------------------------------------------------------
+
+
+def test_codes_are_summed_once_and_for_all_their_readers() -> None:
+    """Forward on INT8, one sum an operand; gradients in 8-bit floating point cannot meet it, and are the wide ones."""
+    model, x = Block(), torch.randn(35, 48, requires_grad=True)
+    result = compile_and_run(model, x, recipe=QUEST, bits=8, backward="fp8")
+    forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
+    assert forward.count("qcompile.quantize_8bit_masked.default(") == 5  # two activations, three weights
+    assert forward.count("qcompile.mm_8bit.default(") == 3
+    assert forward.count("aten.sum.dim_IntList(") == 5
+    assert "qcompile.mm_8bit.default(" not in backward
+    wide = {row["role"]: row["reason"] for row in result.gemms if row["provider"].startswith("dequantize")}
+    assert wide == dict.fromkeys(("dgrad", "wgrad"), "int8 is not exact in 8-bit floating point, which gradients need")
+    exact = compile_and_run(model, x, recipe=QUEST, bits=8, disable_passes=["lower"])
+    assert_same(result.gradients, exact.gradients)
+
+
+@pytest.mark.parametrize("names", [("int8", "int8"), ("int8", "int7"), ("int8z", "int8")], ids=" ".join)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_sums_of_codes_stand_in_for_their_offsets(names: tuple[str, str], granularity: str) -> None:
+    """Either operand beside its levels, or both; codes that have one sign, whose sums are largest."""
+    activation, weight = (f"{name} {granularity} absmax up" for name in names)
+    model, x = nn.Linear(101, 12), torch.rand(9, 101)
+    nn.init.uniform_(model.weight, -0.1, 1)
+    on_codes = compile_and_run(model, x, recipe=fp4(activation=activation, weight=weight))
+    with mock.patch.object(compat, "tensor_core_capability", return_value=None):
+        decoded = compile_and_run(model, x, recipe=fp4(activation=activation, weight=weight))
+    assert_same(on_codes.outputs, decoded.outputs)
+    assert not on_codes.gemms[0]["provider"].startswith("dequantize")
+
+
+def test_sums_of_codes_over_tokens() -> None:
+    """wgrad contracts tokens, known at run time only: a constant number of codes would be that of the first call."""
+    text = "int8 tensor absmax up"
+    options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text, "dynamic": True}
+    model, results = nn.Linear(40, 24), []
+    for capability in ((9, 0), None):
+        with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
+            compiled, observations = compiler(model, **options)
+            torch.manual_seed(0)
+            for x in (torch.randn(35, 40), torch.randn(17, 40)):
+                loss = (compiled(x) * torch.randn(len(x), 24)).sum()
+                results.append(torch.autograd.grad(loss, model.weight))
+            assert len(observations) == 1
+            (wgrad,) = (row for row in observations[0].gemms if row["role"] == "wgrad")
+            assert wgrad["provider"].startswith("dequantize") == (capability is None), wgrad
+    assert_same(results[:2], results[2:])
+
+
+def test_the_verifier_misses_sums_of_codes() -> None:
+    """8-bit codes beside their levels, read as levels, are an error of the graph and not of its numbers only."""
+    left, right = (torch.fx.Graph() for _ in range(2))
+    for graph, present in ((left, (None, True)), (right, (True, None))):
+        stored, one = graph.placeholder("stored"), graph.placeholder("one")
+        codes = [
+            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("int8", "int8")
+        ]
+        offsets = [one if given else None for given in present]
+        arguments = (*codes, one, one, torch.float32, None)
+        graph.call_function(torch.ops.qcompile.mm_8bit.default, (*arguments, one, one))
+        verify(graph, "lower")
+        graph.call_function(torch.ops.qcompile.mm_8bit.default, (*arguments, *offsets))
+        with pytest.raises(
+            VerificationError, match=f"operand {present.index(True)} has codes of int8, without the sums"
+        ):
+            verify(graph, "lower")
 
 
 @pytest.mark.parametrize("sparsity", ["4:8", "2:4"])
@@ -291,8 +358,8 @@ def test_sparse_weights_reach_tensor_cores(sparsity: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("backend", ["qcompile_fp4", "qcompile_quest"])
-def test_freezing_computes_weight_codes_once(backend: str, fresh_dynamo: None) -> None:
+@pytest.mark.parametrize(("backend", "bits"), [("qcompile_fp4", 4), ("qcompile_quest", 4), ("qcompile_quest", 8)])
+def test_freezing_computes_weight_codes_once(backend: str, bits: int, fresh_dynamo: None) -> None:
     """Served with frozen weights, nothing reads a wide or a packed weight any more, and no bit changes."""
     torch.manual_seed(0)
     model, x = Block().eval().bfloat16(), torch.randn(17, 48).bfloat16()
@@ -301,9 +368,10 @@ def test_freezing_computes_weight_codes_once(backend: str, fresh_dynamo: None) -
         torch._dynamo.reset()
         hook = {"freezing": freezing, "post_grad_custom_post_pass": lambda graph: read.append(_weights_read(graph))}
         with torch.no_grad(), torch._inductor.config.patch(hook):
-            results.append(torch.compile(model, backend=backend, options={"activation": OFF})(x))
+            options = {"activation": OFF} | ({"bits": bits} if bits != 4 else {})
+            results.append(torch.compile(model, backend=backend, options=options)(x))
     assert torch.equal(*results)
-    assert read == [{torch.bfloat16}, {torch.float8_e4m3fn}]
+    assert read == [{torch.bfloat16}, {torch.int8 if bits == 8 else torch.float8_e4m3fn}]
 
 
 def _weights_read(graph: torch.fx.Graph) -> set[torch.dtype]:
