@@ -292,7 +292,7 @@ INTEGER = [fmt for fmt in FORMATS.values() if fmt.tensor_core_type == "int8"]
 @pytest.mark.parametrize("left", INTEGER, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("right", INTEGER, ids=lambda fmt: fmt.name)
 def test_products_of_8bit_codes_in_exact_integers(left, right, rng):
-    """Levels are (code + offset) / factor; with the sums of codes any two INT8 grids give the product of their levels."""
+    """Levels are (code + offset) / factor; with sums of codes any two INT8 grids give the product of their levels."""
     codes, levels = [], []
     for fmt, rows in ((left, 5), (right, 7)):
         index = rng.integers(0, len(fmt.magnitudes), (rows, 65))
