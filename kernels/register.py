@@ -48,6 +48,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "scale_gradient": estimate.scale_gradient,
     "scaled_mm": matmul.scaled_mm,
     "mm_8bit": matmul.mm_8bit,
+    "mm_1bit": matmul.mm_1bit,
     "mm_block_scaled": matmul.mm_block_scaled,
 }
 
@@ -279,7 +280,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         # They choose by the extents of each product.
         **{
             op: (Provider("tensor cores", getattr(matmul_providers, op), lambda: (True, ""), _no_key, None),)
-            for op in ("mm_8bit", "mm_block_scaled")
+            for op in ("mm_8bit", "mm_1bit", "mm_block_scaled")
         },
     },
 }

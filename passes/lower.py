@@ -5,8 +5,10 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes::
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
 with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). `merge_quantize` then
-joins ``quantize`` and ``recode``. Cards with FP4 tensor cores read MXFP4 and NVFP4 as stored::
+joins ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
+they multiply FP4::
 
+    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, sums of levels)
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
 Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
@@ -85,6 +87,11 @@ class Side:
         alone = len(self.tensors) == (3 if quantizer.scale.two_level else 2)  # no residual of outliers beside them
         return scaled if scaled in _BLOCK_SCALED and alone else None
 
+    def signs(self, left: bool) -> bool:
+        """Whether tensor cores that count bits read the codes as they are stored."""
+        stored = not (self.text.startswith(LEVELS) or self.contracts_rows(left))
+        return stored and isinstance(self.size, int) and not self.why_not_8bit(left) and self.format.bits == 1
+
     def why_not_8bit(self, left: bool) -> str:
         """Why tensor cores cannot read the codes; "" if they can."""
         if self.text == "dense":
@@ -112,41 +119,45 @@ def product_provider(node: Node) -> tuple[str, str]:
         return DECODED, f"no 8-bit tensor cores on {value.device.type}"
     if value.dim() != 2:
         return DECODED, "a product of batches"
-    dtypes, why = _read_as(left, right)
-    if dtypes is None:
-        return DECODED, why
+    readings, why_not = _readings(left, right)
     bias: Any = node.args[9] if len(node.args) > 9 else None
     if bias is not None and not same_sizes(bias.meta["val"].shape, value.shape[1:]):
         return DECODED, "a bias that is broadcast over the columns"
     extents = (*(static_size(n) for n in value.shape), _contraction(left))
-    product = providers.Product(
-        shape=tuple(_ALIGNED if n is None else n for n in extents),
-        dtypes=dtypes,
-        dtype=value.dtype,
-        capability=capability,
-        bias=None if bias is None else bias.meta["val"].dtype,
-        tensor_scales=all(_is_scalar(side) for side in (left, right)),
-        offsets=any(side.format.tensor_core_offset for side in (left, right)),
-    )
-    provider, why = providers.choose(product)
-    if provider.name == "reference":
-        return DECODED, why
-    if None in extents and providers.FP4 not in dtypes:
-        return AT_RUN_TIME, "extents are known at run time only"
-    return provider.name, why
+    reasons: list[str] = []
+    for dtypes in readings:
+        product = providers.Product(
+            shape=tuple(_ALIGNED if n is None else n for n in extents),
+            dtypes=dtypes,
+            dtype=value.dtype,
+            capability=capability,
+            bias=None if bias is None else bias.meta["val"].dtype,
+            tensor_scales=all(_is_scalar(side) for side in (left, right)),
+            offsets=any(side.format.tensor_core_offset for side in (left, right)),
+        )
+        provider, why = providers.choose(product)
+        reasons.append(why)
+        if provider.name == "reference":
+            continue
+        if None in extents and provider.name not in _LOWERINGS:
+            return AT_RUN_TIME, "extents are known at run time only"
+        return provider.name, "; ".join(filter(None, reasons))
+    return DECODED, "; ".join(filter(None, (*reasons, why_not)))
 
 
-def _read_as(left: Side, right: Side) -> tuple[tuple[torch.dtype, torch.dtype] | None, str]:
-    """The dtypes as which tensor cores read the two operands, or ``None`` and why they cannot."""
+def _readings(left: Side, right: Side) -> tuple[list[tuple[torch.dtype, torch.dtype]], str]:
+    """The dtypes as which tensor cores can read the two operands, best first; if not as 8-bit codes, why."""
     scaled = left.block_scaled(left=True)
     if scaled is not None and scaled == right.block_scaled(left=False):
-        return (providers.FP4, providers.FP4), ""
+        return [(providers.FP4, providers.FP4)], ""
     if why := left.why_not_8bit(left=True) or right.why_not_8bit(left=False):
-        return None, why
+        return [], why
     types = {left.format.tensor_core_type, right.format.tensor_core_type}
     if len(types) > 1 and "int8" in types:
-        return None, f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
-    return (tensor_core_dtype(left.format), tensor_core_dtype(right.format)), ""
+        return [], f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
+    signs = left.signs(left=True) and right.signs(left=False)
+    as_8bit = tensor_core_dtype(left.format), tensor_core_dtype(right.format)
+    return [*[(providers.ONE_BIT, providers.ONE_BIT)] * signs, as_8bit], ""
 
 
 def _is_scalar(side: Side) -> bool:
@@ -251,6 +262,27 @@ def _offset(graph: Graph, gemm: Node, codes: Node, own: float, others: float, ma
     return made[key]
 
 
+def _popcount_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
+    """Σ x y  =  Σ bit_x bit_y  +  ½ Σ x  +  ½ Σ y  −  K/4  of levels ±½, of which −½ is a set bit."""
+    left, right = sides = Side.of(node, 0), Side.of(node, 4)
+    codes = [side.tensors[0] for side in sides]
+    scales = [_scale(graph, node, side, side.tensors[0], made) for side in sides]
+    dtype, *rest = node.args[8:]
+    offsets = _half_sum(graph, node, left, -left.size / 4, made), _half_sum(graph, node, right, 0.0, made)
+    return emit(graph, node, ops.mm_1bit.default, *codes, *scales, dtype, rest[0] if rest else None, *offsets)
+
+
+def _half_sum(graph: Graph, gemm: Node, side: Side, beside: float, made: dict[Any, Node]) -> Node:
+    """Float32 ``[rows, 1]``: half the sum of the levels of every row, plus ``beside``; exact."""
+    key = ("half sum", side.tensors[0], beside)
+    if key not in made:
+        unscaled = Side(side.tensors[:1], LEVELS + side.format.name, side.size, side.transposed)
+        levels = _decode(graph, gemm, unscaled, torch.float32)
+        half = emit(graph, gemm, aten.mul.Tensor, emit(graph, gemm, aten.sum.dim_IntList, levels, [-1], True), 0.5)
+        made[key] = emit(graph, gemm, aten.add.Tensor, half, beside) if beside else half
+    return made[key]
+
+
 def _block_scaled_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
     sides = Side.of(node, 0), Side.of(node, 4)
     codes, scales, global_scales = zip(*((*side.tensors, None)[:3] for side in sides), strict=True)
@@ -301,4 +333,8 @@ def _decode(graph: Graph, gemm: Node, side: Side, dtype: torch.dtype) -> Node:
 
 
 #: By provider; the others multiply 8-bit codes.
-_LOWERINGS = {DECODED: _decoded_product, providers.BLOCK_SCALED[0].name: _block_scaled_product}
+_LOWERINGS = {
+    DECODED: _decoded_product,
+    providers.POPCOUNT[0].name: _popcount_product,
+    providers.BLOCK_SCALED[0].name: _block_scaled_product,
+}

@@ -108,6 +108,7 @@ _CODE_READERS = (
     ops.scaled_mm.default,
     ops.recode.default,
     ops.mm_8bit.default,
+    ops.mm_1bit.default,
     ops.mm_block_scaled.default,
     torch.ops.aten.view.dtype,
 )

@@ -1,4 +1,5 @@
-"""8-bit matrix product for Hopper in Gluon, Triton's language of explicit layouts: FP8 or INT8, scaled in the epilogue.
+"""Matrix products for Hopper in Gluon, Triton's language of explicit layouts: FP8, INT8 or single bits, scaled in the
+epilogue.
 
 One persistent program a processor, its warps specialized:
 
@@ -14,7 +15,11 @@ the products of a step before it begins the next.
 Gluon ends in the same compiler and meets the same limit, but its layouts are given by hand and are the same for both
 types: the product of two e4m3 in float32 and that of two int8 in int32 differ in the name of one instruction. So INT8
 is compiled as e4m3, whose bits are those of int8 and whose sums are the bits of int32, which the epilogue reads as
-such; and :func:`as_int8` renames the instruction in the PTX.
+such; and :func:`as_integers` renames the instruction in the PTX.
+
+The instruction for single bits reads as many bytes as the others, 256 bits for 32 numbers of e4m3, at the same rate,
+and counts the bits that are set in both operands (PTX ISA, "wgmma.mma_async", ``.b1.and.popc``). It is another name in
+the same place: a product of signs takes an eighth of the time of one of 8-bit numbers.
 """
 
 from __future__ import annotations
@@ -48,11 +53,12 @@ __all__ = [
     "CONFIGS",
     "SHARED_MEMORY",
     "Config",
-    "as_int8",
+    "as_integers",
     "best_config",
     "candidates",
     "kernel",
     "launch_arguments",
+    "mm_1bit",
     "mm_8bit",
 ]
 
@@ -409,24 +415,65 @@ def mm_8bit(
     for other dtypes and other K.
     """
     accumulator_of(a, b)  # raises for what tensor cores do not multiply
-    (m, k), n = a.shape, b.shape[0]
-    if k % TMA_ALIGNMENT:
-        msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {k}"
+    if a.shape[1] % TMA_ALIGNMENT:
+        msg = f"mm_8bit in Gluon needs K to be a multiple of {TMA_ALIGNMENT}, got {a.shape[1]}"
         raise ValueError(msg)
+    return _product(a, b, scale_a, scale_b, dtype, (bias, offset_a, offset_b), config, tune)
+
+
+def mm_1bit(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    tune: bool = False,
+) -> Tensor:
+    """:func:`mm_8bit` with the numbers of bits that are set in rows of both a ``[M, K/8]`` and b ``[N, K/8]``, uint8.
+
+    K a multiple of 128. Raises ``ValueError`` for other dtypes and other K.
+    """
+    if a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        msg = f"mm_1bit takes eight codes a byte, uint8; got {a.dtype} with {b.dtype}"
+        raise ValueError(msg)
+    if a.shape[1] % TMA_ALIGNMENT:
+        msg = f"mm_1bit needs K to be a multiple of {8 * TMA_ALIGNMENT}, got {8 * a.shape[1]}"
+        raise ValueError(msg)
+    return _product(a, b, scale_a, scale_b, dtype, (bias, offset_a, offset_b), config, tune)
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    summands: tuple[Tensor | None, Tensor | None, Tensor | None],
+    config: Config | None,
+    tune: bool,
+) -> Tensor:
+    """``summands``: bias and offsets. Everything counts bytes along K."""
+    (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=dtype)
     scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
-    summands = [None if x is None else x.contiguous() for x in (bias, offset_a, offset_b)]
+    dense = [None if x is None else x.contiguous() for x in summands]
+    of_columns = sum(x is not None for x in (dense[0], dense[2]))
     card = card_of(a.device)
     with torch.cuda.device_of(a):
         a, b = _aligned(a), _aligned(b)
 
         def run(config: Config) -> None:
-            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *summands)
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense)
             tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
             kernel[(min(tiles, card.processors),)](*arguments, **options)
 
         problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
-        run(config or best_config(problem, run, tune, (bias is not None) + (offset_b is not None)))
+        run(config or best_config(problem, run, tune, of_columns))
     return out
 
 
@@ -447,13 +494,14 @@ def launch_arguments(
     offset_a: Tensor | None = None,
     offset_b: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and options of the kernel, for which INT8 may have to be compiled; all tensors are contiguous."""
+    """Arguments and options of the kernel, for which integers may have to be compiled; all tensors are contiguous."""
     (m, k), n = a.shape, b.shape[0]
     rows = config.block_m // CONSUMERS.value
     tma_store = n * out.itemsize % TMA_ALIGNMENT == 0
     piece_n = (config.piece_bytes if tma_store else 128) // out.itemsize  # addresses take registers
-    int8 = a.dtype == torch.int8
-    if int8:
+    stored = a.dtype
+    integer = stored in _INSTRUCTIONS
+    if integer:
         a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
     arguments = (
         _descriptor(a, k, rows, BLOCK_K.value),
@@ -469,7 +517,7 @@ def launch_arguments(
         k,
         int(scale_a.shape[0] > 1),
         int(scale_b.shape[0] > 1),
-        int8,
+        integer,
         tma_store,
         config.block_m,
         config.block_n,
@@ -479,12 +527,12 @@ def launch_arguments(
         config.group_m,
     )
     options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
-    if int8:
+    if integer:
         summands = (None if x is None else x.dtype for x in (bias, offset_a, offset_b))
-        key = (config, a.device, tma_store, out.dtype, *summands)
-        if key not in _INT8_PTX:
-            _INT8_PTX[key] = _int8_ptx(arguments, options)
-        options["ir_override"] = _INT8_PTX[key]
+        key = (stored, config, a.device, tma_store, out.dtype, *summands)
+        if key not in _INTEGER_PTX:
+            _INTEGER_PTX[key] = _integer_ptx(stored, arguments, options)
+        options["ir_override"] = _INTEGER_PTX[key]
     return arguments, options
 
 
@@ -494,31 +542,33 @@ def _descriptor(matrix: Tensor, columns: int, *block: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, [matrix.shape[0], columns], [columns, 1], list(block), layout)
 
 
-#: Files of PTX for INT8, by all that the PTX depends on.
-_INT8_PTX: dict[tuple[Any, ...], str] = {}
+#: What stands for ``k32.f32.e4m3.e4m3`` in the instruction that multiplies integers; uint8 is eight single bits.
+_INSTRUCTIONS = {torch.int8: "k32.s32.s8.s8", torch.uint8: "k256.s32.b1.b1.and.popc"}
+#: Files of PTX for integers, by all that the PTX depends on.
+_INTEGER_PTX: dict[tuple[Any, ...], str] = {}
 
 
-def _int8_ptx(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """A file with the PTX of the kernel for INT8, which Triton assembles in place of its own.
+def _integer_ptx(stored: torch.dtype, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """A file with the PTX of the kernel for integers, which Triton assembles in place of its own.
 
     Raises ``RuntimeError`` if Triton does not take it (``TRITON_KERNEL_OVERRIDE=1`` makes it look elsewhere).
     """
-    ptx = as_int8(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"])
-    path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_int8.ptx", binary=False)
+    ptx = as_integers(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
+    path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_integers.ptx", binary=False)
     if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
         msg = f"Triton did not assemble {path}"
         raise RuntimeError(msg)
     return path
 
 
-def as_int8(ptx: str) -> str:
-    """PTX in which the products of e4m3 are those of int8, their sums int32.
+def as_integers(ptx: str, stored: torch.dtype) -> str:
+    """PTX in which the products of e4m3 are those of integers, their sums int32; of int8, or of the bits of uint8.
 
     Only the type and the two signs, which integers do not have, differ: "wgmma.mma_async" in the PTX ISA. Raises
     ``ValueError`` if there is none.
     """
-    product = re.compile(r"(wgmma\.mma_async\.sync\.aligned\.m64n\d+k32)\.f32\.e4m3\.e4m3( [^;]*), 1, 1;")
-    renamed, count = product.subn(r"\1.s32.s8.s8\2;", ptx)
+    product = re.compile(r"(wgmma\.mma_async\.sync\.aligned\.m64n\d+)k32\.f32\.e4m3\.e4m3( [^;]*), 1, 1;")
+    renamed, count = product.subn(rf"\g<1>{_INSTRUCTIONS[stored]}\2;", ptx)
     if not count or ".e4m3" in renamed:
         msg = "the PTX has products of e4m3 in no known form, or none"
         raise ValueError(msg)

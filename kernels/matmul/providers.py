@@ -1,4 +1,4 @@
-"""What can run ``mm_8bit`` and ``mm_block_scaled``, which of it runs a given product, and why nothing better does.
+"""What can run ``mm_8bit``, ``mm_1bit`` and ``mm_block_scaled``, which of it runs a product, and why nothing better.
 
 ========= =============================================== ======================= =========================
 provider  operands                                        compute capability      output
@@ -14,6 +14,15 @@ reference any                                             any                   
 cuBLASLt sums with fast accumulation: the tensor cores' own accumulator, 14 significant bits on Hopper, over all of K.
 4-bit codes are exact in it (see :mod:`qcompile.kernels.matmul.triton`); arbitrary FP8 codes, those of a gradient, lose
 about 2^-14 of the running sum an addition there as in Triton.
+
+Of ``mm_1bit``, whose operands are stored single bits:
+
+========== ============================================== ======================= =========================
+provider   operands                                       compute capability      output
+========== ============================================== ======================= =========================
+popcount   K a multiple of 128                            9.0                     bfloat16, float16, float32
+reference  any                                            any                     any
+========== ============================================== ======================= =========================
 
 Of ``mm_block_scaled``, whose operands are stored E2M1 codes with scales of blocks along K:
 
@@ -44,10 +53,23 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["BLOCK_SCALED", "FP4", "PROVIDERS", "Product", "Provider", "choose", "mm_8bit", "mm_block_scaled"]
+__all__ = [
+    "BLOCK_SCALED",
+    "FP4",
+    "ONE_BIT",
+    "POPCOUNT",
+    "PROVIDERS",
+    "Product",
+    "Provider",
+    "choose",
+    "mm_1bit",
+    "mm_8bit",
+    "mm_block_scaled",
+]
 
-#: Two E2M1 codes a byte: what stands for the dtype of stored codes, uint8, where they are multiplied as they are.
-FP4 = torch.float4_e2m1fn_x2
+#: Two E2M1 codes, or eight single bits, a byte: what stands for the dtype of stored codes, uint8, where they are
+#: multiplied as they are.
+FP4, ONE_BIT = torch.float4_e2m1fn_x2, torch.bits1x8
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What the kernels in Triton and Gluon write.
 _WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,7 +82,8 @@ _WITH_FP4 = ((10, 0), (10, 3), (12, 0))
 
 @dataclass(frozen=True)
 class Product:
-    """What decides about the provider of one ``mm_8bit`` or, with two operands of :data:`FP4`, ``mm_block_scaled``.
+    """What decides about the provider of one ``mm_8bit``; or, with two operands of :data:`ONE_BIT`, ``mm_1bit``, and of
+    :data:`FP4`, ``mm_block_scaled``.
 
     Attributes:
         shape: (M, N, K); symbolic extents count as multiples of 16 where they are so by their form.
@@ -83,7 +106,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of ``mm_8bit`` or ``mm_block_scaled``.
+    """An implementation of one of the three ops.
 
     Attributes:
         name: what the report calls it.
@@ -102,7 +125,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     The reason also says if this was never tried on such a card. ``reference`` can always run.
     """
     reasons = []
-    for provider in BLOCK_SCALED if FP4 in product.dtypes else PROVIDERS:
+    for provider in _AS_STORED.get(product.dtypes[0], PROVIDERS):
         obstacle = provider.obstacle(product)
         if not obstacle:
             break
@@ -110,7 +133,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     if product.capability != _TESTED and provider.name != "reference":
         major, minor = product.capability
         reasons.append(f"{provider.name} is untested on compute capability {major}.{minor}")
-        if major >= 10 and FP4 not in product.dtypes:
+        if major >= 10 and product.dtypes[0] not in _AS_STORED:
             reasons.append("its native FP4 would need a scale for every 16 or 32 elements")
     return provider, "; ".join(reasons)
 
@@ -126,9 +149,29 @@ def mm_8bit(
     offset_b: Tensor | None = None,
 ) -> Tensor:
     """``qcompile::mm_8bit`` on CUDA by the provider that :func:`choose` names; shapes as in the reference."""
+    return _mm((a.dtype, b.dtype), a.shape[1], a, b, scale_a, scale_b, dtype, bias, offset_a, offset_b)
+
+
+def mm_1bit(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    """``qcompile::mm_1bit`` on CUDA by the provider that :func:`choose` names; ``arguments`` as of :func:`mm_8bit`."""
+    return _mm((ONE_BIT, ONE_BIT), 8 * a.shape[1], a, b, *arguments)
+
+
+def _mm(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    k: int,
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
+) -> Tensor:
     product = Product(
-        shape=(a.shape[0], b.shape[0], a.shape[1]),
-        dtypes=(a.dtype, b.dtype),
+        shape=(a.shape[0], b.shape[0], k),
+        dtypes=dtypes,
         dtype=dtype,
         capability=_capability(a.device),
         bias=None if bias is None else bias.dtype,
@@ -270,6 +313,27 @@ def _run_gluon(*arguments: Any) -> Tensor:
     return gluon.mm_8bit(*arguments)
 
 
+# --- single bits ----------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_popcount(product: Product) -> str:
+    k = product.shape[2]
+    checks = {
+        "there is nothing to multiply": 0 not in product.shape,
+        "it needs compute capability 9.0": product.capability == (9, 0),
+        f"K = {k} is no multiple of 128": k % 128 == 0,
+        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
+        "Triton has no Gluon": product.capability != (9, 0) or _has_gluon(),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _run_popcount(*arguments: Any) -> Tensor:
+    from . import gluon
+
+    return gluon.mm_1bit(*arguments)
+
+
 #: Best first.
 PROVIDERS = (
     Provider("cublaslt", _run_cublaslt, _obstacle_to_cublaslt),
@@ -304,3 +368,10 @@ BLOCK_SCALED = (
     Provider("dot_scaled", _run_dot_scaled, _obstacle_to_dot_scaled),
     Provider("reference", reference.mm_block_scaled, lambda product: ""),
 )
+#: The same for stored signs.
+POPCOUNT = (
+    Provider("popcount", _run_popcount, _obstacle_to_popcount),
+    Provider("reference", reference.mm_1bit, lambda product: ""),
+)
+#: What multiplies codes as they are stored; all else is :data:`PROVIDERS`.
+_AS_STORED = {FP4: BLOCK_SCALED, ONE_BIT: POPCOUNT}

@@ -10,6 +10,8 @@ three.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["LEVELS", "block_of", "decode_operand", "mm_8bit", "mm_block_scaled", "scaled_mm"]
+__all__ = ["LEVELS", "block_of", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "scaled_mm"]
 
 #: First word of the text of an operand without scales.
 LEVELS = "levels "
@@ -84,6 +86,11 @@ def mm_8bit(
         product = product + offset_b.t()
     product = product * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def mm_1bit(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    """:func:`mm_8bit` of the bits, 0 or 1, of a ``[M, K/8]`` and b ``[N, K/8]``, uint8."""
+    return mm_8bit(unpack(a, 1, 8 * a.shape[1]), unpack(b, 1, 8 * b.shape[1]), *arguments)
 
 
 def mm_block_scaled(

@@ -16,6 +16,11 @@ lacks what lies between it and that of the levels, times their factors. With cod
 Whoever emits the product adds the last two as ``offset_a`` (one a row of a) and ``offset_b`` (one a row of b), as
 zero points of quantized networks are handled (Jacob et al., arXiv 1712.05877, §2.3).
 
+Tensor cores for single bits count those that are set in both of two stored rows. With levels ±½, of which −½ is a set
+bit, that lacks sums of the rows' levels, which are added as offsets in the same way::
+
+    Σ x y  =  Σ bit_x bit_y  +  ½ Σ x  +  ½ Σ y  −  K/4
+
 Tensor cores for FP4 take E2M1 codes as they are stored, two a byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
 
@@ -50,6 +55,9 @@ _SCHEMAS = (
     # a [M, K] times b [N, K] transposed, plus offset_a [M, 1] and offset_b [N, 1] (float32), times both scales (M or 1,
     # N or 1), plus bias [N]: [M, N] in `dtype`.
     "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
+    "Tensor? offset_a=None, Tensor? offset_b=None) -> Tensor",
+    # The same of stored 1-bit codes a [M, K/8] and b [N, K/8], uint8: it counts the bits that are set in both.
+    "mm_1bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
     "Tensor? offset_a=None, Tensor? offset_b=None) -> Tensor",
     # Stored E2M1 codes a [M, ceil(K/2)] times b [N, ceil(K/2)] transposed, with scales of blocks along K, both of one
     # dtype of BLOCK_SCALES, times both global scales (float32 []), plus bias [N].
@@ -123,6 +131,7 @@ def _(codes, quantizer, size, transposed):
     return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
 
 
+@register_fake("mm_1bit")
 @register_fake("mm_8bit")
 def _(a, b, scale_a, scale_b, dtype, bias=None, offset_a=None, offset_b=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
