@@ -32,7 +32,8 @@ from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.outliers.triton import clamped, most_registers, row_bounds, search_constants
+from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants
+from qcompile.kernels.outliers.triton import clamped
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,
