@@ -35,8 +35,8 @@ from .tensor_search import BEYOND, FIRST, KINDS, SIDE, number, ordinal, tensor_b
 
 __all__ = ["clamp_outliers", "clamped", "supports_clamp_outliers"]
 
-#: Elements that a program clamps at once: of a range of a tensor, whose length they divide.
-CLAMPED = 4096
+#: Bytes that a program clamps at once, a part of its range of a tensor: 16 a thread.
+CLAMPED_BYTES = 4096
 
 
 @triton.jit
@@ -51,6 +51,39 @@ def clamped(value, lowest, highest):
     else:
         inner = tl.minimum(greater(value, lowest), highest, propagate_nan=tl.PropagateNan.ALL)
     return inner
+
+
+# --- the residual ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scatter(pointers, values, mask):
+    """``tl.store`` of few elements, by the threads that hold them.
+
+    ``tl.store`` would first hand pointers and values to other threads, so that neighbours lie side by side, and most
+    of what it moves is masked.
+    """
+    if INTERPRETED:
+        tl.store(pointers, values, mask=mask)
+    else:
+        bits: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth
+        integer: tl.constexpr = tl.int64 if bits == 64 else tl.int32
+        tl.inline_asm_elementwise(
+            "{ .reg .pred chosen; setp.ne.b32 chosen, $3, 0; @chosen st.global."
+            + ("b8" if bits == 8 else ("b16" if bits == 16 else ("b32" if bits == 32 else "b64")))
+            + " [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,l,r" if bits == 64 else "=r,l,r,r",
+            [pointers.to(tl.int64), values.to(integer, bitcast=values.dtype.is_floating()), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _list(values, positions, entry, residual, position, listed):
+    _scatter(values + entry, residual, listed)
+    _scatter(positions + entry, position, listed)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -74,8 +107,7 @@ def _write_residual(values, positions, room, total, seen, residual, at, beyond, 
     counts = tl.reshape(tl.cumsum(both, 0), at.shape) + seen
     entry = tl.where(beyond, counts & 0xFFFF, total + (counts >> 16)) - 1
     chosen = beyond | (ties & (entry < room))
-    tl.store(values + entry, residual, mask=chosen)
-    tl.store(positions + entry, at, mask=chosen)
+    _list(values, positions, entry, residual, at, chosen)
     return seen + tl.sum(both)
 
 
@@ -124,12 +156,6 @@ def _clamp_row(
 # --- a tensor -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _list(values, positions, entry, residual, position, listed):
-    tl.store(values + entry, residual, mask=listed)
-    tl.store(positions + entry, position, mask=listed)
-
-
 @triton.jit(do_not_specialize=["low", "high"])
 def _clamp_range(
     x,
@@ -142,6 +168,7 @@ def _clamp_range(
     chunk,
     low,
     high,
+    entries: tl.constexpr,
     block: tl.constexpr,
 ):
     """Clamp a range of a tensor. Each side lists the elements beyond its bound first, then ties to fill it.
@@ -158,21 +185,30 @@ def _clamp_range(
     all_below, all_above = tl.load(search + BEYOND), tl.load(search + SIDE + BEYOND)
     skipped = tl.where(first == last, low - all_below, 0)
     starts += program * KINDS
-    below, ties_below = tl.load(starts), tl.load(starts + 1) + all_below
-    above, ties_above = tl.load(starts + 2) + low, tl.load(starts + 3) - skipped + all_above + low
+    below, ties_below = tl.load(starts).to(entries), (tl.load(starts + 1) + all_below).to(entries)
+    above, ties_above = (
+        tl.load(starts + 2).to(entries) + low,
+        (tl.load(starts + 3) - skipped + all_above).to(entries) + low,
+    )
+    first_above = (all_above + low).to(entries)
+    place_dtype: tl.constexpr = tl.int64 if dtype == tl.float32 else tl.int32
+    first, last = first.to(place_dtype), last.to(place_dtype)
+    begin_position = begin.to(positions.dtype.element_ty)
+    x += begin
+    clipped += begin
     for start in range(0, size, block):
         at = start + tl.arange(0, block)
         inside = at < size
-        element = tl.load(x + begin + at, mask=inside, other=0.0)
+        element = tl.load(x + at, mask=inside, other=0.0)
         value = element.to(tl.float32)
-        tl.store(clipped + begin + at, clamped(value, lowest, highest).to(dtype), mask=inside)
+        tl.store(clipped + at, clamped(value, lowest, highest).to(dtype), mask=inside)
         place = ordinal(element)
         out_low, out_high = inside & (place < first), inside & (place > last)
-        residual = value - tl.where(out_low, lowest, highest)
         both = out_low.to(tl.int32) | (out_high.to(tl.int32) << 16)
         counts = tl.cumsum(both, 0)
         entry = tl.where(out_low, below + (counts & 0xFFFF), above + (counts >> 16)) - 1
-        _list(values, positions, entry, residual, begin + at, out_low | out_high)
+        residual = value - tl.where(out_low, lowest, highest)
+        _list(values, positions, entry, residual, begin_position + at, out_low | out_high)
         total = tl.sum(both)
         below, above = below + (total & 0xFFFF), above + (total >> 16)
         if (ties_below < low) | (ties_above < low + high):
@@ -181,9 +217,10 @@ def _clamp_range(
             counts = tl.cumsum(both, 0)
             entry_low, entry_high = ties_below + (counts & 0xFFFF) - 1, ties_above + (counts >> 16) - 1
             to_low = at_low & (entry_low < low)
-            to_high = at_high & (entry_high >= low + all_above) & (entry_high < low + high)
+            to_high = at_high & (entry_high >= first_above) & (entry_high < low + high)
+            entry = tl.where(to_low, entry_low, entry_high)
             residual = value - tl.where(to_low, lowest, highest)
-            _list(values, positions, tl.where(to_low, entry_low, entry_high), residual, begin + at, to_low | to_high)
+            _list(values, positions, entry, residual, begin_position + at, to_low | to_high)
             total = tl.sum(both)
             ties_below, ties_above = ties_below + (total & 0xFFFF), ties_above + (total >> 16)
 
@@ -236,4 +273,15 @@ def _clamp_tensor(x: Tensor, clipped: Tensor, values: Tensor, positions: Tensor,
     ranges = found.ranges
     outputs = clipped, values, positions
     known = found.search, found.starts, x.numel(), ranges.chunk
-    launch(_clamp_range, ranges.programs, x, *outputs, *known, low, high, block=CLAMPED, num_warps=8)
+    launch(
+        _clamp_range,
+        ranges.programs,
+        x,
+        *outputs,
+        *known,
+        low,
+        high,
+        entries=tl.int32 if low + high < 2**31 else tl.int64,
+        block=CLAMPED_BYTES // x.element_size(),
+        num_warps=8,
+    )

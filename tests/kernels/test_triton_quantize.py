@@ -440,7 +440,8 @@ def launches_of(call: Callable[[], object]) -> list:
 def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
-    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.int32: "*i32"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, aligned = {}, dict(constants), []
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
         plain = parameter.do_not_specialize
