@@ -31,8 +31,8 @@ from .row_search import row_bounds, search_constants
 
 __all__ = ["BEYOND", "FIRST", "KINDS", "SIDE", "Ranges", "TensorBounds", "number", "ordinal", "tensor_bounds"]
 
-#: Of the counts of a range, a power of two; and thresholds of each side, which leave two bins less than that between
-#: them and one on either side.
+#: Bins of the counts of a range, a power of two; and thresholds of each side, which enclose one bin less than they are.
+#: Both sides' thresholds part the ordinals into 63 bins.
 BINS = tl.constexpr(64)
 THRESHOLDS = tl.constexpr(BINS.value // 2 - 1)
 
@@ -164,10 +164,10 @@ def _count(x, counts, search, numel, chunk, block: tl.constexpr):
         total = tl.zeros([BINS], tl.int32)
         for start in range(0, size, block):
             at = start + tl.arange(0, block)
-            # What is past the end counts as NaN, above everything: no rank from below changes, and no range follows.
-            element = tl.load(x + begin + at, mask=at < size, other=float("nan"))
-            place = _bin(ordinal(element), low_base, low_shift, high_base, high_shift)
-            total += tl.histogram(place.to(tl.int32), BINS)
+            element = tl.load(x + begin + at, mask=at < size, other=0.0)
+            place = _bin(ordinal(element), low_base, low_shift, high_base, high_shift).to(tl.int32)
+            # What is past the end has a bin above all others: no rank from below changes, and no range follows.
+            total += tl.histogram(tl.where(at < size, place, BINS - 1), BINS)
         tl.store(counts + program * BINS + tl.arange(0, BINS), total)
 
 
