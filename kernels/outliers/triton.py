@@ -57,33 +57,33 @@ def clamped(value, lowest, highest):
 
 
 @triton.jit
-def _scatter(pointers, values, mask):
-    """``tl.store`` of few elements, by the threads that hold them.
+def _list(values, positions, entry, residual, position, listed):
+    """Store the entries of a residual where ``listed`` (an integer) is not 0, by the threads that hold them.
 
     ``tl.store`` would first hand pointers and values to other threads, so that neighbours lie side by side, and most
-    of what it moves is masked.
+    of what it moves would be masked.
     """
     if INTERPRETED:
-        tl.store(pointers, values, mask=mask)
+        tl.store(values + entry, residual, mask=listed != 0)
+        tl.store(positions + entry, position, mask=listed != 0)
     else:
-        bits: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth
-        integer: tl.constexpr = tl.int64 if bits == 64 else tl.int32
+        bits: tl.constexpr = positions.dtype.element_ty.primitive_bitwidth
         tl.inline_asm_elementwise(
-            "{ .reg .pred chosen; setp.ne.b32 chosen, $3, 0; @chosen st.global."
+            "{ .reg .pred chosen; setp.ne.b32 chosen, $5, 0; @chosen st.global.b32 [$1], $2; @chosen st.global."
             + ("b8" if bits == 8 else ("b16" if bits == 16 else ("b32" if bits == 32 else "b64")))
-            + " [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,l,r" if bits == 64 else "=r,l,r,r",
-            [pointers.to(tl.int64), values.to(integer, bitcast=values.dtype.is_floating()), mask.to(tl.int32)],
+            + " [$3], $4; mov.b32 $0, 0; }",
+            "=r,l,r,l,l,r" if bits == 64 else "=r,l,r,l,r,r",
+            [
+                (values + entry).to(tl.int64),
+                as_bits(residual),
+                (positions + entry).to(tl.int64),
+                position.to(tl.int64 if bits == 64 else tl.int32),
+                listed,
+            ],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def _list(values, positions, entry, residual, position, listed):
-    _scatter(values + entry, residual, listed)
-    _scatter(positions + entry, position, listed)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def _write_residual(values, positions, room, total, seen, residual, at, beyond, 
     counts = tl.reshape(tl.cumsum(both, 0), at.shape) + seen
     entry = tl.where(beyond, counts & 0xFFFF, total + (counts >> 16)) - 1
     chosen = beyond | (ties & (entry < room))
-    _list(values, positions, entry, residual, at, chosen)
+    _list(values, positions, entry, residual, at, chosen.to(tl.int32))
     return seen + tl.sum(both)
 
 
@@ -208,7 +208,7 @@ def _clamp_range(
         counts = tl.cumsum(both, 0)
         entry = tl.where(out_low, below + (counts & 0xFFFF), above + (counts >> 16)) - 1
         residual = value - tl.where(out_low, lowest, highest)
-        _list(values, positions, entry, residual, begin_position + at, out_low | out_high)
+        _list(values, positions, entry, residual, begin_position + at, both)
         total = tl.sum(both)
         below, above = below + (total & 0xFFFF), above + (total >> 16)
         if (ties_below < low) | (ties_above < low + high):
@@ -220,7 +220,7 @@ def _clamp_range(
             to_high = at_high & (entry_high >= first_above) & (entry_high < low + high)
             entry = tl.where(to_low, entry_low, entry_high)
             residual = value - tl.where(to_low, lowest, highest)
-            _list(values, positions, entry, residual, begin_position + at, to_low | to_high)
+            _list(values, positions, entry, residual, begin_position + at, (to_low | to_high).to(tl.int32))
             total = tl.sum(both)
             ties_below, ties_above = ties_below + (total & 0xFFFF), ties_above + (total >> 16)
 
