@@ -174,6 +174,7 @@ def _clamp_range(
     """Clamp a range of a tensor. Each side lists the elements beyond its bound first, then ties to fill it.
 
     An element is listed once: where both bounds are equal, the upper side takes the ties that the lower one leaves.
+    ``entries``: integers that count all elements and entries.
     """
     program = tl.program_id(0)
     begin = program.to(tl.int64) * chunk
@@ -185,12 +186,12 @@ def _clamp_range(
     all_below, all_above = tl.load(search + BEYOND), tl.load(search + SIDE + BEYOND)
     skipped = tl.where(first == last, low - all_below, 0)
     starts += program * KINDS
-    below, ties_below = tl.load(starts).to(entries), (tl.load(starts + 1) + all_below).to(entries)
-    above, ties_above = (
-        tl.load(starts + 2).to(entries) + low,
-        (tl.load(starts + 3) - skipped + all_above).to(entries) + low,
-    )
-    first_above = (all_above + low).to(entries)
+    first_tie = low + all_above  # of the upper side
+    below = tl.load(starts).to(entries)
+    ties_below = (all_below + tl.load(starts + 1)).to(entries)
+    above = (low + tl.load(starts + 2)).to(entries)
+    ties_above = (first_tie - skipped + tl.load(starts + 3)).to(entries)
+    first_tie = first_tie.to(entries)
     place_dtype: tl.constexpr = tl.int64 if dtype == tl.float32 else tl.int32
     first, last = first.to(place_dtype), last.to(place_dtype)
     begin_position = begin.to(positions.dtype.element_ty)
@@ -217,7 +218,7 @@ def _clamp_range(
             counts = tl.cumsum(both, 0)
             entry_low, entry_high = ties_below + (counts & 0xFFFF) - 1, ties_above + (counts >> 16) - 1
             to_low = at_low & (entry_low < low)
-            to_high = at_high & (entry_high >= first_above) & (entry_high < low + high)
+            to_high = at_high & (entry_high >= first_tie) & (entry_high < low + high)
             entry = tl.where(to_low, entry_low, entry_high)
             residual = value - tl.where(to_low, lowest, highest)
             _list(values, positions, entry, residual, begin_position + at, (to_low | to_high).to(tl.int32))
@@ -271,17 +272,20 @@ def _clamp_tensor(x: Tensor, clipped: Tensor, values: Tensor, positions: Tensor,
     """Fill the results for all elements of x, which is dense."""
     found = tensor_bounds(x, low, high, alpha)
     ranges = found.ranges
-    outputs = clipped, values, positions
-    known = found.search, found.starts, x.numel(), ranges.chunk
     launch(
         _clamp_range,
         ranges.programs,
         x,
-        *outputs,
-        *known,
+        clipped,
+        values,
+        positions,
+        found.search,
+        found.starts,
+        x.numel(),
+        ranges.chunk,
         low,
         high,
-        entries=tl.int32 if low + high < 2**31 else tl.int64,
+        entries=tl.int32 if x.numel() + low + high < 2**31 else tl.int64,
         block=CLAMPED_BYTES // x.element_size(),
         num_warps=8,
     )
