@@ -282,7 +282,7 @@ def sample_ranks(rank: int, numel: int, size: int) -> tuple[int, int]:
 
 
 def reads(dtype: torch.dtype) -> int:
-    """How often elements are counted at most: one guess, then at least four bits each time (30 bins of 2ᵇ⁻⁴ cover 2ᵇ)."""
+    """How often elements are counted at most: after the guess four bits each time, since 30 bins of 2ᵇ⁻⁴ cover 2ᵇ."""
     return 1 + 8 * dtype.itemsize // 4
 
 
