@@ -45,6 +45,7 @@ __all__ = ["CASES", "Case", "OccCost", "Row", "main", "measure_all", "occ_costs"
 
 FP4, FP8 = "e2m1 row absmax even", "e4m3 row absmax even"
 CLAMP = "occ(alpha=0.99,per=row,compensate=1)"
+CLAMP_TENSOR = "occ(alpha=0.99,per=tensor,compensate=1)"
 OCC = "e2m1 row absmax even; ste; occ(alpha=0.99,residual=e4m3)"
 
 ACTIVATIONS = [(16384, 4096), (16384, 14336), (16384, 2048)]
@@ -130,7 +131,8 @@ def clamps_differently(actual: Any, expected: Any) -> str:
 
     def dense(result: Any) -> tuple[Tensor, Tensor]:
         clamped, values, positions = result
-        residual = values.new_zeros(clamped.shape).scatter_add_(-1, positions.to(torch.int64), values)
+        shape = clamped.shape if values.dim() == clamped.dim() else (clamped.numel(),)  # of a row, or of all elements
+        residual = values.new_zeros(shape).scatter_add_(-1, positions.to(torch.int64), values)
         return clamped, residual
 
     return bitwise(dense(actual), dense(expected))
@@ -182,6 +184,12 @@ CASES: dict[str, Case] = {
     ),
     "quantize_compensated e2m1": Case(lambda k, x: k.quantize_compensated(x, OCC, -1), normal, ACTIVATIONS, bitwise),
     "clamp_outliers": Case(lambda k, x: k.clamp_outliers(x, CLAMP, -1), normal, ACTIVATIONS, clamps_differently),
+    "clamp_outliers per=tensor": Case(
+        lambda k, x: k.clamp_outliers(x, CLAMP_TENSOR, -1), normal, ACTIVATIONS, clamps_differently
+    ),
+    "clamp_outliers per=tensor, two topk": Case(  # what the kernel replaces: the reference, whoever is asked
+        lambda k, x: DEFINED.clamp_outliers(x, CLAMP_TENSOR, -1), normal, ACTIVATIONS, clamps_differently
+    ),
     "weight quantize_8bit e2m1": Case(lambda k, x: k.quantize_8bit(x, FP4, False), normal, WEIGHTS, bitwise),
     "weight quantize_8bit_transposed e2m1": Case(
         lambda k, x: k.quantize_8bit_transposed(x, FP4), normal, WEIGHTS, bitwise

@@ -1,4 +1,4 @@
-"""Outlier clamping for Inductor: an extern kernel finds the bounds, what can be loops around it is and fuses.
+"""Outlier clamping for Inductor: the op's own kernel clamps where there is one; what can be loops is, and fuses.
 
 The residual's positions are distinct wherever its values are not zero (an element below the lower bound is
 not above the upper one), so restoring is a gather, an addition and a plain scatter instead of atomic
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def supports_clamp_outliers() -> tuple[bool, str]:
-    """Code is generated for every clamp, unless the extent is known at run time only (no text tells)."""
+    """Code is generated for every clamp of rows, unless their extent is known at run time only (no text tells)."""
     return True, ""
 
 
@@ -36,23 +36,23 @@ def supports_restore_outliers() -> tuple[bool, str]:
 
 
 def lower_clamp_outliers(x, clamp: str, axis: int):
-    """``qcompile::clamp_outliers``: the op's own kernel, which searches a row for its quantiles without sorting it.
+    """``qcompile::clamp_outliers``: the op's own kernel, which finds quantiles of a row or a tensor without a sort.
 
-    Where it does not apply (quantiles of a whole tensor, very long rows, other axes): two extern top-k, then loops for
-    the clamped tensor and the residual.
+    Rows that it does not take (very long ones, other axes): two extern top-k, then loops for the clamped tensor and the
+    residual.
     """
-    if not ir.is_triton(x) or is_empty(x):
-        return run_reference(torch.ops.qcompile.clamp_outliers.default, x, clamp, axis)
-    spec, axis = OutlierClamp.parse(clamp), axis % len(x.get_size())
+    op = torch.ops.qcompile.clamp_outliers.default
+    spec = OutlierClamp.parse(clamp)
+    if not ir.is_triton(x) or is_empty(x) or spec.per == "tensor":
+        return run_reference(op, x, clamp, axis)
+    axis %= len(x.get_size())
     if axis == len(x.get_size()) - 1 and _has_kernel(x, clamp):
         rows = ir.TensorBox(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)))
-        return run_reference(torch.ops.qcompile.clamp_outliers.default, rows, clamp, axis)
+        return run_reference(op, rows, clamp, axis)
     rows = axis_last(x, axis)
-    if spec.per == "tensor":
-        rows = _call(aten.reshape.default, rows, [-1])
     size = _known(rows.get_size()[-1])
     if size is None:  # top-k asks for numbers
-        return run_reference(torch.ops.qcompile.clamp_outliers.default, x, clamp, axis)
+        return run_reference(op, x, clamp, axis)
     low, high = clamped_counts(spec, size)
     last = len(rows.get_size()) - 1
     below, below_at = _call(aten.topk.default, rows, low + 1, last, False, True)
@@ -65,8 +65,7 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
         _call(aten.sub.Tensor, _cast(cut, wide), _cast(bound, wide)) for cut, bound in ((below, lower), (above, upper))
     ]
     positions = _call(aten.cat.default, [below_at, above_at], last)
-    if spec.per == "row":
-        lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
+    lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
     clamped = _call(aten.minimum.default, _call(aten.maximum.default, x, lower), upper)
     return clamped, _call(aten.cat.default, residual, last), _cast(positions, index_dtype(size))
 

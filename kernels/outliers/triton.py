@@ -1,25 +1,12 @@
-"""Outlier clamping by rows in Triton: order statistics without a sort.
+"""Outlier clamping in Triton: both bounds without a sort, and the residual in the order of positions.
 
-A program has its row in registers and finds both bounds by counting. A *pivot* that more than ``rank`` elements reach
-is not above the element of that rank; one that fewer reach is. Pivots are *keys*, integers that order like the numbers
-of x's dtype, so two neighbouring ones enclose the answer in the end.
-
-Bisection would take as many counts as a key has bits. But tails are regular: the logarithm of the count falls about
-linearly with the key, which is itself about a logarithm. The first pivot is the mean key of the largest elements of
-groups of ln 2 / (1 − α), whose median is the quantile, whatever the distribution; their spread says how steeply counts
-fall. From there every count makes a step of Newton's method, with bisection where it would leave what is known: three
-or four counts for a bound of normally distributed rows, five to eight where outliers keep to channels.
-
-On Hopper one instruction compares two 16-bit elements (``set.ge.u32.bf16x2``), or takes the larger ones of two pairs.
-So every four elements are sorted first: three of them are hardly ever in the same tail, and while a pivot for the upper
-bound is above all that came first or second, or one for the lower bound below all others, half the row is not counted.
+* **a row** (``per=row``; 1 in, 1 out and the residual): a program searches its row in registers
+  (:mod:`qcompile.kernels.outliers.row_search`), and reads it again from L1 or L2 to write.
+* **a tensor** (``per=tensor``; 2 in, 1 out and the residual): one that is longer than a row can be is searched by
+  counting (:mod:`qcompile.kernels.outliers.tensor_search`), then clamped range by range.
 """
 
 from __future__ import annotations
-
-import math
-from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -30,293 +17,26 @@ from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
 from qcompile.ir.recipe import OutlierClamp
 from qcompile.kernels.triton import (
     INTERPRETED,
+    LONGEST_ROW,
     MAGNITUDE,
     RUN,
     as_bits,
     as_rows,
     greater,
     launch,
-    maximum,
-    row_block,
     runs,
     supports_dtypes,
     supports_size,
-    warps,
 )
 
 from . import reference
+from .row_search import row_bounds, search_constants
+from .tensor_search import BEYOND, FIRST, KINDS, SIDE, number, ordinal, tensor_bounds
 
-__all__ = [
-    "clamp_outliers",
-    "clamped",
-    "most_registers",
-    "row_bounds",
-    "search_constants",
-    "supports_clamp_outliers",
-]
+__all__ = ["clamp_outliers", "clamped", "supports_clamp_outliers"]
 
-#: PTX types of two elements in a register.
-_PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
-
-
-@cache
-def pair_type(dtype: torch.dtype, device: torch.device) -> str:
-    """PTX type of two elements of ``dtype`` on a device that compares them at once; empty: compare in float32."""
-    if INTERPRETED or dtype not in _PAIRS or torch.cuda.get_device_capability(device) < (9, 0):
-        return ""
-    return _PAIRS[dtype]
-
-
-def group_size(alpha: float, block: int) -> int:
-    """Elements of a row of ``block`` whose maximum is a guess at the α quantile; a power of two, 16 at least."""
-    wanted = math.log(2) / (1 - alpha)
-    return min(block, max(RUN.value, 2 ** round(math.log2(wanted))))
-
-
-def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, Any]:
-    """Compile-time arguments of a kernel that searches ``rows`` [R, K], whose threads hold ``per_thread`` elements.
-
-    It writes in parts, a quarter of a row each.
-    """
-    block = row_block(rows.shape[-1])
-    num_warps = warps(block, per_thread)
-    group = group_size(alpha, block)
-    pairs = block // (2 * 32 * num_warps)  # of a thread
-    return {
-        "group": group,
-        "halvings": max(2, min(group, pairs).bit_length() - 1),
-        "pair": pair_type(rows.dtype, rows.device),
-        "block": block,
-        "part": max(RUN.value, block // 4),
-        "num_warps": num_warps,
-    }
-
-
-def most_registers(rows: Tensor) -> int | None:
-    """Of a thread that searches ``rows`` and does little else; ``None``: as many as the compiler wants.
-
-    It would take a few more than 96, and leave room for four warps a scheduler instead of five. Rows that cannot be
-    read 16 bytes at a time would spill.
-    """
-    aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0
-    return 96 if aligned and pair_type(rows.dtype, rows.device) else None
-
-
-# --- keys -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _key(value, dtype: tl.constexpr):
-    """Integer that orders like float32 ``value``, a number of ``dtype``: int64 for float32, else int32."""
-    if dtype == tl.float32:
-        bits = value.to(tl.int32, bitcast=True).to(tl.int64)
-        key = bits ^ ((bits >> 63) & 0x7FFFFFFF)
-    else:
-        bits = value.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-        key = bits ^ ((bits >> 31) & 0x7FFF)
-    return key
-
-
-@triton.jit
-def _number(key, dtype: tl.constexpr):
-    """Inverse of :func:`_key`, in ``dtype``."""
-    if dtype == tl.float32:
-        bits = (key ^ ((key >> 63) & 0x7FFFFFFF)).to(tl.int32)
-    else:
-        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
-    return bits.to(dtype, bitcast=True)
-
-
-# --- pairs ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pairs(x):
-    """16-bit elements [n, 16] as int32 [8n], in an order in which both halves of it are in the same threads.
-
-    So are the halves of these and so on: of four pairs that are loaded at once, each is in another quarter.
-    """
-    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [x.shape[0] * 2, 4, 2]))
-    pairs = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-    return tl.reshape(tl.trans(pairs), [x.shape[0] * RUN // 2])
-
-
-@triton.jit
-def _on_pairs(instruction: tl.constexpr, a, b):
-    return tl.inline_asm_elementwise(
-        instruction + " $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _halves(pairs):
-    """The first and the second half."""
-    return tl.split(tl.trans(tl.reshape(pairs, [2, pairs.shape[0] // 2])))
-
-
-@triton.jit
-def _joined(first, second):
-    """Inverse of :func:`_halves`."""
-    return tl.reshape(tl.trans(tl.join(first, second)), [2 * first.shape[0]])
-
-
-@triton.jit
-def _ordered(pairs, pair: tl.constexpr):
-    """The larger and the smaller ones of the elements of both halves, NaN being the larger."""
-    first, second = _halves(pairs)
-    return _on_pairs("max.NaN." + pair, first, second), _on_pairs("min." + pair, first, second)
-
-
-@triton.jit
-def _extreme_keys(pairs, halvings: tl.constexpr, instruction: tl.constexpr):
-    """Keys of the largest (or smallest, by ``instruction``) of every 2^halvings elements."""
-    for _ in tl.static_range(halvings):
-        first, second = _halves(pairs)
-        pairs = _on_pairs(instruction, first, second)
-    bits = tl.reshape(tl.join((pairs << 16) >> 16, pairs >> 16), [2 * pairs.shape[0]])
-    return bits ^ ((bits >> 31) & 0x7FFF)
-
-
-# --- the search -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _first_pivot(keys, first, end):
-    """A pivot in [first, end), and how many keys double the count, from the keys of the largest elements of groups."""
-    coarse: tl.constexpr = 16 if keys.dtype == tl.int64 else 0  # so that their sum is an int32
-    keys = (keys >> coarse).to(tl.int32)
-    mean = tl.sum(keys) // keys.shape[0]
-    spread = tl.sum(tl.abs(keys - mean)).to(tl.float32) / keys.shape[0]
-    # The maxima of an exponential tail e^(−x/β) spread by about β (Gumbel), and it doubles every β ln 2.
-    slope = tl.maximum(spread * 0.7, 1.0) * 2.0**coarse
-    pivot = mean.to(end.dtype) << coarse
-    return tl.minimum(tl.maximum(pivot, first + 1), end - 1), slope
-
-
-@triton.jit
-def _narrowed(first, end, pivot, slope, direction, count, rank):
-    """One step: the key of the element is in [first, end), and ``count`` elements reach the pivot."""
-    above = count > rank
-    first = tl.where(above, pivot, first)
-    end = tl.where(above, end, pivot)
-    if pivot.dtype == tl.int64:  # near enough: the element is the smallest one that reaches `first`
-        end = tl.where(count == rank + 1, first + 1, end)
-    towards = tl.where(above, 1, -1)
-    slope = tl.where(towards == direction, slope * 1.5, slope)
-    width = (end - first).to(tl.float32)
-    # The bits of a float32 number are about its logarithm.
-    doublings = (as_bits(count.to(tl.float32) + 0.5) - as_bits(rank.to(tl.float32) + 1.0)).to(tl.float32) * 2.0**-23
-    step = doublings * slope
-    pivot += tl.minimum(tl.maximum(step, -width), width).to(pivot.dtype) + towards
-    pivot = tl.where((pivot > first) & (pivot < end), pivot, (first + end) >> 1)
-    return first, end, pivot, slope, towards
-
-
-@triton.jit
-def _count(data, pivot, dtype: tl.constexpr, comparison: tl.constexpr, pair: tl.constexpr):
-    """How many elements of float32 data, or of pairs, reach the pivot; no NaN does.
-
-    A comparison of pairs gives 0xffff in the place of each element that does. Added up as integers, with a of them in
-    low halves and b in high ones, that is 65536 (a − b) − a.
-    """
-    mirrored: tl.constexpr = comparison == "le"
-    bound = _number(~pivot if mirrored else pivot, dtype)
-    if pair != "":
-        bounds = (bound.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-        total = tl.sum(_on_pairs("set." + comparison + ".u32." + pair, data, bounds))
-        low = -total & 0xFFFF
-        count = 2 * low - ((total + low) >> 16)
-    elif mirrored:
-        count = tl.sum((data <= bound.to(tl.float32)).to(tl.int32))
-    else:
-        count = tl.sum((data >= bound.to(tl.float32)).to(tl.int32))
-    return count
-
-
-@triton.jit
-def _element_of_rank(
-    near,
-    far,
-    reach,
-    keys,
-    first,
-    end,
-    padding,
-    rank,
-    dtype: tl.constexpr,
-    comparison: tl.constexpr,
-    pair: tl.constexpr,
-):
-    """Key of the element of this rank from above, the greatest of the keys of elements equal to it.
-
-    It is between ``first`` and ``end``, inclusive; ``keys`` are those of the largest elements of groups. Elements that
-    are ``far`` have keys up to ``reach``, and most pivots are above it. With ``comparison`` "le" it is the element of
-    this rank from below, and all keys are those of the numbers' opposites.
-    """
-    end = tl.where(end == -1, 1, end + 1)  # −0 and +0 are equal
-    pivot, slope = _first_pivot(keys, first, end)
-    direction = rank * 0
-    while end - first > 1:
-        count = _count(near, pivot, dtype, comparison, pair) - tl.where(pivot <= 0, padding, 0)
-        if pair != "" and pivot <= reach:
-            count += _count(far, pivot, dtype, comparison, pair)
-        first, end, pivot, slope, direction = _narrowed(first, end, pivot, slope, direction, count, rank)
-    return first
-
-
-@triton.jit
-def row_bounds(x, inside, padding, low, high, group: tl.constexpr, halvings: tl.constexpr, pair: tl.constexpr):
-    """The elements of rank ``low`` from below and ``high`` from above, and the largest magnitude; float32 scalars.
-
-    NaN is above all numbers, and each result may be NaN. A zero is −0 for the lower and +0 for the upper bound.
-    x [n, 16] of a float dtype of up to 32 bits; ``inside``: which elements are the row's; ``padding``: how many are
-    not, and are 0. The rest are :func:`search_constants`.
-    """
-    dtype: tl.constexpr = x.dtype
-    elements: tl.constexpr = x.shape[0] * RUN
-    if pair != "":
-        # Elements stay packed: half the registers. Every four of them are sorted, from first to fourth.
-        larger, smaller = _ordered(_pairs(x), pair)
-        fourth, upper_middle = _ordered(larger, pair)
-        lower_middle, first = _ordered(smaller, pair)
-        third, second = _ordered(_joined(upper_middle, lower_middle), pair)
-        larger, smaller = _joined(fourth, third), _joined(second, first)
-        grouped: tl.constexpr = [elements // group, group // 2**halvings]
-        maxima = tl.max(tl.reshape(_extreme_keys(fourth, halvings - 2, "max.NaN." + pair), grouped), 1)
-        minima = tl.min(tl.reshape(_extreme_keys(first, halvings - 2, "min." + pair), grouped), 1)
-        upper_reach = tl.max(_extreme_keys(second, halvings - 2, "max.NaN." + pair))
-        lower_reach = ~tl.min(_extreme_keys(third, halvings - 2, "min." + pair))
-    else:
-        value = x.to(tl.float32)
-        maxima = _key(maximum(tl.reshape(maximum(value, 1), [group // RUN, elements // group]), 0), dtype)
-        minima = _key(tl.min(tl.reshape(tl.min(value, 1), [group // RUN, elements // group]), 0), dtype)
-        larger, smaller = value, value
-        upper_reach, lower_reach = low, low
-    end, first = tl.max(maxima), tl.min(minima)
-    top, bottom = _number(end, dtype).to(tl.float32), _number(first, dtype).to(tl.float32)
-    largest = greater(tl.abs(top), tl.abs(bottom))
-    nans = low * 0
-    if top != top:
-        end = _key(tl.full([], float("inf"), tl.float32), dtype)
-        nans = elements - _count(larger, ~end, dtype, "ge", pair)
-        if pair != "":
-            nans -= _count(smaller, ~end, dtype, "ge", pair)
-    # The lower bound is minus the upper one of −x, and ~key is the key of the number's opposite.
-    above, below = high - nans, low
-    upper = _element_of_rank(larger, smaller, upper_reach, maxima, first, end, padding, above, dtype, "ge", pair)
-    lower = _element_of_rank(smaller, larger, lower_reach, ~minima, ~end, ~first, padding, below, dtype, "le", pair)
-    highest, lowest = _number(upper, dtype).to(tl.float32), _number(~lower, dtype).to(tl.float32)
-    if dtype == tl.float32:
-        highest = tl.min(tl.where(inside & (value >= highest), value, float("inf")))
-        lowest = tl.max(tl.where(inside & (value <= lowest), value, float("-inf")))
-        highest, lowest = tl.where(highest == 0.0, 0.0, highest), tl.where(lowest == 0.0, -0.0, lowest)
-    if nans > 0:
-        highest = tl.where(above < 0, float("nan"), highest)
-        lowest = tl.where(nans + below + padding >= elements, float("nan"), lowest)
-    return lowest, highest, largest
-
-
-# --- clamping -------------------------------------------------------------------------------------------------------
+#: Bytes that a program clamps at once, a part of its range of a tensor: 16 a thread.
+CLAMPED_BYTES = 4096
 
 
 @triton.jit
@@ -331,6 +51,42 @@ def clamped(value, lowest, highest):
     else:
         inner = tl.minimum(greater(value, lowest), highest, propagate_nan=tl.PropagateNan.ALL)
     return inner
+
+
+# --- the residual ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list(values, positions, entry, residual, position, listed):
+    """Store the entries of a residual where ``listed`` (an integer) is not 0, by the threads that hold them.
+
+    ``tl.store`` would first hand pointers and values to other threads, so that neighbours lie side by side, and most
+    of what it moves would be masked.
+    """
+    if INTERPRETED:
+        tl.store(values + entry, residual, mask=listed != 0)
+        tl.store(positions + entry, position, mask=listed != 0)
+    else:
+        bits: tl.constexpr = positions.dtype.element_ty.primitive_bitwidth
+        tl.inline_asm_elementwise(
+            "{ .reg .pred chosen; setp.ne.b32 chosen, $5, 0; @chosen st.global.b32 [$1], $2; @chosen st.global."
+            + ("b8" if bits == 8 else ("b16" if bits == 16 else ("b32" if bits == 32 else "b64")))
+            + " [$3], $4; mov.b32 $0, 0; }",
+            "=r,l,r,l,l,r" if bits == 64 else "=r,l,r,l,r,r",
+            [
+                (values + entry).to(tl.int64),
+                as_bits(residual),
+                (positions + entry).to(tl.int64),
+                position.to(tl.int64 if bits == 64 else tl.int32),
+                listed,
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -351,8 +107,7 @@ def _write_residual(values, positions, room, total, seen, residual, at, beyond, 
     counts = tl.reshape(tl.cumsum(both, 0), at.shape) + seen
     entry = tl.where(beyond, counts & 0xFFFF, total + (counts >> 16)) - 1
     chosen = beyond | (ties & (entry < room))
-    tl.store(values + entry, residual, mask=chosen)
-    tl.store(positions + entry, at, mask=chosen)
+    _list(values, positions, entry, residual, at, chosen.to(tl.int32))
     return seen + tl.sum(both)
 
 
@@ -398,43 +153,139 @@ def _clamp_row(
         seen_above = _write_residual(values + low, positions + low, high, above, seen_above, residual, at, out, ties)
 
 
+# --- a tensor -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["low", "high"])
+def _clamp_range(
+    x,
+    clipped,
+    values,
+    positions,
+    search,
+    starts,
+    numel,
+    chunk,
+    low,
+    high,
+    entries: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Clamp a range of a tensor. Each side lists the elements beyond its bound first, then ties to fill it.
+
+    An element is listed once: where both bounds are equal, the upper side takes the ties that the lower one leaves.
+    ``entries``: integers that count all elements and entries.
+    """
+    program = tl.program_id(0)
+    begin = program.to(tl.int64) * chunk
+    size = tl.minimum(numel - begin, chunk).to(tl.int32)
+    dtype: tl.constexpr = x.dtype.element_ty
+    first, last = tl.load(search + FIRST), tl.load(search + SIDE + FIRST)
+    lowest, highest = number(first, dtype), number(last, dtype)
+    lowest = tl.where(lowest == 0.0, -0.0, lowest)
+    all_below, all_above = tl.load(search + BEYOND), tl.load(search + SIDE + BEYOND)
+    skipped = tl.where(first == last, low - all_below, 0)
+    starts += program * KINDS
+    first_tie = low + all_above  # of the upper side
+    below = tl.load(starts).to(entries)
+    ties_below = (all_below + tl.load(starts + 1)).to(entries)
+    above = (low + tl.load(starts + 2)).to(entries)
+    ties_above = (first_tie - skipped + tl.load(starts + 3)).to(entries)
+    first_tie = first_tie.to(entries)
+    place_dtype: tl.constexpr = tl.int64 if dtype == tl.float32 else tl.int32
+    first, last = first.to(place_dtype), last.to(place_dtype)
+    begin_position = begin.to(positions.dtype.element_ty)
+    x += begin
+    clipped += begin
+    for start in range(0, size, block):
+        at = start + tl.arange(0, block)
+        inside = at < size
+        element = tl.load(x + at, mask=inside, other=0.0)
+        value = element.to(tl.float32)
+        tl.store(clipped + at, clamped(value, lowest, highest).to(dtype), mask=inside)
+        place = ordinal(element)
+        out_low, out_high = inside & (place < first), inside & (place > last)
+        both = out_low.to(tl.int32) | (out_high.to(tl.int32) << 16)
+        counts = tl.cumsum(both, 0)
+        entry = tl.where(out_low, below + (counts & 0xFFFF), above + (counts >> 16)) - 1
+        residual = value - tl.where(out_low, lowest, highest)
+        _list(values, positions, entry, residual, begin_position + at, both)
+        total = tl.sum(both)
+        below, above = below + (total & 0xFFFF), above + (total >> 16)
+        if (ties_below < low) | (ties_above < low + high):
+            at_low, at_high = inside & (place == first), inside & (place == last)
+            both = at_low.to(tl.int32) | (at_high.to(tl.int32) << 16)
+            counts = tl.cumsum(both, 0)
+            entry_low, entry_high = ties_below + (counts & 0xFFFF) - 1, ties_above + (counts >> 16) - 1
+            to_low = at_low & (entry_low < low)
+            to_high = at_high & (entry_high >= first_tie) & (entry_high < low + high)
+            entry = tl.where(to_low, entry_low, entry_high)
+            residual = value - tl.where(to_low, lowest, highest)
+            _list(values, positions, entry, residual, begin_position + at, (to_low | to_high).to(tl.int32))
+            total = tl.sum(both)
+            ties_below, ties_above = ties_below + (total & 0xFFFF), ties_above + (total >> 16)
+
+
+# --- the op ---------------------------------------------------------------------------------------------------------
+
+
 def supports_clamp_outliers(dtypes: tuple[torch.dtype, ...], clamp: str, size: int) -> tuple[bool, str]:
-    """Whether :func:`clamp_outliers` handles rows of ``size`` elements of ``dtypes``, and if not, why."""
-    if OutlierClamp.parse(clamp).per != "row":
-        return False, "quantiles of a whole tensor have no Triton kernel"
+    """Whether :func:`clamp_outliers` handles tensors of ``dtypes``, with ``size`` elements a row, and if not, why."""
     supported, reason = supports_dtypes(dtypes)
-    return supports_size(size) if supported else (False, reason)
+    if OutlierClamp.parse(clamp).per == "tensor" or not supported:
+        return supported, reason
+    return supports_size(size)
 
 
 def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`qcompile.kernels.outliers.reference.clamp_outliers`, the residual in the order of positions.
 
-    x float32, bfloat16 or float16, any strides; per=row, at most ``LONGEST_ROW`` elements along ``axis``.
+    Each side lists what its bound cuts, then as many ties as are wanted. x float32, bfloat16 or float16, any strides;
+    with per=row at most ``LONGEST_ROW`` elements along ``axis``.
     """
     if x.numel() == 0:
         return reference.clamp_outliers(x, clamp, axis)
     spec = OutlierClamp.parse(clamp)
     rows, shape = as_rows(x, axis)
-    size = shape[-1]
+    lead = shape[:-1]
+    if spec.per == "tensor":
+        rows, lead = rows.reshape(1, -1), torch.Size()
+    size = rows.shape[-1]
     low, high = clamped_counts(spec, size)
     result = torch.empty_like(x)
     moved = result.movedim(axis, -1)
     clipped = moved if moved.is_contiguous() else rows.new_empty(shape)
-    values = x.new_empty((*shape[:-1], low + high), dtype=residual_dtype(x.dtype))
+    values = x.new_empty((*lead, low + high), dtype=residual_dtype(x.dtype))
     positions = values.new_empty(values.shape, dtype=index_dtype(size))
-    launch(
-        _clamp_row,
-        rows.shape[0],
-        rows,
-        clipped,
-        values,
-        positions,
-        rows.stride(0),
-        size,
-        low,
-        high,
-        **search_constants(rows, spec.alpha, 32),
-    )
+    outputs = clipped, values, positions
+    if size <= LONGEST_ROW:
+        constants = search_constants(rows, spec.alpha, 32)
+        launch(_clamp_row, rows.shape[0], rows, *outputs, rows.stride(0), size, low, high, **constants)
+    else:
+        _clamp_tensor(rows, *outputs, low, high, spec.alpha)
     if clipped is not moved:
         moved.copy_(clipped)
     return result, values, positions
+
+
+def _clamp_tensor(x: Tensor, clipped: Tensor, values: Tensor, positions: Tensor, low: int, high: int, alpha: float):
+    """Fill the results for all elements of x, which is dense."""
+    found = tensor_bounds(x, low, high, alpha)
+    ranges = found.ranges
+    launch(
+        _clamp_range,
+        ranges.programs,
+        x,
+        clipped,
+        values,
+        positions,
+        found.search,
+        found.starts,
+        x.numel(),
+        ranges.chunk,
+        low,
+        high,
+        entries=tl.int32 if x.numel() + low + high < 2**31 else tl.int64,
+        block=CLAMPED_BYTES // x.element_size(),
+        num_warps=8,
+    )

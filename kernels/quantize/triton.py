@@ -11,7 +11,7 @@ they read from device memory, in bytes an element of a 16-bit x, and how:
   maxima of the columns they have seen in registers; a second kernel writes the columns' codes, transposed.
 * **recode** (½ or 1 in, 1 out): from stored codes by table.
 * **with outliers** (2 in, 1 out): the row is in registers while its bounds are searched
-  (:mod:`qcompile.kernels.outliers.triton`), and comes out of L1 or L2 once more to be rounded.
+  (:mod:`qcompile.kernels.outliers.row_search`), and comes out of L1 or L2 once more to be rounded.
 
 The arithmetic is float32 without contraction to fused multiply-adds, except where a product is exact. Divisions are
 IEEE divisions. Triton's interpreter (``TRITON_INTERPRET=1``) runs the same kernels; it cannot convert to FP8 with
@@ -32,7 +32,8 @@ from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.outliers.triton import clamped, most_registers, row_bounds, search_constants
+from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants
+from qcompile.kernels.outliers.triton import clamped
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,

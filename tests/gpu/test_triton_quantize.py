@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 pytest.importorskip("triton")
 
 from qcompile.ir.formats import FORMATS  # noqa: E402
+from qcompile.ir.ops import clamped_counts  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
+from qcompile.ir.recipe import OutlierClamp  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
@@ -189,6 +191,60 @@ def test_clamp(dtype, size):
         torch.testing.assert_close(residual, expected_residual, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_clamps_a_tensor(x: torch.Tensor, alpha: float, axis: int = -1) -> None:
+    """The clamped tensor bit for bit; the residual wherever its entries stand, and of NaN and infinite bounds, of which
+    it is open what ties with them, only its values.
+    """
+    clamp = f"occ(alpha={alpha},per=tensor)"
+    clamped, values, positions = outliers.clamp_outliers(x, clamp, axis)
+    expected, expected_values, expected_positions = outliers_reference.clamp_outliers(x, clamp, axis)
+    what = (x.dtype, tuple(x.shape), alpha)
+    assert (values.dtype, values.shape) == (expected_values.dtype, expected_values.shape), what
+    assert (positions.dtype, positions.shape) == (expected_positions.dtype, expected_positions.shape), what
+    assert clamped.stride() == expected.stride(), what
+    torch.testing.assert_close(clamped, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values.sort()[0], expected_values.sort()[0], rtol=0, atol=0, equal_nan=True)
+    assert len(positions.unique()) == len(positions), what
+    if values.isfinite().all():
+        dense, expected_dense = (
+            v.new_zeros(x.numel()).scatter_add_(0, at.long(), v)
+            for v, at in ((values, positions), (expected_values, expected_positions))
+        )
+        assert torch.equal(dense, expected_dense), what
+        again = outliers.clamp_outliers(x, clamp, axis)
+        assert all(torch.equal(a, b) for a, b in zip(again, (clamped, values, positions), strict=True)), what
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 1024), (127, 129), (131, 1001), (1024, 4096)])
+@pytest.mark.parametrize("alpha", [0.6, 0.9, 0.99, 0.999])
+def test_clamp_of_a_tensor(dtype, shape, alpha):
+    """One bound for all rows; a tensor that is a row, and ones that are not; numbers below the smallest normal one."""
+    x = torch.randn(shape, device="cuda")
+    x = x * torch.rand(shape[0], 1, device="cuda").exp()
+    assert_clamps_a_tensor(x.to(dtype), alpha)
+    x[:, :: max(1, shape[1] // 8)] *= 20
+    assert_clamps_a_tensor(x.to(dtype), alpha)
+    assert_clamps_a_tensor((x * torch.finfo(dtype).tiny / 8).to(dtype), alpha)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_clamp_of_hard_tensors(dtype):
+    """Every kind of row on its own: ties, one sign, a shift, heavy tails, infinities, NaN in any number."""
+    kinds = rows_with_outliers(24, 40_000, dtype)
+    for x in kinds:
+        assert_clamps_a_tensor(x[None], 0.99)
+    assert_clamps_a_tensor(kinds, 0.9)
+    assert_clamps_a_tensor(torch.randint(-(2**15), 2**15, (300, 301), device="cuda").short().view(BF16).to(dtype), 0.9)
+
+
+def test_clamp_of_a_tensor_in_any_layout():
+    x = torch.randn(50, 34, 60, device="cuda", dtype=BF16)
+    for view in (x, x.transpose(0, 2), x[:, :, 1:], x[::2], x[:1].expand(30, -1, -1)):
+        for axis in (0, 1, -1):
+            assert_clamps_a_tensor(view, 0.97, axis)
+
+
 def test_strided_inputs():
     """Views: padded rows, every other row, one row for all, columns instead of rows, and bases that are not aligned."""
     whole = torch.randn(200, 1000, device="cuda", dtype=BF16)
@@ -218,6 +274,7 @@ def test_cuda_graph():
             module.recode(packed[2], E2M1, 4096, True),
             *module.quantize_compensated(x, operand, -1),
             clamps.clamp_outliers(x, "occ(alpha=0.99)", -1)[0],
+            clamps.clamp_outliers(x, "occ(alpha=0.99,per=tensor)", -1)[0],
         ]
 
     everything(kernels, outliers)  # compiles
@@ -246,3 +303,18 @@ def test_offsets_beyond_32_bits():
     del recoded
     transposed = kernels.recode(stored, E2M1, size, True)
     assert_same([transposed[-8:, -8:]], [reference.recode(stored[-8:], E2M1, size, True)[-8:]])
+
+
+def test_clamp_beyond_32_bits():
+    """Order statistics of more than 2³¹ elements, by their definition, and a residual that restores every element."""
+    x = torch.empty(2**31 + 4099, device="cuda", dtype=BF16).normal_()
+    x[-4099:] *= 3
+    clamp = "occ(alpha=0.999,per=tensor)"
+    clamped, values, positions = outliers.clamp_outliers(x, clamp, -1)
+    low, high = clamped_counts(OutlierClamp.parse(clamp), x.numel())
+    assert (positions.dtype, len(positions)) == (torch.int64, low + high)
+    lower, upper = clamped.aminmax()
+    assert (x < lower).sum() <= low < (x <= lower).sum()
+    assert (x > upper).sum() <= high < (x >= upper).sum()
+    clamped[positions] = (clamped[positions].float() + values).to(BF16)
+    assert torch.equal(clamped, x)

@@ -31,6 +31,7 @@ from qcompile.ir.formats import FORMATS, Format  # noqa: E402
 from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
 from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
+from qcompile.kernels.outliers import row_search  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import grid as grids  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
@@ -118,7 +119,7 @@ def test_what_is_supported():
     assert kernels.supports_quantize_compensated(bf16, operand, 16384) == (True, "")
     assert not kernels.supports_quantize_compensated(bf16, operand, 16385)[0]
     assert outliers.supports_clamp_outliers(bf16, "occ(alpha=0.99)", 4096) == (True, "")
-    assert not outliers.supports_clamp_outliers(bf16, "occ(per=tensor)", 4096)[0]
+    assert outliers.supports_clamp_outliers(bf16, "occ(per=tensor)", 2**31) == (True, "")
 
 
 @pytest.mark.parametrize("name", ["e2m1", "int4", "e3m0", "int3z"])
@@ -381,7 +382,7 @@ def on_pairs(instruction: str, constraints: str, words: list, dtype, is_pure: bo
 def test_interpreted_pairs(dtype, monkeypatch):
     """The search as a Hopper GPU makes it, two elements an instruction: every element counts once, wherever it is."""
     monkeypatch.setattr(tl, "inline_asm_elementwise", on_pairs)
-    monkeypatch.setattr(outliers, "pair_type", lambda dtype, device: {BF16: "bf16x2", FP16: "f16x2"}[dtype])
+    monkeypatch.setattr(row_search, "pair_type", lambda dtype, device: {BF16: "bf16x2", FP16: "f16x2"}[dtype])
     for size, alpha in ((1, 0.9), (37, 0.6), (600, 0.99), (4000, 0.999)):
         operand = f"e2m1; ste; occ(alpha={alpha},residual=e4m3)"
         x = rows_with_outliers(size, dtype)
@@ -439,7 +440,8 @@ def launches_of(call: Callable[[], object]) -> list:
 def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
-    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.int32: "*i32"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, aligned = {}, dict(constants), []
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
         plain = parameter.do_not_specialize
