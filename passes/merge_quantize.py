@@ -5,11 +5,13 @@ become one, which writes packed codes too if the backward keeps them::
 
     recode(quantize(x))                                   ─►   quantize_8bit(x)
     recode(quantize(x, transform)), estimator_mask(x, …)  ─►   quantize_8bit_masked(x)
+    mm_1bit(quantize(x)), estimator_mask(x, …)            ─►   quantize_8bit_masked(x), without 8-bit codes
     recode(quantize(x), transposed)                       ─►   quantize_8bit_transposed(x)
     quantize(dy, along rows), quantize(dy, along columns) ─►   quantize_8bit_pair(dy)
 
-The second is for operands that are rotated, scaled by their root mean square, or have a mask taken of them. The last is
-a gradient on its way to dgrad and wgrad: one read of it finds the scales of both.
+The second is for operands that are rotated, scaled by their root mean square, or have a mask taken of them; the third
+for signs, which are multiplied as they are stored. The last is a gradient on its way to dgrad and wgrad: one read of it
+finds the scales of both.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Use:
         node: the call; x, quantizer, axis, fold, transform: its arguments.
         masks: calls that take the mask of an estimator of the same elements.
         plain: nodes that stand for 8-bit codes as they are stored; transposed: for their transpose.
-        packed: whether anything else reads the stored codes.
+        packed: whether anything reads the stored codes, as ``mm_1bit`` does.
+        signs: whether that does.
     """
 
     node: Node
@@ -52,6 +55,7 @@ class Use:
     plain: list[Node]
     transposed: list[Node]
     packed: bool
+    signs: bool
 
     @staticmethod
     def of(node: Node) -> Use | None:
@@ -64,7 +68,7 @@ class Use:
         if not supported or global_scale is not None or seed is not None:
             return None
         masks = [user for user in x.users if _is_mask_of(user, node, text, axis, transform)]  # type: ignore[union-attr]
-        use = Use(node, x, quantizer, axis % x.meta["val"].dim(), fold, transform, masks, [], [], False)  # type: ignore
+        use = Use(node, x, quantizer, axis % x.meta["val"].dim(), fold, transform, masks, [], [], False, False)  # type: ignore
         for reader in _readers(_item(node, 0)):
             if is_call(reader, ops.recode.default):
                 (use.transposed if reader.args[3] else use.plain).append(reader)
@@ -72,7 +76,8 @@ class Use:
                 use.plain.append(reader)
             else:
                 use.packed = True
-        return use if use.plain or use.transposed else None
+                use.signs |= is_call(reader, ops.mm_1bit.default)
+        return use if use.plain or use.transposed or (use.signs and use.masks) else None
 
     @property
     def along_rows(self) -> bool:
@@ -164,7 +169,7 @@ def _replace_single(graph: Graph, use: Use) -> bool:
             masks = [mask for mask in use.masks if mask.args[3] == use.masks[0].args[3]]
             estimator = str(masks[0].args[3]) if masks else "ste"
             operand = "; ".join(filter(None, (text, estimator, use.transform)))
-            made = emit(graph, use.node, ops.quantize_8bit_masked.default, x, operand, use.packed)
+            made = emit(graph, use.node, ops.quantize_8bit_masked.default, x, operand, use.packed, bool(use.plain))
         else:
             made = emit(graph, use.node, ops.quantize_8bit.default, x, text, use.packed, use.fold)
         for mask in masks:

@@ -120,15 +120,18 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     return recoded, scales, codes if packed else codes.new_empty([x.shape[0], 0])
 
 
-def quantize_8bit_masked(x: Tensor, operand: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_8bit_masked(
+    x: Tensor, operand: str, packed: bool, eight_bit: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`quantize_8bit`, of an operand with its transform; and the mask of its estimator, uint8 ``[R, ⌈K/8⌉]``
-    (or ``[R, 0]``).
+    (or ``[R, 0]``). 8-bit codes are uint8 ``[R, 0]`` unless ``eight_bit``.
     """
     spec = Operand.parse(operand)
     quantizer, transform = str(spec.stored), str(spec.transform)
     codes, scales = quantize(x, quantizer, -1, transform=transform)
-    recoded = recode(codes, quantizer, x.shape[-1], False)
-    mask = codes.new_empty([x.shape[0], 0])
+    recoded, mask = (codes.new_empty([x.shape[0], 0]) for _ in range(2))
+    if eight_bit:
+        recoded = recode(codes, quantizer, x.shape[-1], False)
     if spec.estimator.kind.mask:
         mask = torch.ops.qcompile.estimator_mask(x, scales, quantizer, str(spec.estimator), -1, None, transform)
     return recoded, scales, codes if packed else codes.new_empty([x.shape[0], 0]), mask

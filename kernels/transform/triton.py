@@ -547,17 +547,19 @@ def _by_rows(
     return [codes, scales, packed, mask]
 
 
-def quantize_8bit_masked(x: Tensor, operand: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_8bit_masked(
+    x: Tensor, operand: str, packed: bool, eight_bit: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize_8bit_masked`; x float32, bfloat16 or float16, any
     strides.
 
     Raises ``ValueError`` if the rotation does not divide K.
     """
     if x.numel() == 0:
-        return quantize_reference.quantize_8bit_masked(x, operand, packed)
+        return quantize_reference.quantize_8bit_masked(x, operand, packed, eight_bit)
     spec = Operand.parse(operand)
     estimator = spec.estimator if spec.estimator.kind.mask else None
-    codes, scales, stored, mask = _by_rows(x, spec.stored, spec.transform, estimator, eight_bit=True, stored=packed)
+    codes, scales, stored, mask = _by_rows(x, spec.stored, spec.transform, estimator, eight_bit, stored=packed)
     return codes, scales, stored, mask
 
 

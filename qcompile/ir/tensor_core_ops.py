@@ -43,8 +43,8 @@ _SCHEMAS = (
     # [R, 1], and, if `packed`, codes as `quantize` stores them (else uint8 [R, 0]).
     "quantize_8bit(Tensor x, str quantizer, bool packed, Tensor? fold=None) -> (Tensor, Tensor, Tensor)",
     # The same by a whole operand, with its transform (whose rotation divides K), and the packed mask of its estimator:
-    # uint8 [R, ceil(K/8)], or [R, 0] if that has none.
-    "quantize_8bit_masked(Tensor x, str operand, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+    # uint8 [R, ceil(K/8)], or [R, 0] if that has none. 8-bit codes that are not asked for are uint8 [R, 0].
+    "quantize_8bit_masked(Tensor x, str operand, bool packed, bool eight_bit=True) -> (Tensor, Tensor, Tensor, Tensor)",
     # Codes and scales of quantize_8bit, the codes transposed: [K, R] and [R, 1]. `transform`: as in quantize.
     "quantize_8bit_transposed(Tensor x, str quantizer, str transform='') -> (Tensor, Tensor)",
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
@@ -97,10 +97,11 @@ def _(x, quantizer, packed, fold=None):
 
 
 @register_fake("quantize_8bit_masked")
-def _(x, operand, packed):
+def _(x, operand, packed, eight_bit=True):
     spec = Operand.parse(operand)
     rows, size = x.shape
-    codes = x.new_empty([rows, size], dtype=tensor_core_dtype(spec.stored.format))
+    dtype = tensor_core_dtype(spec.stored.format) if eight_bit else torch.uint8
+    codes = x.new_empty([rows, size if eight_bit else 0], dtype=dtype)
     stored = x.new_empty([rows, spec.stored.packed_size(size) if packed else 0], dtype=torch.uint8)
     mask = x.new_empty([rows, (size + 7) // 8 if spec.estimator.kind.mask else 0], dtype=torch.uint8)
     return codes, x.new_empty([rows, 1], dtype=torch.float32), stored, mask

@@ -16,6 +16,7 @@ from torch._inductor.utils import run_and_get_code
 pytest.importorskip("triton.experimental.gluon")
 
 from qcompile.kernels.matmul import gluon, inductor, providers
+from qcompile.kernels.quantize.reference import unpack
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -128,6 +129,39 @@ def test_offsets_make_it_the_product_of_the_levels(config, n):
             assert_equal(got, exact(left, right, *scales, shift))
             got = gluon.mm_8bit(a, b, *scales, BF16, None, offset_a, offset_b, config=config)
             assert_equal(got, exact(left, right, *scales))
+
+
+@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 128), (333, 200, 1152), (5000, 515, 640), (300, 6152, 16512)], ids=str)
+def test_bits_set_in_both_rows_are_counted(config, shape):
+    """With offsets and bias, as levels ±½ want it: exact against float64."""
+    m, n, k = shape
+    a, b = (torch.randint(256, (rows, k // 8), dtype=torch.uint8, device="cuda") for rows in (m, n))
+    bits = [unpack(x, 1, k).float() for x in (a, b)]
+    levels = [0.5 - x for x in bits]
+    scales, bias = (powers_of_two(m, 1), powers_of_two(n, 1)), torch.randint(-3, 4, (n,), device="cuda").float()
+    assert_equal(gluon.mm_1bit(a, b, *scales, BF16, config=config), exact(*bits, *scales))
+    if config.shared_memory(2) <= gluon.SHARED_MEMORY:
+        offset_a, offset_b = (x.sum(1, keepdim=True) / 2 - c for x, c in zip(levels, (k / 4, 0), strict=True))
+        got = gluon.mm_1bit(a, b, *scales, FP32, bias, offset_a, offset_b, config=config)
+        assert_equal(got, exact(*levels, *scales, bias))
+
+
+def test_counts_of_bits_replay_in_a_graph_and_through_the_op():
+    """The op takes Gluon's kernel where K allows it, and counts in plain torch where not."""
+    for k, name in ((256, "popcount"), (136, "reference")):
+        a, b = (torch.randint(256, (rows, k // 8), dtype=torch.uint8, device="cuda") for rows in (77, 130))
+        product = providers.Product((77, 130, k), (providers.ONE_BIT, providers.ONE_BIT), FP32, (9, 0))
+        assert providers.choose(product)[0].name == name
+        one = torch.ones(1, 1, device="cuda")
+        torch.ops.qcompile.mm_1bit(a, b, one, one, FP32)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = torch.ops.qcompile.mm_1bit(a, b, one, one, FP32)
+        a.random_(256)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_equal(out, unpack(a, 1, k).double() @ unpack(b, 1, k).double().t())
 
 
 @pytest.mark.parametrize("bias", [BF16, FP16, FP32])

@@ -27,7 +27,10 @@ from .harness import ClaimedDriver, compiled  # noqa: E402
 
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = {E4M3: "e4m3", E5M2: "e5m2", INT8: "s8"}
+BITS = torch.uint8
+NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
+#: What each type of operands is multiplied by, without its width.
+INSTRUCTIONS = {E4M3: "k32.f32.e4m3.e4m3", INT8: "k32.s32.s8.s8", BITS: "k256.s32.b1.b1.and.popc"}
 H200 = gemm.Card("NVIDIA H200", (9, 0), 132)
 
 
@@ -40,7 +43,7 @@ class CompilingDriver(ClaimedDriver):
 def _no_card(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
-    monkeypatch.setattr(gluon, "_INT8_PTX", {})
+    monkeypatch.setattr(gluon, "_INTEGER_PTX", {})
     gluon.kernel.device_caches.clear()
 
 
@@ -64,15 +67,14 @@ def assembler_log(kernel: CompiledKernel, folder) -> str:
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [INT8, E4M3], ids=str)
+@pytest.mark.parametrize("dtype", INSTRUCTIONS, ids=str)
 @pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
 def test_every_config_fits_and_keeps_its_products_in_flight(tmp_path, config, dtype):
     """One instruction as wide as the tile, nothing spilled, no product that waits for the one before."""
     kernel = build(config, (dtype, dtype))
-    sums = "s32" if dtype == INT8 else "f32"
     products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64\S+)", kernel.asm["ptx"])
     groups = gluon.CONSUMERS.value * (config.block_m // gluon.CONSUMERS.value // 64)
-    assert products == [f"m64n{config.block_n}k32.{sums}.{NAMES[dtype]}.{NAMES[dtype]}"] * groups * 4
+    assert products == [f"m64n{config.block_n}{INSTRUCTIONS[dtype]}"] * groups * 4
     log = assembler_log(kernel, tmp_path)
     assert "0 bytes spill stores" in log
     assert "wgmma" not in log
@@ -120,26 +122,36 @@ def test_fp8_types_mix(dtypes):
 
 @compiled
 def test_one_binary_serves_all_extents_and_addresses():
-    """INT8 is renamed once: nothing in the PTX may depend on what its key leaves out."""
+    """Integers are renamed once a type: nothing in the PTX may depend on what its key leaves out."""
     config = gluon.CONFIGS[1]
-    whole = build(config, (INT8, INT8), n=512).asm["ptx"]
-    assert build(config, (INT8, INT8), n=8).asm["ptx"] == whole
-    assert len(gluon._INT8_PTX) == 1
+    for count, dtype in enumerate((INT8, BITS), start=1):
+        whole = build(config, (dtype, dtype), n=512).asm["ptx"]
+        assert build(config, (dtype, dtype), n=8).asm["ptx"] == whole
+        assert len(gluon._INTEGER_PTX) == count
 
 
-def test_renaming_refuses_what_it_does_not_know():
+@pytest.mark.parametrize("dtype", [INT8, BITS], ids=str)
+def test_renaming_refuses_what_it_does_not_know(dtype):
     product = "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {%r1, %r2}, %rd1, %rd2, p, 1, 1;"
-    renamed = "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {%r1, %r2}, %rd1, %rd2, p;"
-    assert gluon.as_int8(f"{product}\n{product}") == f"{renamed}\n{renamed}"
+    renamed = f"wgmma.mma_async.sync.aligned.m64n256{INSTRUCTIONS[dtype]} {{%r1, %r2}}, %rd1, %rd2, p;"
+    assert gluon.as_integers(f"{product}\n{product}", dtype) == f"{renamed}\n{renamed}"
     for text in ("", product.replace("1, 1;", "1, -1;"), f"{product}\ncvt.rn.e4m3x2.f32"):
         with pytest.raises(ValueError, match="no known form"):
-            gluon.as_int8(text)
+            gluon.as_integers(text, dtype)
+
+
+def test_what_1bit_products_refuse():
+    one, bits = torch.ones(1, 1), torch.zeros(8, 40, dtype=BITS)
+    with pytest.raises(ValueError, match="multiple of 128, got 320"):
+        gluon.mm_1bit(bits, bits, one, one, BF16)
+    with pytest.raises(ValueError, match="eight codes a byte"):
+        gluon.mm_1bit(bits.view(INT8), bits, one, one, BF16)
 
 
 @compiled
 def test_an_override_that_triton_ignores_is_an_error(monkeypatch):
     """Products of e4m3 on integers would be wrong without a word."""
-    monkeypatch.setattr(gluon, "as_int8", lambda ptx: ptx + "// never assembled")
+    monkeypatch.setattr(gluon, "as_integers", lambda ptx, stored: ptx + "// never assembled")
     monkeypatch.setenv("TRITON_KERNEL_OVERRIDE", "1")
     with pytest.raises(RuntimeError, match="did not assemble"):
         build(gluon.CONFIGS[0], (INT8, INT8))

@@ -275,6 +275,56 @@ def test_rotated_codes_on_tensor_cores_are_the_same_numbers(bits: Any, backward:
     assert not any(name.startswith("dequantize") for name in forward)
 
 
+# --- signs ----------------------------------------------------------------------------------------------------------
+
+
+def test_signs_are_counted_as_they_are_stored() -> None:
+    """Nothing is recoded on the way forward, and one reading of x gives codes and mask."""
+    model, x = Block(128, 256), torch.randn(35, 128, requires_grad=True)
+    result = compile_and_run(model, x, recipe=QUEST, bits=1, backward="fp8")
+    forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
+    assert forward.count("qcompile.mm_1bit.default(") == 3
+    assert forward.count("qcompile.quantize_8bit_masked.default(") == 5  # two activations, three weights
+    assert forward.count("True, False)") == 5  # packed, and no 8-bit codes
+    for absent in ("mm_8bit", "recode", "qcompile.quantize.default(", "estimator_mask"):
+        assert absent not in forward
+    assert backward.count("qcompile.mm_8bit.default(") == 6
+    assert {row["provider"] for row in result.gemms if row["role"] == "fprop"} == {"popcount"}
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_counted_signs_give_the_product_of_the_levels(granularity: str, bias: bool) -> None:
+    """Rows with far more of one sign than of the other, whose sums of levels are large."""
+    text = f"int1 {granularity} absmax up"
+    model, x = nn.Linear(256, 12, bias=bias), torch.rand(2, 9, 256) - 0.1
+    nn.init.uniform_(model.weight, -0.1, 1)
+    on_bits = compile_and_run(model, x, recipe=fp4(activation=text, weight=text))
+    assert on_bits.gemms[0]["provider"] == "popcount"
+    with mock.patch.object(compat, "tensor_core_capability", return_value=None):
+        decoded = compile_and_run(model, x, recipe=fp4(activation=text, weight=text))
+    assert_same(on_bits.outputs, decoded.outputs)
+
+
+@pytest.mark.parametrize(
+    ("size", "weight", "_hopper", "reason"),
+    [
+        (96, "int1", (9, 0), "popcount: K = 96 is no multiple of 128"),
+        (128, "int1", (8, 9), "popcount: it needs compute capability 9.0"),
+        (128, "int2", (9, 0), ""),
+    ],
+    indirect=["_hopper"],
+)
+def test_other_signs_are_8bit_codes(size: int, weight: str, _hopper: None, reason: str) -> None:
+    """The reason is said before those of the 8-bit providers."""
+    recipe = fp4(activation="int1 row absmax up", weight=f"{weight} row absmax up")
+    model, x = nn.Linear(size, 16), torch.randn(8, size)
+    (row,) = compile_and_run(model, x, recipe=recipe).gemms
+    assert row["provider"] == "triton"
+    assert row["reason"].startswith(reason)
+    assert reason or "popcount" not in row["reason"]
+
+
 # --- codes beside their levels: the half-integers of 8 bits -----------------------------------------------------------
 
 
@@ -358,11 +408,19 @@ def test_sparse_weights_reach_tensor_cores(sparsity: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("backend", "bits"), [("qcompile_fp4", 4), ("qcompile_quest", 4), ("qcompile_quest", 8)])
-def test_freezing_computes_weight_codes_once(backend: str, bits: int, fresh_dynamo: None) -> None:
+@pytest.mark.parametrize(
+    ("backend", "bits", "dtype"),
+    [
+        ("qcompile_fp4", 4, torch.float8_e4m3fn),
+        ("qcompile_quest", 4, torch.float8_e4m3fn),
+        ("qcompile_quest", 8, torch.int8),
+        ("qcompile_quest", 1, torch.uint8),
+    ],
+)
+def test_freezing_computes_weight_codes_once(backend: str, bits: int, dtype: torch.dtype, fresh_dynamo: None) -> None:
     """Served with frozen weights, nothing reads a wide or a packed weight any more, and no bit changes."""
     torch.manual_seed(0)
-    model, x = Block().eval().bfloat16(), torch.randn(17, 48).bfloat16()
+    model, x = Block(128, 256).eval().bfloat16(), torch.randn(17, 128).bfloat16()
     results, read = [], []
     for freezing in (False, True):
         torch._dynamo.reset()
@@ -371,7 +429,7 @@ def test_freezing_computes_weight_codes_once(backend: str, bits: int, fresh_dyna
             options = {"activation": OFF} | ({"bits": bits} if bits != 4 else {})
             results.append(torch.compile(model, backend=backend, options=options)(x))
     assert torch.equal(*results)
-    assert read == [{torch.bfloat16}, {torch.int8 if bits == 8 else torch.float8_e4m3fn}]
+    assert read == [{torch.bfloat16}, {dtype}]
 
 
 def _weights_read(graph: torch.fx.Graph) -> set[torch.dtype]:
