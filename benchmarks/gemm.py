@@ -4,6 +4,7 @@
 
 Operands are rows of Gaussians quantized to E2M1 (FP8) or to integers of 4 bits (INT8); BF16 multiplies the Gaussians.
 ``--kinds int8_offset``: half-integers of 8 bits, as INT8 with sums of both operands' codes, which are timed as well.
+``--kinds int1``: signs, counted as they are stored, with sums of both operands' levels, timed too; against FP8.
 Every provider is first compared with float64 on some rows, to the rounding of its output: 4-bit codes have exact sums.
 Then all are timed in turns, several operand sets each, so that none runs on a warmer cache or a cooler card. Configs of
 the kernels in Triton and Gluon are tuned before, templates within the time that `--seconds` leaves; `--sweep` times
@@ -31,10 +32,10 @@ from unittest import mock
 import torch
 from measure import brief, environment, write_rows
 from torch import Tensor
-from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.utils import run_and_get_code
 
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.lowerings import register_lowerings
 from qcompile.kernels.matmul import inductor, providers
 from qcompile.kernels.matmul import triton as gemm
 from qcompile.kernels.quantize.reference import quantize_8bit
@@ -50,15 +51,22 @@ SETS, CALLS = 3, 6
 CHECKED_ROWS = 128
 BF16 = torch.bfloat16
 #: What the operands of each kind are quantized to.
-QUANTIZERS = {"fp8": "e2m1 row absmax even", "int8": "int4z row absmax even", "int8_offset": "int8 row absmax up"}
+QUANTIZERS = {
+    "fp8": "e2m1 row absmax even",
+    "int8": "int4z row absmax even",
+    "int8_offset": "int8 row absmax up",
+    "int1": "int1 row absmax up",
+}
 #: What figures are compared with: the same product in BF16, and a library's in the same type.
 BASELINE = "bf16 mm"
-LIBRARIES = {"fp8": "fp8 _scaled_mm", "int8": "int8 _int_mm"}
+LIBRARIES = {"fp8": "fp8 _scaled_mm", "int8": "int8 _int_mm", "int1": "int1 as fp8 _scaled_mm"}
 
 
 @dataclass(frozen=True)
 class Operands:
-    """``a @ bᵀ``: codes, their scales, the rows they were quantized from, and what levels have that codes lack."""
+    """``a @ bᵀ``: codes, their scales, the rows they were quantized from, what levels have that codes lack, and single
+    bits as they are stored.
+    """
 
     a: Tensor
     b: Tensor
@@ -67,6 +75,7 @@ class Operands:
     dense_a: Tensor
     dense_b: Tensor
     offset: float
+    bits: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,14 +118,18 @@ def operand_sets(m: int, n: int, k: int, kind: str) -> list[Operands]:
     sets = []
     for _ in range(SETS):
         dense = [torch.randn(rows, k, dtype=BF16, device="cuda") for rows in (m, n)]
-        (a, scale_a, _), (b, scale_b, _) = (quantize_8bit(x, quantizer, False) for x in dense)
+        (a, scale_a, stored_a), (b, scale_b, stored_b) = (quantize_8bit(x, quantizer, kind == "int1") for x in dense)
         if kind == "int8":
             a, b = a.to(BF16).to(torch.int8), b.to(BF16).to(torch.int8)
-        sets.append(Operands(a, b, scale_a, scale_b, *dense, offset))
+        bits = (stored_a, stored_b) if kind == "int1" else ()
+        sets.append(Operands(a, b, scale_a, scale_b, *dense, offset, bits))
     return sets
 
 
 def hand_launched(x: Operands, module: ModuleType, config=None) -> Tensor:
+    if x.bits:
+        offsets = sums_of_levels(*x.bits, x.a.shape[1])
+        return module.mm_1bit(*x.bits, x.scale_a, x.scale_b, BF16, None, *offsets, config=config, tune=config is None)
     offsets = sums_of_codes(x.a, x.b, x.offset) if x.offset else (None, None)
     return module.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, None, *offsets, config=config, tune=config is None)
 
@@ -125,6 +138,17 @@ def hand_launched(x: Operands, module: ModuleType, config=None) -> Tensor:
 def sums_of_codes(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     """``offset_a`` and ``offset_b`` of the product, as `lower` has them computed."""
     return (a.float() + offset).sum(-1, keepdim=True) * offset, b.float().sum(-1, keepdim=True) * offset
+
+
+@partial(torch.compile, dynamic=False)
+def sums_of_levels(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same for single bits."""
+    one = torch.ones(1, 1, device=a.device)
+    sums = [
+        torch.ops.qcompile.dequantize(bits, one, "int1 tensor absmax up", -1, k, torch.float32).sum(-1, keepdim=True)
+        for bits in (a, b)
+    ]
+    return sums[0] / 2 - k / 4, sums[1] / 2
 
 
 def hand_launched_kernels() -> dict[str, ModuleType]:
@@ -148,11 +172,13 @@ def providers_of(
         sets = operand_sets(m, n, k, kind)
         if kind == kinds[0]:
             yield BASELINE, partial(Provider, BASELINE, lambda x: x.dense_a @ x.dense_b.t(), sets)
-        if kind == "fp8":
+        if kind in ("fp8", "int1"):
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], scaled_mm, sets, roundings=2)
         elif kind == "int8":
             yield LIBRARIES[kind], partial(Provider, LIBRARIES[kind], int_mm, sets, roundings=0)
         for kernel, module in hand_launched_kernels().items():
+            if kind == "int1" and not hasattr(module, "mm_1bit"):
+                continue
             name = f"{kind} {kernel}"
             yield name, partial(tuned, name, sets, module)
             if sweep:
@@ -164,14 +190,14 @@ def providers_of(
 
 
 def problem_of(x: Operands) -> gemm.Problem:
-    (m, k), n = x.a.shape, x.b.shape[0]
-    return gemm.Problem(m, n, k, x.a.dtype, x.b.dtype, BF16, gemm.card_of(x.a.device))
+    a, b = x.bits or (x.a, x.b)
+    return gemm.Problem(a.shape[0], b.shape[0], a.shape[1], a.dtype, b.dtype, BF16, gemm.card_of(a.device))
 
 
 def tuned(name: str, sets: list[Operands], module: ModuleType) -> Provider:
     """The hand-launched kernel with the config that is fastest on the first set."""
     hand_launched(sets[0], module)
-    columns = {"summands": 1} if sets[0].offset and name.endswith("gluon") else {}
+    columns = {"summands": 1} if (sets[0].offset or sets[0].bits) and name.endswith("gluon") else {}
     best = module.best_config(problem_of(sets[0]), lambda config: None, tune=False, **columns)
     return Provider(name, partial(hand_launched, module=module, config=best), sets, config=str(best))
 
@@ -183,8 +209,6 @@ def int_mm(x: Operands) -> Tensor:
 def template(name: str, sets: list[Operands]) -> Provider:
     """Inductor's choice among the configs of its template, without cuBLASLt."""
     op = torch.ops.qcompile.mm_8bit
-    if op.default not in lowerings:
-        register_lowering(op.default, type_promotion_kind=None)(inductor.lower_mm_8bit)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda a, b, scale_a, scale_b: op(a, b, scale_a, scale_b, BF16),
@@ -305,6 +329,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gemm: needs a CUDA card", file=sys.stderr)
         return 2
+    register_lowerings()
     shapes = [tuple(map(int, text.split(","))) for text in arguments.shapes] if arguments.shapes else SHAPES
     deadline = time.monotonic() + arguments.seconds
     print(", ".join(filter(None, environment().values())))

@@ -54,6 +54,7 @@ BASELINE = "bf16"
 ARMS = {
     BASELINE: Arm("inductor", {}),
     "w4a4": Arm("qcompile_quest", {"bits": 4}, in_plain_quest),
+    "w1a1": Arm("qcompile_quest", {"bits": 1}, partial(in_plain_quest, bits=1)),
     "w4a4_unrotated": Arm("qcompile_quest", {"bits": 4, **UNROTATED}, partial(in_plain_quest, block=1)),
 }
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._logging
@@ -120,35 +120,45 @@ def monitored(name: str) -> Arm:
     return replace(arm, monitor=monitor)
 
 
-def quest(label: str, recipe: Options) -> Arm:
-    """QuEST in 4 bits (arXiv 2502.05003), as ``backend="qcompile_quest"`` runs it."""
+def quest(variant: str, backward: str) -> Arm:
+    """QuEST (arXiv 2502.05003), as ``backend="qcompile_quest"`` runs a variant of it."""
+    label, options_of_variant = QUEST_VARIANTS[variant]
+    recipe = {"backward": backward, **options_of_variant}
 
     def compile_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
         return torch.compile(model, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
 
-    roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
-    exact = "quest_bf16" if "weight" not in recipe else "quest_bf16_unrotated"
-    return Arm(label, compile_quest, "ours", roles, counterpart=exact if recipe["backward"] != "bf16" else "")
+    roles = frozenset(ROLES_OF_BACKWARD[backward])
+    counterpart = f"quest_bf16{variant}" if backward != "bf16" else ""
+    return Arm(f"{label}, backward {backward}", compile_quest, "ours", roles, counterpart=counterpart)
 
 
 class PlainQuestLinear(nn.Linear):
     """The same math in plain torch: rotate, scale, round, mask by the straight-through form, multiply rotated."""
 
+    #: Bits → clip that N(0, 1) is rounded best with, and distance from a level, in steps, within which gradients pass.
+    GRIDS: ClassVar = {1: (0.7978845608028654, 0.15), 4: (2.513930578568423, 0.5)}
+    bits: int
+    rotation: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self._quantized(x), self._quantized(self.weight), self.bias)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        rotation: Any = self.rotation
-        rotated = (x.unflatten(-1, (-1, rotation.shape[0])) @ rotation).flatten(-2)
+        rotated = (x.unflatten(-1, (-1, self.rotation.shape[0])) @ self.rotation).flatten(-2)
         wide = rotated.float()
-        step = 2 / 15 * (2.513930578568423 * wide.square().mean(-1, keepdim=True).sqrt() + 1e-8)
-        rounded = (torch.floor(wide / step).clamp(-8, 7) + 0.5) * step
-        trusted = rotated * ((rounded - wide).abs() <= step / 2)
+        clip, distance = self.GRIDS[self.bits]
+        half = 2 ** (self.bits - 1)
+        step = (clip * wide.square().mean(-1, keepdim=True).sqrt() + 1e-8) / (half - 0.5)
+        rounded = (torch.floor(wide / step).clamp(-half, half - 1) + 0.5) * step
+        # One bit is masked beyond its outer levels only.
+        error = rounded.abs() - wide.abs() if self.bits == 1 else rounded - wide
+        trusted = rotated * ((-error if self.bits == 1 else error.abs()) <= distance * step)
         return trusted + (rounded.to(x.dtype) - trusted).detach()
 
 
-def in_plain_quest(model: nn.Module, block: int = 128, dense: bool = False) -> nn.Module:
-    """The model with such linears; block 1 rotates nothing.
+def in_plain_quest(model: nn.Module, block: int = 128, dense: bool = False, bits: int = 4) -> nn.Module:
+    """The model with such linears, of 1 or 4 bits; block 1 rotates nothing.
 
     ``dense``: a layer multiplies by a K × K matrix with the rotation in its diagonal, as the released code does.
     """
@@ -162,6 +172,7 @@ def in_plain_quest(model: nn.Module, block: int = 128, dense: bool = False) -> n
             if width not in matrices:
                 matrices[width] = torch.block_diag(*[rotation.to(module.weight) * block**-0.5] * (width // block))
             module.__class__ = PlainQuestLinear
+            module.bits = bits
             module.register_buffer("rotation", matrices[width], persistent=False)
     return model
 
@@ -187,6 +198,13 @@ OURS: dict[str, dict[str, Any]] = {
     "ours_fp8_occ_save8": {"backward": "fp8", "save": "8bit", **OUTLIERS},
 }
 
+#: What the names of QuEST's arms end in: label, options of ``backend="qcompile_quest"``.
+QUEST_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "": ("QuEST W4A4", {}),
+    "_unrotated": ("QuEST W4A4, no rotation", {"activation": {"rotation": None}, "weight": {"rotation": None}}),
+    "_1bit": ("QuEST W1A1", {"bits": 1}),
+}
+
 
 def _label(recipe: Options) -> str:
     parts = [f"FP4, backward {recipe['backward']}"]
@@ -202,13 +220,9 @@ ARMS: dict[str, Arm] = {
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
-    "quest_bf16": quest("QuEST W4A4, backward bf16", {"backward": "bf16"}),
-    "quest_fp8": quest("QuEST W4A4, backward fp8", {"backward": "fp8"}),
     **{
-        f"quest_{backward}_unrotated": quest(
-            f"QuEST W4A4, no rotation, backward {backward}",
-            {"backward": backward, "activation": {"rotation": None}, "weight": {"rotation": None}},
-        )
+        f"quest_{backward}{variant}": quest(variant, backward)
+        for variant in QUEST_VARIANTS
         for backward in ("bf16", "fp8")
     },
     "quest_plain": Arm("QuEST W4A4 in plain torch", plain_quest),
