@@ -4,7 +4,7 @@
 
 Operands are rows of Gaussians quantized to E2M1 (FP8) or to integers of 4 bits (INT8); BF16 multiplies the Gaussians.
 ``--kinds int8_offset``: half-integers of 8 bits, as INT8 with sums of both operands' codes, which are timed as well.
-``--kinds int1``: signs, counted as they are stored, with sums of both operands' levels, timed too; against FP8.
+``--kinds int1``: signs, counted as they are stored, with counts of both operands' bits, timed too; against FP8.
 Every provider is first compared with float64 on some rows, to the rounding of its output: 4-bit codes have exact sums.
 Then all are timed in turns, several operand sets each, so that none runs on a warmer cache or a cooler card. Configs of
 the kernels in Triton and Gluon are tuned before, templates within the time that `--seconds` leaves; `--sweep` times
@@ -128,7 +128,7 @@ def operand_sets(m: int, n: int, k: int, kind: str) -> list[Operands]:
 
 def hand_launched(x: Operands, module: ModuleType, config=None) -> Tensor:
     if x.bits:
-        offsets = sums_of_levels(*x.bits, x.a.shape[1])
+        offsets = counts_of_bits(*x.bits)
         return module.mm_1bit(*x.bits, x.scale_a, x.scale_b, BF16, None, *offsets, config=config, tune=config is None)
     offsets = sums_of_codes(x.a, x.b, x.offset) if x.offset else (None, None)
     return module.mm_8bit(x.a, x.b, x.scale_a, x.scale_b, BF16, None, *offsets, config=config, tune=config is None)
@@ -141,14 +141,10 @@ def sums_of_codes(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
 
 
 @partial(torch.compile, dynamic=False)
-def sums_of_levels(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def counts_of_bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same for single bits."""
-    one = torch.ones(1, 1, device=a.device)
-    sums = [
-        torch.ops.qcompile.dequantize(bits, one, "int1 tensor absmax up", -1, k, torch.float32).sum(-1, keepdim=True)
-        for bits in (a, b)
-    ]
-    return sums[0] / 2 - k / 4, sums[1] / 2
+    count = torch.ops.qcompile.count_bits
+    return count(a) * -0.5, count(b) * -0.5 + 2 * b.shape[1]
 
 
 def hand_launched_kernels() -> dict[str, ModuleType]:

@@ -24,7 +24,7 @@ import torch
 from measure import brief, environment, microseconds, rotations, write_rows
 from torch import Tensor
 
-import qcompile  # noqa: F401  (the ops)
+from qcompile.kernels.matmul import providers
 
 __all__ = ["Row", "main", "measure_shape"]
 
@@ -61,7 +61,7 @@ def codes(rows: int, columns: int, dtype: torch.dtype, sparse: bool) -> Tensor:
 
 def dense_product(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor) -> Tensor:
     if x.dtype == torch.int8:
-        return torch.ops.qcompile.mm_8bit(x, weight, scale_x, scale_w, BF16)
+        return providers.mm_8bit(x, weight, scale_x, scale_w, BF16)
     return torch._scaled_mm(x, weight.t(), scale_x, scale_w.t(), None, None, BF16, use_fast_accum=True)
 
 

@@ -38,6 +38,7 @@ LOWERINGS: dict[str, Lowering] = {
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
     "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
+    "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),
     "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient, texts=0),
     "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient, texts=2),

@@ -49,6 +49,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "scaled_mm": matmul.scaled_mm,
     "mm_8bit": matmul.mm_8bit,
     "mm_1bit": matmul.mm_1bit,
+    "count_bits": matmul.count_bits,
     "mm_block_scaled": matmul.mm_block_scaled,
 }
 

@@ -8,7 +8,7 @@ with sums of the codes where these lie beside the levels (:attr:`Format.tensor_c
 joins ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
 they multiply FP4::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, sums of levels)
+    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
     scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
 Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
@@ -263,22 +263,21 @@ def _offset(graph: Graph, gemm: Node, codes: Node, own: float, others: float, ma
 
 
 def _popcount_product(graph: Graph, node: Node, made: dict[Any, Node]) -> Node:
-    """Σ x y  =  Σ bit_x bit_y  +  ½ Σ x  +  ½ Σ y  −  K/4  of levels ±½, of which −½ is a set bit."""
+    """Σ x y  =  Σ bit_x bit_y  −  ½ Σ bit_x  −  ½ Σ bit_y  +  K/4  of levels ±½, of which −½ is a set bit."""
     left, right = sides = Side.of(node, 0), Side.of(node, 4)
     codes = [side.tensors[0] for side in sides]
     scales = [_scale(graph, node, side, side.tensors[0], made) for side in sides]
     dtype, *rest = node.args[8:]
-    offsets = _half_sum(graph, node, left, -left.size / 4, made), _half_sum(graph, node, right, 0.0, made)
+    offsets = _count(graph, node, left, 0.0, made), _count(graph, node, right, right.size / 4, made)
     return emit(graph, node, ops.mm_1bit.default, *codes, *scales, dtype, rest[0] if rest else None, *offsets)
 
 
-def _half_sum(graph: Graph, gemm: Node, side: Side, beside: float, made: dict[Any, Node]) -> Node:
-    """Float32 ``[rows, 1]``: half the sum of the levels of every row, plus ``beside``; exact."""
-    key = ("half sum", side.tensors[0], beside)
+def _count(graph: Graph, gemm: Node, side: Side, beside: float, made: dict[Any, Node]) -> Node:
+    """Float32 ``[rows, 1]``: −½ for every set bit of a row, plus ``beside``; exact."""
+    key = ("count", side.tensors[0], beside)
     if key not in made:
-        unscaled = Side(side.tensors[:1], LEVELS + side.format.name, side.size, side.transposed)
-        levels = _decode(graph, gemm, unscaled, torch.float32)
-        half = emit(graph, gemm, aten.mul.Tensor, emit(graph, gemm, aten.sum.dim_IntList, levels, [-1], True), 0.5)
+        count = emit(graph, gemm, ops.count_bits.default, side.tensors[0])
+        half = emit(graph, gemm, aten.mul.Tensor, count, -0.5)
         made[key] = emit(graph, gemm, aten.add.Tensor, half, beside) if beside else half
     return made[key]
 

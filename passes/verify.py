@@ -109,6 +109,7 @@ _CODE_READERS = (
     ops.recode.default,
     ops.mm_8bit.default,
     ops.mm_1bit.default,
+    ops.count_bits.default,
     ops.mm_block_scaled.default,
     torch.ops.aten.view.dtype,
 )

@@ -33,10 +33,12 @@ from .providers import Product, choose
 if TYPE_CHECKING:
     from . import triton as gemm
 
-__all__ = ["lower_mm_8bit", "supports_mm_8bit"]
+__all__ = ["lower_count_bits", "lower_mm_8bit", "supports_count_bits", "supports_mm_8bit"]
 
 #: Most configs of the template that max-autotune measures, those that should be fastest.
 _MEASURED_CONFIGS = 6
+
+aten = torch.ops.aten
 
 _TEMPLATE = TritonTemplate(
     name="qcompile_mm_8bit",
@@ -166,6 +168,28 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_
         return choices[0].output_node()
     selected = autotune_select_algorithm("qcompile_mm_8bit", choices, inputs, layout)
     return selected[0] if isinstance(selected, tuple) else selected  # torch 2.13 names the choice as well
+
+
+def supports_count_bits() -> tuple[bool, str]:
+    """Code is always generated."""
+    return True, ""
+
+
+def lower_count_bits(codes):
+    """``qcompile::count_bits``: the reference's operations as one loop over bytes."""
+    of_2 = _call(aten.sub.Tensor, codes, _field(codes, 1, 0x55))
+    of_4 = _call(aten.add.Tensor, _field(of_2, 0, 0x33), _field(of_2, 2, 0x33))
+    of_8 = _field(_call(aten.add.Tensor, of_4, _call(aten.bitwise_right_shift.Tensor_Scalar, of_4, 4)), 0, 0x0F)
+    return _call(aten.sum.dim_IntList, of_8, [-1], True, dtype=torch.float32)
+
+
+def _field(x, shift: int, mask: int):
+    shifted = _call(aten.bitwise_right_shift.Tensor_Scalar, x, shift) if shift else x
+    return _call(aten.bitwise_and.Scalar, shifted, mask)
+
+
+def _call(op: torch._ops.OpOverload, *arguments, **options):
+    return lowerings[op](*arguments, **options)
 
 
 def _realized(x):

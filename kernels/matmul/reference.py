@@ -20,7 +20,7 @@ from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["LEVELS", "block_of", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "scaled_mm"]
+__all__ = ["LEVELS", "block_of", "count_bits", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "scaled_mm"]
 
 #: First word of the text of an operand without scales.
 LEVELS = "levels "
@@ -86,6 +86,17 @@ def mm_8bit(
         product = product + offset_b.t()
     product = product * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def count_bits(codes: Tensor) -> Tensor:
+    """How many bits are set in every row of codes uint8 ``[R, C]``: float32 ``[R, 1]``, exact below 2^24 bits.
+
+    Sums of neighbouring fields of 1, 2 and 4 bits.
+    """
+    of_2 = codes - (torch.bitwise_right_shift(codes, 1) & 0x55)
+    of_4 = (of_2 & 0x33) + (torch.bitwise_right_shift(of_2, 2) & 0x33)
+    of_8 = (of_4 + torch.bitwise_right_shift(of_4, 4)) & 0x0F
+    return of_8.sum(-1, keepdim=True, dtype=torch.float32)
 
 
 def mm_1bit(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:

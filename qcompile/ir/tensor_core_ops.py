@@ -17,9 +17,9 @@ Whoever emits the product adds the last two as ``offset_a`` (one a row of a) and
 zero points of quantized networks are handled (Jacob et al., arXiv 1712.05877, §2.3).
 
 Tensor cores for single bits count those that are set in both of two stored rows. With levels ±½, of which −½ is a set
-bit, that lacks sums of the rows' levels, which are added as offsets in the same way::
+bit, that lacks counts of the bits of each row, which are added as offsets in the same way::
 
-    Σ x y  =  Σ bit_x bit_y  +  ½ Σ x  +  ½ Σ y  −  K/4
+    Σ x y  =  Σ bit_x bit_y  −  ½ Σ bit_x  −  ½ Σ bit_y  +  K/4
 
 Tensor cores for FP4 take E2M1 codes as they are stored, two a byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
@@ -59,6 +59,8 @@ _SCHEMAS = (
     # The same of stored 1-bit codes a [M, K/8] and b [N, K/8], uint8: it counts the bits that are set in both.
     "mm_1bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
     "Tensor? offset_a=None, Tensor? offset_b=None) -> Tensor",
+    # How many bits are set in every row of codes uint8 [R, C]: float32 [R, 1].
+    "count_bits(Tensor codes) -> Tensor",
     # Stored E2M1 codes a [M, ceil(K/2)] times b [N, ceil(K/2)] transposed, with scales of blocks along K, both of one
     # dtype of BLOCK_SCALES, times both global scales (float32 []), plus bias [N].
     "mm_block_scaled(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? global_a, Tensor? global_b, "
@@ -130,6 +132,11 @@ def _(x, quantizer, fold, fold_rows):
 def _(codes, quantizer, size, transposed):
     shape = [size, codes.shape[0]] if transposed else [codes.shape[0], size]
     return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
+
+
+@register_fake("count_bits")
+def _(codes):
+    return codes.new_empty([codes.shape[0], 1], dtype=torch.float32)
 
 
 @register_fake("mm_1bit")

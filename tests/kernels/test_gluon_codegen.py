@@ -149,6 +149,15 @@ def test_what_1bit_products_refuse():
 
 
 @compiled
+def test_integers_are_assembled_by_the_assembler_that_inductor_chooses(monkeypatch):
+    """Triton's cache holds PTX for it, which an older one refuses."""
+    chosen = []
+    monkeypatch.setattr(gluon, "_set_triton_ptxas_path", lambda: chosen.append(True))
+    build(gluon.CONFIGS[0], (INT8, INT8))
+    assert chosen
+
+
+@compiled
 def test_an_override_that_triton_ignores_is_an_error(monkeypatch):
     """Products of e4m3 on integers would be wrong without a word."""
     monkeypatch.setattr(gluon, "as_integers", lambda ptx, stored: ptx + "// never assembled")

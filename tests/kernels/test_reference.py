@@ -14,7 +14,7 @@ import torch
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import clamped_counts
 from qcompile.ir.recipe import OutlierClamp
-from qcompile.kernels.matmul.reference import mm_1bit, mm_8bit, scaled_mm
+from qcompile.kernels.matmul.reference import count_bits, mm_1bit, mm_8bit, scaled_mm
 from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 from qcompile.kernels.quantize.reference import pack, recode
 
@@ -310,13 +310,17 @@ def test_products_of_8bit_codes_in_exact_integers(left, right, rng):
 
 
 def test_products_of_signs_in_exact_integers(rng):
-    """Counts of common bits and half the sums of both levels are the product of levels ±½; a set bit is −½."""
+    """Counts of common bits, less half of those of either row, are the product of levels ±½; a set bit is −½."""
     bits = [torch.from_numpy(rng.integers(0, 2, (rows, 128)).astype(np.uint8)) for rows in (5, 7)]
+    bits[0][1], bits[0][2] = 0, 1
     a, b = (0.5 - x.double() for x in bits)
-    offsets = ((x.sum(-1, keepdim=True) / 2 - constant).float() for x, constant in ((a, 128 / 4), (b, 0)))
+    codes = [pack(x, 1) for x in bits]
+    for stored, x in zip(codes, bits, strict=True):
+        assert torch.equal(count_bits(stored), x.sum(-1, keepdim=True, dtype=torch.float32))
+    offsets = count_bits(codes[0]) * -0.5, count_bits(codes[1]) * -0.5 + 128 / 4
     scales = [torch.full((rows, 1), 0.5) for rows in (5, 7)]
     shift = torch.arange(7.0)
-    got = mm_1bit(*(pack(x, 1) for x in bits), *scales, torch.float32, shift, *offsets)
+    got = mm_1bit(*codes, *scales, torch.float32, shift, *offsets)
     assert torch.equal(got.double(), a @ b.T / 4 + shift)
 
 

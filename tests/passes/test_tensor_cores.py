@@ -287,6 +287,7 @@ def test_signs_are_counted_as_they_are_stored() -> None:
     assert forward.count("qcompile.quantize_8bit_masked.default(") == 2
     assert forward.count("True, False)") == 2  # packed, and no 8-bit codes
     assert forward.count("qcompile.quantize.default(") == 3
+    assert forward.count("qcompile.count_bits.default(") == 5  # one an operand
     for absent in ("mm_8bit", "recode", "estimator_mask"):
         assert absent not in forward
     assert backward.count("qcompile.mm_8bit.default(") == 6
