@@ -37,6 +37,8 @@ Call = Callable[[], object]
 
 #: Second-level cache that buffers must outgrow; the H200's is 60 MB, and unknown caches are taken to be that large.
 L2_BYTES = 60 * 2**20
+#: What copies are a multiple of.
+PAGE = 2**16
 
 
 def environment() -> dict[str, str]:
@@ -188,9 +190,12 @@ def _seconds(call: Call) -> float:
 
 @cache
 def copy_microseconds(total_bytes: int) -> float:
-    """Time of a device-to-device copy that reads and writes ``total_bytes`` in all."""
+    """Time of a device-to-device copy that reads and writes ``total_bytes`` in all, up to whole pages.
+
+    Of any other number of bytes (seen: no multiple of 8 KiB) the driver moves 2.7 TB/s instead of 4.2 on an H200.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = max(1, total_bytes // 2)
+    half = max(1, -(-total_bytes // (2 * PAGE))) * PAGE
     sources = [torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(rotations(total_bytes))]
     targets = [torch.empty_like(source) for source in sources]
     return microseconds([partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)])
