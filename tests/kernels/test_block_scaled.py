@@ -236,7 +236,7 @@ def test_the_op_chooses_by_its_operands(monkeypatch):
     """What runs on a card follows from the card and the extents, not from what the graph was lowered for."""
     ran = []
     tried = providers.Provider("dot_scaled", lambda *args: ran.append(args), providers.BLOCK_SCALED[0].obstacle)
-    monkeypatch.setattr(providers, "BLOCK_SCALED", (tried, providers.BLOCK_SCALED[1]))
+    monkeypatch.setitem(providers._AS_STORED, providers.FP4, (tried, providers.BLOCK_SCALED[1]))
     a, b, bias = operand(5, 32, MXFP4), operand(7, 32, MXFP4), torch.ones(7)
     for capability, times in (((9, 0), 0), ((10, 0), 1)):
         monkeypatch.setattr(providers, "_capability", lambda device, capability=capability: capability)
