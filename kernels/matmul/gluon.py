@@ -428,16 +428,14 @@ def mm_1bit(
     scale_a: Tensor,
     scale_b: Tensor,
     dtype: torch.dtype,
-    bias: Tensor | None = None,
-    offset_a: Tensor | None = None,
-    offset_b: Tensor | None = None,
-    *,
+    *summands: Tensor | None,
     config: Config | None = None,
     tune: bool = False,
 ) -> Tensor:
     """:func:`mm_8bit` with the numbers of bits that are set in rows of both a ``[M, K/8]`` and b ``[N, K/8]``, uint8.
 
-    K a multiple of 128. Raises ``ValueError`` for other dtypes and other K.
+    K a multiple of 128; ``summands``: bias, offset_a, offset_b, as many as there are. Raises ``ValueError`` for other
+    dtypes and other K.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.uint8:
         msg = f"mm_1bit takes eight codes a byte, uint8; got {a.dtype} with {b.dtype}"
@@ -445,6 +443,7 @@ def mm_1bit(
     if a.shape[1] % TMA_ALIGNMENT:
         msg = f"mm_1bit needs K to be a multiple of {8 * TMA_ALIGNMENT}, got {8 * a.shape[1]}"
         raise ValueError(msg)
+    bias, offset_a, offset_b = (*summands, None, None, None)[:3]
     return _product(a, b, scale_a, scale_b, dtype, (bias, offset_a, offset_b), config, tune)
 
 

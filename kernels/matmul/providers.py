@@ -138,18 +138,9 @@ def choose(product: Product) -> tuple[Provider, str]:
     return provider, "; ".join(reasons)
 
 
-def mm_8bit(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    offset_a: Tensor | None = None,
-    offset_b: Tensor | None = None,
-) -> Tensor:
-    """``qcompile::mm_8bit`` on CUDA by the provider that :func:`choose` names; shapes as in the reference."""
-    return _mm((a.dtype, b.dtype), a.shape[1], a, b, scale_a, scale_b, dtype, bias, offset_a, offset_b)
+def mm_8bit(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    """``qcompile::mm_8bit`` on CUDA by the provider that :func:`choose` names; ``arguments`` as in the reference."""
+    return _mm((a.dtype, b.dtype), a.shape[1], a, b, *arguments)
 
 
 def mm_1bit(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
