@@ -8,7 +8,8 @@ before the next is computed, so an epilogue needs the registers and the shared m
 Without max-autotune the product runs on the provider that :func:`qcompile.kernels.matmul.providers.choose` names. With
 it, Inductor measures that provider (cuBLASLt for FP8, Gluon for INT8) and the template's configs, with the epilogue if
 ``benchmark_epilogue_fusion`` is on. Where none can be generated (on CPUs, on cards without TMA, where K may be no
-multiple of 16) the op's own kernel is called, which chooses by the sizes it meets.
+multiple of 16) the op's own kernel is called, which chooses by the sizes it meets. So is ``mm_1bit``, which has no
+lowering; the counts of bits that it needs, ``count_bits``, are generated and fuse.
 """
 
 from __future__ import annotations

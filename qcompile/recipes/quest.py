@@ -30,7 +30,8 @@ would be missing from ``state_dict``, from the optimizer and from every checkpoi
 swapped, which is what this backend exists to avoid.
 
 Where both operands of a forward product are quantized, Hopper's tensor cores multiply the codes: up to 4 bits as FP8, 5
-to 8 bits as INT8. The half-integers k + ½ of 8 bits are multiplied as k; sums of k by rows make up for the halves.
+to 8 bits as INT8; a product of one with the other is decoded. Signs with signs are counted bit by bit where 128 divides
+a layer's inputs. The half-integers k + ½ of 8 bits are multiplied as k; sums of k by rows make up for the halves.
 
 One departure: the trust rule compares in units of the grid. A row of zeros, whose scale is all floor, is then trusted,
 where the authors' comparison with the row's own root mean square masks it for good; a layer that is initialized with
