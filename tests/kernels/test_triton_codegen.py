@@ -328,6 +328,18 @@ def test_interpreted_8bit_codes(generate):
 
 
 @interpreted
+@pytest.mark.parametrize("size", [1, 16, 144])
+def test_interpreted_counts_of_bits(generate, size):
+    """All bytes there are, a row of ones and one of zeros, in one kernel with what makes an offset of the counts."""
+    codes = torch.arange(37 * size).view(37, size).to(torch.uint8)
+    codes[0], codes[1] = 255, 0
+    got, kernels = generate(lambda codes: torch.ops.qcompile.count_bits(codes) * -0.5 + 4.0, codes)
+    assert len(kernels) == 1
+    bits = codes[..., None] >> torch.arange(8) & 1
+    assert torch.equal(got, bits.sum((1, 2))[:, None] * -0.5 + 4.0)
+
+
+@interpreted
 @pytest.mark.parametrize("rounding", ["even", "up"])
 def test_interpreted_formats(generate, rounding):
     """Threshold, tie, sign, saturation or padding arithmetic that is off by one bit in any grid; odd K."""
