@@ -133,7 +133,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     if product.capability != _TESTED and provider.name != "reference":
         major, minor = product.capability
         reasons.append(f"{provider.name} is untested on compute capability {major}.{minor}")
-        if major >= 10 and product.dtypes[0] not in _AS_STORED:
+        if major >= 10 and product.dtypes[0] in _FP8:
             reasons.append("its native FP4 would need a scale for every 16 or 32 elements")
     return provider, "; ".join(reasons)
 

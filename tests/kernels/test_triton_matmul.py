@@ -406,6 +406,11 @@ def test_the_provider_and_why_no_better_one(monkeypatch, change, name, reason):
     assert bool(said) == bool(reason)
 
 
+def test_integers_on_blackwell_are_not_told_of_fp4():
+    """Grids of 5 to 8 bits have no FP4 codes, whatever their scales."""
+    assert choose(replace(ROWS, dtypes=(INT8, INT8), capability=(10, 0)))[1].endswith("on compute capability 10.0")
+
+
 def test_codes_beside_their_levels_are_no_product_of_cublaslt():
     """Nothing can be added before its scales: it would drop the offsets."""
     with mock.patch.object(providers, "_cuda_version", return_value=(13, 0)):
