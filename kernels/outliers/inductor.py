@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def supports_clamp_outliers() -> tuple[bool, str]:
-    """Code is generated for every clamp of rows, unless their extent is known at run time only (no text tells)."""
+    """``(True, "")``: every clamp has a lowering; its layout and extents, which no text tells, decide what that is."""
     return True, ""
 
 
