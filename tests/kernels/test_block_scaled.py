@@ -248,7 +248,7 @@ def test_the_op_chooses_by_its_operands(monkeypatch):
 
 
 def on_card(capability: tuple[int, int], **options):
-    """Results and report rows of the forward of a layer whose operands are of one kind."""
+    """Results and report rows of a layer."""
     torch.manual_seed(0)
     model, x = nn.Linear(80, 48), torch.randn(9, 80, requires_grad=True)
     with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
@@ -267,6 +267,16 @@ def test_block_scaled_operands_are_multiplied_as_they_are_stored(text):
     no_fp4 = "dot_scaled: no FP4 tensor cores, which take scales of blocks, before compute capability 10.0"
     assert rows["fprop"] == ("dequantize + aten", no_fp4)
     assert_same(result.outputs, decoded.outputs)
+    assert_same(result.gradients, decoded.gradients)
+
+
+@pytest.mark.parametrize("text", ["e2m1 block32 e8m0", "e2m1 block16 e4m3"])
+def test_operands_that_would_have_to_be_transposed_decode(text):
+    """Gradients with such scales too: blocks of the weight and of the activations lie across the contraction."""
+    result, rows = on_card((10, 0), activation=text, weight=text, gradient=text)
+    for role in ("dgrad", "wgrad"):
+        assert rows[role] == ("dequantize + aten", f"scales {text.removeprefix('e2m1 ')} change along the contraction")
+    decoded, _ = on_card((9, 0), activation=text, weight=text, gradient=text)
     assert_same(result.gradients, decoded.gradients)
 
 

@@ -308,6 +308,21 @@ def test_counted_signs_give_the_product_of_the_levels(granularity: str, bias: bo
     assert_same(on_bits.outputs, decoded.outputs)
 
 
+def test_signs_that_would_have_to_be_transposed_are_recoded() -> None:
+    """Bits lie along K. With one scale a tensor dgrad and wgrad read them as 8-bit codes: they contract stored rows."""
+    text, model, x = "int1 tensor absmax up", nn.Linear(128, 256), torch.randn(384, 128, requires_grad=True)
+    options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text}
+    result = compile_and_run(model, x, **options)
+    assert {row["role"]: row["provider"] for row in result.gemms} == {
+        "fprop": "popcount",
+        "dgrad": "triton",
+        "wgrad": "triton",
+    }
+    with mock.patch.object(compat, "tensor_core_capability", return_value=None):
+        decoded = compile_and_run(model, x, **options)
+    assert_same(result.gradients, decoded.gradients)
+
+
 @pytest.mark.parametrize(
     ("size", "weight", "_hopper", "reason"),
     [
