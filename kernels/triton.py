@@ -118,9 +118,11 @@ def as_rows(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
 
 
 def launch(kernel, programs: int | tuple[int, int], *arguments, **constants) -> None:
-    """Run ``kernel`` on the device of its first argument, a tensor; products and sums are not contracted."""
+    """Run ``kernel`` on the device of its first argument, a tensor or its descriptor; products and sums are not
+    contracted.
+    """
     grid = programs if isinstance(programs, tuple) else (programs,)
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(getattr(arguments[0], "base", arguments[0])):
         kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 

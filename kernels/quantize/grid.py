@@ -30,6 +30,7 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 
 __all__ = [
     "MANTISSA_BITS",
+    "Constants",
     "Grid",
     "Passing",
     "bits_of",
@@ -79,27 +80,57 @@ prmt.b32 $1, lower, upper, half;
 }}
 """
 
-#: Numbers in two's complement as sign and magnitude: where the sign is set, the bits below it are flipped.
+#: Numbers in two's complement, plus {bias}, as sign and magnitude: where the sign is set, bits below it are flipped.
+#: ``lop3`` computes any function of three words bit by bit, from its table: 0x28 stands for (a xor b) and c, 0x96 for a
+#: xor b xor c.
 _SIGN_MAGNITUDE = """
 {{
-.reg .b32 number, sign, flip;
-xor.b32 number, $1, {bias};
-and.b32 sign, number, {sign};
+.reg .b32 sign, flip;
+lop3.b32 sign, {source}, {bias}, {sign}, 0x28;
 shr.b32 flip, sign, {shift};
 sub.s32 flip, sign, flip;
-xor.b32 number, number, flip;
-and.b32 $0, number, {code};
+lop3.b32 {target}, {source}, {bias}, flip, 0x96;
+and.b32 {target}, {target}, {code};
 }}
 """
 
 #: Stored codes in the upper halves of four bytes ({halves}) from 8-bit ones ({word}). Bits of ``kept`` stand there
-#: already; each of the others is one ``function`` of three bits: that place's own and two lower ones. ``lop3`` computes
-#: any function of three words bit by bit, from its table; 0xe4 is that of "the third chooses between the first two".
+#: already; each of the others is one ``function`` of three bits: that place's own and two lower ones. 0xe4 stands for
+#: "the third chooses between the first two".
 _UPPER_HALVES = """\
 shl.b32 near, {word}, {near};
 shl.b32 far, {word}, {far};
 lop3.b32 far, {word}, near, far, {function:#04x};
 lop3.b32 {halves}, {word}, far, {kept:#010x}, 0xe4;
+"""
+
+#: 8-bit codes of eight neighbours ($0, $1) and stored codes, two a byte ($2), from scaled values ($3 … $10) whose ⌊y⌋
+#: fits 16 bits. ⌊y⌋ + {sign} is clamped and converted in pairs; then four even and four odd ones are put together.
+_EIGHT = """
+{{
+.reg .f32 floor<8>;
+.reg .b32 highest, to_level, pair<4>, half<4>, first, second, even, odd;
+.reg .b16 two<4>;
+mov.b32 highest, {highest:#010x};
+mov.b32 to_level, {to_level:#010x};
+{floors}{pairs}mad.lo.u32 first, pair1, 256, pair0;
+mad.lo.u32 second, pair3, 256, pair2;
+prmt.b32 even, first, second, 0x5410;
+prmt.b32 odd, first, second, 0x7632;
+mad.lo.u32 even, odd, 16, even;
+{sign_magnitude}
+mov.b32 $0, {{two0, two1}};
+mov.b32 $1, {{two2, two3}};
+}}
+"""
+_FLOOR = "add.rm.f32 floor{i}, ${operand}, 0f{rounder:08x};\n"
+#: In float16, numbers from 256 on are ¼ apart: n · 4 added to the bits of 256 is 256 + n, which stays exact.
+_PAIR = """\
+prmt.b32 pair{i}, floor{even}, floor{odd}, 0x5410;
+min.relu.s16x2 pair{i}, pair{i}, highest;
+mad.lo.u32 half{i}, pair{i}, 4, 0x5c005c00;
+add.rn.f16x2 half{i}, half{i}, to_level;
+cvt.rn.satfinite.e4m3x2.f16x2 two{i}, half{i};
 """
 
 #: Registers of what is packed.
@@ -208,11 +239,34 @@ class Grid(Constants):
     @property
     def sign_magnitude(self) -> str:
         """PTX: four bytes of stored codes ($0) from four of ⌊y⌋ + bias ($1)."""
+        return self._sign_magnitude("$1", "$0", self.bias)
+
+    def _sign_magnitude(self, source: str, target: str, bias: int) -> str:
         bytes_of = {
             name: self.in_every_code(field) * 0x01010101
-            for name, field in (("bias", self.bias), ("sign", 2 ** (self.bits - 1)), ("code", 2**self.bits - 1))
+            for name, field in (("bias", bias), ("sign", 2 ** (self.bits - 1)), ("code", 2**self.bits - 1))
         }
-        return _SIGN_MAGNITUDE.format(shift=self.bits - 1, **{k: f"0x{v:08x}" for k, v in bytes_of.items()})
+        fields = {name: f"{value:#010x}" for name, value in bytes_of.items()}
+        return _SIGN_MAGNITUDE.format(source=source, target=target, shift=self.bits - 1, **fields)
+
+    @cached_property
+    def encode_eight(self) -> str:
+        """PTX: 8-bit codes ($0, $1) and stored codes ($2) from scaled values of eight neighbours ($3 … $10), not NaN
+        and below 2¹⁵.
+
+        "" unless two stored codes share a byte, rounding ``floors``, and levels are E4M3 numbers.
+        """
+        if not (self.biased and self.codes_per_byte == 2 and (self.target, self.factor) == ("e4m3", 1.0)):
+            return ""
+        sign = 2 ** (self.bits - 1)
+        rounder = bits_of(1.5 * 2.0**MANTISSA_BITS + sign)
+        return _EIGHT.format(
+            highest=(2 * sign - 1) * 0x10001,
+            to_level=(0xDC00 + 4 * sign - 2) * 0x10001,
+            floors="".join(_FLOOR.format(i=i, operand=i + 3, rounder=rounder) for i in range(8)),
+            pairs="".join(_PAIR.format(i=i, even=2 * i, odd=2 * i + 1) for i in range(4)),
+            sign_magnitude=self._sign_magnitude("even", "$2", sign),
+        )
 
     @cached_property
     def pack_8bit(self) -> str:

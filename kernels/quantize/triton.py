@@ -46,6 +46,7 @@ from qcompile.kernels.triton import (
     as_rows,
     greater,
     launch,
+    maximum,
     processors,
     row_block,
     runs,
@@ -95,6 +96,8 @@ MANTISSA = tl.constexpr(MANTISSA_BITS)
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
 SMALLEST_AMAX = tl.constexpr(AMAX_FLOOR)
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
+#: Added to a mean of squares, for roots to be taken of positive numbers only; of float32 numbers' it is no part.
+SMALLEST_MEAN = tl.constexpr(1e-300)
 #: PTX: of a pair of numbers, not negative, and the magnitudes of another the greater ones; NaN if one is.
 _GREATER_PAIR = "{{.reg .b32 magnitude; abs.{0} magnitude, $2; max.NaN.{0} $0, $1, magnitude;}}"
 GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair in ("bf16x2", "f16x2"))
@@ -126,10 +129,38 @@ def scale_pair(amax, fmt: tl.constexpr):
 def rms_scale_pair(squares, size, fmt: tl.constexpr):
     """Scale and reciprocal γ of rows of ``size`` elements with this sum of ``squares``, float64.
 
-    Float64 until both are rounded, so that neither the order of summation nor a product in place of a quotient shows.
+    Float64 until both are rounded, so that neither the order of summation shows, nor a product in place of a quotient,
+    nor the last bits of quotients and roots, which on a GPU are refined approximations: IEEE's would take branches, and
+    nothing is moved across them into the time that their chain of dependent instructions takes.
     """
-    clip = fmt.clip * tl.sqrt(squares / size) + SMALLEST_CLIP
-    return (clip * (1.0 / fmt.largest)).to(tl.float32), (1.0 / clip * fmt.largest).to(tl.float32)
+    if INTERPRETED:
+        clip = fmt.clip * tl.sqrt(squares / size) + SMALLEST_CLIP
+        inverse = 1.0 / clip
+    else:
+        mean = squares * _inverse(tl.cast(size, tl.float64))
+        finite = mean < float("inf")
+        clip = fmt.clip * tl.where(finite, _root(mean + SMALLEST_MEAN), mean) + SMALLEST_CLIP
+        inverse = tl.where(finite, _inverse(clip), tl.where(mean > 0.0, 0.0, mean))
+    return (clip * (1.0 / fmt.largest)).to(tl.float32), (inverse * fmt.largest).to(tl.float32)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x, float64, of a normal number: an approximation of 20 bits, which a cubic and a linear step refine."""
+    y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+    error = tl.fma(-y, x, 1.0)
+    y = tl.fma(tl.fma(error, error, error), y, y)
+    return tl.fma(tl.fma(-y, x, 1.0), y, y)
+
+
+@triton.jit
+def _root(x):
+    """√x, likewise."""
+    y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+    error = tl.fma(-y * y, x, 1.0)
+    y = tl.fma(tl.fma(error, 0.375, 0.5), y * error, y)
+    root = x * y
+    return tl.fma(tl.fma(-root, root, x), 0.5 * y, root)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -551,31 +582,38 @@ def _quantize_rows_of_pair(
     size,
     fmt: tl.constexpr,
     block: tl.constexpr,
+    band: tl.constexpr,
+    stages: tl.constexpr,
 ):
-    """Every ``num_programs(0)``-th row of x · fold; and, over these rows, the columns' largest |x · fold_rows|."""
-    first, step = tl.program_id(0), tl.num_programs(0)
+    """Every ``num_programs(0)``-th band, one or two rows, of x · fold; over these the columns' largest |x · fold_rows|.
+
+    Two rows wait for the maxima of other warps once. The next bands are on their way to shared memory meanwhile.
+    """
     at = runs(block, RUN)
     columns = tl.zeros([block // RUN, RUN], tl.float32)
-    upcoming = tl.load(x + first.to(tl.int64) * row_stride + at, mask=at < size, other=0.0)
-    for i in range(first, rows, step):
-        value = upcoming.to(tl.float32)
-        row = tl.cast(i, tl.int64)
-        # The next row (or any, after the last) is on its way while this one is worked on.
-        upcoming = tl.load(x + tl.minimum(row + step, rows - 1) * row_stride + at, mask=at < size, other=0.0)
-        if fold_rows is not None:
-            columns = greater(columns, tl.abs(value * tl.load(fold_rows + row)))
-        else:
-            columns = greater(columns, tl.abs(value))
-        if fold is not None:
-            value *= tl.load(fold + at, mask=at < size, other=0.0)
-        amax = greater(absolute_maximum(value, None), SMALLEST_AMAX)
-        scale, gamma = scale_pair(amax, fmt)
-        tl.store(scales + row, scale)
-        y = value * gamma
-        if not (amax <= fmt.plain_limit):
-            y = saturated(y, fmt)
-        _write_part(y, codes + row * size, None, 0, size, 0, fmt, block, False, False)
-    tl.store(partials + first.to(tl.int64) * size + at, columns, mask=at < size)
+    if fold is not None:
+        fold = tl.load(fold + at, mask=at < size, other=0.0)
+    for first in tl.range(tl.program_id(0) * band, rows, tl.num_programs(0) * band, num_stages=stages):
+        values, largest = (), ()
+        for i in tl.static_range(band):
+            row = tl.minimum(first + i, rows - 1).to(tl.int64)  # a last row may come twice
+            value = tl.load(x + row * row_stride + at, mask=at < size, other=0.0).to(tl.float32)
+            if fold_rows is not None:
+                columns = greater(columns, tl.abs(value * tl.load(fold_rows + row)))
+            else:
+                columns = greater(columns, tl.abs(value))
+            if fold is not None:
+                value *= fold
+            values += (value,)  # type: ignore[assignment]
+            largest += (absolute_maximum(value, 1),)  # type: ignore[assignment]
+        amax = tl.split(maximum(tl.join(*largest), 0)) if band == 2 else (maximum(largest[0], 0),)  # type: ignore[misc]
+        for i in tl.static_range(band):
+            row = tl.minimum(first + i, rows - 1).to(tl.int64)
+            scale, gamma = scale_pair(greater(amax[i], SMALLEST_AMAX), fmt)
+            tl.store(scales + row, scale)
+            eight_bit, _ = encoded(saturated(values[i] * gamma, fmt), fmt)
+            tl.store(codes + row * size + at, eight_bit, mask=at < size)
+    tl.store(partials + tl.program_id(0).to(tl.int64) * size + at, columns, mask=at < size)
 
 
 @triton.jit
@@ -924,10 +962,11 @@ def quantize_8bit_pair(
     codes = x.new_empty((rows, size), dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     block = row_block(size)
+    band = 2 if block < LONGEST_ROW and rows > 1 else 1
     # As many programs as run at the same time: each writes the maxima of all columns once.
-    programs = min(rows, processors(x.device) * max(1, min(8, LONGEST_ROW // block)))
+    programs = processors(x.device) * max(1, min(4, LONGEST_ROW // (band * block)))
+    programs = min(triton.cdiv(rows, band), programs)
     partials = x.new_empty((programs, size), dtype=torch.float32)
-    per_thread = 64 // x.element_size()
     launch(
         _quantize_rows_of_pair,
         programs,
@@ -942,7 +981,9 @@ def quantize_8bit_pair(
         size,
         fmt=grid_of(quantizer),
         block=block,
-        num_warps=warps(block, per_thread, most=32),
+        band=band,
+        stages=4 if band == 1 else 3,
+        num_warps=warps(block, 32, most=32),
     )
     return codes, scales, *_by_columns(x, quantizer, fold_rows, partials)
 
@@ -998,7 +1039,7 @@ def _by_columns(x: Tensor, quantizer: str, fold_rows: Tensor | None, partials: T
         partials.shape[0],
         size,
         fmt=fmt,
-        tile_rows=32,
+        tile_rows=128,
         tile=columns,
         num_warps=4,
     )

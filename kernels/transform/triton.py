@@ -20,13 +20,15 @@ Per element of a 16-bit x, in bytes of device memory:
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompile.ir.estimators import Estimator
 from qcompile.ir.quantizer import Quantizer
@@ -35,7 +37,7 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import SPARSITIES, Transform
 from qcompile.kernels.estimate import reference as estimate_reference
 from qcompile.kernels.quantize import reference as quantize_reference
-from qcompile.kernels.quantize.grid import grid_of, passing, unsupported
+from qcompile.kernels.quantize.grid import Constants, Grid, Passing, grid_of, passing, unsupported
 from qcompile.kernels.quantize.triton import (
     SMALLEST_AMAX,
     biased_code,
@@ -60,6 +62,7 @@ from qcompile.kernels.triton import (
     as_rows,
     greater,
     launch,
+    processors,
     row_block,
     runs,
     supports_dtypes,
@@ -91,6 +94,15 @@ LARGEST_SPAN, UNROTATED_PER_THREAD = 64, 128
 #: Elements that a program rotates where rows do not matter.
 ROTATED_BLOCK = 4096
 
+#: Warps of programs that stay on a processor and take row after row: as many as leave 128 registers to a thread.
+RESIDENT_WARPS = 16
+#: Scales up to here are those of rows without NaN or infinity, whose rotation has none either.
+LARGEST_PLAIN_SCALE = tl.constexpr(2.0**64)
+
+#: PTX: the two float32 numbers that a pair of bfloat16 ones are.
+_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+#: PTX: a copy of $1, and a reason to branch around it: threads wait for each other.
+_STAY = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
 #: PTX: the highest bits of $1 … $8, that of $1 highest.
 _SHIFT_IN = tl.constexpr(
     "{.reg .b32 bits; shr.u32 bits, $1, 31;"
@@ -198,6 +210,15 @@ def _quarters(columns):
 
 
 @triton.jit
+def _eighths(columns):
+    """Every first to eighth of eight neighbours."""
+    even, odd = halves(columns, 0)
+    first, third, fifth, seventh = _quarters(even)
+    second, fourth, sixth, eighth = _quarters(odd)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
+
+
+@triton.jit
 def _interleaved(a, b):
     """[m, n] and [m, n] as [2m, n], taking turns."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [2 * a.shape[0], a.shape[1]])
@@ -213,25 +234,50 @@ def _at_most_one(a, b, c):
 
 
 @triton.jit
-def _columns_of(x, start, size, block: tl.constexpr, span: tl.constexpr):
-    """Float32 columns of ``block`` elements of the row x from ``start`` on, 0 past its end."""
-    at = start + runs(block, RUN)
-    return _columns(tl.load(x + at, mask=at < size, other=0.0), span).to(tl.float32)
+def _columns_of(x, start, size, part: tl.constexpr):
+    """Float32 columns of a part of the row x from ``start`` on, 0 past its end."""
+    at = start + runs(part.block, RUN)
+    return _widened(_columns(tl.load(x + at, mask=at < size, other=0.0), part.span))
+
+
+@triton.jit
+def _widened(columns):
+    """Columns in float32; long ones of bfloat16 in pairs, at an instruction an element instead of one and a half."""
+    if INTERPRETED or columns.dtype != tl.bfloat16 or columns.shape[0] == RUN:
+        wide = columns.to(tl.float32)
+    else:
+        # To part them brings all of a column to one thread, while it still has 16 bits.
+        upper, lower = _upper_and_lower(columns)
+        wide = tl.permute(tl.join(_widened_pairs(upper), _widened_pairs(lower)), (2, 0, 1))
+        wide = tl.reshape(wide, [columns.shape[0], columns.shape[1]])
+    return wide
+
+
+@triton.jit
+def _widened_pairs(x):
+    return tl.inline_asm_elementwise(_WIDEN, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
+def _upper_and_lower(columns):
+    """The first half of every column and the second."""
+    return tl.split(tl.permute(tl.reshape(columns, [2, columns.shape[0] // 2, columns.shape[1]]), (1, 2, 0)))
 
 
 @triton.jit
 def _squares(columns):
-    """Float64, a quarter of the columns: sums of squares; each square is exact."""
-    a, b, c, d = _quarters(columns.to(tl.float64))
-    return tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d)))
+    """Float64, an eighth of the columns: sums of squares; each square is exact."""
+    eighths = _eighths(columns.to(tl.float64))
+    total = eighths[0] * eighths[0]
+    for i in tl.static_range(1, 8):
+        total = tl.fma(eighths[i], eighths[i], total)
+    return total
 
 
 @triton.jit
 def _pack_signs(x):
     """Float32 columns as bytes of the signs, the lower index in the lower bits."""
-    even, odd = halves(as_bits(x), 0)
-    b0, b2, b4, b6 = _quarters(even)
-    b1, b3, b5, b7 = _quarters(odd)
+    b0, b1, b2, b3, b4, b5, b6, b7 = _eighths(as_bits(x))
     if INTERPRETED:
         byte = (b0 < 0).to(tl.int32) | (b1 < 0).to(tl.int32) << 1
         byte |= (b2 < 0).to(tl.int32) << 2 | (b3 < 0).to(tl.int32) << 3
@@ -256,50 +302,80 @@ def _beyond(y, above):
 @triton.jit
 def _write_part(
     columns,
+    scale,
     gamma,
     codes,
     stored,
     mask,
     start,
-    size,
-    stored_size,
-    mask_size,
+    sizes,
     fmt: tl.constexpr,
     passes: tl.constexpr,
-    unit: tl.constexpr,
-    block: tl.constexpr,
-    ragged: tl.constexpr,
+    part: tl.constexpr,
 ):
-    """What is asked for of rotated columns, elements of one row from ``start`` on."""
+    """What is asked for of rotated columns, elements of one row from ``start`` on; ``sizes``: see :func:`_sizes_of`."""
+    size, stored_size, mask_size = sizes
     y = columns * gamma
     # The last bytes of a row are filled with zeros.
-    inside = _columns(start + runs(block, RUN), columns.shape[0]) < size if ragged else None
+    inside = _columns(start + runs(part.block, RUN), part.span) < size if part.ragged else None
     # What y is needed for comes first, and levels last: registers hold one number an element.
-    if unit > 0:
-        keep = kept(columns, unit)
+    if part.unit > 0:
+        keep = kept(columns, part.unit)
     if mask is not None and passes.limit > 0.0:
-        limit = tl.where(keep, passes.above_limit, passes.above_threshold) if unit > 0 else passes.above_limit
+        limit = tl.where(keep, passes.above_limit, passes.above_threshold) if part.unit > 0 else passes.above_limit
         _write_mask(mask, _beyond(y, limit), inside, start, mask_size)
-    if fmt.biased:
-        code = biased_code(saturated(y, fmt), fmt)
+    if part.words:
+        if not (scale <= LARGEST_PLAIN_SCALE):
+            tl.inline_asm_elementwise(_STAY, "=f,f", [scale], dtype=tl.float32, is_pure=False, pack=1)
+            y = saturated(y, fmt)
+        _write_words(y, codes, stored, start, size, fmt)
     else:
-        level, code = nearest(saturated(y, fmt), fmt)
-    if unit > 0:
-        level = tl.where(keep, level, 0.0)
-        code = tl.where(keep, code, fmt.blank)
-    if stored is not None:
-        _write_stored(stored, code, inside, start, stored_size, fmt)
-    if fmt.biased:
-        level = biased_level(code, fmt)
-    if codes is not None:
-        if fmt.biased and fmt.target == "int8":
-            eight_bit = (fmt.integer_code[0] * code + fmt.integer_code[1]).to(tl.int8)
+        if fmt.biased:
+            code = biased_code(saturated(y, fmt), fmt)
         else:
-            eight_bit = tensor_core_code(level, fmt)
-        at = start + runs(block, RUN)
-        tl.store(codes + at, _runs_of(eight_bit, RUN), mask=at < size)
-    if mask is not None and passes.limit == 0.0:
-        _write_mask(mask, _beyond(y - level, passes.above_threshold), inside, start, mask_size)
+            level, code = nearest(saturated(y, fmt), fmt)
+        if part.unit > 0:
+            level = tl.where(keep, level, 0.0)
+            code = tl.where(keep, code, fmt.blank)
+        if stored is not None:
+            _write_stored(stored, code, inside, start, stored_size, fmt)
+        if fmt.biased:
+            level = biased_level(code, fmt)
+        if codes is not None:
+            if fmt.biased and fmt.target == "int8":
+                eight_bit = (fmt.integer_code[0] * code + fmt.integer_code[1]).to(tl.int8)
+            else:
+                eight_bit = tensor_core_code(level, fmt)
+            at = start + runs(part.block, RUN)
+            tl.store(codes + at, _runs_of(eight_bit, RUN), mask=at < size)
+        if mask is not None and passes.limit == 0.0:
+            _write_mask(mask, _beyond(y - level, passes.above_threshold), inside, start, mask_size)
+
+
+@triton.jit
+def _write_words(y, codes, stored, start, size, fmt: tl.constexpr):
+    """8-bit and stored codes of scaled columns, not NaN and below 2¹⁵, eight neighbours at once."""
+    y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(y)
+    first, second, packed = tl.inline_asm_elementwise(
+        fmt.encode_eight,
+        "=r,=r,=r,f,f,f,f,f,f,f,f",
+        [y0, y1, y2, y3, y4, y5, y6, y7],
+        dtype=(tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    if codes is not None:
+        _store_words(codes, _interleaved(first, second), start // 4, size // 4)
+    if stored is not None:
+        _store_words(stored, packed, start // 8, size // 8)
+
+
+@triton.jit
+def _store_words(target, columns, start, size):
+    """Columns of int32 to the row ``target``."""
+    run: tl.constexpr = min(4, columns.shape[0])
+    at = start + runs(columns.shape[0] * columns.shape[1], run)
+    tl.store(target.to(tl.pointer_type(tl.int32)) + at, _runs_of(columns, run), mask=at < size)
 
 
 @triton.jit
@@ -323,6 +399,38 @@ def _write_mask(mask, beyond, inside, start, mask_size):
 
 
 @triton.jit
+def _write_row(
+    columns, row, codes, scales, stored, mask, sizes, fmt: tl.constexpr, passes: tl.constexpr, part: tl.constexpr
+):
+    """Scale, and what else is asked for, of a row of these columns."""
+    if fmt.clip > 0.0:
+        scale, gamma = rms_scale_pair(tl.sum(_squares(columns)), sizes[0], fmt)
+        columns = rotated(columns, part.rotation)
+    else:
+        columns = rotated(columns, part.rotation)
+        scale, gamma = scale_pair(greater(absolute_maximum(columns, None), SMALLEST_AMAX), fmt)
+    if scales is not None:
+        tl.store(scales + row, scale)
+    if codes is not None:
+        codes += row * sizes[0]
+    if stored is not None:
+        stored += row * sizes[1]
+    if mask is not None:
+        mask += row * sizes[2]
+    _write_part(columns, scale, gamma, codes, stored, mask, 0, sizes, fmt, passes, part)
+
+
+@triton.jit
+def _sizes_of(size, stored_size, mask_size, fmt: tl.constexpr, part: tl.constexpr):
+    """Elements of a row, and bytes of its stored codes and its mask."""
+    if part.whole:  # then no element has to be compared
+        size = part.block
+        stored_size = part.block // fmt.codes_per_byte
+        mask_size = part.block // 8
+    return size, stored_size, mask_size
+
+
+@triton.jit
 def _quantize_row(
     x,
     codes,
@@ -330,39 +438,46 @@ def _quantize_row(
     stored,
     mask,
     row_stride,
+    rows,
     size,
     stored_size,
     mask_size,
     fmt: tl.constexpr,
     passes: tl.constexpr,
-    unit: tl.constexpr,
-    rotation: tl.constexpr,
-    span: tl.constexpr,
-    block: tl.constexpr,
-    whole: tl.constexpr,
-    ragged: tl.constexpr,
+    part: tl.constexpr,
 ):
+    """A row a program."""
     row = tl.program_id(0).to(tl.int64)
-    if whole:  # then no element has to be compared
-        size = block
-        stored_size = block // fmt.codes_per_byte
-        mask_size = block // 8
-    columns = _columns_of(x + row * row_stride, 0, size, block, span)
-    if fmt.clip > 0.0:
-        scale, gamma = rms_scale_pair(tl.sum(_squares(columns)), size, fmt)
-        columns = rotated(columns, rotation)
-    else:
-        columns = rotated(columns, rotation)
-        scale, gamma = scale_pair(greater(absolute_maximum(columns, None), SMALLEST_AMAX), fmt)
-    if scales is not None:
-        tl.store(scales + row, scale)
-    if codes is not None:
-        codes += row * size
-    if stored is not None:
-        stored += row * stored_size
-    if mask is not None:
-        mask += row * mask_size
-    _write_part(columns, gamma, codes, stored, mask, 0, size, stored_size, mask_size, fmt, passes, unit, block, ragged)
+    sizes = _sizes_of(size, stored_size, mask_size, fmt, part)
+    columns = _columns_of(x + row * row_stride, 0, sizes[0], part)
+    _write_row(columns, row, codes, scales, stored, mask, sizes, fmt, passes, part)
+
+
+@triton.jit
+def _quantize_rows(
+    x,
+    codes,
+    scales,
+    stored,
+    mask,
+    row_stride,
+    rows,
+    size,
+    stored_size,
+    mask_size,
+    fmt: tl.constexpr,
+    passes: tl.constexpr,
+    part: tl.constexpr,
+):
+    """Every ``num_programs(0)``-th row; x: descriptor of the matrix as [rows, size / span, span].
+
+    While one row is worked on, the next two are on their way to shared memory, whence a thread takes whole columns.
+    """
+    sizes = _sizes_of(size, stored_size, mask_size, fmt, part)
+    for i in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=3):
+        columns = tl.permute(tl.reshape(x.load([i, 0, 0]), [part.block // part.span, part.span]), (1, 0))
+        row = tl.cast(i, tl.int64)
+        _write_row(_widened(columns), row, codes, scales, stored, mask, sizes, fmt, passes, part)
 
 
 @triton.jit
@@ -373,43 +488,41 @@ def _quantize_long_row(
     stored,
     mask,
     row_stride,
+    rows,
     size,
     stored_size,
     mask_size,
     fmt: tl.constexpr,
     passes: tl.constexpr,
-    unit: tl.constexpr,
-    rotation: tl.constexpr,
-    span: tl.constexpr,
-    block: tl.constexpr,
-    whole: tl.constexpr,
-    ragged: tl.constexpr,
+    part: tl.constexpr,
 ):
+    """A row a program, in parts, read twice."""
+    span: tl.constexpr = part.span
+    block: tl.constexpr = part.block
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
+    sizes = _sizes_of(size, stored_size, mask_size, fmt, part)
     if fmt.clip > 0.0:
-        squares = tl.zeros([span // 4, block // span], tl.float64)
+        squares = tl.zeros([span // 8, block // span], tl.float64)
         for start in range(0, size, block):
-            squares += _squares(_columns_of(x, start, size, block, span))
+            squares += _squares(_columns_of(x, start, size, part))
         scale, gamma = rms_scale_pair(tl.sum(squares), size, fmt)
     else:
         running = tl.zeros([span, block // span], tl.float32)
         for start in range(0, size, block):
-            running = greater(running, tl.abs(rotated(_columns_of(x, start, size, block, span), rotation)))
+            running = greater(running, tl.abs(rotated(_columns_of(x, start, size, part), part.rotation)))
         scale, gamma = scale_pair(greater(absolute_maximum(running, None), SMALLEST_AMAX), fmt)
     if scales is not None:
         tl.store(scales + row, scale)
     if codes is not None:
-        codes += row * size
+        codes += row * sizes[0]
     if stored is not None:
-        stored += row * stored_size
+        stored += row * sizes[1]
     if mask is not None:
-        mask += row * mask_size
+        mask += row * sizes[2]
     for start in range(0, size, block):
-        columns = rotated(_columns_of(x, start, size, block, span), rotation)
-        _write_part(
-            columns, gamma, codes, stored, mask, start, size, stored_size, mask_size, fmt, passes, unit, block, ragged
-        )
+        columns = rotated(_columns_of(x, start, size, part), part.rotation)
+        _write_part(columns, scale, gamma, codes, stored, mask, start, sizes, fmt, passes, part)
 
 
 # --- hadamard -------------------------------------------------------------------------------------------------------
@@ -423,22 +536,22 @@ def _rotate(
     row_stride,
     size,
     mask_size,
-    rotation: tl.constexpr,
-    span: tl.constexpr,
-    block: tl.constexpr,
+    part: tl.constexpr,
 ):
-    """``block`` elements of one row."""
+    """A part of one row."""
+    span: tl.constexpr = part.span
+    block: tl.constexpr = part.block
     parts = tl.cdiv(size, block)
     row = (tl.program_id(0) // parts).to(tl.int64)
     start = (tl.program_id(0) % parts).to(tl.int64) * block
-    columns = _columns_of(x + row * row_stride, start, size, block, span)
+    columns = _columns_of(x + row * row_stride, start, size, part)
     if mask is not None:
         at = start // 8 + runs(block // 8, RUN // 8)
         bits = _columns(tl.load(mask + row * mask_size + at, mask=at < mask_size, other=0), span // 8).to(tl.int32)
         bits = tl.reshape(tl.broadcast_to(bits[:, None, :], [span // 8, 8, block // span]), [span, block // span])
         columns = tl.where((bits >> (tl.arange(0, span) % 8)[:, None]) & 1 != 0, columns, 0.0)
     at = start + runs(block, RUN)
-    rotated_runs = _runs_of(rotated(columns, rotation).to(out.dtype.element_ty), RUN)
+    rotated_runs = _runs_of(rotated(columns, part.rotation).to(out.dtype.element_ty), RUN)
     tl.store(out + row * size + at, rotated_runs, mask=at < size)
 
 
@@ -492,19 +605,73 @@ def supports_hadamard(dtypes: tuple[torch.dtype, ...]) -> Support:
 # --- launching ------------------------------------------------------------------------------------------------------
 
 
-def _shape(size: int, rotation: int, block: int) -> dict[str, int]:
-    """Constants of a kernel that rotates ``block`` elements at once.
+@dataclass(frozen=True)
+class Part(Constants):
+    """How a program holds what it works on at once, ``block`` elements: columns of ``span``.
 
-    Raises ``ValueError`` if rows of ``size`` elements cannot be rotated.
+    Attributes:
+        rotation: size of the Hadamard blocks.
+        unit: neighbours that sparsity drops together, 0 if nothing is dropped.
+        whole: whether a row is one part, and has no fewer elements.
+        ragged: whether the last byte of a row of stored codes or of a mask has bits that no element has.
+        words: whether eight elements may be encoded at once.
     """
+
+    rotation: int
+    span: int
+    block: int
+    unit: int = 0
+    whole: bool = False
+    ragged: bool = False
+    words: bool = False
+
+    @property
+    def num_warps(self) -> int:
+        return warps(self.block, LARGEST_SPAN if self.rotation > 1 else UNROTATED_PER_THREAD)
+
+
+def _part(size: int, rotation: int, block: int, **others: Any) -> Part:
+    """Raises ``ValueError`` if rows of ``size`` elements cannot be rotated."""
     if size % rotation:
         msg = f"hadamard: {size} elements are no multiple of the block size {rotation}"
         raise ValueError(msg)
     block = max(block, rotation)
     # With 32 columns or more a thread has whole ones.
-    span = max(RUN.value, min(rotation, LARGEST_SPAN, block // 32))
-    per_thread = LARGEST_SPAN if rotation > 1 else UNROTATED_PER_THREAD
-    return {"rotation": rotation, "span": span, "block": block, "num_warps": warps(block, per_thread)}
+    return Part(rotation, max(RUN.value, min(rotation, LARGEST_SPAN, block // 32)), block, **others)
+
+
+def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform) -> bool:
+    """Whether eight elements of a row of x are encoded at once (:attr:`Grid.encode_eight`).
+
+    Where nothing is rotated memory is what takes the time, and it is written faster byte by byte.
+    """
+    size = x.shape[1]
+    # No element of a row of n, rotated or not, is larger than √n times their root mean square.
+    bounded = not fmt.clip or size * (fmt.largest / fmt.clip) ** 2 < 2.0**28
+    suits = (
+        fmt.encode_eight
+        and transform.rotation > 1
+        and not transform.sparsity
+        and (passes is None or passes.limit > 0.0)
+    )
+    return bool(suits) and bounded and size % RUN.value == 0 and _is_hopper(x.device)
+
+
+def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
+    """Whether rows of x come by tensor descriptors, in lines of 128 bytes that are columns.
+
+    Other grids than half-integers, and comparisons with the end of a row, take more registers than programs that stay
+    have.
+    """
+    size, simple = x.shape[1], fmt.biased and (part.words or part.whole)
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    in_lines = x.element_size() == 2 and part.span == LARGEST_SPAN and size % LARGEST_SPAN == 0
+    return simple and aligned and in_lines and size <= LONGEST_ROW and (INTERPRETED.value or _is_hopper(x.device))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether kernels for ``device`` may use what came with compute capability 9.0."""
+    return not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _by_rows(
@@ -518,31 +685,50 @@ def _by_rows(
 ) -> list[Tensor]:
     """8-bit codes, scales, stored codes and mask of x ``[R, K]``; empty, ``[R, 0]``, where they are not wanted."""
     rows, size = x.shape
-    x, fmt, masked = with_dense_rows(x), grid_of(str(q), eight_bit), estimator is not None
+    x, fmt = with_dense_rows(x), grid_of(str(q), eight_bit)
+    passes = passing(str(estimator), q.format) if estimator is not None else None
+    masked = passes is not None
+    part = _part(
+        size,
+        transform.rotation,
+        row_block(size),
+        unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
+        whole=size == row_block(size),
+        ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
+        words=_by_words(x, fmt, passes, transform),
+    )
     codes = x.new_empty(
         (rows, size if eight_bit else 0), dtype=tensor_core_dtype(q.format) if eight_bit else torch.uint8
     )
     scales = x.new_empty((rows, 1 if scaled else 0), dtype=torch.float32)
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
+    source: Any = x
+    kernel, programs = (_quantize_row, rows) if size <= LONGEST_ROW else (_quantize_long_row, rows)
+    most_registers = None
+    if _by_descriptor(x, fmt, part):
+        most_registers = 65536 // (32 * RESIDENT_WARPS)
+        kernel, programs = _quantize_rows, min(rows, processors(x.device) * (RESIDENT_WARPS // part.num_warps))
+        lines = [rows, size // part.span, part.span], [x.stride(0), part.span, 1]
+        source = TensorDescriptor(x, *lines, [1, part.block // part.span, part.span])
     launch(
-        _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
-        rows,
-        x,
+        kernel,
+        programs,
+        source,
         codes if eight_bit else None,
         scales if scaled else None,
         packed if stored else None,
         mask if masked else None,
         x.stride(0),
+        rows,
         size,
         packed.shape[1],
         mask.shape[1],
         fmt=fmt,
-        passes=passing(str(estimator), q.format) if masked else None,
-        unit=SPARSITIES[transform.sparsity].width if transform.sparsity else 0,
-        whole=size == row_block(size),
-        ragged=(stored and size % fmt.codes_per_byte != 0) or (masked and size % 8 != 0),
-        **_shape(size, transform.rotation, row_block(size)),
+        passes=passes,
+        part=part,
+        num_warps=part.num_warps,
+        maxnreg=most_registers,
     )
     return [codes, scales, packed, mask]
 
@@ -623,21 +809,22 @@ def hadamard(x: Tensor, block: int, axis: int, mask: Tensor | None = None) -> Te
     if mask is not None and mask.shape != (*shape[:-1], mask_size):
         msg = f"hadamard: mask {tuple(mask.shape)} does not fit {tuple(x.shape)}, axis {axis}"
         raise ValueError(msg)
-    constants = _shape(size, block, ROTATED_BLOCK)
+    part = _part(size, block, ROTATED_BLOCK)
     # The interpreter cuts where a GPU rounds: it leaves the cast to torch.
     out = torch.empty(shape, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     if mask is None or size % 8 == 0:  # then it is all one row
         count, size, mask_size = 1, count * size, count * mask_size
     launch(
         _rotate,
-        count * math.ceil(size / constants["block"]),
+        count * triton.cdiv(size, part.block),
         rows,
         None if mask is None else mask.contiguous(),
         out,
         rows.stride(0),
         size,
         mask_size,
-        **constants,
+        part=part,
+        num_warps=part.num_warps,
     )
     moved = out.movedim(-1, axis)
     return moved if moved.stride() == x.stride() and moved.dtype == x.dtype else torch.empty_like(x).copy_(moved)

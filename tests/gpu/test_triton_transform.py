@@ -75,6 +75,13 @@ def test_widths(bits, dtype):
         assert_quantizes(x[:, :-3], QUEST[bits].replace("; hadamard(128)", ""))
 
 
+@pytest.mark.parametrize("text", [INT4, QUEST[1], QUEST[3], QUEST[7], "int4 row absmax up; trust; hadamard(128)"])
+def test_more_rows_than_programs(text):
+    """Programs that stay: what is left of one row must not reach the next; some take a row less than others."""
+    for shape in ((5000, 2048), (2500, 4096), (600, 14336)):
+        assert_quantizes(rows_to_rotate(*shape, BF16), text)
+
+
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
 def test_rotations(block):
     """Blocks within a run, a thread, a warp, a program; sizes that are no power of two or no multiple of a run."""

@@ -173,6 +173,8 @@ def test_candidates_fit_and_fill_the_card():
     assert gluon.candidates(large, 1)[0] == gluon.CONFIGS[1]
     assert all(config.shared_memory(2) <= gluon.SHARED_MEMORY for config in gluon.candidates(large, 2))
     assert gluon.candidates(replace(large, m=512, n=2048))[0].block_n == 128
+    bits = gluon.candidates(replace(large, k=512, a_dtype=torch.uint8, b_dtype=torch.uint8))[0]
+    assert (bits.block_m, bits.block_n) == (256, 128)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ Codes, scales and packed codes are compared with the references bit for bit. Fre
 an element that a kernel leaves out shows. The interpreter has to be chosen before Triton is imported: the tests named
 ``test_interpreted_…`` run in a process of their own, which :func:`test_numerics_under_the_interpreter` starts.
 
-What the interpreter cannot run is inline PTX: that of table look-ups, of packing and of the search among pairs is
-interpreted here; the maxima of rows and one addition are left to tests/gpu.
+What the interpreter cannot run is inline PTX: that of table look-ups, of packing, of eight elements at once and of the
+search among pairs is interpreted here; the maxima of rows and a few single instructions are left to tests/gpu.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import operator
 import re
 import subprocess
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -185,13 +186,22 @@ def turned(word: int, bits: int) -> int:
 
 
 def run_ptx(text: str, results: list[str], inputs: dict[str, int]) -> list[int]:
-    """``results`` of straight-line PTX on 32-bit registers, from ``inputs``."""
+    """``results`` of straight-line PTX on registers, from ``inputs``, as unsigned integers."""
     registers = dict(inputs)
-    for name, operands in re.findall(rf"\b({'|'.join(PTX)})[.\w]* ([^;]*);", text):
-        destination, *sources = (operand.strip() for operand in operands.split(","))
-        values = [registers[s] if s in registers else int(s, 0) for s in sources]
-        registers[destination] = PTX[name](*values) & 2**32 - 1
+    for instruction, operands in re.findall(rf"\b((?:{'|'.join(PTX)})[.\w]*) ([^;]*);", text):
+        destination, *sources = re.findall(r"{[^}]*}|[^,\s]+", operands)
+        function = PTX.get(instruction) or PTX[instruction.partition(".")[0]]
+        registers[destination] = function(*(_operand(source, registers) for source in sources)) & 2**32 - 1
     return [registers[result] for result in results]
+
+
+def _operand(text: str, registers: dict[str, int]) -> int:
+    if text.startswith("{"):
+        low, high = text.strip("{}").split(", ")
+        return registers[low] | registers[high] << 16
+    if text.startswith("0f"):
+        return int(text[2:], 16)
+    return registers[text] if text in registers else int(text, 0)
 
 
 def _prmt(a: int, b: int, selectors: int) -> int:
@@ -205,6 +215,27 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return sum((table >> (a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) & 1) << i for i in range(32))
 
 
+def _floor_sum(a: int, b: int) -> int:
+    """Float32 sum, rounded down."""
+    exact = sum(Fraction(float(number)) for number in np.array([a, b], np.uint32).view(np.float32))
+    nearest = np.float32(float(exact))
+    down = nearest if Fraction(float(nearest)) <= exact else np.nextafter(nearest, np.float32(-np.inf))
+    return int(down.view(np.uint32))
+
+
+def _pairs(word: int, dtype) -> np.ndarray:
+    return np.array([word], np.uint32).view(dtype)
+
+
+def _word(pair: np.ndarray) -> int:
+    return int(pair.view(np.uint32)[0])
+
+
+def _to_e4m3(pair: int) -> int:
+    low, high = torch.from_numpy(_pairs(pair, np.float16).copy()).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    return low | high << 8
+
+
 PTX: dict[str, Callable[..., int]] = {
     "and": operator.and_,
     "or": operator.or_,
@@ -216,6 +247,11 @@ PTX: dict[str, Callable[..., int]] = {
     "mov": operator.pos,
     "prmt": _prmt,
     "lop3": _lop3,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "add.rm.f32": _floor_sum,
+    "add.rn.f16x2": lambda a, b: _word(_pairs(a, np.float16) + _pairs(b, np.float16)),
+    "min.relu.s16x2": lambda a, b: _word(np.maximum(np.minimum(_pairs(a, np.int16), _pairs(b, np.int16)), 0)),
+    "cvt.rn.satfinite.e4m3x2.f16x2": _to_e4m3,
 }
 
 
@@ -439,13 +475,18 @@ def launches_of(call: Callable[[], object]) -> list:
 
 def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
     names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8"}
     names |= {torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, aligned = {}, dict(constants), []
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
         plain = parameter.do_not_specialize
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{names[value.base.dtype].strip('*')}[{block}]>"
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = names[value.dtype]
         elif value is None or (value == 1 and not plain):
             constants[parameter.name] = value

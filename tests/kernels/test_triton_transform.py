@@ -3,7 +3,7 @@ machine code for Hopper.
 
 Codes, scales, packed codes and masks are compared with the references bit for bit. Fresh memory holds junk
 (conftest.py), so an element that a kernel leaves out shows. What the interpreter cannot run is inline PTX: one rounding
-mode, and two packings whose text is interpreted here.
+mode, approximations, and packings whose text is interpreted here.
 """
 
 from __future__ import annotations
@@ -138,6 +138,23 @@ def test_ptx_of_signs_and_magnitudes(bits):
         )
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_ptx_of_eight_elements(bits):
+    """Every level, both its neighbours' edges and far beyond, in every place: floors, clamps, levels, packing."""
+    grid, q = grid_of(f"int{bits} row rms up"), Quantizer(get_format(f"int{bits}"), rounding="up")
+    edges = torch.arange(-(2.0 ** (bits - 1)) - 1, 2.0 ** (bits - 1) + 2)
+    below, above = edges.nextafter(torch.tensor(-INFINITY)), edges.nextafter(torch.tensor(INFINITY))
+    y = torch.cat([edges, below, above, edges + 0.5, torch.tensor([-0.0, 1e-40, -1e-40, 3e4, -3e4])])
+    y = torch.cat([y, y.new_zeros(-len(y) % 8)])
+    for eight in torch.cat([y.view(-1, 8), y.view(8, -1).t()]):
+        words = {f"${3 + i}": int(word) for i, word in enumerate(eight.numpy().view(np.uint32))}
+        first, second, packed = run_ptx(grid.encode_eight, ["$0", "$1", "$2"], words)
+        codes = quantize_reference.encode(eight[None], q)
+        levels = torch.tensor(q.format.levels)[codes.long()].to(torch.float8_e4m3fn).view(torch.uint8)
+        assert [*first.to_bytes(4, "little"), *second.to_bytes(4, "little")] == levels.flatten().tolist()
+        assert [*packed.to_bytes(4, "little")] == quantize_reference.pack(codes, bits).flatten().tolist()
+
+
 def test_ptx_of_packed_signs():
     """Every sign alone: bits in the wrong order would mask neighbours."""
     text = kernels._SHIFT_IN.value
@@ -191,6 +208,16 @@ def test_interpreted_elements_and_strides(dtype):
         assert_quantizes(view, "int4 row rms up; trust; hadamard(8)")
     assert_quantizes(torch.randn(1, 16512).to(dtype), INT4)
     assert_quantizes(x[:0], INT4)
+
+
+@interpreted
+@pytest.mark.parametrize("text", [INT4, QUEST[1], "int4 row absmax up; trust; hadamard(128)"])
+def test_interpreted_rows_by_descriptor(text, monkeypatch):
+    """Programs that stay and take a row after the other, the last of which not all of them get; views with gaps."""
+    monkeypatch.setattr(kernels, "RESIDENT_WARPS", 1)
+    for x in (rows_to_rotate(9, 2048, BF16), torch.randn(3, 2064).to(BF16)[:, 16:]):
+        with mock.patch.object(kernels, "_quantize_row", None):  # which this is not to be
+            assert_quantizes(x, text)
 
 
 @interpreted
@@ -283,8 +310,8 @@ def launches_of(call: Callable[[], object]) -> list:
     """The kernels that ``call`` would launch on a Hopper card, compiled; its tensors are on the meta device."""
     found = []
 
-    def compile_instead(kernel, programs, *arguments, num_warps: int, **constants):
-        found.append(compile_for_hopper(kernel, arguments, constants, num_warps))
+    def compile_instead(kernel, programs, *arguments, num_warps: int, maxnreg: int | None = None, **constants):
+        found.append(compile_for_hopper(kernel, arguments, constants, num_warps, maxnreg))
 
     with (
         mock.patch.object(kernels, "launch", compile_instead),
@@ -359,13 +386,13 @@ def test_butterflies_are_additions_between_registers_and_one_exchange(size):
     """
     (kernel,) = launches_of(all_calls(64, size)["stored"])
     (plain,) = launches_of(all_calls(64, size, block=1)["stored"])
-    shape = kernels._shape(size, 128, row_block(size))
-    per_thread = shape["block"] // 32 // shape["num_warps"]
-    lanes = math.log2(128 / shape["span"])
+    part = kernels._part(size, 128, row_block(size))
+    per_thread = part.block // 32 // part.num_warps
+    lanes = math.log2(128 / part.span)
 
     def count(pattern: str) -> float:
         """Of an element, more than without rotation."""
-        per_thread_of_plain = shape["block"] // 32 // plain.metadata.num_warps
+        per_thread_of_plain = part.block // 32 // plain.metadata.num_warps
         found, beside = (len(re.findall(pattern, k.asm["ptx"])) for k in (kernel, plain))
         return found / per_thread - beside / per_thread_of_plain
 
@@ -373,7 +400,6 @@ def test_butterflies_are_additions_between_registers_and_one_exchange(size):
     assert count(r"\bmul\.(?:rn\.)?f32") == pytest.approx(1, abs=0.1)
     assert count(r"\bfma\.rn\.f32") == lanes
     assert count(r"shfl\.sync\.bfly\.b32 other") == lanes
-    assert ".ftz" not in kernel.asm["ptx"]
 
 
 @compiled
@@ -396,14 +422,27 @@ def test_neighbouring_columns_are_in_neighbouring_lanes(size):
 
 @compiled
 def test_arithmetic_of_scales_in_ptx():
-    """Float64 to the end, exact quotients and root; floors by the rounding mode; nothing contracted or flushed."""
+    """Float64 to the end, from approximations that are refined, and exact quotients; floors by the rounding mode;
+    nothing else contracted or flushed.
+    """
     (kernel,) = launches_of(all_calls(64, 4096)["masked 4"])
     ptx = kernel.asm["ptx"]
-    assert "div.rn.f64" in ptx
-    assert "div.full" not in ptx
-    assert "sqrt.rn.f64" in ptx
+    assert set(re.findall(r"\w+\.approx\S*|\S*\.ftz\S*", ptx)) == {"rcp.approx.ftz.f64", "rsqrt.approx.ftz.f64"}
+    assert "div." not in ptx
     assert "add.rm.f32" in ptx
     assert len(re.findall(r"fma\.rn\.f32", ptx)) == len(re.findall(r"shfl\.sync\.bfly\.b32 other", ptx))
-    assert ".ftz" not in ptx
-    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
-    assert "ld.global.v4.b32" in ptx or "ld.global.v8.b32" in ptx
+
+
+@compiled
+def test_eight_elements_are_encoded_at_once():
+    """In pairs of 16 bits, saturated behind a branch only; rows come by descriptor unless they are not aligned."""
+    (kernel,) = launches_of(all_calls(64, 4096)["masked 4"])
+    ptx = kernel.asm["ptx"]
+    assert "min.relu.s16x2" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f16x2" in ptx
+    assert "bar.warp.sync" in ptx
+    assert "cp.async.bulk.tensor.3d.shared" in ptx
+    gaps = torch.empty(64, 4100, dtype=BF16, device="meta")[:, :4096]
+    (kernel,) = launches_of(lambda: kernels.quantize_8bit_masked(gaps, INT4, True))
+    assert "min.relu.s16x2" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor" not in kernel.asm["ptx"]
