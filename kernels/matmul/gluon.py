@@ -370,8 +370,8 @@ def kernel(
 def candidates(problem: Problem, summands: int = 0) -> tuple[Config, ...]:
     """The configs that fit into shared memory, in the order of ``predicted_cycles``, then of :data:`CONFIGS`.
 
-    Where operands are bits, tall tiles come before wide ones: with an eighth of the steps outputs weigh more, and a tall
-    tile has fewer columns' scales (1 to 9 % faster on an H200, benchmarks/h200/gemm_int1_configs.csv).
+    Where operands are bits, tall tiles come before wide ones: with an eighth of the steps outputs weigh more, and tall
+    tiles have fewer columns' scales (1 to 9 % faster on an H200, benchmarks/h200/gemm_int1_configs.csv).
     """
     bits = problem.a_dtype == torch.uint8
 
