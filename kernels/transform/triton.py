@@ -664,7 +664,7 @@ def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
     have.
     """
     size, simple = x.shape[1], fmt.biased and (part.words or part.whole)
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= size
     in_lines = x.element_size() == 2 and part.span == LARGEST_SPAN and size % LARGEST_SPAN == 0
     return simple and aligned and in_lines and size <= LONGEST_ROW and (INTERPRETED.value or _is_hopper(x.device))
 

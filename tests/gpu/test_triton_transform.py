@@ -122,8 +122,9 @@ def test_other_rules_and_sparsity(text):
 
 def test_strided_inputs():
     """Views: padded rows, every other row, one row for all, columns for rows, and bases that are not aligned."""
-    whole = torch.randn(256, 1024, device="cuda", dtype=BF16)
-    for x in (whole[:, :256], whole[::2, 3:643], whole[:1].expand(50, -1), whole.t(), whole[1:, 1:129]):
+    whole = torch.randn(256, 2304, device="cuda", dtype=BF16)
+    views = [whole[:, :256], whole[::2, 3:643], whole[:1, :2048].expand(50, -1), whole[:128].t(), whole[1:, 1:129]]
+    for x in (*views, whole[:, 8:2056], whole[:, 128:2176], whole[:, 1:2049], whole[3:4, :2048]):
         assert_quantizes(x, INT4)
         rotated = kernels.hadamard(x, 128, -1)
         assert_same([rotated], [reference.hadamard(x, 128, -1)])
