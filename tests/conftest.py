@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-# Read by Inductor when it is imported, so it has to be set before torch is. A run has a directory of its own:
-# kernels
-# that an older checkout compiled are not reused, and all tests of the run share what they compile.
+# What follows is read when torch is imported, so it has to be set before.
+
+# Workers share the cores. A thread that waits for others of its team spins by default and takes the core from the very
+# thread that it waits for: of the tests' processor time that was a third.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A run has an Inductor cache of its own: kernels that an older checkout compiled are not reused, and all tests of the
+# run share what they compile.
 _OWN_CACHE = None
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     _OWN_CACHE = tempfile.mkdtemp(prefix="qcompile_inductor_")
