@@ -5,6 +5,7 @@ to be zero.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -49,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # caller's module, so ours are also recognized by their text.
     config.addinivalue_line("filterwarnings", "error:.*qcompile:UserWarning")
     torch.set_num_threads(2)
+    # Tracing leaves a million objects that live: by default Python looks through all of them too often.
+    gc.set_threshold(2_000, 50, 50)
     _fill_fresh_memory_with_junk()
 
 
