@@ -447,7 +447,7 @@ def test_generated_code_resumes_bitwise_under_autocast():
                 train(call, optimizer, [tokens])
 
     def new():
-        model = Decoder(lambda block, x: checkpoint(block, x, use_reentrant=False))
+        model = Decoder(lambda block, x: checkpoint(block, x, use_reentrant=False), layers=1)
         return model, adam(model)
 
     data = batches()
@@ -465,7 +465,7 @@ def test_generated_code_resumes_bitwise_under_autocast():
 @pytest.mark.inductor
 def test_generated_code_under_compiled_autograd():
     tokens, recipe = batches(1)[0], "qcompile_fp4"
-    model = Decoder()
+    model = Decoder(layers=1)
     expected = gradients_of(model, compiled(model, recipe), tokens)
     start_over()
     actual = gradients_under_compiled_autograd(model, recipe, tokens)
