@@ -5,6 +5,7 @@ to be zero.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -13,9 +14,14 @@ from pathlib import Path
 
 import pytest
 
-# Read by Inductor when it is imported, so it has to be set before torch is. A run has a directory of its own:
-# kernels
-# that an older checkout compiled are not reused, and all tests of the run share what they compile.
+# What follows is read when torch is imported, so it has to be set before.
+
+# Workers share the cores. A thread that waits for others of its team spins by default and takes the core from the very
+# thread that it waits for: of the tests' processor time that was a third.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A run has an Inductor cache of its own: kernels that an older checkout compiled are not reused, and all tests of the
+# run share what they compile.
 _OWN_CACHE = None
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     _OWN_CACHE = tempfile.mkdtemp(prefix="qcompile_inductor_")
@@ -44,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # caller's module, so ours are also recognized by their text.
     config.addinivalue_line("filterwarnings", "error:.*qcompile:UserWarning")
     torch.set_num_threads(2)
+    # Tracing leaves a million objects that live: by default Python looks through all of them too often.
+    gc.set_threshold(2_000, 50, 50)
     _fill_fresh_memory_with_junk()
 
 

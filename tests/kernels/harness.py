@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
@@ -20,13 +21,34 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, not 
 SM90 = GPUTarget("cuda", 90, 32)
 
 
+def _search_the_language_once_a_launch() -> None:
+    """Make the interpreter look for what it replaces in ``triton.language`` when a kernel is launched, not again at
+    every call of a function within, where all of it has been replaced: a reduction calls its function once an element.
+    """
+    search, languages = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
+
+    def search_if_needed(function):
+        if any(interpreter.tl.core.is_builtin(language.load) for language in languages):
+            return search(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = search_if_needed
+
+
+if INTERPRETED:
+    _search_the_language_once_a_launch()
+
+
 def run_interpreted(file: str, *options: str) -> None:
-    """Run the interpreted tests of ``file``; skips if this is that process."""
+    """Run the interpreted tests of ``file``; skips if this is that process.
+
+    There are as many workers as cores already, so that process has none of its own.
+    """
     if INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-x", *options, "-k", "test_interpreted", "--show-capture=no", file]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", "test_interpreted", "--show-capture=no"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *options, file], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 

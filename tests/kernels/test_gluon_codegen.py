@@ -39,9 +39,15 @@ class CompilingDriver(ClaimedDriver):
         return 0
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Triton's, of this module: a kernel is compiled once, whichever tests look at it."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture(autouse=True)
-def _no_card(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def _no_card(monkeypatch, cache):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
     monkeypatch.setattr(gluon, "_INTEGER_PTX", {})
     gluon.kernel.device_caches.clear()

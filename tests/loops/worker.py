@@ -50,11 +50,13 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model whose head is its embedding, each block called through ``wrap``."""
 
-    def __init__(self, wrap: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x)) -> None:
+    def __init__(
+        self, wrap: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x), layers: int = LAYERS
+    ) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.blocks = nn.ModuleList([Block() for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
         self.wrap = wrap
