@@ -1,11 +1,14 @@
 """Rotated, masked and sparse operands in Triton, equal to the references bit for bit.
 
-A program reads a row once. Elements arrive 16 neighbours a thread, as a line of memory is read best, and are exchanged
-through shared memory while they still have 16 bits, so that a thread then holds blocks of up to 64 neighbours. Six of
-the seven butterflies of a block of 128 are additions between its registers, in the order of the reference; the last one
-is an exchange with the next lane and an addition. Sums, rounding, masks and packing happen in the thread too, and only
-codes go back through shared memory to be written in lines. (128 neighbours would need no exchange, but 167 registers
-instead of 96: three warps a scheduler cannot hide that such long code is fetched no faster than it runs.)
+A thread holds blocks of up to 64 neighbours. Six of the seven butterflies of a block of 128 are additions between its
+registers, in the order of the reference; the last one is an exchange with the next lane and an addition. Sums,
+rounding, masks and packing happen in the thread too, and only codes go back through shared memory to be written in
+lines. (128 neighbours would need no exchange, but many more registers: three warps a scheduler cannot hide that such
+long code is fetched no faster than it runs.)
+
+How elements come to their threads: rows that a tensor descriptor can address, of half-integers, are fetched into
+swizzled shared memory two rows ahead by programs that stay on their processor, and read from there as columns. Other
+rows are read 16 neighbours a thread, a program a row, and exchanged through shared memory while they have 16 bits.
 
 Triton chooses layouts, so what runs where follows from shapes: *columns* [span, n] are blocks of ``span`` neighbours
 below each other. Its default for such shapes gives every thread whole columns, as long as there are 32 of them.
