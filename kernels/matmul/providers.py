@@ -284,18 +284,24 @@ def _obstacle_to_gluon(product: Product) -> str:
         "it needs compute capability 9.0": product.capability == (9, 0),
         f"K = {k} is no multiple of 16": k % 16 == 0,
         f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
-        "Triton has none": product.capability != (9, 0) or _has_gluon(),
+        **_can_be_imported(product),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
 
 
+def _can_be_imported(product: Product) -> dict[str, bool]:
+    error = _gluon_error() if product.capability == (9, 0) else ""
+    return {f"its kernel cannot be imported: {error}": not error}
+
+
 @cache
-def _has_gluon() -> bool:
+def _gluon_error() -> str:
+    """Why the kernels in Gluon cannot be imported (no Triton, other names there or in Inductor); empty if they can."""
     try:
         from . import gluon  # noqa: F401
-    except ImportError:  # no Triton, or one whose Gluon has other names
-        return False
-    return True
+    except ImportError as error:
+        return str(error)
+    return ""
 
 
 def _run_gluon(*arguments: Any) -> Tensor:
@@ -314,7 +320,7 @@ def _obstacle_to_popcount(product: Product) -> str:
         "it needs compute capability 9.0": product.capability == (9, 0),
         f"K = {k} is no multiple of 128": k % 128 == 0,
         f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
-        "Triton has no Gluon": product.capability != (9, 0) or _has_gluon(),
+        **_can_be_imported(product),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
 

@@ -155,7 +155,7 @@ def test_compiled_sums_and_offsets_are_exact(monkeypatch):
     expected = torch.relu(exact(a + 0.5, b + 0.5, *scales))
     assert_equal(torch.compile(product, fullgraph=True)(a, b, *scales), expected)
     torch._dynamo.reset()
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "no Gluon")
     with inductor_config.patch(force_disable_caches=True):  # their key says nothing of the patch
         got, (code,) = run_and_get_code(torch.compile(product, fullgraph=True), a, b, *scales)
     assert "triton_tem_fused" in code
@@ -317,7 +317,7 @@ def test_compiled_products_are_exact(mode, dtype):
 def test_the_template_takes_the_epilogue(monkeypatch, dtype, n):
     """Without cuBLASLt there is one kernel, which adds the residual; its output rows may be of any length."""
     monkeypatch.setattr(providers, "_cuda_version", lambda: (0,))
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "no Gluon")
     inputs = block_inputs(1000, n, 240, dtype)
     got, (code,) = run_and_get_code(torch.compile(residual_block, fullgraph=True), *inputs)
     assert "triton_tem_fused_add_mm_8bit_relu" in code
@@ -331,7 +331,7 @@ def test_configs_of_the_template_are_exact(monkeypatch, place):
     if place >= len(configs):
         pytest.skip("there are fewer")
     monkeypatch.setattr(inductor, "_template_configs", lambda problem: configs[place:])
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "no Gluon")
     a, b, bias = codes(4000, 528, INT8), codes(2064, 528, INT8), torch.randint(-3, 4, (2064,), device="cuda").float()
     scales = powers_of_two(4000, 1), powers_of_two(2064, 1)
     got = torch.compile(lambda *x: mm_8bit(*x[:4], FP32, x[4]), fullgraph=True)(a, b, *scales, bias)
@@ -353,5 +353,5 @@ def test_one_compilation_serves_every_number_of_rows(mode, dtype):
 
 def test_template_outputs_of_more_than_2_31_elements(monkeypatch):
     """Inductor's index arithmetic, past 2^31."""
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "no Gluon")
     check_large_output(torch.compile(lambda *x: mm_8bit(*x, BF16), fullgraph=True), 64)

@@ -189,13 +189,13 @@ def test_candidates_fit_and_fill_the_card():
         ({"dtypes": (E4M3, E4M3), "dtype": FP32}, "gluon: it is used for INT8 only"),
         ({"shape": (7, 4096, 24)}, "gluon: K = 24 is no multiple of 16"),
         ({"capability": (10, 0)}, "gluon: it needs compute capability 9.0"),
-        ({}, "gluon: Triton has none"),
+        ({}, "gluon: its kernel cannot be imported: no Gluon"),
     ],
 )
 def test_why_another_provider_runs(monkeypatch, change, reason):
     product = Product((4096, 4096, 4096), (INT8, INT8), BF16, (9, 0))
     assert choose(product)[0].name == "gluon"
-    monkeypatch.setattr(providers, "_has_gluon", lambda: bool(change))
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "" if change else "no Gluon")
     provider, said = choose(replace(product, **change))
     assert provider.name == "triton"
     assert reason in said

@@ -495,7 +495,7 @@ def generate(tmp_path, monkeypatch):
         register_lowering(op, type_promotion_kind=None)(inductor.lower_mm_8bit)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(gemm, "card_of", lambda device: SMALL_CARD if INTERPRETED else H200)
-    monkeypatch.setattr(providers, "_has_gluon", lambda: False)  # its kernel runs on cards only
+    monkeypatch.setattr(providers, "_gluon_error", lambda: "no Gluon")  # its kernel runs on cards only
     # Inductor trusts no address on the CPU, and TMA needs multiples of 16.
     monkeypatch.setattr("torch._inductor.graph.should_assume_input_aligned", lambda example: True)
     previous = triton.runtime.driver._active
