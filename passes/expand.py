@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import compat
 
-from .insert import graph_modules
+from .graph import graph_modules
 
 __all__ = ["expand"]
 

@@ -27,7 +27,7 @@ from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
 from .dialect import is_call, is_relayout, operand_kind, through_views
-from .find_gemms import static_size
+from .graph import static_size
 from .pass_base import Context, emit
 from .watch import STATISTICS_KIND
 

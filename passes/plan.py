@@ -16,7 +16,8 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
 from qcompile.ir.transforms import Transform
 
-from .find_gemms import Site, Slot
+from .find_gemms import Site
+from .spellings import Slot
 
 __all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
 
