@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .graph import static_size, value_of
-from .names import layer_name, parameter_name, with_parameter
+from .names import Names
 from .origins import is_functional_weight, is_weight, origin
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Slot, recognize
 
@@ -26,7 +26,10 @@ __all__ = ["Site", "find_gemms"]
 
 @dataclass
 class Site:
-    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can."""
+    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can.
+
+    ``aliases`` are further names of a shared layer. ``missing`` says what layer has no name (:class:`names.Name`).
+    """
 
     node: Node
     op: str
@@ -38,11 +41,18 @@ class Site:
     weight_size: int | None = None
     index: int = -1
     training: bool = True
+    aliases: tuple[str, ...] = ()
+    missing: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that rules can match."""
+        return (self.name, *self.aliases)
 
 
-def find_gemms(gm: GraphModule) -> list[Site]:
+def find_gemms(gm: GraphModule, names: Names) -> list[Site]:
     """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body."""
-    sites = [site for body in _bodies(gm) for site in _find_in(body)]
+    sites = [site for body in _bodies(gm) for site in _find_in(body, names)]
     for index, site in enumerate(sites):
         site.index = index
         site.name = site.name or f"{site.op}_{index}"
@@ -86,7 +96,7 @@ def _bodies_below(body: _Body) -> Iterator[_Body]:
         yield from _bodies_below(_Body(path, child, obstacle, note))
 
 
-def _find_in(body: _Body) -> Iterator[Site]:
+def _find_in(body: _Body, names: Names) -> Iterator[Site]:
     functorch_depth = 0
     for node in body.module.graph.nodes:
         if node.op not in ("call_function", "call_method"):
@@ -96,17 +106,23 @@ def _find_in(body: _Body) -> Iterator[Site]:
         found = recognize(node)
         if found is None:
             continue
-        site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
+        site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, body=body.path)
+        _name(site, names)
         if not site.obstacle and functorch_depth:
             site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
         if site.slots:
-            _describe(site)
+            _describe(site, names)
             left, right = site.slots
             site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note)))), right
         yield site
 
 
-def _describe(site: Site) -> None:
+def _name(site: Site, names: Names, weight: Any = None) -> None:
+    found = names.of(site.node, weight)
+    site.name, site.aliases, site.missing = next(iter(found.names), ""), found.names[1:], found.missing
+
+
+def _describe(site: Site, names: Names) -> None:
     """Fill in what the plan needs to know: weights, shapes, and obstacles that show in the operands."""
     node, values = site.node, [value_of(slot.of(site.node)) for slot in site.slots]
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(value_of(node), torch.Tensor):
@@ -128,8 +144,7 @@ def _describe(site: Site) -> None:
     sizes = [v.numel() for v, s in zip(values, site.slots, strict=True) if s.kind == "weight"]
     site.weight_size = static_size(sizes[-1]) if sizes else None
     site.training = torch.is_grad_enabled() and any(v.requires_grad for v in values)
-    parameter = next((parameter_name(o) for o, s in zip(origins, site.slots, strict=True) if s.kind == "weight"), "")
-    site.name = with_parameter(site.name, parameter)
+    _name(site, names, next((o for o, s in zip(origins, site.slots, strict=True) if s.kind == "weight"), None))
     if site.obstacle:
         return
     if not all(v.dtype.is_floating_point for v in values):
