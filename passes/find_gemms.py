@@ -81,9 +81,9 @@ def _bodies_below(body: _Body) -> Iterator[_Body]:
     yield body
     users = {node.target: node for node in body.module.graph.nodes if node.op == "get_attr"}
     for name, child in body.module.named_children():
-        if not isinstance(child, GraphModule):
+        if not isinstance(child, GraphModule) or name not in users:  # a region that is called once is inlined
             continue
-        caller = next(iter(users[name].users), None) if name in users else None
+        caller = next(iter(users[name].users), None)
         operation = str(caller.target) if caller is not None else ""
         obstacle, note = body.obstacle, body.note
         if "autograd_function_apply" in operation:

@@ -67,6 +67,7 @@ class Names:
         self._modules: dict[int, list[str]] = defaultdict(list)
         self._tensors: dict[int, list[str]] = defaultdict(list)
         self._variables: dict[int, str] = {}
+        self._owners: dict[int, nn.Module] = {}
         self._known: list[nn.Module] = []
         self._outer = _outer_arguments(gm)
         self._call = call
@@ -95,6 +96,23 @@ class Names:
         """Names of the parameter or buffer behind a placeholder, by every caller of the body it belongs to."""
         found = [name for tensor in self._tensors_behind(weight) for name in self._lookup(self._tensors, id(tensor))]
         return list(dict.fromkeys(found))
+
+    def of_module(self, module: nn.Module) -> list[str]:
+        return self._modules.get(id(module), [])
+
+    def peers(self, module: nn.Module) -> list[nn.Module]:
+        """Other modules of the same class."""
+        return [m for m in self._known if type(m) is type(module) and m is not module]
+
+    def owner(self, placeholder: Node) -> tuple[nn.Module | None, Any]:
+        """The module through which the compiled frame comes to a parameter, and Dynamo's source of it: a local variable
+        of the frame, or else the module that holds the parameter, with the source of the parameter.
+        """
+        variable, source = compat.local_variable(placeholder)
+        value = self._call.variables.get(variable) if self._call is not None else None
+        if isinstance(value, nn.Module) and id(value) in self._modules:
+            return value, source
+        return self._owners.get(id(_real_tensor(placeholder))), compat.source_of(placeholder)
 
     def _layers(self, node: Node) -> tuple[list[str], str]:
         if innermost := self._innermost(node):
@@ -171,6 +189,7 @@ class Names:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 self._tensors[id(tensor)].append(join(name, key))
+                self._owners[id(tensor)] = module
         for key, child in module._modules.items():
             if child is not None and id(child) not in above:
                 self._add(join(name, key), child, (*above, id(module)))

@@ -43,7 +43,8 @@ from .merge_quantize import merge_quantize
 from .names import Names
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
-from .plan import Plan, make_plan
+from .pin import pin
+from .plan import Plan, all_rules, make_plan
 from .quantize_gradients import quantize_gradients
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
@@ -72,7 +73,10 @@ def rewrite(
     """
     if recipe.enabled and "expand" not in recipe.disable_passes:
         expand(gm)
-    plan = make_plan(find_gemms(gm, Names(gm, call or compat.compiled_call())), recipe)
+    names = Names(gm, call or compat.compiled_call())
+    sites = find_gemms(gm, names)
+    plan = make_plan(sites, recipe)
+    pin(gm, names, sites, all_rules(recipe))
     context = Context(recipe, plan, observe)
     if observe is not None:
         observe.plan = plan

@@ -13,6 +13,8 @@ import torch
 import torch._dynamo.compiled_autograd
 import torch._dynamo.eval_frame
 import torch._dynamo.external_utils
+import torch._dynamo.guards
+import torch._dynamo.output_graph
 import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
@@ -157,6 +159,7 @@ class CompiledCall:
             ``torch.compile(model.forward)``.
         args, kwargs: arguments of the call.
         enclosing: modules whose forward was running when Dynamo came to the frame it compiles, innermost first.
+        variables: local variables of that frame.
     """
 
     context: Any
@@ -164,6 +167,7 @@ class CompiledCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     enclosing: tuple[torch.nn.Module, ...]
+    variables: Mapping[str, Any]
 
 
 def compiled_call() -> CompiledCall | None:
@@ -173,6 +177,7 @@ def compiled_call() -> CompiledCall | None:
     callable. The same in 2.13 and 2.14.
     """
     enclosing = []
+    variables: Mapping[str, Any] = {}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -182,13 +187,14 @@ def compiled_call() -> CompiledCall | None:
                 target = _compiled_target(found["fn"])
                 if isinstance(target, torch.nn.Module):
                     enclosing.append(target)
-                return CompiledCall(
-                    found["self"], target, found.get("args", ()), found.get("kwargs", {}), tuple(enclosing)
-                )
+                arguments = found.get("args", ()), found.get("kwargs", {})
+                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), variables)
         elif "self" in code.co_varnames or "self" in code.co_cellvars:
             owner = frame.f_locals.get("self")
             if isinstance(owner, torch.nn.Module):
                 enclosing.append(owner)
+            elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
+                variables = owner.local_scope
         frame = frame.f_back
     return None
 
@@ -199,6 +205,25 @@ def _compiled_target(function: Any) -> Any:
         function = function.__wrapped__
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, torch.nn.Module) else function
+
+
+def source_of(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder, ``None`` if unknown."""
+    return getattr(placeholder.meta.get("grapharg"), "source", None)
+
+
+def local_variable(placeholder: Node) -> tuple[str, Any]:
+    """The local variable of the frame that a placeholder is reached from, by name and source; "" if it is none."""
+    source = source_of(placeholder)
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return getattr(source, "local_name", ""), source
+
+
+def guard_identity(source: Any) -> None:
+    """Let the code that Dynamo is compiling run only where ``source`` is the very object it is now."""
+    guard = source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH)
+    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
 def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
