@@ -79,25 +79,19 @@ class Names:
         """The names of the product ``node`` with the placeholder ``weight`` behind it (if it has a weight)."""
         layers, missing = self._layers(node)
         tensors = self._tensors_behind(weight)
-        parameters = self.parameters(weight)
-        names = [with_parameter(layer, name) for layer in layers or [""] for name in _under(layer, parameters)]
+        parameters = [self._lookup(self._tensors, id(tensor)) for tensor in tensors]
+        names = [name for known in parameters[:1] or [[]] for name in _combine(layers or [""], known)]
+        for known in parameters[1:]:  # further callers of a body that serves several layers
+            names += _combine([layer for layer in layers if layer and _under(layer, known)] or [""], known)
         names = [name or self._variable(node, tensors) for name in names]
         if any(names):
             return Name(tuple(dict.fromkeys(filter(None, names))))
-        if not missing and not parameters and tensors and compat.is_parameter(tensors[0]):
+        if not missing and not any(parameters) and tensors and compat.is_parameter(tensors[0]):
             missing = f"parameter of shape {'×'.join(map(str, tensors[0].shape))}"
         return Name((), missing)
 
-    def layers(self, node: Node) -> list[str]:
-        """Names of the innermost module whose forward computes ``node``; "" is the compiled module itself."""
-        return self._layers(node)[0]
-
-    def parameters(self, weight: Any) -> list[str]:
-        """Names of the parameter or buffer behind a placeholder, by every caller of the body it belongs to."""
-        found = [name for tensor in self._tensors_behind(weight) for name in self._lookup(self._tensors, id(tensor))]
-        return list(dict.fromkeys(found))
-
     def of_module(self, module: nn.Module) -> list[str]:
+        """All names of a module, the reported one first; none for one that is not known."""
         return self._modules.get(id(module), [])
 
     def peers(self, module: nn.Module) -> list[nn.Module]:
@@ -120,7 +114,7 @@ class Names:
             names = self._lookup(self._modules, key)
             return names, "" if names else kind
         enclosing = self._call.enclosing if self._call is not None else ()
-        return next((names for m in enclosing if (names := self._modules.get(id(m)))), []), ""
+        return next((self._modules[id(m)] for m in enclosing if id(m) in self._modules), []), ""
 
     def _innermost(self, node: Node) -> tuple[int, str] | None:
         """Identity and class of the innermost module in Dynamo's stack."""
@@ -227,10 +221,14 @@ def with_parameter(layer: str, parameter: str) -> str:
     return layer
 
 
+def _combine(layers: list[str], parameters: list[str]) -> list[str]:
+    """Names of a product: those of its layers, and of the parameter under each; a tied parameter has others, too."""
+    return [with_parameter(layer, name) for layer in layers for name in _under(layer, parameters) or [""]]
+
+
 def _under(layer: str, parameters: list[str]) -> list[str]:
-    """Names of a tied parameter under the layer that reads it; the layer alone if it has none there."""
     prefix = f"{layer}." if layer else ""
-    return [name for name in parameters if name.startswith(prefix)] or [""]
+    return [name for name in parameters if name.startswith(prefix)]
 
 
 def _arguments(call: compat.CompiledCall) -> list[tuple[str, Any]]:
@@ -270,7 +268,9 @@ def _outer_arguments(gm: GraphModule) -> dict[Node, list[Node]]:
                 outer.setdefault(placeholder, [])
             for caller in node.users:
                 leaves = torch.utils._pytree.tree_leaves((caller.args, caller.kwargs))
-                given = [n for n in leaves if isinstance(n, Node) and (n.op != "get_attr" or _real_tensor(n) is not None)]
+                given = [
+                    n for n in leaves if isinstance(n, Node) and (n.op != "get_attr" or _real_tensor(n) is not None)
+                ]
                 if str(caller.target) == "cond":
                     given = given[1:]  # the predicate, which stands before the bodies
                 if len(given) == len(placeholders):

@@ -105,7 +105,7 @@ def _variables(function: FunctionType) -> Iterator[Labelled]:
         return
     names = _global_names(function.__code__)
     for name in names:
-        value = function.__globals__.get(name)
+        value: Any = function.__globals__.get(name)
         if issubclass(type(value), ModuleType) and not _is_torch(value.__name__):
             yield from ((attribute, vars(value)[attribute]) for attribute in names if attribute in vars(value))
         elif value is not None:
