@@ -9,18 +9,17 @@ and, where the spelling does not allow a scale per row, why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from .graph import static_size, value_of
 from .heads import Vocabulary, head_reasons, identity_of
-from .names import layer_name, parameter_name, with_parameter
+from .names import Names
 from .origins import Origin, Origins
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Recognized, Slot, recognize
 
@@ -41,7 +40,8 @@ class Site:
         obstacle: why it cannot be quantized; empty if it can.
         reservation: why it is left wide unless a rule says ``quantize=True``; empty if nothing speaks against it.
         head: why it is taken for an output head; empty if it is none.
-        name: of its layer. body: path of the higher-order op's body it is in.
+        name: of its layer. aliases: further names of a shared layer. missing: what layer has no name
+            (:class:`names.Name`). body: path of the higher-order op's body it is in.
         shape: of the operands. contraction: how many terms are summed. sides: of the weight as a matrix (of the whole
             parameter where the weight is a part of one), ``None`` without a weight. Sizes may be symbolic.
         index: of the site in its graph. training: whether a gradient is computed.
@@ -61,15 +61,22 @@ class Site:
     weight_size: Any = None
     index: int = -1
     training: bool = True
+    aliases: tuple[str, ...] = ()
+    missing: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that rules can match."""
+        return (self.name, *self.aliases)
 
 
-def find_gemms(gm: GraphModule, modules: Iterable[nn.Module] = ()) -> list[Site]:
+def find_gemms(gm: GraphModule, names: Names) -> list[Site]:
     """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body.
 
-    ``modules``: the model that ``gm`` is a part of, where it is known; its embeddings tell which products are heads.
+    ``names``: of the layers of what was compiled; its embeddings also tell which products are heads.
     """
-    vocabulary = Vocabulary.of_modules(modules)
-    sites = list(_sites_below(_Body("", gm, gradients=torch.is_grad_enabled()), vocabulary))
+    vocabulary = Vocabulary.of_modules(names.modules)
+    sites = list(_sites_below(_Body("", gm, gradients=torch.is_grad_enabled()), vocabulary, names))
     for index, site in enumerate(sites):
         site.index = index
         site.name = site.name or f"{site.op}_{index}"
@@ -92,15 +99,21 @@ class _Body:
     given: dict[Node, Origin] = field(default_factory=dict)
     gradients: bool = True
 
+    def merged_with(self, other: _Body | None) -> _Body:
+        """One body for two calls of it."""
+        if other is None:
+            return self
+        return replace(self, given={node: origin | other.given[node] for node, origin in self.given.items()})
+
 
 #: Higher-order ops whose backward is traced without saying which node serves which site.
 _ANONYMOUS_BACKWARD = ("cond", "while_loop", "scan", "map_impl")
 
 
-def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
+def _sites_below(body: _Body, vocabulary: Vocabulary, names: Names) -> Iterator[Site]:
     """The sites of a body, then those of the bodies it calls."""
     sites: dict[Node, Site] = {}
-    nested: list[_Body] = []
+    nested: dict[GraphModule, _Body] = {}
     origins, weights = Origins(body.given), {}
     gradients, functorch_depth = body.gradients, 0
     training = gradients and _is_training(body.module)
@@ -110,7 +123,7 @@ def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
         found = recognize(node) if called else None
         if found is not None:
             operands = [origins.of(slot.of(node)) for slot in found.slots]
-            site = sites[node] = _site(node, found, operands, body)
+            site = sites[node] = _site(node, found, operands, body, names)
             weights[node] = _identities(operands, site)
             if functorch_depth and not site.obstacle:
                 site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
@@ -118,7 +131,8 @@ def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
                 site.reservation = site.reservation or UNDER_NO_GRAD
         origins.visit(node, found is not None)
         if called and any(source.op == "get_attr" for source in node.all_input_nodes):
-            nested += _bodies_called(node, body, origins, gradients)
+            for inner in _bodies_called(node, body, origins, gradients):
+                nested[inner.module] = inner.merged_with(nested.get(inner.module))
         if node.target is torch._C._set_grad_enabled:
             gradients = node.args[0]
         name = getattr(node.target, "__name__", str(node.target))
@@ -127,8 +141,8 @@ def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
     for node, reason in head_reasons(graph, weights, vocabulary).items():
         sites[node].head = reason
     yield from sites.values()
-    for inner in nested:
-        yield from _sites_below(inner, vocabulary)
+    for inner in nested.values():
+        yield from _sites_below(inner, vocabulary, names)
 
 
 def _is_training(gm: GraphModule) -> bool:
@@ -167,9 +181,10 @@ def _identities(operands: list[Origin], site: Site) -> frozenset[Any]:
     return frozenset(identity_of(root) for origin in weights for root in origin.roots)
 
 
-def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) -> Site:
+def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, names: Names) -> Site:
     """What the plan needs to know: weights, shapes, and obstacles that show in the operands."""
-    site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
+    site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, body=body.path)
+    _name(site, names)
     if not found.slots:
         return site
     left, right = found.slots
@@ -195,8 +210,8 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) ->
         if slot.kind == "weight":
             site.weight_size = value.numel()
             site.sides = max(_sides(value, slot), _sides_of_parameter(origin), key=min)
-            parameter = parameter_name(*origin.roots) if len(origin.roots) == 1 else ""
-            site.name = with_parameter(site.name, parameter)
+            if len(origin.roots) == 1:
+                _name(site, names, *origin.roots)
     if site.obstacle:
         return site
     if not all(v.dtype.is_floating_point for v in values):
@@ -212,6 +227,11 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) ->
 
 #: Beginnings of the names of products that have a slot for the weight, the second.
 _LAYERS = ("linear", "conv", "grouped")
+
+
+def _name(site: Site, names: Names, weight: Node | None = None) -> None:
+    found = names.of(site.node, weight)
+    site.name, site.aliases, site.missing = next(iter(found.names), ""), found.names[1:], found.missing
 
 
 def _weights(op: str, operands: list[Origin], values: list[torch.Tensor]) -> list[bool]:

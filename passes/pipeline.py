@@ -40,9 +40,11 @@ from .fuse import fuse
 from .insert import insert
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
+from .names import Names
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
-from .plan import Plan, make_plan
+from .pin import pin
+from .plan import Plan, all_rules, make_plan
 from .quantize_gradients import quantize_gradients
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
@@ -62,11 +64,19 @@ POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quanti
 PASS_NAMES = ("expand", "insert", *(p.name for p in (*JOINT, *POST_GRAD)))
 
 
-def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None) -> Context:
-    """Stage one: expand, find, plan and insert on a Dynamo graph, in place."""
+def rewrite(
+    gm: GraphModule, recipe: Recipe, observe: Observations | None = None, call: compat.CompiledCall | None = None
+) -> Context:
+    """Stage one: expand, find, plan and insert on a Dynamo graph, in place.
+
+    Layers are named as ``call`` names them, by default the one on the Python stack.
+    """
     if recipe.enabled and "expand" not in recipe.disable_passes:
         expand(gm)
-    plan = make_plan(find_gemms(gm), recipe)
+    names = Names(gm, call or compat.compiled_call())
+    sites = find_gemms(gm, names)
+    plan = make_plan(sites, recipe)
+    pin(gm, names, sites, all_rules(recipe))
     context = Context(recipe, plan, observe)
     if observe is not None:
         observe.plan = plan

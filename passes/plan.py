@@ -70,6 +70,11 @@ class Plan:
     def quantized(self) -> list[Decision]:
         return [d for d in self.decisions if d.quantized]
 
+    @property
+    def nameless(self) -> list[Decision]:
+        """What stays wide because no rule could have matched its layer."""
+        return [d for d in self.decisions if d.site.missing and d.reason == without_name(d.site.missing)]
+
 
 def site_index(node: Node) -> int | None:
     """Which site a node serves, in the Dynamo, joint or post-grad graph."""
@@ -108,8 +113,17 @@ def describe(rule: Rule) -> str:
     return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
 
 
+def without_name(layer: str) -> str:
+    """Why a product stays wide whose ``layer`` is in nothing that was compiled: a rule may have meant it."""
+    return (
+        f"its layer ({layer}) has no name that skip=… or rules=… could match: it is reached from nothing that was "
+        "compiled; make it a submodule or an argument"
+    )
+
+
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
-    applicable = [r for r in all_rules(recipe) if r.matches(site.name, site.op, site.weight_size)]
+    rules = all_rules(recipe)
+    applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
     for rule in applicable:
         if (text := describe(rule)) in matched:
             matched[text] += 1
@@ -125,6 +139,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     kinds = [slot.kind for slot in site.slots]
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
+    if site.missing and any(rule.name != "*" for rule in rules):
+        return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}

@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
+import torch._dynamo.eval_frame
+import torch._dynamo.external_utils
+import torch._dynamo.guards
+import torch._dynamo.output_graph
 import torch._dynamo.source
 import torch._dynamo.utils
 import torch._functorch.partitioners
@@ -22,10 +28,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "CheckpointPolicy",
+    "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "before_next_call",
     "captures_recurrent_layers",
     "compile_fx",
+    "compiled_call",
     "eager_inner_compile",
     "fake_mode_of",
     "in_compiled_autograd",
@@ -138,7 +147,7 @@ def is_argument(node: Node) -> bool:
     """Whether a Dynamo placeholder is an argument of the compiled code: no tensor that a module, a closure or a global
     variable keeps.
     """
-    source = getattr(node.meta.get("grapharg"), "source", None)
+    source = source_of(node)
     if source is None:
         return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is None
     while (base := getattr(source, "base", None)) is not None:
@@ -181,12 +190,6 @@ def _is_marked_dynamic(size: Any) -> bool:
     return False
 
 
-def example_of(node: Node) -> Any:
-    """The tensor of the model's that a Dynamo placeholder stands for; ``None`` where Dynamo keeps none."""
-    argument = node.meta.get("grapharg")
-    return None if argument is None else argument.example
-
-
 def memory_of(value: Any) -> Any:
     """What tells whether two (fake) tensors share memory; ``None`` for what has none of its own to compare."""
     if not isinstance(value, torch.Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
@@ -194,13 +197,98 @@ def memory_of(value: Any) -> Any:
     return value.untyped_storage()._cdata if value.layout is torch.strided and not value.is_nested else None
 
 
-def source_name(node: Node) -> str:
-    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if
-    unknown.
+def placeholder_value(node: Node) -> torch.Tensor | None:
+    """The real tensor behind a Dynamo placeholder, ``None`` for any other node or value."""
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    if argument is None or getattr(argument, "_example", None) is None:  # erased when Dynamo is done with the graph
+        return None
+    return argument.example if isinstance(argument.example, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class CompiledCall:
+    """The call of something compiled that a backend is serving.
+
+    Attributes:
+        context: what one ``torch.compile`` call made; lives as long as the callable it returned.
+        target: the module or function that was compiled: the model for ``model.compile()`` and
+            ``torch.compile(model.forward)``.
+        args, kwargs: arguments of the call.
+        enclosing: modules whose forward was running when Dynamo came to the frame it compiles, innermost first.
+        variables: local variables of that frame.
     """
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    if source is None:
-        return ""
-    name = source.name
-    return name() if callable(name) else name
+
+    context: Any
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    enclosing: tuple[torch.nn.Module, ...]
+    variables: Mapping[str, Any]
+
+
+def compiled_call() -> CompiledCall | None:
+    """The innermost call of a compiled callable on the Python stack, ``None`` outside of any.
+
+    Graph breaks, resumed frames and buckets of DDP all run below the function that ``torch.compile`` puts around its
+    callable. The same in 2.13 and 2.14.
+    """
+    enclosing = []
+    variables: Mapping[str, Any] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if "self" in code.co_freevars and code.co_filename == torch._dynamo.eval_frame.__file__:
+            found = frame.f_locals
+            if isinstance(found["self"], torch._dynamo.eval_frame.OptimizeContext) and "fn" in found:
+                target = _compiled_target(found["fn"])
+                if isinstance(target, torch.nn.Module):
+                    enclosing.append(target)
+                arguments = found.get("args", ()), found.get("kwargs", {})
+                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), variables)
+        elif "self" in code.co_varnames or "self" in code.co_cellvars:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module):
+                enclosing.append(owner)
+            elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
+                variables = owner.local_scope
+        frame = frame.f_back
+    return None
+
+
+def _compiled_target(function: Any) -> Any:
+    """What the user compiled, without what torch puts around it."""
+    while getattr(getattr(function, "__code__", None), "co_filename", "") == torch._dynamo.external_utils.__file__:
+        function = function.__wrapped__
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else function
+
+
+def source_of(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder, ``None`` if unknown."""
+    return getattr(placeholder.meta.get("grapharg"), "source", None)
+
+
+def local_variable(placeholder: Node) -> tuple[str, Any]:
+    """The local variable of the frame that a placeholder is reached from, by name and source; "" if it is none."""
+    source = source_of(placeholder)
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return getattr(source, "local_name", ""), source
+
+
+def guard_identity(source: Any) -> None:
+    """Let the code that Dynamo is compiling run only where ``source`` is the very object it is now."""
+    guard = source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH)
+    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)
+
+
+def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
+    """Run ``act`` once, when the compiled callable is called the next time. What it raises reaches the caller."""
+    context = call.context
+
+    def enter() -> Callable[[], None]:
+        context.enter_exit_hooks = [hook for hook in context.enter_exit_hooks if hook is not enter]
+        act()
+        return lambda: None
+
+    context.enter_exit_hooks.append(enter)

@@ -34,7 +34,7 @@ from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
 from . import compat
 from .backends import compile_with, split_options
 from .recipes import RECIPES
-from .session import Session, UnmatchedRuleError, session_for, unmatched_message
+from .session import Session, UnmatchedRuleError, unmatched_message
 
 __all__ = ["Report", "Row", "SavedBytes", "explain", "saved_bytes"]
 
@@ -317,8 +317,10 @@ def explain(
     report = _make_report(backend, graphs)
     report.remarks = _not_captured(model, captured)
     ours, _ = split_options(None, options)
-    session: Session = session_for(RECIPES[backend].override(ours), options)
-    session.settled = True
+    session = Session(RECIPES[backend].override(ours))
+    for graph in graphs:
+        if graph.plan is not None:
+            session.add(graph.plan)
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report

@@ -301,8 +301,25 @@ _ACCEPTED_IN_RULES: dict[str, tuple[str, Any]] = {
 }
 
 
+#: Names under which wrappers keep the module they wrap: torch.compile, checkpoint_wrapper, FSDP, DDP and averaging.
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
+
+
 def matches_name(name: str, pattern: str) -> bool:
-    """Whether a glob matches a run of whole dotted segments of ``name``."""
+    """Whether a run of whole dotted segments of ``name`` is ``pattern``, literally or as a glob.
+
+    Both count as they are, and without the segments that wrappers add.
+    """
+    return _matches(name, pattern) or _matches(_without_wrappers(name), _without_wrappers(pattern) or pattern)
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if f".{pattern}." in f".{name}.":
+        return True
     return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
