@@ -123,7 +123,7 @@ def _describe(site: Site) -> None:
         replace(slot, kind="weight" if weight else "activation")
         for slot, weight in zip(site.slots, weights, strict=True)
     )
-    contraction = static_size(_contraction_size(values[1], site.slots[1]))
+    contraction = static_size(site.slots[1].size(node))
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
     sizes = [v.numel() for v, s in zip(values, site.slots, strict=True) if s.kind == "weight"]
     site.weight_size = static_size(sizes[-1]) if sizes else None
@@ -142,9 +142,3 @@ def _describe(site: Site) -> None:
         site.obstacle = f"contraction size {contraction}: an outer product, nothing is summed"
     elif any(static_size(v.numel()) == 0 for v in values):
         site.obstacle = "an operand is empty"
-
-
-def _contraction_size(value: torch.Tensor, slot: Slot) -> Any:
-    if slot.frame and slot.frame.flatten is not None:
-        return torch.Size(value.shape[slot.frame.flatten :]).numel()
-    return value.shape[slot.axis]

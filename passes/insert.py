@@ -89,8 +89,13 @@ def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | Non
     if frame is None:
         return build(fake_quantize, x, str(operand), axis, *seed)
     if frame.flatten is not None:
-        flat = build(torch.flatten, x, frame.flatten)
-        return build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), x)
+        led = build(torch.movedim, x, frame.lead, 0) if frame.lead else x
+        flat = build(torch.flatten, led, frame.flatten)
+        shaped = build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), led)
+        if not frame.lead:
+            return shaped
+        # conv_tbc takes views of its operands that only contiguous memory has.
+        return build(torch.clone, build(torch.movedim, shaped, 0, frame.lead), memory_format=torch.contiguous_format)
     assert frame.patch is not None
     return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
 
@@ -143,7 +148,7 @@ def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
     if slot.position < len(node.args):
         node.update_arg(slot.position, value)
     else:
-        node.update_kwarg(slot.keyword, value)
+        node.update_kwarg(slot.keyword_in(node), value)
 
 
 def _is_barrier(node: Node) -> bool:

@@ -142,3 +142,11 @@ def source_name(node: Node) -> str:
         return ""
     name = source.name
     return name() if callable(name) else name
+
+
+def triton_kernel_name(index: int) -> str:
+    """What a Triton kernel is called that a graph launches (``triton_kernel_wrapper_mutation(kernel_idx=index)``)."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel = kernel_side_table.get_kernel(index)
+    return str(getattr(getattr(kernel, "fn", kernel), "__name__", type(kernel).__name__))
