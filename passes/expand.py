@@ -23,8 +23,12 @@ from .spellings import name_of
 
 __all__ = ["COMPOSITES", "expand"]
 
-#: By :func:`name_of`. A cell is two linear layers and, on CUDA, a kernel that fuses what follows them.
-COMPOSITES = frozenset({"multi_head_attention_forward", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
+aten = torch.ops.aten
+
+#: ATen ops that a trace would leave whole, too. Each is two linear layers and, on CUDA, a kernel that fuses what follows.
+_CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+#: What is opened, by :func:`name_of`.
+COMPOSITES = frozenset({"multi_head_attention_forward", *(cell.overloadpacket.__name__ for cell in _CELLS)})
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")
 
@@ -81,7 +85,7 @@ def _open(gm: GraphModule, call: Node) -> bool:
     examples = [_example(node) for node in inputs]
     mode = compat.fake_mode_of(gm.graph)
     with mode:
-        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*examples)
+        traced = make_fx(run, {op: op.decompose for op in _CELLS}, tracing_mode="real", pre_dispatch=True)(*examples)
         if any(node.op == "get_attr" for node in traced.graph.nodes):
             return False  # a constant made on the way
         new = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
