@@ -32,7 +32,7 @@ from .origins import IN_PLACE_OPERATORS
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
 from .spellings import Frame, Slot
 
-__all__ = ["insert"]
+__all__ = ["insert", "stamp"]
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -40,15 +40,14 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    for decision in plan.decisions:
-        _stamp(decision)
     return sum(_insert_in(module, by_node) for module in graph_modules(gm))
 
 
-def _stamp(decision: Decision) -> None:
-    """Leave the site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
-    node = decision.site.node
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+def stamp(plan: Plan) -> None:
+    """Leave every site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
+    for decision in plan.decisions:
+        node = decision.site.node
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:

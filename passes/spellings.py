@@ -18,7 +18,7 @@ from qcompile import compat
 
 from .graph import static_size, value_of
 
-__all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "name_of", "recognize"]
+__all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "is_opaque", "name_of", "recognize"]
 
 
 @dataclass(frozen=True)
@@ -378,6 +378,11 @@ def _is_torch(function: Any) -> bool:
     owner = getattr(function, "__objclass__", None)  # of torch.Tensor.matmul
     module = str((owner or function).__module__)
     return module.partition(".")[0] in ("torch", "_operator", "operator") and hasattr(function, "__name__")
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether a call is an op of another library, or a kernel, that may be a product; see `recognize`."""
+    return _opaque(node, name_of(node)) is not None
 
 
 _TRITON = ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional")
