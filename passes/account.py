@@ -8,7 +8,7 @@ so, and in tests it is an error. Changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -20,7 +20,7 @@ from qcompile import compat
 
 from .dialect import GEMMS, decode_root, is_call
 from .pass_base import Context, Observations
-from .plan import site_index
+from .plan import Plan, site_index
 from .quantize_gradients import depends_on_tangents, gemm_role
 from .spellings import is_opaque, name_of
 
@@ -34,13 +34,15 @@ class Product:
     """One product of a joint graph.
 
     Attributes:
-        site: index of the site it belongs to, or ``None``. role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where
-        the graph does not tell which.
+        site: index of the site it belongs to, or ``None``. body: whether it is in the body of a higher-order op (or in
+        an inference graph), which may run any number of times and is counted once.
+        role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where the graph does not tell which.
         op: its name in ATen. flops: floating-point operations, 0 for the opaque op of another library.
         quantized: whether it reads an operand that was quantized. where: ``file:line`` of the model.
     """
 
     site: int | None
+    body: bool
     role: str
     op: str
     flops: int
@@ -53,12 +55,14 @@ def account(graph: Graph, context: Context) -> int:
     if context.observe is None:
         return 0
     backward = depends_on_tangents(graph)
+    body = not any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
         flops = _flops(node)
         if flops is not None:
             context.observe.products.append(
                 Product(
                     site=site_index(node),
+                    body=body,
                     role=_role(node, backward),
                     op=name_of(node),
                     flops=flops,
@@ -66,7 +70,23 @@ def account(graph: Graph, context: Context) -> int:
                     where=compat.source_line(node),
                 )
             )
+    _attribute_backwards_of_bodies(context.observe.products, context.plan)
     return 0
+
+
+def _attribute_backwards_of_bodies(products: list[Product], plan: Plan) -> None:
+    """Give a site to the backward products in bodies of ``cond``, ``scan`` and ``map``.
+
+    Torch traces these backwards on their own and hands no metadata on. Each of their products multiplies the same three
+    extents as a forward product, so it belongs to a site in a body that has as many operations, and to none if there is
+    no such site.
+    """
+    in_bodies = {decision.site.index for decision in plan.decisions if decision.site.body}
+    sites = {p.flops: p.site for p in products if p.role == "fprop" and p.site in in_bodies}
+    for i, product in enumerate(products):
+        if product.site is None and product.body and product.role != "fprop":
+            # One ATen op makes both gradients of a convolution.
+            products[i] = replace(product, site=sites.get(product.flops, sites.get(product.flops // 2)))
 
 
 def remark(graphs: Iterable[Observations]) -> str:
@@ -169,7 +189,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "addmv": lambda bias, matrix, *_, **__: 2 * matrix.numel(),
     "_grouped_mm": _grouped,
     "transformers::grouped_mm_fallback": _grouped,
-    "transformers::grouped_mm_fallback_backward": lambda grad, a, b, *_, **__: 2 * _grouped(a, b),
+    "transformers::grouped_mm_fallback_backward": lambda a, b, *_, **__: 2 * _grouped(a, b),
     "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),

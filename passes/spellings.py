@@ -279,6 +279,7 @@ _REASONS: dict[str, str] = {
     "a covariance: the data times itself": "cov corrcoef",
     "coordinates of a sampling grid": "affine_grid affine_grid_generator",
     "a list of products in one op": "_foreach_mm",
+    "a gradient inside a torch.func transform: the products of its backward are not the model's own": "_autograd_grad",
     _SPARSE: """_sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
         _spsolve _cslt_sparse_mm _sparse_semi_structured_mm _sparse_semi_structured_addmm
         _sparse_semi_structured_linear""",
@@ -307,6 +308,7 @@ _REPORTED_AS = {
     "multi_head_attention_forward": "multi_head_attention",
     "_native_multi_head_attention": "multi_head_attention",
     "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
+    "_autograd_grad": "func.grad",
 }
 #: Name → (op kind, reason).
 OUT_OF_SCOPE: dict[str, tuple[str, str]] = {
