@@ -204,12 +204,12 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
     )
     site.reservation = _reservation(site, operands)
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
-    site.contraction = _contraction_size(values[1], site.slots[1])
+    site.contraction = site.slots[1].size(node)
     site.training = torch.is_grad_enabled() and any(v.requires_grad for v in values)
     for slot, value, origin in zip(site.slots, values, operands, strict=True):
         if slot.kind == "weight":
             site.weight_size = value.numel()
-            site.sides = max(_sides(value, slot), _sides_of_parameter(origin), key=min)
+            site.sides = max(_sides(value, slot, slot.size(node)), _sides_of_parameter(origin), key=min)
             if len(origin.roots) == 1:
                 _name(site, names, *origin.roots)
     if site.obstacle:
@@ -257,15 +257,8 @@ def _reservation(site: Site, operands: list[Origin]) -> str:
     return IS_CONSTANT if constant and not site.op.startswith(_LAYERS) else ""
 
 
-def _contraction_size(value: torch.Tensor, slot: Slot) -> Any:
-    if slot.frame and slot.frame.flatten is not None:
-        return torch.Size(value.shape[slot.frame.flatten :]).numel()
-    return value.shape[slot.axis]
-
-
-def _sides(value: torch.Tensor, slot: Slot) -> tuple[Any, Any]:
+def _sides(value: torch.Tensor, slot: Slot, contracted: Any) -> tuple[Any, Any]:
     """Of a weight, as one of a batch of matrices if it has more than two axes."""
-    contracted = _contraction_size(value, slot)
     if value.dim() > 2 and slot.frame is None and slot.axis in (-1, -2):
         return contracted, value.shape[-3 - slot.axis]
     return contracted, value.numel() // contracted if value.numel() else 0

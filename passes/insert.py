@@ -32,7 +32,7 @@ from .origins import IN_PLACE_OPERATORS
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
 from .spellings import Frame, Slot
 
-__all__ = ["insert"]
+__all__ = ["insert", "stamp"]
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -40,15 +40,14 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    for decision in plan.decisions:
-        _stamp(decision)
     return sum(_insert_in(module, by_node) for module in graph_modules(gm))
 
 
-def _stamp(decision: Decision) -> None:
-    """Leave the site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
-    node = decision.site.node
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+def stamp(plan: Plan) -> None:
+    """Leave every site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
+    for decision in plan.decisions:
+        node = decision.site.node
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
@@ -89,8 +88,13 @@ def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | Non
     if frame is None:
         return build(fake_quantize, x, str(operand), axis, *seed)
     if frame.flatten is not None:
-        flat = build(torch.flatten, x, frame.flatten)
-        return build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), x)
+        led = build(torch.movedim, x, frame.lead, 0) if frame.lead else x
+        flat = build(torch.flatten, led, frame.flatten)
+        shaped = build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), led)
+        if not frame.lead:
+            return shaped
+        # conv_tbc takes views of its operands that only contiguous memory has.
+        return build(torch.clone, build(torch.movedim, shaped, 0, frame.lead), memory_format=torch.contiguous_format)
     assert frame.patch is not None
     return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
 
@@ -143,7 +147,7 @@ def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
     if slot.position < len(node.args):
         node.update_arg(slot.position, value)
     else:
-        node.update_kwarg(slot.keyword, value)
+        node.update_kwarg(slot.keyword_in(node), value)
 
 
 def _is_barrier(node: Node) -> bool:

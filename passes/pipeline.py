@@ -6,7 +6,8 @@ stage          graph                                             pass           
 dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
-joint          forward and backward in ATen, before partitioning cancel_rotations        no
+joint          forward and backward in ATen, before partitioning account                 no (counts what AOTAutograd made)
+joint                                                            cancel_rotations        no
 joint                                                            quantize_gradients      **yes, if gradient= is set**
 joint                                                            fuse                    no
 joint                                                            fold                    **yes, if backward= is set**
@@ -31,13 +32,14 @@ from torch.fx import Graph, GraphModule
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
+from .account import account
 from .audit import audit
 from .cancel_rotations import cancel_rotations
 from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
-from .insert import insert
+from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .names import Names
@@ -50,6 +52,7 @@ from .quantize_gradients import quantize_gradients
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
 JOINT = (
+    GraphPass("account", account),
     GraphPass("cancel_rotations", cancel_rotations),
     GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
@@ -81,6 +84,7 @@ def rewrite(
     if observe is not None:
         observe.plan = plan
     dump("dynamo_captured", gm.graph, context)
+    stamp(plan)
     if plan.quantized:
         wrapped = insert(gm, plan)
         log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))

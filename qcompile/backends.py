@@ -82,7 +82,7 @@ def compile_with(
         log.info("%s", context.plan.summary(recipe.name))
         if recipe.monitor and observe is None:
             watched = watch(gm, context.plan)
-        if context.plan.quantized:
+        if context.plan.quantized or observe is not None:
             register_lowerings()
             patches.update(hooks(context, patches))
     compiled: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -292,3 +293,25 @@ def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
         return lambda: None
 
     context.enter_exit_hooks.append(enter)
+
+
+def triton_kernel_name(index: int) -> str:
+    """What a Triton kernel is called that a graph launches (``triton_kernel_wrapper_mutation(kernel_idx=index)``)."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel = kernel_side_table.get_kernel(index)
+    return str(getattr(getattr(kernel, "fn", kernel), "__name__", type(kernel).__name__))
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number: of a symbolic one what it was in the call being compiled; 1 if that is not known either."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the code a node comes from; "" if it is not known."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return ":".join(places[-1]) if places else ""
