@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from qcompile import compat
+from qcompile.ir.sharding import local_tensor
+
+from .subclasses import obstacle_of_class
 
 __all__ = ["Frame", "Site", "Slot", "find_gemms"]
 
@@ -57,7 +60,7 @@ class Slot:
 
     def size(self, node: Node) -> Any:
         """How many elements a row of the operand has, along the axis it is quantized on."""
-        shape = self.of(node).meta["example_value"].shape
+        shape = local_tensor(self.of(node).meta["example_value"]).shape
         if self.frame is None:
             return shape[self.axis]
         if self.frame.flatten is not None:
@@ -376,6 +379,7 @@ def _describe(site: Site) -> None:
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(_value(node), torch.Tensor):
         site.obstacle = site.obstacle or "its operands are not plain tensors"
         return
+    site.obstacle = site.obstacle or obstacle_of_class(values)
     if any(v.is_nested or v.layout is not torch.strided for v in values):
         site.obstacle = site.obstacle or "an operand is nested or sparse; only dense tensors are quantized"
         return
@@ -404,7 +408,7 @@ def _describe(site: Site) -> None:
         site.obstacle = "the contraction size is dynamic; mark it static"
     elif contraction <= 1:
         site.obstacle = f"contraction size {contraction}: an outer product, nothing is summed"
-    elif any(static_size(v.numel()) == 0 for v in values):
+    elif any(static_size(local_tensor(v).numel()) == 0 for v in values):
         site.obstacle = "an operand is empty"
 
 

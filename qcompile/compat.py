@@ -14,6 +14,7 @@ import torch._functorch.partitioners
 import torch._guards
 import torch._inductor.compile_fx
 import torch._logging._internal
+import torch.utils._python_dispatch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
@@ -28,6 +29,7 @@ __all__ = [
     "fake_mode_of",
     "in_compiled_autograd",
     "inductor_options",
+    "is_wrapper_subclass",
     "log_artifact",
     "min_cut_partition",
     "tensor_core_capability",
@@ -78,8 +80,8 @@ def fake_mode_of(graph: Graph) -> Any:
     """The FakeTensorMode of a graph's values, or ``None`` for a graph without tensors."""
     for node in graph.nodes:
         value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
+        if mode := torch._subclasses.fake_tensor.maybe_get_fake_mode(value):
+            return mode
     return None
 
 
@@ -130,6 +132,16 @@ def will_freeze(graph: Graph) -> bool:
 def is_parameter(value: Any) -> bool:
     """Whether a placeholder's example value stands for a parameter; Dynamo's fake copies keep the class."""
     return isinstance(value, torch.nn.Parameter)
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether a tensor is a subclass around other tensors that ``torch.compile`` takes apart.
+
+    Not the result of a collective that is under way: whatever reads it waits for it and gets a plain tensor.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    pending = module is not None and isinstance(value, module.AsyncCollectiveTensor)
+    return not pending and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
 
 
 def source_name(node: Node) -> str:

@@ -9,8 +9,9 @@ first, since rounding is not linear; estimators are linear in the gradient and t
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,16 +38,14 @@ def _held(x: Any) -> str:
     return next(name for name in names if isinstance(getattr(x, name), Tensor))
 
 
-def shards(x: Tensor, axis: int | None = None) -> int:
-    """Over how many ranks ``axis`` is split, or any axis; 1 for a tensor that is no DTensor."""
-    if not is_sharded(x):
-        return 1
-    count = 1
-    for extent, placement in zip(x.device_mesh.shape, x.placements, strict=True):  # type: ignore[attr-defined]
-        dim = getattr(placement, "dim", None)
-        if dim is not None and (axis is None or dim % x.dim() == axis % x.dim()):
-            count *= extent
-    return count
+def shards(x: Any, axes: Collection[int]) -> int:
+    """Into how many parts a DTensor is split along these axes, counted from the front."""
+    extents = (
+        extent
+        for extent, placement in zip(x.device_mesh.shape, x.placements, strict=True)
+        if (dim := getattr(placement, "dim", None)) is not None and dim % x.dim() in axes
+    )
+    return math.prod(extents)
 
 
 def with_local(x: Any, local: Tensor, stride: Sequence[Any]) -> Any:
