@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.ops import LIB, quantized, transform_of
+from qcompile.ir.ops import LIB, quantized, transform_of, without_autocast
 from qcompile.ir.recipe import Operand
 from qcompile.ir.sharding import local_tensor
 from qcompile.kernels.quantize.reference import load_scale, spread, unpack
@@ -34,7 +34,7 @@ def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None =
         rows = rows.reshape(-1, rows.shape[-1])
         many = not isinstance(rows.shape[0], int) or rows.shape[0] >= _FEW_ROWS
         rows = rows[::_STRIDE] if many else rows
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         return _statistics(rows, spec, seed)
 
 

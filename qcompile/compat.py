@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "compile_fx",
     "eager_inner_compile",
     "fake_mode_of",
+    "given_fake_tensors",
     "in_compiled_autograd",
     "inductor_options",
     "is_wrapper_subclass",
@@ -85,6 +86,13 @@ def fake_mode_of(graph: Graph) -> Any:
     return None
 
 
+def given_fake_tensors(example_inputs: list[Any]) -> bool:
+    """Whether a model is compiled for the user's own fake tensors (``FakeTensorMode``), not for the tracer's."""
+    context = torch._guards.TracingContext.try_get()
+    fakes = [x for x in example_inputs if isinstance(x, torch._subclasses.FakeTensor)]
+    return context is not None and any(x.fake_mode is not context.fake_mode for x in fakes)
+
+
 def log_artifact(name: str, text: Callable[[], str]) -> None:
     """Write a program as a tlparse artifact (``TORCH_TRACE``)."""
     torch._logging._internal.trace_structured(
@@ -108,8 +116,8 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
         torch._inductor.compile_fx._recursive_post_grad_passes(gm, inference)
 
     def run(args: list[Any]) -> Any:
-        result = torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
-        return result
+        with next((x.fake_mode for x in args if isinstance(x, torch._subclasses.FakeTensor)), nullcontext()):
+            return torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -14,6 +14,9 @@ through it and the joint graph shows the ops below. Their kernels are registered
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from .recipe import Operand, OutlierClamp
 from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
 
-__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of"]
+__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of", "without_autocast"]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -192,6 +195,13 @@ def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
     return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For formulas that choose their own precision: autocast is on inside a Function's forward, eager and traced."""
+    kind = x.device.type
+    # The meta device has none.
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class _FakeQuantize(torch.autograd.Function):
     """quantize → dequantize forward, the operand's estimator backward."""
 
@@ -291,8 +301,7 @@ def _stride_of_dequantized(shape, axis: int) -> tuple:
 
 
 def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
-    # Autocast is on inside a Function's forward, eager and traced; the formulas here choose their own precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if is_sharded(x):
             return _FakeQuantizeShards.apply(without_partial_sums(x), operand, axis, seed)[0]
         return _FakeQuantize.apply(x, operand, axis, seed)[0]
