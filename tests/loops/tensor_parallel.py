@@ -6,12 +6,13 @@ on the CPU, or over NCCL on the first GPU that it sees if ``QCOMPILE_TEST_DEVICE
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -39,7 +40,7 @@ from qcompile.recipes import RECIPES
 
 DEVICE = os.environ.get("QCOMPILE_TEST_DEVICE", "cpu")
 WORLD = 2
-VOCABULARY, WIDTH, HIDDEN, LAYERS, STEPS = 64, 64, 96, 2, 3
+VOCABULARY, WIDTH, HIDDEN, LAYERS, STEPS = 64, 64, 96, 1, 2
 
 
 class MLP(nn.Module):
@@ -64,8 +65,7 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-#: Sharded by rows of the weight (outputs), by columns (inputs).
-COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "up")
+#: Layers whose weight is sharded along its inputs; the others' along outputs.
 ROWWISE = ("o_proj", "down_proj", "down")
 
 
@@ -82,8 +82,8 @@ def llama_plan() -> dict[str, ParallelStyle]:
         ),
         "model.layers.*.post_attention_layernorm": SequenceParallel(),
         "model.layers.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), **gathered),
-        **{f"model.layers.*.self_attn.{name}": ColwiseParallel() for name in COLWISE[:3]},
-        **{f"model.layers.*.mlp.{name}": ColwiseParallel() for name in COLWISE[3:5]},
+        **{f"model.layers.*.self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")},
+        **{f"model.layers.*.mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")},
         "model.layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
         "model.layers.*.mlp.down_proj": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
         "model.norm": SequenceParallel(),
@@ -91,11 +91,20 @@ def llama_plan() -> dict[str, ParallelStyle]:
     }
 
 
-def compiled(model: nn.Module, recipe: str, observed: list[Observations], **options: Any) -> nn.Module:
-    """``model`` compiled: on CPUs through all passes, the graphs then executed."""
+#: Rows are too short to have anything beyond the 99 % quantile.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qcompile_fp4": {"activation": {"outliers": "occ(alpha=0.95)"}},
+    "qcompile_quest": {},
+}
+#: Rotations that are not computed are roundings that are not made: after a step of training a code goes the other way.
+EVERY_ROTATION = {"disable_passes": ["cancel_rotations"]}
+
+
+def compile_arguments(recipe: str, observed: list[Observations], **options: Any) -> dict[str, Any]:
+    """For ``torch.compile``. On CPUs the graphs are executed after all passes, and ``observed`` is filled."""
+    options = {**OPTIONS[recipe], **options}
     if DEVICE == "cuda":
-        model.compile(backend=recipe, options=options, fullgraph=True)
-        return model
+        return {"backend": recipe, "options": options, "fullgraph": True}
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         observed.append(Observations())
@@ -104,23 +113,22 @@ def compiled(model: nn.Module, recipe: str, observed: list[Observations], **opti
             inner_compile=compat.eager_inner_compile,
         )  # fmt: skip
 
-    model.compile(backend=backend, fullgraph=True)
-    return model
+    return {"backend": backend, "fullgraph": True}
 
 
 def whole(x: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor or of all its shards."""
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu().clone()
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.grad) for name, p in model.named_parameters()}
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def inputs() -> Tensor:
-    """The MLP's ``[6, 5, 48]``, with an outlier in every row."""
-    x = torch.randn(6, 5, 48, generator=torch.Generator().manual_seed(5))
-    x[..., 7] += 6
-    return x.to(DEVICE)
+def tokens_with_outliers(*shape: int) -> Tensor:
+    """Normal numbers of this shape, the same in every process, some channels much larger than others."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    return (x * (1 + 6 * (torch.arange(shape[-1]) % 11 == 7))).to(DEVICE)
 
 
 def batches() -> list[Tensor]:
@@ -129,54 +137,166 @@ def batches() -> list[Tensor]:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in float32."""
     logits = model(tokens[:, :-1]).logits
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(model: nn.Module, data: list[Tensor]) -> dict[str, Any]:
-    """An optimizer step a batch; losses, gradients of the first step, parameters at the end."""
+def train(model: nn.Module, under: Callable[[], Any] = contextlib.nullcontext) -> dict[str, Any]:
+    """One optimizer step a batch, forwards under ``under()``; losses, gradients of the first step, parameters."""
     optimizer, losses, first = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [], {}
-    for tokens in data:
-        loss = loss_of(model, tokens)
+    for tokens in batches():
+        with under():
+            loss = loss_of(model, tokens)
         loss.backward()
         losses.append(loss.detach().cpu())
         first = first or gradients_of(model)
         optimizer.step()
         optimizer.zero_grad()
-    return {"losses": losses, "gradients": first, "parameters": {n: whole(p) for n, p in model.named_parameters()}}
+    parameters = {name: whole(p) for name, p in model.named_parameters()}
+    return {"losses": torch.stack(losses), "gradients": first, "parameters": parameters}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A function of x and w, DTensors with these shapes, placements and contracted axes."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    x: tuple[int, ...]
+    x_placement: Placement
+    w: tuple[int, ...]
+    w_placement: Placement
+    axes: tuple[int, int] = (-1, -2)
+
+
+PRODUCTS: dict[str, Product] = {
+    "outputs": Product(torch.matmul, (6, 5, 48), Replicate(), (48, 32), Shard(1)),
+    "inputs": Product(torch.matmul, (6, 5, 48), Shard(2), (48, 32), Shard(0)),
+    "inputs_unevenly": Product(torch.matmul, (6, 5, 47), Shard(2), (47, 32), Shard(0)),
+    "tokens": Product(torch.matmul, (6, 5, 48), Shard(0), (48, 32), Replicate()),
+    # Placed so that the product has to move one of them: scales are those of how the operands came.
+    "one_moves": Product(F.linear, (6, 5, 48), Shard(0), (32, 48), Shard(1), (-1, -1)),
+    "transposed": Product(lambda x, w: F.linear(x, w.transpose(0, 1)), (6, 5, 48), Shard(2), (48, 32), Shard(0)),
+    "einsum": Product(lambda x, w: torch.einsum("btk,kn->btn", x, w), (6, 5, 48), Shard(2), (48, 32), Shard(0)),
+    "heads": Product(lambda x, w: torch.einsum("bhk,hkn->bhn", x, w), (6, 4, 48), Shard(1), (4, 48, 8), Shard(0)),
+}
+
+
+def run_product(name: str, recipe: str) -> dict[str, Tensor]:
+    product, observed = PRODUCTS[name], []  # type: ignore[var-annotated]
+    mesh = mesh_of_ranks()
+    x = distribute_tensor(tokens_with_outliers(*product.x), mesh, [product.x_placement]).requires_grad_()
+    w = nn.Parameter(distribute_tensor(tokens_with_outliers(*product.w), mesh, [product.w_placement]))
+    y = torch.compile(product.function, **compile_arguments(recipe, observed))(x, w)
+    y.square().mean().backward()
+    assert all(decision.quantized for seen in observed for decision in seen.plan.decisions)
+    return {"y": whole(y), "x": whole(x.grad), "w": whole(w.grad)}
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache  # uneven shards on a second, equal mesh fail in AOTAutograd (2.13, plain Inductor too)
 def mesh_of_ranks() -> DeviceMesh:
     return init_device_mesh(DEVICE, (WORLD,))
 
 
-def mlp(recipe: str) -> dict[str, Any]:
-    model, observed = MLP().to(DEVICE), []  # type: ignore[var-annotated]
-    parallelize_module(model, mesh_of_ranks(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    compiled(model, recipe, observed)
-    x = inputs().requires_grad_()
+def sharded_mlp() -> nn.Module:
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return parallelize_module(MLP().to(DEVICE), mesh_of_ranks(), plan)
+
+
+def seen_by_passes(observed: list[Observations]) -> dict[str, Any]:
+    """Of a compiled graph: products, saved tensors, and what the plan says of each layer."""
+    if DEVICE == "cuda":
+        return {}
+    (seen,) = observed
+    plan = [(d.site.name, d.quantized, d.reason) for d in seen.plan.decisions]  # type: ignore[union-attr]
+    return {"gemms": seen.gemms, "saved": seen.saved, "plan": plan}
+
+
+def mlp(recipe: str, **options: Any) -> dict[str, Any]:
+    model, observed = sharded_mlp(), []  # type: ignore[var-annotated]
+    x = tokens_with_outliers(6, 5, 48).requires_grad_()
+    model.compile(**compile_arguments(recipe, observed, **options))
     y = model(x)
     y.square().mean().backward()
-    (seen,) = observed
-    return {
-        "y": whole(y), "gradients": {"x": x.grad, **gradients_of(model)}, "gemms": seen.gemms, "saved": seen.saved,
-    }
+    return {"y": whole(y), "gradients": {"x": whole(x.grad), **gradients_of(model)}, **seen_by_passes(observed)}
 
 
-CELLS = {"tp_mlp_fp4": lambda: mlp("qcompile_fp4"), "tp_mlp_quest": lambda: mlp("qcompile_quest")}
+def mlp_without_gradients(recipe: str) -> dict[str, Any]:
+    """``no_grad``, and ``inference_mode``, where composite ops arrive undecomposed at a DTensor."""
+    outputs = {}
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        model = sharded_mlp()
+        model.compile(**compile_arguments(recipe, []))
+        with mode():
+            outputs[mode.__name__] = whole(model(tokens_with_outliers(6, 5, 48)))
+    return outputs
 
 
-def train_llama(recipe: str) -> dict[str, Any]:
-    model, observed = llama().to(DEVICE), []
+def scopes() -> dict[str, str]:
+    """What the plan says of the row-wise layer where scales have another scope."""
+    told = {}
+    for scope in ({"granularity": "tensor"}, {"outliers": "occ(per=tensor)"}, {"granularity": "block8"}):
+        torch._dynamo.reset()
+        told[str(scope)] = mlp("qcompile_fp4", activation=scope, weight="off")["plan"][1][2]
+    return told
+
+
+def llama_trained(recipe: str) -> dict[str, Any]:
+    model, observed = llama().to(DEVICE), []  # type: ignore[var-annotated]
     parallelize_module(model, mesh_of_ranks(), llama_plan())
-    r = train(compiled(model, recipe, observed), batches())
-    (seen,) = observed
-    return {**r, "gemms": seen.gemms, "saved": seen.saved}
+    model.compile(**compile_arguments(recipe, observed, **EVERY_ROTATION))
+    return {**train(model), **seen_by_passes(observed)}
 
-CELLS |= {"tp_llama_fp4": lambda: train_llama("qcompile_fp4"), "tp_llama_quest": lambda: train_llama("qcompile_quest")}
+
+def llama_in_two_dimensions(recipe: str) -> dict[str, Any]:
+    """FSDP2 around tensor parallelism, each block compiled. Two ranks leave one to shard over."""
+    mesh = init_device_mesh(DEVICE, (1, WORLD), mesh_dim_names=("data", "tensor"))
+    model = llama().to(DEVICE)
+    parallelize_module(model, mesh["tensor"], llama_plan())
+    arguments = compile_arguments(recipe, [], **EVERY_ROTATION)
+    for block in model.model.layers:
+        block.compile(**arguments)
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    assert all(p.device_mesh.ndim == 2 for p in model.parameters())
+    return train(model)
+
+
+def report() -> dict[str, Any]:
+    x = tokens_with_outliers(6, 5, 48).requires_grad_()
+    own = qcompile.explain(sharded_mlp(), x)
+    return {"own": own.to_json(), "merged": own.gather().to_json()}
+
+
+def monitored() -> dict[str, Any]:
+    """SQNR in dB of operands ``[1, 4]``, each rank's of its own shards."""
+    monitor, model = qcompile.Monitor(), sharded_mlp()
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_with(
+            RECIPES["qcompile_fp4"], gm, inputs, options={"monitor": monitor}, inner_compile=compat.eager_inner_compile
+        )
+
+    model.compile(backend=backend, fullgraph=True)
+    model(tokens_with_outliers(6, 5, 48))
+    monitor.step()
+    return {"sqnr": monitor.sqnr(), "layers": [layer[0] for layer in monitor.layers]}
+
+
+CELLS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{f"tp_{name}_{recipe}": functools.partial(run_product, name, f"qcompile_{recipe}")
+       for name in PRODUCTS for recipe in ("fp4", "quest")},
+    **{f"tp_{cell.__name__}_{recipe}": functools.partial(cell, f"qcompile_{recipe}")
+       for cell in (mlp, mlp_without_gradients, llama_trained, llama_in_two_dimensions) for recipe in ("fp4", "quest")},
+    "tp_scopes": scopes,
+    "tp_report": report,
+    "tp_monitored": monitored,
+}  # fmt: skip
+
 
 def main(group: str, rank: int, world: int, directory: Path) -> None:
     on_gpu = DEVICE == "cuda"
