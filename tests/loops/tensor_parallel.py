@@ -288,14 +288,17 @@ def monitored() -> dict[str, Any]:
 
 
 CELLS: dict[str, Callable[[], dict[str, Any]]] = {
-    **{f"tp_{name}_{recipe}": functools.partial(run_product, name, f"qcompile_{recipe}")
-       for name in PRODUCTS for recipe in ("fp4", "quest")},
-    **{f"tp_{cell.__name__}_{recipe}": functools.partial(cell, f"qcompile_{recipe}")
-       for cell in (mlp, mlp_without_gradients, llama_trained, llama_in_two_dimensions) for recipe in ("fp4", "quest")},
+    **{f"tp_{name}": functools.partial(run_product, name, "qcompile_fp4") for name in PRODUCTS},
+    **{
+        f"tp_{cell.__name__}_{recipe}": functools.partial(cell, f"qcompile_{recipe}")
+        for cell in (mlp, mlp_without_gradients, llama_trained)
+        for recipe in ("fp4", "quest")
+    },
+    "tp_llama_in_two_dimensions_fp4": lambda: llama_in_two_dimensions("qcompile_fp4"),
     "tp_scopes": scopes,
     "tp_report": report,
     "tp_monitored": monitored,
-}  # fmt: skip
+}
 
 
 def main(group: str, rank: int, world: int, directory: Path) -> None:
