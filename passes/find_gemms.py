@@ -17,11 +17,14 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from qcompile.ir.sharding import local_tensor
+
 from .graph import static_size, value_of
 from .heads import Vocabulary, head_reasons, identity_of
 from .names import Names
 from .origins import Origin, Origins
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Recognized, Slot, recognize
+from .subclasses import obstacle_of_class
 
 __all__ = ["Site", "find_gemms"]
 
@@ -194,6 +197,7 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(value_of(node), torch.Tensor):
         site.obstacle = site.obstacle or "its operands are not plain tensors"
         return site
+    site.obstacle = site.obstacle or obstacle_of_class(values)
     if any(v.is_nested or v.layout is not torch.strided for v in values):
         site.obstacle = site.obstacle or "an operand is nested or sparse; only dense tensors are quantized"
         return site
@@ -220,7 +224,7 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
         )
     elif static_size(site.contraction) in (0, 1):
         site.obstacle = f"contraction size {site.contraction}: an outer product, nothing is summed"
-    elif any(static_size(v.numel()) == 0 for v in values):
+    elif any(static_size(local_tensor(v).numel()) == 0 for v in values):
         site.obstacle = "an operand is empty"
     return site
 

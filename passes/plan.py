@@ -19,6 +19,7 @@ from qcompile.ir.transforms import Transform
 from .find_gemms import Site
 from .graph import decided_size, static_size
 from .spellings import Slot
+from .subclasses import shard_note
 
 __all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
 
@@ -158,7 +159,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
             _check_folded(site, gradient.quantizer)
         gradients[role] = gradient
     notes = [slot.note for slot in site.slots if slot.note]
-    notes += [_rotation_note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
+    for note in (_rotation_note, shard_note):
+        notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
     return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from qcompile import compat
+from qcompile.ir.sharding import local_tensor
 
 from .graph import static_size, value_of
 
@@ -73,7 +74,7 @@ class Slot:
 
     def size(self, node: Node) -> Any:
         """How many elements a row of the operand has, along the axis it is quantized on."""
-        shape = list(value_of(self.of(node)).shape)
+        shape = list(local_tensor(value_of(self.of(node))).shape)
         if self.frame is None:
             return shape[self.axis]
         if self.frame.flatten is not None:

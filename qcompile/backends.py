@@ -85,6 +85,10 @@ def compile_with(
         if context.plan.quantized or observe is not None:
             register_lowerings()
             patches.update(hooks(context, patches))
+    if inner_compile is None and compat.given_fake_tensors(example_inputs):
+        inner_compile = compat.eager_inner_compile  # there is no data that generated code could read
+    if any(isinstance(x, Tensor) and x.is_meta for x in example_inputs):
+        patches["joint_graph_constant_folding"] = False  # on the meta device it folds everything, in the wrong order
     compiled: Any
     if inner_compile is not None:
         patches["fx_graph_cache"] = False

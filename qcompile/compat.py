@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ import torch._functorch.partitioners
 import torch._guards
 import torch._inductor.compile_fx
 import torch._logging._internal
+import torch.utils._python_dispatch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -38,8 +39,10 @@ __all__ = [
     "compiled_call",
     "eager_inner_compile",
     "fake_mode_of",
+    "given_fake_tensors",
     "in_compiled_autograd",
     "inductor_options",
+    "is_wrapper_subclass",
     "log_artifact",
     "min_cut_partition",
     "tensor_core_capability",
@@ -90,9 +93,16 @@ def fake_mode_of(graph: Graph) -> Any:
     """The FakeTensorMode of a graph's values, or ``None`` for a graph without tensors."""
     for node in graph.nodes:
         value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
+        if mode := torch._subclasses.fake_tensor.maybe_get_fake_mode(value):
+            return mode
     return None
+
+
+def given_fake_tensors(example_inputs: list[Any]) -> bool:
+    """Whether a model is compiled for the user's own fake tensors (``FakeTensorMode``), not for the tracer's."""
+    context = torch._guards.TracingContext.try_get()
+    fakes = [x for x in example_inputs if isinstance(x, torch._subclasses.FakeTensor)]
+    return context is not None and any(x.fake_mode is not context.fake_mode for x in fakes)
 
 
 def log_artifact(name: str, text: Callable[[], str]) -> None:
@@ -118,8 +128,8 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
         torch._inductor.compile_fx._recursive_post_grad_passes(gm, inference)
 
     def run(args: list[Any]) -> Any:
-        result = torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
-        return result
+        with next((x.fake_mode for x in args if isinstance(x, torch._subclasses.FakeTensor)), nullcontext()):
+            return torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -142,6 +152,16 @@ def will_freeze(graph: Graph) -> bool:
 def is_parameter(value: Any) -> bool:
     """Whether a placeholder's example value stands for a parameter; Dynamo's fake copies keep the class."""
     return isinstance(value, torch.nn.Parameter)
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether a tensor is a subclass around other tensors that ``torch.compile`` takes apart.
+
+    Not the result of a collective that is under way: whatever reads it waits for it and gets a plain tensor.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    pending = module is not None and isinstance(value, module.AsyncCollectiveTensor)
+    return not pending and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
 
 
 def is_argument(node: Node) -> bool:

@@ -14,14 +14,18 @@ through it and the joint graph shows the ops below. Their kernels are registered
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .quantizer import Quantizer
 from .recipe import Operand, OutlierClamp
+from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
 
-__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of"]
+__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of", "without_autocast"]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -191,6 +195,13 @@ def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
     return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For formulas that choose their own precision: autocast is on inside a Function's forward, eager and traced."""
+    kind = x.device.type
+    # The meta device has none.
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class _FakeQuantize(torch.autograd.Function):
     """quantize → dequantize forward, the operand's estimator backward."""
 
@@ -253,9 +264,46 @@ class _FakeQuantize(torch.autograd.Function):
 quantized = _FakeQuantize.forward
 
 
+class _FakeQuantizeShards(torch.autograd.Function):
+    """The same of a DTensor, on this rank's shard (:mod:`qcompile.ir.sharding`)."""
+
+    @staticmethod
+    def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
+        y, *rest = _FakeQuantize.forward(local_tensor(x), operand, axis, seed)
+        return with_local(x, y, _stride_of_dequantized(x.shape, axis)), *rest
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *rest = inputs
+        ctx.placements = x.placements
+        _FakeQuantize.setup_context(ctx, (local_tensor(x), *rest), output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        kind = Operand.parse(ctx.operand).estimator.kind
+        if not (kind.slope or kind.mask):
+            return grad, None, None, None
+        grad = aligned(grad, ctx.placements)
+        local = local_tensor(grad)
+        result, *rest = _FakeQuantize.backward(ctx, local)
+        # Gradients keep their layout, but for those that are broadcast from fewer elements.
+        stride = grad.stride() if result.stride() == local.stride() else _stride_of_dequantized(grad.shape, -1)
+        return with_local(grad, result, stride), *rest
+
+
+def _stride_of_dequantized(shape, axis: int) -> tuple:
+    """Strides of what ``dequantize`` returns: dense, with ``axis`` innermost."""
+    strides = [1]
+    for size in reversed(moved_shape(shape, axis)[1:]):
+        strides.insert(0, strides[0] * size)
+    strides.insert(axis % len(shape), strides.pop())
+    return tuple(strides)
+
+
 def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
-    # Autocast is on inside a Function's forward, eager and traced; the formulas here choose their own precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
+        if is_sharded(x):
+            return _FakeQuantizeShards.apply(without_partial_sums(x), operand, axis, seed)[0]
         return _FakeQuantize.apply(x, operand, axis, seed)[0]
 
 
