@@ -4,6 +4,9 @@ Dynamo keeps compiled code by code object. Blocks of one class whose forward is 
 break, run what was compiled for the first of them, since nothing in their values differs. If a rule names one of them,
 that is wrong: the frame gets a guard on the identity of its module, and each such block is compiled for itself. Without
 such a rule nothing is guarded.
+
+Only modules of the model at hand are compared. Another model with blocks of the same class, compiled with equal
+options, may take over code whose blocks are called otherwise there.
 """
 
 from __future__ import annotations

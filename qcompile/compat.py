@@ -251,7 +251,7 @@ def compiled_call() -> CompiledCall | None:
     """The innermost call of a compiled callable on the Python stack, ``None`` outside of any.
 
     Graph breaks, resumed frames and buckets of DDP all run below the function that ``torch.compile`` puts around its
-    callable. The same in 2.13 and 2.14.
+    callable. Tried with 2.13 and 2.14.
     """
     enclosing = []
     variables: Mapping[str, Any] = {}

@@ -38,7 +38,11 @@ def unmatched_message(rules: list[str], layers: list[str]) -> str:
 
 
 class Session:
-    """Rule matches and layer names over all sub-graphs of one ``torch.compile`` call."""
+    """Rule matches and layer names over all sub-graphs of one ``torch.compile`` call.
+
+    A second model of the same class and options runs the code of the first, and no backend is called for it: what there
+    is to say was said of the first.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

@@ -269,6 +269,44 @@ def test_blocks_that_a_rule_tells_apart_do_not_share_code(skipped: str) -> None:
     assert wide(decisions) == [n for n in blocks if f"{n}.".startswith(f"{skipped}.")]
 
 
+class Captured(nn.Module):
+    """The frame comes to the layer through a cell of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = lambda y: self.fc(y)  # noqa: E731
+        torch._dynamo.graph_break()
+        return call(x)
+
+
+class ThroughArgument(Captured):
+    """The frame is a function, and the layer its argument or in an object that is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return broken_linear(self.fc, broken_call(Trainer(self.fc), x))
+
+
+def broken_call(holder: Trainer, x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return holder.step(x)
+
+
+def broken_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return F.linear(x, layer.weight)
+
+
+@pytest.mark.parametrize("block", [Captured, ThroughArgument])
+def test_code_is_not_shared_however_a_frame_comes_to_its_layer(block: type[nn.Module]) -> None:
+    model = nn.Sequential(*(block() for _ in range(4)))
+    decisions = decisions_of(compiled(model), rows(), skip=["2"])
+    assert names(decisions) == [f"{i}.fc" for i in range(4)]
+    assert wide(decisions) == ["2.fc"]
+
+
 def test_blocks_share_code_where_no_rule_tells_them_apart() -> None:
     """Else a model of a hundred layers compiles a hundred times."""
     decisions = decisions_of(compiled(Model(BLOCKS, broken=True)), rows(), skip=["lm_head", "q_proj", "layers.*.down"])
