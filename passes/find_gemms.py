@@ -55,6 +55,17 @@ class Slot:
         argument = node.args[self.position] if self.position < len(node.args) else node.kwargs.get(self.keyword)
         return argument if self.item is None else argument[self.item]  # type: ignore[index]
 
+    def put(self, node: Node, value: Any) -> None:
+        """Let the node read ``value`` here."""
+        if self.item is not None:
+            operands = list(node.args[self.position])  # type: ignore[arg-type]
+            operands[self.item] = value
+            value = operands
+        if self.position < len(node.args):
+            node.update_arg(self.position, value)
+        else:
+            node.update_kwarg(self.keyword, value)
+
     def size(self, node: Node) -> Any:
         """How many elements a row of the operand has, along the axis it is quantized on."""
         shape = self.of(node).meta["example_value"].shape
@@ -67,7 +78,9 @@ class Slot:
 
 @dataclass
 class Site:
-    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can."""
+    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can. ``anonymous``: the higher-order
+    op around it whose backward does not say which site a node serves, if any.
+    """
 
     node: Node
     op: str
@@ -79,6 +92,7 @@ class Site:
     weight_size: int | None = None
     index: int = -1
     training: bool = True
+    anonymous: str = ""
 
 
 class Unsupported(Exception):  # noqa: N818  (a reason, not an error)
@@ -131,11 +145,7 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     if len(values) != 2:
         msg = f"einsum of {len(values)} operands; only products of two are quantized"
         raise Unsupported(msg)
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not output:
-        letters = inputs.replace(",", "").replace(".", "")
-        output = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms, output = einsum_letters(node)
     for term in terms:
         letters = term.replace(".", "")
         if len(set(letters)) != len(letters):
@@ -149,6 +159,14 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     if nested:
         return Slot(1, "operands", axes[0], item=0), Slot(1, "operands", axes[1], item=1)
     return Slot(1, "operands", axes[0]), Slot(2, "operands", axes[1])
+
+
+def einsum_letters(node: Node) -> tuple[list[str], str]:
+    """Terms of the operands and of the result of an einsum whose equation is text."""
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+    letters = inputs.replace(",", "").replace(".", "")
+    implied = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return inputs.split(","), output if arrow else ("..." if "..." in inputs else "") + implied
 
 
 def _letter_axis(term: str, letter: str) -> int:
@@ -285,12 +303,12 @@ def find_gemms(gm: GraphModule) -> list[Site]:
 
 @dataclass(frozen=True)
 class _Body:
-    """A graph module reachable through higher-order ops; ``obstacle`` and ``note`` hold for all its sites."""
+    """A graph module reachable through higher-order ops; ``obstacle`` and ``anonymous`` hold for all its sites."""
 
     path: str
     module: GraphModule
     obstacle: str = ""
-    note: str = ""
+    anonymous: str = ""
 
 
 #: Higher-order ops whose backward is traced without saying which node serves which site.
@@ -309,15 +327,15 @@ def _bodies_below(body: _Body) -> Iterator[_Body]:
             continue
         caller = next(iter(users[name].users), None) if name in users else None
         operation = str(caller.target) if caller is not None else ""
-        obstacle, note = body.obstacle, body.note
+        obstacle, anonymous = body.obstacle, body.anonymous
         if "autograd_function_apply" in operation:
             obstacle = "inside a torch.autograd.Function, whose backward is the user's own"
         elif operation in _HIGHER_ORDER_ATTENTION:
             obstacle = _ATTENTION
         elif operation in _ANONYMOUS_BACKWARD:
-            note = f"inside {operation}: its gradients stay in high precision"
+            anonymous = operation
         path = f"{body.path}.{name}" if body.path else name
-        yield from _bodies_below(_Body(path, child, obstacle, note))
+        yield from _bodies_below(_Body(path, child, obstacle, anonymous))
 
 
 def _find_in(body: _Body) -> Iterator[Site]:
@@ -334,10 +352,9 @@ def _find_in(body: _Body) -> Iterator[Site]:
         site.obstacle = site.obstacle or body.obstacle
         if not site.obstacle and functorch_depth:
             site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
+        site.anonymous = body.anonymous
         if site.slots:
             _describe(site)
-            left, right = site.slots
-            site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note)))), right
         yield site
 
 
@@ -467,7 +484,7 @@ def origin(node: Any, reader: Node) -> Any:
     written = False
     while isinstance(node, Node):
         written = written or _is_written(node, reader)
-        if not node.args or not (_writes_first_argument(node) or _is_transparent(node)):
+        if not node.args or not (writes_first_argument(node) or _is_transparent(node)):
             break
         if written and _target_name(node) in _COPIES:
             break
@@ -485,7 +502,7 @@ def _target_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _writes_first_argument(node: Node) -> bool:
+def writes_first_argument(node: Node) -> bool:
     """Whether a call changes its first argument in place (and returns it, if anything)."""
     name = _target_name(node)
     if node.op not in ("call_function", "call_method") or not node.args:
@@ -497,7 +514,7 @@ def _is_written(node: Node, before: Node) -> bool:
     """Whether anything is written into ``node``, or into a view of it, before ``before`` reads it."""
     for user in node.users:
         if user < before and user.args and user.args[0] is node:
-            if _writes_first_argument(user) or user.kwargs.get("inplace"):
+            if writes_first_argument(user) or user.kwargs.get("inplace"):
                 return True
             if _is_transparent(user) and _target_name(user) != "clone" and _is_written(user, before):
                 return True
