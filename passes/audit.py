@@ -10,9 +10,9 @@ from torch.fx import Graph, Node
 
 from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
 from .fold import why_not_folded
+from .gradient_axes import ROLE_OF_OPERAND
 from .lower import product_provider
 from .pass_base import Context
-from .gradient_axes import ROLE_OF_OPERAND
 from .plan import site_index
 from .roles import depends_on_tangents, product_role, stated_role
 

@@ -78,8 +78,8 @@ class Slot:
 
 @dataclass
 class Site:
-    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can. ``anonymous``: the higher-order
-    op around it whose backward does not say which site a node serves, if any.
+    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can. ``anonymous`` is the
+    higher-order op around it, if any, whose backward does not say which site a node serves.
     """
 
     node: Node

@@ -116,9 +116,7 @@ def _dense_gradient(graph: Graph, gemm: Node, position: int) -> tuple[Node, int]
     return x, last if transposed == (position == 4) else 1 - last
 
 
-def _encode(
-    graph: Graph, gemm: Node, x: Node, axis: int, quantizer: Quantizer, fold: Node
-) -> tuple[Node, Node]:
+def _encode(graph: Graph, gemm: Node, x: Node, axis: int, quantizer: Quantizer, fold: Node) -> tuple[Node, Node]:
     """Codes and scales of ``x · fold``, emitted at the insertion point."""
     seed = None
     if quantizer.rounding == "stochastic":

@@ -22,8 +22,8 @@ Axes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def role_of_slot(site: Site, position: int) -> str:
-    """Which gradient the operand at ``position`` gets: dgrad where the other one is the weight, else wgrad. So a product
-    of two activations has two wgrads.
+    """Which gradient the operand at ``position`` gets: dgrad where the other one is the weight, else wgrad. So a
+    product of two activations has two wgrads.
     """
     return ROLE_OF_OPERAND[site.slots[1 - position].kind]
 

@@ -31,8 +31,8 @@ ROLE_KEY = "qcompile_role"
 class Decision:
     """What one site gets.
 
-    ``operands`` follow the site's slots; all may be ``None`` where only gradients are quantized. ``gradients`` says what
-    dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
+    ``operands`` follow the site's slots; all may be ``None`` where only gradients are quantized. ``gradients`` says
+    what dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
     (`quantize_gradients`), for the roles in ``folded`` times the scales of the other operand (`fold`). A role in both
     is folded if its scales allow it.
     """

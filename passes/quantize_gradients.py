@@ -1,8 +1,8 @@
 """Dynamo graph: let dgrad and wgrad read dY quantized where the recipe asks for it (``gradient=…``).
 
 Autograd makes the backward products of ``y = f(x, w)`` from f, whatever f is, and hands them the gradient that arrives
-at y. So f is called once more for every operand whose gradient is to be computed from a quantized dY. That call sees the
-other operand detached, and ``split_gradient`` sends it Q(dY)::
+at y. So f is called once more for every operand whose gradient is to be computed from a quantized dY. That call sees
+the other operand detached, and ``split_gradient`` sends it Q(dY)::
 
     y = f(x, w, b)   ─►   y  = f(x.detach(), w.detach(), b)          plain dY, for a bias and for roles without Q
                           x' = f(x, w.detach(), b.detach())          dX = Q(dY) · W

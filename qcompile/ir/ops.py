@@ -8,9 +8,9 @@ for the others).
 Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay
 equal so that common-subexpression elimination lets q, k and v share one quantize.
 
-Only ``fake_quantize`` and ``split_gradient`` are differentiable. They are composites: the autograd of the first *is* the
-estimator, that of the second quantizes dY. AOTAutograd traces through them, and the joint graph shows the other ops,
-whose kernels are registered by :mod:`qcompile.kernels`.
+Only ``fake_quantize`` and ``split_gradient`` are differentiable. They are composites: the autograd of the first *is*
+the estimator, that of the second quantizes dY. AOTAutograd traces through them, and the joint graph shows the other
+ops, whose kernels are registered by :mod:`qcompile.kernels`.
 """
 
 from __future__ import annotations
@@ -280,14 +280,15 @@ def quantize_along(x: Tensor, quantizer: str, rows: Sequence[int], contracted: S
         return _rounded(x, q, -1)
     natural = list(range(x.dim()))
     batch = [axis for axis in natural if axis not in rows and axis not in contracted]
-    crossed = [*batch, *contracted, *rows] == natural  # then x is read as it lies, along its last axis but one
+    # Then x is read as it lies, along its last axis but one.
+    crossed = bool(rows and contracted) and [*batch, *contracted, *rows] == natural
     groups = (contracted, rows) if crossed else (rows, contracted)
     order = [*batch, *groups[0], *groups[1]]
     permuted = x if order == natural else x.permute(order)
     merged = any(len(group) != 1 for group in groups)
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     matrix = permuted.reshape([*(x.shape[axis] for axis in batch), *sizes]) if merged else permuted
-    y = _rounded(matrix, q, -2 if crossed and contracted else -1)
+    y = _rounded(matrix, q, -2 if crossed else -1)
     y = y.reshape(permuted.shape) if merged else y
     return y if order == natural else y.permute([order.index(axis) for axis in natural])
 
