@@ -309,6 +309,24 @@ class _Body:
     module: GraphModule
     obstacle: str = ""
     anonymous: str = ""
+    caller: tuple[_Body, Node] | None = None
+    """Where its higher-order op is called."""
+
+    def autocasts(self, node: Node, device: str) -> bool:
+        """Whether autocast is on for ``device`` where a node of this body runs."""
+        states = [
+            self.caller[0].autocasts(self.caller[1], device) if self.caller else torch.is_autocast_enabled(device)
+        ]
+        for earlier in self.module.graph.nodes:
+            if earlier is node:
+                break
+            name = _target_name(earlier)
+            if name == "_enter_autocast":
+                its_device, _, enabled, *_ = earlier.args
+                states.append(bool(enabled) if its_device == device else states[-1])
+            elif name == "_exit_autocast":
+                states.pop()
+        return states[-1]
 
 
 #: Higher-order ops whose backward is traced without saying which node serves which site.
@@ -335,7 +353,8 @@ def _bodies_below(body: _Body) -> Iterator[_Body]:
         elif operation in _ANONYMOUS_BACKWARD:
             anonymous = operation
         path = f"{body.path}.{name}" if body.path else name
-        yield from _bodies_below(_Body(path, child, obstacle, anonymous))
+        called = None if caller is None else (body, caller)
+        yield from _bodies_below(_Body(path, child, obstacle, anonymous, called))
 
 
 def _find_in(body: _Body) -> Iterator[Site]:
@@ -355,7 +374,20 @@ def _find_in(body: _Body) -> Iterator[Site]:
         site.anonymous = body.anonymous
         if site.slots:
             _describe(site)
+            site.obstacle = site.obstacle or _mixed_precision(site, body)
         yield site
+
+
+def _mixed_precision(site: Site, body: _Body) -> str:
+    """What is wrong with operands of two dtypes where autocast does not make them one; the product itself raises."""
+    values = [_value(slot.of(site.node)) for slot in site.slots]
+    if len({value.dtype for value in values}) == 1 or body.autocasts(site.node, values[0].device.type):
+        return ""
+    return f"operands are {_dtypes(values)}, which the product itself refuses"
+
+
+def _dtypes(values: list[Any]) -> str:
+    return " × ".join(str(value.dtype).removeprefix("torch.") for value in values)
 
 
 def _recognize(node: Node) -> Site | None:
@@ -414,9 +446,7 @@ def _describe(site: Site) -> None:
     if site.obstacle:
         return
     if not all(v.dtype.is_floating_point for v in values):
-        site.obstacle = (
-            f"operands are {' × '.join(str(v.dtype).removeprefix('torch.') for v in values)}, not floating point"
-        )
+        site.obstacle = f"operands are {_dtypes(values)}, not floating point"
     elif contraction is None:
         site.obstacle = "the contraction size is dynamic; mark it static"
     elif contraction <= 1:

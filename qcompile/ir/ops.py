@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .quantizer import Quantizer
+from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
 from .recipe import Operand, OutlierClamp
 from .transforms import Transform
 
@@ -183,13 +183,15 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
-    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``."""
+    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``. It is at
+    least SMALLEST_GLOBAL_SCALE.
+    """
     if not quantizer.scale.two_level:
         return None
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float32)
     amax = x.detach().abs().amax().float()
-    return torch.where(amax == 0, 1.0, amax / torch.full_like(amax, 448.0 * quantizer.format.max))
+    return (amax / torch.full_like(amax, 448.0 * quantizer.format.max)).clamp(min=SMALLEST_GLOBAL_SCALE)
 
 
 def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
