@@ -94,6 +94,8 @@ BIAS = tl.constexpr(127)
 MANTISSA = tl.constexpr(MANTISSA_BITS)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
+#: Float32 2^-127, the one power of two here whose exponent field is zero.
+BITS_OF_2_TO_MINUS_127 = tl.constexpr(1 << (MANTISSA_BITS - 1))
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
 #: Added to a mean of squares, for roots to be taken of positive numbers only; of float32 numbers' it is no part.
 SMALLEST_MEAN = tl.constexpr(1e-300)
@@ -109,7 +111,7 @@ GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair 
 def _power_of_two(exponent):
     """Of normal numbers, and 2^-127, as the reference has it."""
     bits = (tl.minimum(tl.maximum(exponent, -127), 127) + BIAS) << MANTISSA
-    return as_float(tl.where(bits == 0, 1 << (MANTISSA - 1), bits))
+    return as_float(tl.where(bits == 0, BITS_OF_2_TO_MINUS_127, bits))
 
 
 @triton.jit
