@@ -18,10 +18,10 @@ from torch.utils import flop_counter
 
 from qcompile import compat
 
-from .dialect import GEMMS, decode_root, is_call
+from .dialect import GEMMS, decode_root, gemm_operands, is_call
 from .pass_base import Context, Observations
 from .plan import Plan, site_index
-from .quantize_gradients import depends_on_tangents, gemm_role
+from .roles import depends_on_tangents, product_role
 from .spellings import is_opaque, name_of
 
 __all__ = ["Product", "account", "remark"]
@@ -114,7 +114,7 @@ def _role(node: Node, backward: set[Node]) -> str:
         return "fprop"
     if is_call(node, aten.convolution_backward.default):
         return "dgrad+wgrad"
-    return gemm_role(node, backward) if is_call(node, *GEMMS) else "backward"
+    return product_role(node, gemm_operands(node), backward) if is_call(node, *GEMMS) else "backward"
 
 
 def _is_decoded(node: Node) -> bool:

@@ -30,6 +30,7 @@ from qcompile.ir.recipe import Operand
 from .graph import graph_modules, value_of
 from .origins import IN_PLACE_OPERATORS
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
+from .quantize_gradients import quantize_gradients
 from .spellings import Frame, Slot
 
 __all__ = ["insert", "stamp"]
@@ -57,13 +58,13 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
         if decision := by_node.get(node):
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
-                    _replace_argument(node, slot, _wrap(gm.graph, node, slot, operand, shared))
+                    slot.put(node, _wrap(gm.graph, node, slot, operand, shared))
                     wrapped += 1
+            quantize_gradients(gm.graph, decision)
         if _is_barrier(node):
             shared.clear()
-    if wrapped:
-        gm.graph.lint()
-        gm.recompile()
+    gm.graph.lint()
+    gm.recompile()
     return wrapped
 
 
@@ -137,17 +138,6 @@ def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
     """The dtype the GEMM reads its operand in: its output's, where autocast narrows on the way."""
     operand, result = value_of(source).dtype, value_of(gemm).dtype
     return result if result.itemsize < operand.itemsize else operand
-
-
-def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
-    if slot.item is not None:
-        operands = list(node.args[slot.position])  # type: ignore[arg-type]
-        operands[slot.item] = value
-        value = operands
-    if slot.position < len(node.args):
-        node.update_arg(slot.position, value)
-    else:
-        node.update_kwarg(slot.keyword_in(node), value)
 
 
 def _is_barrier(node: Node) -> bool:

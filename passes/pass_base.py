@@ -25,7 +25,7 @@ from qcompile.ir.recipe import Recipe
 from .plan import Plan
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes"]
+__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes", "size_along"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
@@ -139,3 +139,10 @@ def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> 
     with compat.fake_mode_of(graph):
         node.meta["val"] = target(*values[0], **values[1])
     return node
+
+
+def size_along(graph: Graph, serves: Node, x: Node, axis: int) -> Any:
+    """Length of an axis, as a number or as a node."""
+    value = x.meta["val"]
+    size = value.shape[axis]
+    return size if isinstance(size, int) else emit(graph, serves, torch.ops.aten.sym_size.int, x, axis % value.dim())

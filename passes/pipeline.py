@@ -6,9 +6,9 @@ stage          graph                                             pass           
 dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
-joint          forward and backward in ATen, before partitioning account                 no (counts what AOTAutograd made)
+dynamo                                                           quantize_gradients      **yes, if gradient= is set**
+joint          forward and backward in ATen, before partitioning account                 no (counts products)
 joint                                                            cancel_rotations        no
-joint                                                            quantize_gradients      **yes, if gradient= is set**
 joint                                                            fuse                    no
 joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
@@ -47,14 +47,12 @@ from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
 from .pin import pin
 from .plan import Plan, all_rules, make_plan
-from .quantize_gradients import quantize_gradients
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
 JOINT = (
     GraphPass("account", account),
     GraphPass("cancel_rotations", cancel_rotations),
-    GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
     GraphPass("fold", fold),
     GraphPass("hints", hints),
@@ -64,7 +62,7 @@ JOINT = (
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
-PASS_NAMES = ("expand", "insert", *(p.name for p in (*JOINT, *POST_GRAD)))
+PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD)))
 
 
 def rewrite(

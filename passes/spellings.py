@@ -25,6 +25,7 @@ __all__ = [
     "Frame",
     "Recognized",
     "Slot",
+    "einsum_letters",
     "is_in",
     "is_opaque",
     "name_of",
@@ -63,6 +64,19 @@ class Slot:
         by_keyword = self.position >= len(node.args)
         argument = node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
         return argument if self.item is None else argument[self.item]  # type: ignore[index]
+
+    def put(self, node: Node, value: Any) -> None:
+        """Let the node read ``value`` here."""
+        by_keyword = self.position >= len(node.args)
+        if self.item is not None:
+            listed = node.kwargs[self.keyword_in(node)] if by_keyword else node.args[self.position]
+            operands = list(listed)  # type: ignore[arg-type]
+            operands[self.item] = value
+            value = operands
+        if by_keyword:
+            node.update_kwarg(self.keyword_in(node), value)
+        else:
+            node.update_arg(self.position, value)
 
     def keyword_in(self, node: Node) -> str:
         """The operand's keyword as this call spells it: what torch's functions call ``input`` is ``self`` in ATen."""
@@ -142,11 +156,7 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     if len(values) != 2:
         msg = f"einsum of {len(values)} operands; only products of two are quantized"
         raise Unsupported(msg)
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not output:
-        letters = inputs.replace(",", "").replace(".", "")
-        output = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms, output = einsum_letters(equation)
     for term in terms:
         letters = term.replace(".", "")
         if len(set(letters)) != len(letters):
@@ -160,6 +170,14 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     if nested:
         return Slot(1, "operands", axes[0], item=0), Slot(1, "operands", axes[1], item=1)
     return Slot(1, "operands", axes[0]), Slot(2, "operands", axes[1])
+
+
+def einsum_letters(equation: str) -> tuple[list[str], str]:
+    """Terms of the operands and of the result of an equation."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    letters = inputs.replace(",", "").replace(".", "")
+    implied = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return inputs.split(","), output if arrow else ("..." if "..." in inputs else "") + implied
 
 
 def _letter_axis(term: str, letter: str) -> int:
