@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,16 +124,18 @@ def _owners(model: Any, inputs: Sequence[Any]) -> list[str]:
 
 def _not_captured(model: Any, outside: OutsideGraphs, captured: set[str]) -> list[str]:
     """What to say of products that ran in Python, and of modules whose parameters were read there alone."""
-    products: dict[str, Counter[str]] = {}
-    for layer, op, shape in outside.products:
-        products.setdefault(folded_name(layer), Counter())[f"{op} {shape}"] += 1
+    products: dict[str, dict[str, None]] = {}
+    for product in outside.products:
+        text = f"{product.of}{product.op} {product.shape}"
+        products.setdefault(folded_name(product.layer), {})[text] = None
     texts = [f"{layer} ({some(list(shapes), 2)} ran in Python)" for layer, shapes in products.items()]
     missing = outside.readers - captured
-    modules = [(name, m) for name, m in model.named_modules() if name in missing] if missing else []
-    bare = dict.fromkeys(folded_name(name or type(m).__name__) for name, m in modules)
-    texts += [f"{name} (ran in Python)" for name in bare if name not in products]
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    missed = {name or type(module).__name__: module for name, module in modules if name in missing}
+    without_products = dict.fromkeys(map(folded_name, missed))
+    texts += [f"{name} (ran in Python)" for name in without_products if name not in products]
     remarks = [f"not captured: {some(texts, SHOWN)}"] if texts else []
-    recurrent = [name for name, m in modules if isinstance(m, (nn.RNN, nn.LSTM, nn.GRU))]
+    recurrent = [name for name, module in missed.items() if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU))]
     if recurrent and not compat.captures_recurrent_layers():
         remarks.append(
             f"Dynamo leaves what calls nn.RNN, nn.LSTM or nn.GRU ({some(recurrent, SHOWN)}) in Python unless "

@@ -59,7 +59,7 @@ class Line:
             first.decision,
             first.formats,
             first.estimator,
-            _joined(row.formats.split(" × ")[0] for row in backward),
+            _gradient(backward),
             _joined([first.provider, *(row.provider for row in backward if row.provider not in first.provider)]),
             first.saved_bytes,
             _notes(first, backward) if quantized else (),
@@ -129,7 +129,8 @@ class View:
             columns += [(FIELDS[field], partial(_field, field)) for field in self.listing.varied if field != "formats"]
         if self.saved:
             columns.append((SAVED, lambda line: size_text(line.saved_bytes) if line.saved_bytes else ""))
-        if ranks := self.listing.ranks:
+        ranks = self.listing.ranks
+        if any(line.ranks != ranks for line in self.listing.lines):
             columns.append(("ranks", lambda line: ranks_text(line.ranks, ranks)))
         return [*columns, (DECISION, self._verdict)]
 
@@ -201,6 +202,14 @@ def _notes(first: Row, backward: Sequence[Row]) -> tuple[str, ...]:
 
 def _field(field: str, line: Line) -> str:
     return str(getattr(line, field))
+
+
+def _gradient(backward: Sequence[Row]) -> str:
+    """What dY is read as; by role where that differs."""
+    read_as = {row.role: row.formats.split(" × ")[0] for row in backward}
+    if len(set(read_as.values())) > 1:
+        return ", ".join(f"{role} {text}" for role, text in read_as.items())
+    return _joined(read_as.values())
 
 
 def _joined(texts: Iterable[str]) -> str:

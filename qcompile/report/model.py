@@ -103,9 +103,9 @@ class Report:
         if dist.get_rank(group) < 0:
             msg = f"Report.gather: rank {dist.get_rank()} is not in the group whose reports it is to merge"
             raise ValueError(msg)
-        reports: list[Any] = [None] * dist.get_worldsize_text(group)
+        reports: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(reports, replace(self, programs={}), group=group)
-        merged = Report.merged(reports, dist.get_process_groupranks_text(group or dist.group.WORLD))
+        merged = Report.merged(reports, dist.get_process_group_ranks(group or dist.group.WORLD))
         return replace(merged, programs=self.programs)
 
     @property

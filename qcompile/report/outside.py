@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,26 @@ PRODUCTS: dict[Any, tuple[int, int, str]] = {
 }
 
 
+class Product(NamedTuple):
+    """What ran in Python: ``parameter`` is the layer's that it read, "" if it read a computed one or none."""
+
+    layer: str
+    parameter: str
+    op: str
+    shape: str
+
+    @property
+    def of(self) -> str:
+        """The parameter, where the layer's name alone does not tell it."""
+        return "" if not self.parameter or self.parameter.startswith("weight") else f"{self.parameter}: "
+
+
 class OutsideGraphs(compat.TorchDispatchMode):
     """Sees the ATen ops that Python runs, except within :meth:`inside` and while torch traces.
 
     Attributes:
-        products: how often each product ran, by layer, op and shape, in the order of their first run.
-        readers: modules a parameter of whose an op read that is neither a view nor a product.
+        products: how often each product ran, in the order of first runs.
+        readers: modules of whose parameters an op read one, views excepted.
     """
 
     supports_higher_order_operators = True
@@ -65,14 +79,14 @@ class OutsideGraphs(compat.TorchDispatchMode):
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__()
         modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
-        self.products: Counter[tuple[str, str, str]] = Counter()
+        self.products: Counter[Product] = Counter()
         self.readers: set[str] = set()
         self._root = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "")
         self._names = {id(module): name for name, module in modules}
-        self._owners: dict[int, list[str]] = {}
+        self._owners: dict[int, dict[str, str]] = {}  # of a parameter, by what it is called there
         for name, module in modules:
-            for parameter in module.parameters(recurse=False):
-                self._owners.setdefault(_storage(parameter), []).append(name)
+            for key, parameter in module.named_parameters(recurse=False):
+                self._owners.setdefault(_storage(parameter), {})[name] = key
         self._depth = 0
 
     @classmethod
@@ -94,22 +108,23 @@ class OutsideGraphs(compat.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _see(self, func: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-        product = PRODUCTS.get(func.overloadpacket)
-        if product is not None:
+        if (product := PRODUCTS.get(func.overloadpacket)) is not None:
             first, second, op = product
             operands = [_first_tensor(args[first]), _first_tensor(args[second])]
-            layer = self._layer(operands)
-            self.products[layer or self._root, *_as_spelled(op, operands)] += 1
-            self.readers.add(layer)
-        elif not _is_view(func):
+            layer, parameter = self._owner(operands)
+            weight_first = _storage(operands[0]) in self._owners
+            self.products[Product(layer or self._root, parameter, *_as_spelled(op, operands, weight_first))] += 1
+        if not _is_view(func):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
             self.readers.update(name for tensor in tensors for name in self._owners.get(_storage(tensor), ()))
 
-    def _layer(self, operands: list[Tensor]) -> str:
-        """The module that owns an operand, else the innermost one that is running; "" is the model itself."""
+    def _owner(self, operands: list[Tensor]) -> tuple[str, str]:
+        """A module and its parameter that is an operand; of several modules the one that is running. Else that one."""
         running = self._running()
-        owners = [name for operand in operands for name in self._owners.get(_storage(operand), ())]
-        return owners[0] if owners and running not in owners else running
+        for operand in operands:
+            if owners := self._owners.get(_storage(operand)):
+                return (running, owners[running]) if running in owners else next(iter(owners.items()))
+        return running, ""
 
     def _running(self) -> str:
         frame: Any = sys._getframe(1)
@@ -124,12 +139,12 @@ class OutsideGraphs(compat.TorchDispatchMode):
         """A row for each product that ran."""
         return [
             bare_row(
-                {"layer": layer, "op": op, "shape": shape},
+                {"layer": product.layer, "op": product.op, "shape": product.shape},
                 "-",
                 NOT_CAPTURED,
-                "ran in Python, in no graph of Dynamo's" + (f" ({count} times)" if count > 1 else ""),
+                f"{product.of}ran in Python, no graph has it" + (f" ({count} times)" if count > 1 else ""),
             )
-            for (layer, op, shape), count in self.products.items()
+            for product, count in self.products.items()
         ]
 
 
@@ -145,15 +160,14 @@ def _first_tensor(operand: Any) -> Tensor:
     return operand[0] if isinstance(operand, (list, tuple)) else operand
 
 
-def _as_spelled(op: str, operands: list[Tensor]) -> tuple[str, str]:
-    """Name and shape as a model would write them: ``linear`` where the right matrix is read transposed."""
-    shapes = [tuple(operand.shape) for operand in operands]
-    right = operands[1]
-    if op in ("mm", "addmm") and right.stride(0) == 1 and not right.is_contiguous():
-        return "linear", shape_text([shapes[0], shapes[1][::-1]])
+def _as_spelled(op: str, operands: list[Tensor], weight_first: bool) -> tuple[str, str]:
+    """Name and shape as a model would write them: ``linear`` where the weight is right and read transposed."""
+    left, right = operands
+    if op in ("mm", "addmm") and right.stride(0) == 1 and not right.is_contiguous() and not weight_first:
+        return "linear", shape_text([left.shape, right.shape[::-1]])
     if op == "conv":
         op = f"conv{right.dim() - 2}d"
-    return op, shape_text(shapes)
+    return op, shape_text([left.shape, right.shape])
 
 
 def _is_view(func: torch._ops.OpOverload) -> bool:

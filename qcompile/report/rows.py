@@ -113,7 +113,7 @@ def _estimators(decision: Decision) -> str:
     return " × ".join(texts)
 
 
-def bare_row(base: Mapping[str, str], role: str, decision: str, reason: str) -> Row:
+def bare_row(base: Mapping[str, Any], role: str, decision: str, reason: str) -> Row:
     """A row of which there is nothing to say but why; ``base`` has its layer, op and shape."""
     empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
     return Row(**base, **empty, role=role, decision=decision, reason=reason)
@@ -163,7 +163,7 @@ def _format(text: str, dense: str) -> str:
 
 
 def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
-    product_by = product["provider"] if product["fused"] else f"{DECODED} {decision.site.op}"
+    product_by = product["provider"] if product["fused"] else DECODED
     if role != "fprop":
         return product_by
     value = decision.site.node.meta["example_value"]
