@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,7 +19,7 @@ from qcompile.session import Session, UnmatchedRuleError, session_for, unmatched
 
 from .model import Report
 from .outside import OutsideGraphs
-from .rows import rows_of
+from .rows import Row, rows_of
 from .text import SHOWN, folded_name, some
 
 __all__ = ["explain"]
@@ -64,10 +64,12 @@ def explain(
         )
         # A graph that torch cannot trace comes back in pieces; only what compiled counts.
         frame, number = compat.current_frame()
-        graphs.append(Graph(observed, number - earlier.get(frame, 0)))
+        graph = Graph(observed, number - earlier.get(frame, 0))
+        graphs.append(graph)
 
         def run(*inputs: Any) -> Any:
             captured.update(_owners(model, inputs))
+            graph.runs += outside.watching
             with outside.inside():
                 return compiled(*inputs)
 
@@ -75,7 +77,7 @@ def explain(
 
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs, outside)
-    report = _make_report(backend, [graph.observed for graph in graphs])
+    report = _make_report(backend, graphs)
     report.rows += outside.rows()
     report.remarks += [
         *_not_captured(model, outside, captured),
@@ -91,10 +93,13 @@ def explain(
 
 @dataclass
 class Graph:
-    """One graph of Dynamo's: what the passes saw of it, and how many versions its code object had before."""
+    """One graph of Dynamo's: what the passes saw of it, how many versions its code object had before, and how often
+    the forward ran it: equal layers may share one.
+    """
 
     observed: Observations
     version: int
+    runs: int = 0
 
     @property
     def sites(self) -> list[str]:
@@ -102,15 +107,25 @@ class Graph:
         return [decision.site.name for decision in self.observed.plan.decisions] if self.observed.plan else []
 
 
-def _make_report(backend: str, graphs: list[Observations]) -> Report:
+def _make_report(backend: str, graphs: list[Graph]) -> Report:
     report = Report(backend, [], graphs=len(graphs))
-    for number, observed in enumerate(graphs):
+    for number, graph in enumerate(graphs):
+        observed = graph.observed
         prefix = f"graph{number}_" if len(graphs) > 1 else ""
         report.programs.update({prefix + name: text for name, text in observed.programs.items()})
-        report.saved += observed.saved
+        report.saved += observed.saved * graph.runs
         for decision in observed.plan.decisions if observed.plan else []:
-            report.rows += rows_of(decision, observed)
+            report.rows += _of_runs(rows_of(decision, observed), graph.runs)
     return report
+
+
+def _of_runs(rows: list[Row], runs: int) -> list[Row]:
+    """Rows of a site whose graph runs so often: bytes of all runs, and a remark on the first row."""
+    if runs < 2:
+        return rows
+    first, *others = rows
+    reason = "; ".join(filter(None, (first.reason, f"its graph runs {runs} times")))
+    return [replace(first, saved_bytes=runs * first.saved_bytes, reason=reason), *others]
 
 
 def _owners(model: Any, inputs: Sequence[Any]) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class OutsideGraphs(compat.TorchDispatchMode):
     Attributes:
         products: how often each product ran, in the order of first runs.
         readers: modules of whose parameters an op read one, views excepted.
+        watching: whether the mode is on.
     """
 
     supports_higher_order_operators = True
@@ -88,6 +89,15 @@ class OutsideGraphs(compat.TorchDispatchMode):
             for key, parameter in module.named_parameters(recurse=False):
                 self._owners.setdefault(_storage(parameter), {})[name] = key
         self._depth = 0
+        self.watching = False
+
+    def __enter__(self) -> Self:
+        self.watching = True
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.watching = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

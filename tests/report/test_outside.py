@@ -105,9 +105,17 @@ def test_equal_layers_that_share_a_graph_are_all_in_it():
                 x = block(x)
             return x
 
-    report = qcompile.explain(Loop(), torch.randn(6, 12))
+    x = torch.randn(6, 12)
+    report = qcompile.explain(Loop(), x)
     assert report.graphs < 3
     assert report.remarks == []
+    first, *_, other = [row for row in report.rows if row.role == "fprop"]
+    assert "times" not in first.reason  # whose input needs no gradient
+    assert other.reason.endswith("its graph runs 2 times")
+    torch._dynamo.reset()
+    inputs = (x, *2 * [x.clone().requires_grad_()])
+    assert report.saved_bytes == sum(qcompile.explain(Block(), given).saved_bytes for given in inputs)
+    assert report.code_bytes == sum(row.saved_bytes for row in report.rows) > 0
 
 
 # --- by parameter and product -------------------------------------------------------------------------------
