@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile import compat
+from qcompile.backends import compile_with
+from qcompile.recipes import RECIPES
 from qcompile.report import ROLES, Report, Row
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -317,6 +320,28 @@ def test_wrong_uses_of_merging_are_plain_errors():
         one.gather()
 
 
+@pytest.mark.parametrize(
+    "options", [{"enabled": False}, {"activation": "off", "weight": "off"}, {"enabled": False, "save": "4bit"}, {}],
+    ids=["off", "no operand", "off though narrowed", "on"],
+)  # fmt: skip
+def test_saved_bytes_are_what_autograd_keeps_quantized_or_not(options):
+    """Before and after can be compared, and watching an unquantized model changes neither its bytes nor its numbers."""
+    model, x = nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 12)), torch.randn(33, 40)
+    report = qcompile.explain(model, x, options=options)
+
+    def backend(gm, inputs):
+        return compile_with(
+            RECIPES["qcompile_fp4"], gm, inputs, options=options, inner_compile=compat.eager_inner_compile
+        )
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    with qcompile.saved_bytes(model, x) as measured:
+        compiled(x)
+    assert report.saved_bytes == measured.total > 0
+    assert (report.code_bytes == 0) == (options != {})
+
+
 # --- programs -----------------------------------------------------------------------------------------------
 
 
@@ -451,6 +476,28 @@ def test_mistakes_are_plain_value_errors(kwargs, message):
     """Not wrapped by Dynamo: the first line is ours."""
     with pytest.raises(ValueError, match=f"^{message}"):
         qcompile.explain(Mlp(), torch.randn(6, 40), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: qcompile.explain(model, torch.randn(6, 40)),
+        lambda model: qcompile.save_repro("repro", model, torch.randn(6, 40)),
+        lambda model: qcompile.gradient_cosine(model, lambda compiled: compiled(torch.randn(6, 40)).sum()),
+        lambda model: qcompile.saved_bytes(model).__enter__(),
+    ],
+    ids=["explain", "save_repro", "gradient_cosine", "saved_bytes"],
+)
+def test_a_class_is_no_model(use, monkeypatch, tmp_path):
+    """``torch.compile(nn.Linear)`` wraps the class's ``__call__`` for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    called = Mlp.__call__
+    with pytest.raises(ValueError, match=r": takes a model, got the class Mlp; make an instance: Mlp\(\.\.\.\)$"):
+        use(Mlp)
+    assert Mlp.__call__ is called
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r": takes a module or function, got int$"):
+        use(3)
 
 
 def test_an_error_of_the_model_is_the_models():
