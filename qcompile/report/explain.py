@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,6 +20,7 @@ from qcompile.session import Session, UnmatchedRuleError, session_for, unmatched
 from .model import Report
 from .outside import OutsideGraphs
 from .rows import Row, rows_of
+from .saved import newly_saved, storage_of
 from .text import SHOWN, folded_name, some
 
 __all__ = ["explain"]
@@ -51,6 +52,9 @@ def explain(
     captured: set[str] = set()
     outside = OutsideGraphs(model)
     earlier = compat.frame_compilations()
+    tensors = [*_tensors_of(model), *torch.utils._pytree.tree_leaves((args, kwargs))]
+    alive = {storage_of(value) for value in tensors if isinstance(value, Tensor)}
+    kept: list[Tensor] = []
 
     def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:
         observed = Observations()
@@ -70,8 +74,12 @@ def explain(
         def run(*inputs: Any) -> Any:
             captured.update(_owners(model, inputs))
             graph.runs += outside.watching
-            with outside.inside():
-                return compiled(*inputs)
+            with outside.inside(), newly_saved(alive) as saved:
+                results = compiled(*inputs)
+            given = {storage_of(value) for value in inputs if isinstance(value, Tensor)}
+            graph.inputs += [tensor for tensor in saved if storage_of(tensor) in given]
+            kept.extend(saved)
+            return results
 
         return run
 
@@ -93,13 +101,14 @@ def explain(
 
 @dataclass
 class Graph:
-    """One graph of Dynamo's: what the passes saw of it, how many versions its code object had before, and how often
-    the forward ran it: equal layers may share one.
+    """One graph of Dynamo's: what the passes saw of it, how many versions its code object had before, how often
+    the forward ran it (equal layers may share one), and which of its inputs it saves that an earlier graph computed.
     """
 
     observed: Observations
     version: int
     runs: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
 
     @property
     def sites(self) -> list[str]:
@@ -114,6 +123,17 @@ def _make_report(backend: str, graphs: list[Graph]) -> Report:
         prefix = f"graph{number}_" if len(graphs) > 1 else ""
         report.programs.update({prefix + name: text for name, text in observed.programs.items()})
         report.saved += observed.saved * graph.runs
+        report.saved += [
+            {
+                "node": "input",
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "bytes": tensor.untyped_storage().nbytes(),
+                "codes": False,
+                "custom": {},
+            }
+            for tensor in graph.inputs
+        ]
         for decision in observed.plan.decisions if observed.plan else []:
             report.rows += _of_runs(rows_of(decision, observed), graph.runs)
     return report
@@ -232,13 +252,16 @@ def _leaves_below(outputs: list[Tensor]) -> list[Tensor]:
     return list(leaves.values())
 
 
+def _tensors_of(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
+
 @contextmanager
 def _unchanged(model: Any, args: Any, kwargs: Any) -> Iterator[None]:
     """Buffers and random state are put back; a model compiled in place runs uncompiled meanwhile."""
-    is_module = isinstance(model, nn.Module)
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if is_module else []
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
     in_place = getattr(model, "_compiled_call_impl", None)
-    tensors = [*model.parameters(), *model.buffers()] if is_module else []
+    tensors = _tensors_of(model)
     tensors += [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
     with torch.random.fork_rng(devices=devices):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qcompile import compat
 
 from .rows import NOT_CAPTURED, Row, bare_row, shape_text
+from .saved import storage_of
 
 __all__ = ["OutsideGraphs"]
 
@@ -87,7 +88,7 @@ class OutsideGraphs(compat.TorchDispatchMode):
         self._owners: dict[int, dict[str, str]] = {}  # of a parameter, by what it is called there
         for name, module in modules:
             for key, parameter in module.named_parameters(recurse=False):
-                self._owners.setdefault(_storage(parameter), {})[name] = key
+                self._owners.setdefault(storage_of(parameter), {})[name] = key
         self._depth = 0
         self.watching = False
 
@@ -122,17 +123,17 @@ class OutsideGraphs(compat.TorchDispatchMode):
             first, second, op = product
             operands = [_first_tensor(args[first]), _first_tensor(args[second])]
             layer, parameter = self._owner(operands)
-            weight_first = _storage(operands[0]) in self._owners
+            weight_first = storage_of(operands[0]) in self._owners
             self.products[Product(layer or self._root, parameter, *_as_spelled(op, operands, weight_first))] += 1
         if not _is_view(func):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.readers.update(name for tensor in tensors for name in self._owners.get(_storage(tensor), ()))
+            self.readers.update(name for tensor in tensors for name in self._owners.get(storage_of(tensor), ()))
 
     def _owner(self, operands: list[Tensor]) -> tuple[str, str]:
         """A module and its parameter that is an operand; of several modules the one that is running. Else that one."""
         running = self._running()
         for operand in operands:
-            if owners := self._owners.get(_storage(operand)):
+            if owners := self._owners.get(storage_of(operand)):
                 return (running, owners[running]) if running in owners else next(iter(owners.items()))
         return running, ""
 
@@ -156,14 +157,6 @@ class OutsideGraphs(compat.TorchDispatchMode):
             )
             for product, count in self.products.items()
         ]
-
-
-def _storage(tensor: Tensor) -> int:
-    """What views of one tensor share, on the meta device too; of a tensor without storage (sparse), itself."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return id(tensor)
 
 
 def _first_tensor(operand: Any) -> Tensor:

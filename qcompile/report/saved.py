@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qcompile.backends import plain_model
 
-__all__ = ["SavedBytes", "saved_bytes"]
+__all__ = ["SavedBytes", "newly_saved", "saved_bytes", "storage_of"]
 
 
 class SavedBytes:
@@ -36,17 +36,32 @@ def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedB
         model = plain_model(model, "saved_bytes")
     owners = [*model.parameters(), *model.buffers()] if model is not None else []
     owners += [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    seen = {tensor.untyped_storage().data_ptr() for tensor in owners}
     saved = SavedBytes()
-    keep: list[Tensor] = []
+    with newly_saved({storage_of(tensor) for tensor in owners}) as kept:
+        yield saved
+        saved.tensors += [(tuple(t.shape), t.dtype, t.untyped_storage().nbytes()) for t in kept]
+
+
+@contextmanager
+def newly_saved(seen: set[int]) -> Iterator[list[Tensor]]:
+    """Collects a tensor for each storage that autograd saves inside the ``with`` block and that is not in ``seen``,
+    where it is then; collected tensors are alive, so that no storage comes twice.
+    """
+    kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            keep.append(tensor.detach())  # alive until the end, so that no address is used twice
-            saved.tensors.append((tuple(tensor.shape), tensor.dtype, storage.nbytes()))
+        if (storage := storage_of(tensor)) not in seen:
+            seen.add(storage)
+            kept.append(tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+        yield kept
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What views of one tensor share, on the meta device too; of a tensor without storage (sparse), itself."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)

@@ -342,6 +342,37 @@ def test_saved_bytes_are_what_autograd_keeps_quantized_or_not(options):
     assert (report.code_bytes == 0) == (options != {})
 
 
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Identity])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_one_graph_computes_and_the_next_one_saves_counts_once(enabled, act):
+    """An input of a graph is alive anyway only if it is the user's; a result that both graphs save is one tensor."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(40, 64), act(), nn.Linear(64, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.first(x))
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    model, x, options = Broken(), torch.randn(33, 40), {"enabled": enabled}
+    report = qcompile.explain(model, x, options=options)
+
+    def backend(gm, inputs):
+        return compile_with(
+            RECIPES["qcompile_fp4"], gm, inputs, options=options, inner_compile=compat.eager_inner_compile
+        )
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    with qcompile.saved_bytes(model, x) as measured:
+        compiled(x)
+    assert report.graphs == 2
+    assert report.saved_bytes == measured.total > 0
+
+
 # --- programs -----------------------------------------------------------------------------------------------
 
 
