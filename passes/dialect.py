@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from qcompile.ir.recipe import Operand
 
-from .find_gemms import static_size
+from .graph import static_size
 from .plan import KIND_KEY
 
 __all__ = [

@@ -27,10 +27,12 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile import compat
 from qcompile.ir.recipe import Operand
 
-from .find_gemms import IN_PLACE_OPERATORS, Frame, Slot
+from .graph import graph_modules, value_of
+from .origins import IN_PLACE_OPERATORS
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
+from .spellings import Frame, Slot
 
-__all__ = ["graph_modules", "insert"]
+__all__ = ["insert", "stamp"]
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -38,21 +40,14 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    for decision in plan.decisions:
-        _stamp(decision)
     return sum(_insert_in(module, by_node) for module in graph_modules(gm))
 
 
-def graph_modules(gm: GraphModule) -> list[GraphModule]:
-    """``gm`` and the bodies nested in it."""
-    children = [child for _, child in gm.named_children() if isinstance(child, GraphModule)]
-    return [gm, *(module for child in children for module in graph_modules(child))]
-
-
-def _stamp(decision: Decision) -> None:
-    """Leave the site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
-    node = decision.site.node
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+def stamp(plan: Plan) -> None:
+    """Leave every site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
+    for decision in plan.decisions:
+        node = decision.site.node
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
@@ -76,7 +71,7 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[A
     """The quantized operand, made once per (source, dtype, frame, axis, kind, operand)."""
     source = slot.of(gemm)
     dtype = _gemm_dtype(gemm, source)
-    axis = slot.axis if slot.axis < 0 or slot.frame else slot.axis - _value(source).dim()
+    axis = slot.axis if slot.axis < 0 or slot.frame else slot.axis - value_of(source).dim()
     key = (source, dtype, slot.frame, axis, slot.kind, str(operand))
     if key not in shared:
         with graph.inserting_before(gemm):
@@ -85,16 +80,21 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[A
 
 
 def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand) -> Node:
-    x = source if _value(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
+    x = source if value_of(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
     seed: tuple[Node, ...] = ()
     if operand.quantizer.rounding == "stochastic":
-        seed = (build(torch.randint, 0, 2**31 - 1, (1,), device=_value(source).device),)
+        seed = (build(torch.randint, 0, 2**31 - 1, (1,), device=value_of(source).device),)
     fake_quantize = torch.ops.qcompile.fake_quantize.default
     if frame is None:
         return build(fake_quantize, x, str(operand), axis, *seed)
     if frame.flatten is not None:
-        flat = build(torch.flatten, x, frame.flatten)
-        return build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), x)
+        led = build(torch.movedim, x, frame.lead, 0) if frame.lead else x
+        flat = build(torch.flatten, led, frame.flatten)
+        shaped = build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), led)
+        if not frame.lead:
+            return shaped
+        # conv_tbc takes views of its operands that only contiguous memory has.
+        return build(torch.clone, build(torch.movedim, shaped, 0, frame.lead), memory_format=torch.contiguous_format)
     assert frame.patch is not None
     return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
 
@@ -127,7 +127,7 @@ class _Builder:
         )
         node.meta.update({key: self.gemm.meta[key] for key in _KEPT_META if key in self.gemm.meta})
         node.meta["custom"] = {**self.gemm.meta["custom"], KIND_KEY: self.kind}
-        values = [_value(a) for a in args]
+        values = [value_of(a) for a in args]
         with self.fake_mode, torch.no_grad():
             node.meta["example_value"] = target(*values, **kwargs)
         return node
@@ -135,7 +135,7 @@ class _Builder:
 
 def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
     """The dtype the GEMM reads its operand in: its output's, where autocast narrows on the way."""
-    operand, result = _value(source).dtype, _value(gemm).dtype
+    operand, result = value_of(source).dtype, value_of(gemm).dtype
     return result if result.itemsize < operand.itemsize else operand
 
 
@@ -147,7 +147,7 @@ def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
     if slot.position < len(node.args):
         node.update_arg(slot.position, value)
     else:
-        node.update_kwarg(slot.keyword, value)
+        node.update_kwarg(slot.keyword_in(node), value)
 
 
 def _is_barrier(node: Node) -> bool:
@@ -171,7 +171,3 @@ def _is_barrier(node: Node) -> bool:
 _BOUNDARIES = (
     "set_grad_enabled", "inference_mode", "_enter_autocast", "_exit_autocast", "_nesting", "triton_kernel_wrapper",
 )  # fmt: skip
-
-
-def _value(node: Any) -> Any:
-    return node.meta["example_value"] if isinstance(node, Node) else node

@@ -39,7 +39,7 @@ from qcompile.kernels.matmul import providers
 from qcompile.kernels.matmul.reference import LEVELS
 
 from .dialect import aten, ops, same_sizes
-from .find_gemms import static_size
+from .graph import static_size
 from .pass_base import Context, emit
 
 __all__ = ["DECODED", "lower", "lower_frozen", "product_provider"]

@@ -40,14 +40,21 @@ class Observations:
     Attributes:
         programs: readable program after each pass, by stage and pass name.
         gemms: rows the joint audit leaves: one a GEMM of the joint graph.
+        products: every product that AOTAutograd made of the graph, forward and backward, with its FLOPs and its site.
         saved: tensors the partitioner keeps for the backward.
         plan: the decisions about the graph.
     """
 
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
+    products: list[Any] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
+
+    @property
+    def unaccounted(self) -> list[Any]:
+        """Products that belong to no site: what `find_gemms` missed."""
+        return [product for product in self.products if product.site is None]
 
 
 @dataclass

@@ -16,7 +16,9 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
 from qcompile.ir.transforms import Transform
 
-from .find_gemms import Site, Slot
+from .find_gemms import Site
+from .graph import decided_size, static_size
+from .spellings import Slot
 
 __all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
 
@@ -68,6 +70,11 @@ class Plan:
     def quantized(self) -> list[Decision]:
         return [d for d in self.decisions if d.quantized]
 
+    @property
+    def nameless(self) -> list[Decision]:
+        """What stays wide because no rule could have matched its layer."""
+        return [d for d in self.decisions if d.site.missing and d.reason == without_name(d.site.missing)]
+
 
 def site_index(node: Node) -> int | None:
     """Which site a node serves, in the Dynamo, joint or post-grad graph."""
@@ -106,8 +113,17 @@ def describe(rule: Rule) -> str:
     return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
 
 
+def without_name(layer: str) -> str:
+    """Why a product stays wide whose ``layer`` is in nothing that was compiled: a rule may have meant it."""
+    return (
+        f"its layer ({layer}) has no name that skip=… or rules=… could match: it is reached from nothing that was "
+        "compiled; make it a submodule or an argument"
+    )
+
+
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
-    applicable = [r for r in all_rules(recipe) if r.matches(site.name, site.op, site.weight_size)]
+    rules = all_rules(recipe)
+    applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
     for rule in applicable:
         if (text := describe(rule)) in matched:
             matched[text] += 1
@@ -121,8 +137,12 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     if verdict is not None and not verdict.quantize:
         return Decision(site, False, describe(verdict))
     kinds = [slot.kind for slot in site.slots]
-    if "weight" not in kinds and not recipe.attention and verdict is None:
-        return Decision(site, False, "no weight operand (attention-like product); attention=True quantizes these")
+    if verdict is None and (reason := _left_wide(site, recipe)):
+        return Decision(site, False, reason)
+    if site.missing and any(rule.name != "*" for rule in rules):
+        return Decision(site, False, without_name(site.missing))
+    if decided_size(site.contraction) is None:
+        return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
@@ -142,10 +162,23 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
 
 
+def _left_wide(site: Site, recipe: Recipe) -> str:
+    """Why a site is left alone that no rule speaks of; "" if it is not."""
+    if site.reservation:
+        return f"{site.reservation}; a rule with quantize=True quantizes it"
+    if site.head and not recipe.heads:
+        return f"{site.head}; heads=True quantizes these"
+    if site.sides is None:
+        alike = "no weight operand (attention-like product); attention=True quantizes these"
+        return "" if recipe.attention else alike
+    thin = min(site.sides)
+    return f"a side of its weight is {thin}, below min_side={recipe.min_side}" if thin < recipe.min_side else ""
+
+
 def transform_at(slot: Slot, operand: Operand, node: Node) -> Transform:
     """The transform of an operand as its axis admits it; as the recipe has it where the extent is not known yet."""
-    size = slot.size(node)
-    return operand.transform.on(size) if isinstance(size, int) else operand.transform
+    size = static_size(slot.size(node))
+    return operand.transform if size is None else operand.transform.on(size)
 
 
 def _rotation_note(slot: Slot, operand: Operand | None, node: Node) -> str:

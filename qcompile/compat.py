@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
 import torch._dynamo.convert_frame
+import torch._dynamo.eval_frame
+import torch._dynamo.external_utils
+import torch._dynamo.guards
+import torch._dynamo.output_graph
+import torch._dynamo.source
 import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
@@ -17,16 +25,20 @@ import torch._inductor.compile_fx
 import torch._logging._internal
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "CheckpointPolicy",
+    "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "TorchDispatchMode",
+    "before_next_call",
     "captures_recurrent_layers",
     "compile_fx",
+    "compiled_call",
     "current_frame",
     "eager_inner_compile",
     "fake_mode_of",
@@ -161,13 +173,174 @@ def is_parameter(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter)
 
 
-def source_name(node: Node) -> str:
-    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if
-    unknown.
+def is_argument(node: Node) -> bool:
+    """Whether a Dynamo placeholder is an argument of the compiled code: no tensor that a module, a closure or a global
+    variable keeps.
     """
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
+    source = source_of(node)
     if source is None:
-        return ""
-    name = source.name
-    return name() if callable(name) else name
+        return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is None
+    while (base := getattr(source, "base", None)) is not None:
+        if isinstance(source, torch._dynamo.source.NNModuleSource):
+            return False
+        source = base
+    return getattr(source, "is_input", False) and not isinstance(source, torch._dynamo.source.NNModuleSource)
+
+
+def guarded_int(size: Any) -> int | None:
+    """A SymInt's value under the inputs at hand, which a guard makes a condition of the compiled code.
+
+    ``None`` if it is computed from data, or if the user has marked it dynamic, which makes such a guard an error.
+    """
+    if _is_marked_dynamic(size):
+        return None
+    try:
+        return int(size)
+    except GuardOnDataDependentSymNode:
+        return None
+
+
+def guarded_bool(condition: Any) -> bool:
+    """A condition on sizes, which holds for the compiled code by a guard if it holds now; false if data decides it."""
+    try:
+        return bool(condition)
+    except GuardOnDataDependentSymNode:
+        return False
+
+
+def _is_marked_dynamic(size: Any) -> bool:
+    """Whether ``mark_dynamic`` names a dimension that this size depends on."""
+    symbols = size.node.expr.free_symbols
+    for tracked in size.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for extent, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            strict = constraint is not None and not constraint.warn_only
+            if strict and isinstance(extent, torch.SymInt) and extent.node.expr.free_symbols & symbols:
+                return True
+    return False
+
+
+def memory_of(value: Any) -> Any:
+    """What tells whether two (fake) tensors share memory; ``None`` for what has none of its own to compare."""
+    if not isinstance(value, torch.Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
+        return None
+    return value.untyped_storage()._cdata if value.layout is torch.strided and not value.is_nested else None
+
+
+def placeholder_value(node: Node) -> torch.Tensor | None:
+    """The real tensor behind a Dynamo placeholder, ``None`` for any other node or value."""
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    if argument is None or getattr(argument, "_example", None) is None:  # erased when Dynamo is done with the graph
+        return None
+    return argument.example if isinstance(argument.example, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class CompiledCall:
+    """The call of something compiled that a backend is serving.
+
+    Attributes:
+        context: what one ``torch.compile`` call made; lives as long as the callable it returned.
+        target: the module or function that was compiled: the model for ``model.compile()`` and
+            ``torch.compile(model.forward)``.
+        args, kwargs: arguments of the call.
+        enclosing: modules whose forward was running when Dynamo came to the frame it compiles, innermost first.
+        variables: local variables of that frame.
+    """
+
+    context: Any
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    enclosing: tuple[torch.nn.Module, ...]
+    variables: Mapping[str, Any]
+
+
+def compiled_call() -> CompiledCall | None:
+    """The innermost call of a compiled callable on the Python stack, ``None`` outside of any.
+
+    Graph breaks, resumed frames and buckets of DDP all run below the function that ``torch.compile`` puts around its
+    callable. The same in 2.13 and 2.14.
+    """
+    enclosing = []
+    variables: Mapping[str, Any] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if "self" in code.co_freevars and code.co_filename == torch._dynamo.eval_frame.__file__:
+            found = frame.f_locals
+            if isinstance(found["self"], torch._dynamo.eval_frame.OptimizeContext) and "fn" in found:
+                target = _compiled_target(found["fn"])
+                if isinstance(target, torch.nn.Module):
+                    enclosing.append(target)
+                arguments = found.get("args", ()), found.get("kwargs", {})
+                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), variables)
+        elif "self" in code.co_varnames or "self" in code.co_cellvars:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module):
+                enclosing.append(owner)
+            elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
+                variables = owner.local_scope
+        frame = frame.f_back
+    return None
+
+
+def _compiled_target(function: Any) -> Any:
+    """What the user compiled, without what torch puts around it."""
+    while getattr(getattr(function, "__code__", None), "co_filename", "") == torch._dynamo.external_utils.__file__:
+        function = function.__wrapped__
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else function
+
+
+def source_of(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder, ``None`` if unknown."""
+    return getattr(placeholder.meta.get("grapharg"), "source", None)
+
+
+def local_variable(placeholder: Node) -> tuple[str, Any]:
+    """The local variable of the frame that a placeholder is reached from, by name and source; "" if it is none."""
+    source = source_of(placeholder)
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return getattr(source, "local_name", ""), source
+
+
+def guard_identity(source: Any) -> None:
+    """Let the code that Dynamo is compiling run only where ``source`` is the very object it is now."""
+    guard = source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH)
+    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)
+
+
+def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
+    """Run ``act`` once, when the compiled callable is called the next time. What it raises reaches the caller."""
+    context = call.context
+
+    def enter() -> Callable[[], None]:
+        context.enter_exit_hooks = [hook for hook in context.enter_exit_hooks if hook is not enter]
+        act()
+        return lambda: None
+
+    context.enter_exit_hooks.append(enter)
+
+
+def triton_kernel_name(index: int) -> str:
+    """What a Triton kernel is called that a graph launches (``triton_kernel_wrapper_mutation(kernel_idx=index)``)."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel = kernel_side_table.get_kernel(index)
+    return str(getattr(getattr(kernel, "fn", kernel), "__name__", type(kernel).__name__))
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number: of a symbolic one what it was in the call being compiled; 1 if that is not known either."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the code a node comes from; "" if it is not known."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return ":".join(places[-1]) if places else ""

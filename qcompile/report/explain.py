@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from qcompile import compat
 from qcompile.backends import compile_with, plain_model, split_options
+from qcompile.passes.account import remark as unaccounted
 from qcompile.passes.pass_base import Observations
 from qcompile.recipes import RECIPES
-from qcompile.session import Session, UnmatchedRuleError, session_for, unmatched_message
+from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 
 from .model import Report
 from .outside import OutsideGraphs
@@ -90,10 +91,13 @@ def explain(
     report.remarks += [
         *_not_captured(model, outside, captured),
         *_dropped(graphs, compat.recompile_limits()),
+        *filter(None, [unaccounted([graph.observed for graph in graphs])]),
     ]
     ours, _ = split_options(None, options)
-    session: Session = session_for(RECIPES[backend].override(ours), options)
-    session.settled = True
+    session = Session(RECIPES[backend].override(ours))
+    for graph in graphs:
+        if graph.observed.plan is not None:
+            session.add(graph.observed.plan)
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report
