@@ -426,7 +426,7 @@ def _opaque(node: Node, name: str) -> Recognized | None:
     """A call of somebody else's code that may be a product: it reads two tensors, one of them a floating matrix."""
     library, is_op, _ = name.partition("::")
     if name in _TRITON:
-        op = compat.triton_kernel_name(node.kwargs["kernel_idx"])
+        op = compat.triton_kernel_name(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
         what = "one opaque Triton kernel"
     elif is_op and library not in _TORCH:
         op, what = name, f"one opaque op of {library}"

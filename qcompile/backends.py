@@ -28,7 +28,7 @@ from .ir.recipe import Recipe
 from .recipes import RECIPES
 from .session import session_of
 
-__all__ = ["compile_with", "qcompile_fp4", "qcompile_quest", "split_options"]
+__all__ = ["compile_with", "plain_model", "qcompile_fp4", "qcompile_quest", "split_options"]
 
 Compiled = Callable[..., Any]
 
@@ -101,6 +101,21 @@ def compile_with(
 
         compiled = (monitor() if recipe.monitor is True else recipe.monitor).attach(watched, compiled)
     return compiled
+
+
+def plain_model(model: Any, caller: str) -> Any:
+    """``model`` as it was before ``torch.compile``.
+
+    Raises ``ValueError`` for a class, which ``torch.compile`` would change for the whole process, and for what cannot
+    be called.
+    """
+    if isinstance(model, type):
+        msg = f"{caller}: takes a model, got the class {model.__name__}; make an instance: {model.__name__}(...)"
+        raise ValueError(msg)
+    if not callable(model):
+        msg = f"{caller}: takes a module or function, got {type(model).__name__}"
+        raise ValueError(msg)
+    return getattr(model, "_orig_mod", model)
 
 
 def _raise_unknown(key: str, names: list[str]) -> None:

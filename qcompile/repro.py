@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import split_options
+from .backends import plain_model, split_options
 from .recipes import RECIPES
 
 __all__ = ["save_repro"]
@@ -75,7 +75,8 @@ def save_repro(
         model: the module, compiled or not; it is pickled, so its class has to be importable where the script runs.
         args, kwargs: inputs of the forward. backend, options: as for ``torch.compile``; a monitor is left out.
 
-    Returns the path of the script. Raises ``ValueError`` for an unknown backend or option.
+    Returns the path of the script. Raises ``ValueError`` for an unknown backend or option, and for a class in place
+    of a model.
     """
     if backend not in RECIPES:
         msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
@@ -84,7 +85,7 @@ def save_repro(
     RECIPES[backend].override(split_options(None, given)[0])
     from . import __version__
 
-    model = getattr(model, "_orig_mod", model)
+    model = plain_model(model, "save_repro")
     script = Path(path).with_suffix(".py")
     text = _SCRIPT.format(
         backend=backend,
