@@ -137,7 +137,7 @@ def _flops(node: Node) -> int | None:
     """
     if node.op != "call_function":
         return None
-    formula = _FORMULAS.get(name_of(node)) or flop_counter.flop_registry.get(
+    formula = FORMULAS.get(name_of(node)) or flop_counter.flop_registry.get(
         getattr(node.target, "overloadpacket", node.target)
     )
     if formula is None:
@@ -182,7 +182,7 @@ def _matrix_vector(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
 
 
 #: Operations from the arguments of products that torch's flop_counter has no formula for, by name.
-_FORMULAS: dict[str, Callable[..., int]] = {
+FORMULAS: dict[str, Callable[..., int]] = {
     "mv": _matrix_vector,
     "dot": _matrix_vector,
     "vdot": _matrix_vector,

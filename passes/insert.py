@@ -141,7 +141,7 @@ def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
 
 def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
     if slot.item is not None:
-        operands = list(node.args[slot.position])  # type: ignore[arg-type]
+        operands = list(slot.argument(node))
         operands[slot.item] = value
         value = operands
     if slot.position < len(node.args):

@@ -18,7 +18,17 @@ from qcompile import compat
 
 from .graph import static_size, value_of
 
-__all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "is_opaque", "name_of", "recognize"]
+__all__ = [
+    "ATTENTION",
+    "HIGHER_ORDER_ATTENTION",
+    "Frame",
+    "Recognized",
+    "Slot",
+    "is_in",
+    "is_opaque",
+    "name_of",
+    "recognize",
+]
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,13 @@ class Slot:
     """Index into the argument where it is a list of operands (einsum)."""
 
     def of(self, node: Node) -> Any:
+        argument = self.argument(node)
+        return argument if self.item is None else argument[self.item]
+
+    def argument(self, node: Node) -> Any:
+        """The operand, or the list that it is in."""
         by_keyword = self.position >= len(node.args)
-        argument = node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
-        return argument if self.item is None else argument[self.item]  # type: ignore[index]
+        return node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
 
     def keyword_in(self, node: Node) -> str:
         """The operand's keyword as this call spells it: what torch's functions call ``input`` is ``self`` in ATen."""
@@ -254,11 +268,12 @@ _ORDER = "the order of products is chosen at run time"
 _BILINEAR = "contracts two axes at once; no scale per row factors out"
 _FUNCTION = "a function of a matrix, which is computed by many products; rounding errors would add up"
 _FACTORS = "solves or factors a matrix; rounding errors would grow with its condition number"
+_BACKWARD = "the backward of a product, called by hand"
 _KERNEL = "a kernel of one device's own; spell it as the op that torch dispatches to it"
 
 #: Reason → names of the products that are recognized and left alone for it.
 _REASONS: dict[str, str] = {
-    ATTENTION: """scaled_dot_product_attention _scaled_dot_product_attention_math
+    ATTENTION: """scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps
         _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
         _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward _efficient_attention_forward
@@ -277,7 +292,7 @@ _REASONS: dict[str, str] = {
         quantized_rnn_relu_cell quantized_rnn_tanh_cell out_dtype""",
     _DISTANCE: "cdist _cdist_forward pdist _pdist_forward",
     "a covariance: the data times itself": "cov corrcoef",
-    "coordinates of a sampling grid": "affine_grid affine_grid_generator",
+    "coordinates of a sampling grid": "affine_grid affine_grid_generator cudnn_affine_grid_generator",
     "a list of products in one op": "_foreach_mm",
     "a gradient inside a torch.func transform: the products of its backward are not the model's own": "_autograd_grad",
     _SPARSE: """_sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
@@ -301,6 +316,10 @@ _REASONS: dict[str, str] = {
         cudnn_convolution_relu cudnn_convolution_transpose miopen_convolution miopen_convolution_add_relu
         miopen_convolution_relu miopen_convolution_transpose miopen_depthwise_convolution mkldnn_convolution
         mkldnn_linear _mps_convolution _mps_convolution_transpose _nnpack_spatial_convolution""",
+    _BACKWARD: """_convolution_double_backward convolution_backward_overrideable mkldnn_linear_backward_input
+        mkldnn_linear_backward_weights lstm_mps_backward mps_convolution_backward mps_convolution_transpose_backward
+        _efficient_attention_backward _flash_attention_backward _cudnn_attention_backward _cdist_backward _pdist_backward
+        _slow_conv2d_backward transformers::grouped_mm_fallback_backward""",
 }  # fmt: skip
 #: What the report calls them, where that is not their name.
 _REPORTED_AS = {
@@ -310,11 +329,12 @@ _REPORTED_AS = {
     "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
     "_autograd_grad": "func.grad",
 }
+_REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+_REASON_OF = {f"{name}_backward": _BACKWARD for name in (*SPELLINGS, *_REASON_OF)} | _REASON_OF
 #: Name → (op kind, reason).
 OUT_OF_SCOPE: dict[str, tuple[str, str]] = {
     name: (_REPORTED_AS.get(name, name.removeprefix("linalg_").strip("_")), reason)
-    for reason, names in _REASONS.items()
-    for name in names.split()
+    for name, reason in _REASON_OF.items()
 }
 HIGHER_ORDER_ATTENTION = ("flex_attention", "flex_attention_backward")
 
