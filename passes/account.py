@@ -8,7 +8,7 @@ so, and in tests it is an error. Changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,35 +19,14 @@ from torch.utils import flop_counter
 from qcompile import compat
 
 from .dialect import GEMMS, decode_root, is_call
-from .pass_base import Context, Observations
+from .pass_base import Context, Observations, Product
 from .plan import Plan, site_index
 from .quantize_gradients import depends_on_tangents, gemm_role
 from .spellings import is_opaque, name_of
 
-__all__ = ["Product", "account", "remark"]
+__all__ = ["account", "remark"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Product:
-    """One product of a joint graph.
-
-    Attributes:
-        site: index of the site it belongs to, or ``None``. body: whether it is in the body of a higher-order op (or in
-        an inference graph), which may run any number of times and is counted once.
-        role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where the graph does not tell which.
-        op: its name in ATen. flops: floating-point operations, 0 for the opaque op of another library.
-        quantized: whether it reads an operand that was quantized. where: ``file:line`` of the model.
-    """
-
-    site: int | None
-    body: bool
-    role: str
-    op: str
-    flops: int
-    quantized: bool
-    where: str
 
 
 def account(graph: Graph, context: Context) -> int:
@@ -100,7 +79,7 @@ def remark(graphs: Iterable[Observations]) -> str:
     places = dict.fromkeys(f"{product.op} at {product.where}" if product.where else product.op for product in missed)
     more = f" and {len(places) - SHOWN} more places" if len(places) > SHOWN else ""
     return (
-        f"not accounted for: {len(missed)} product(s), {share:.1%} of the FLOPs of the graphs, belong to no layer above: "
+        f"not accounted for: {len(missed)} product(s), {share:.1%} of the FLOPs of the graphs, belong to no layer: "
         f"{', '.join(list(places)[:SHOWN])}{more}"
     )
 

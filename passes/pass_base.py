@@ -25,12 +25,33 @@ from qcompile.ir.recipe import Recipe
 from .plan import Plan
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes"]
+__all__ = ["Context", "GraphPass", "Observations", "Product", "emit", "run_passes"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
     log.setLevel(_level.upper())
     log.addHandler(logging.StreamHandler())
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a joint graph.
+
+    Attributes:
+        site: index of the site it belongs to, or ``None``. body: whether it is in the body of a higher-order op (or in
+        an inference graph), which may run any number of times and is counted once.
+        role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where the graph does not tell which.
+        op: its name in ATen. flops: floating-point operations, 0 for the opaque op of another library.
+        quantized: whether it reads an operand that was quantized. where: ``file:line`` of the model.
+    """
+
+    site: int | None
+    body: bool
+    role: str
+    op: str
+    flops: int
+    quantized: bool
+    where: str
 
 
 @dataclass
@@ -47,12 +68,12 @@ class Observations:
 
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
-    products: list[Any] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
 
     @property
-    def unaccounted(self) -> list[Any]:
+    def unaccounted(self) -> list[Product]:
         """Products that belong to no site: what `find_gemms` missed."""
         return [product for product in self.products if product.site is None]
 

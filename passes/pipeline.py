@@ -6,7 +6,7 @@ stage          graph                                             pass           
 dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
-joint          forward and backward in ATen, before partitioning account                 no (counts what AOTAutograd made)
+joint          forward and backward in ATen, before partitioning account                 no (counts the products)
 joint                                                            cancel_rotations        no
 joint                                                            quantize_gradients      **yes, if gradient= is set**
 joint                                                            fuse                    no

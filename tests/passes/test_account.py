@@ -16,7 +16,7 @@ from torch.utils import flop_counter
 
 import qcompile
 from qcompile.passes import account, find_gemms
-from qcompile.passes.account import Product
+from qcompile.passes.pass_base import Product
 from qcompile.passes.spellings import recognize
 
 from .harness import DISTINCT, compile_and_run, compiler

@@ -358,6 +358,13 @@ ROWS: dict[str, Row] = {
     "aten.conv2d keywords": Row(
         "conv2d", lambda m, x: torch.ops.aten.conv2d(input=x, weight=m.w), (2, 7, 9, 11), (5, 7, 3, 3), **OVERLAPPING
     ),
+    "torch._convolution_mode": Row(
+        "convolution",
+        lambda m, x: torch._convolution_mode(x, m.w, m.b, [1], "same", [1], 1),
+        (2, 7, 19),
+        (5, 7, 3),
+        **OVERLAPPING,
+    ),
     "conv_tbc": Row(
         "conv_tbc",
         lambda m, x: torch.conv_tbc(x, m.w, m.b, 1),

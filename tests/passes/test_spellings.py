@@ -118,6 +118,12 @@ def test_one_entry_serves_every_form(node: Node) -> None:
     assert (name_of(node), found.op, [slot.axis for slot in found.slots]) == ("mm", "mm", [-1, -2])
 
 
+def test_a_product_with_an_activation_is_an_addmm() -> None:
+    """Only inference has it: torch knows no derivative."""
+    found = recognize(call(torch._addmm_activation, torch.ones(4), torch.ones(2, 3), torch.ones(3, 4)))
+    assert [(slot.position, slot.axis) for slot in found.slots] == [(1, -1), (2, -2)]
+
+
 def test_a_function_that_only_shares_its_name_is_no_product() -> None:
     def mm(x: Tensor, y: Tensor) -> Tensor:
         return x + y
