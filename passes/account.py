@@ -19,6 +19,8 @@ from torch.utils import flop_counter
 from qcompile import compat
 
 from .dialect import GEMMS, decode_root, is_call
+from .find_gemms import Site
+from .graph import value_of
 from .pass_base import Context, Observations, Product
 from .plan import Plan, site_index
 from .quantize_gradients import depends_on_tangents, gemm_role
@@ -49,23 +51,27 @@ def account(graph: Graph, context: Context) -> int:
                     where=compat.source_line(node),
                 )
             )
-    _attribute_backwards_of_bodies(context.observe.products, context.plan)
+    _attribute_bodies(context.observe.products, context.plan)
     return 0
 
 
-def _attribute_backwards_of_bodies(products: list[Product], plan: Plan) -> None:
-    """Give a site to the backward products in bodies of ``cond``, ``scan`` and ``map``.
+def _attribute_bodies(products: list[Product], plan: Plan) -> None:
+    """Give a site to the products in bodies of ``cond``, ``scan`` and ``map`` that have none.
 
-    Torch traces these backwards on their own and hands no metadata on. Each of their products multiplies the same three
-    extents as a forward product, so it belongs to a site in a body that has as many operations, and to none if there is
-    no such site.
+    Torch traces their backwards, and the forward of a ``scan`` that is differentiated, on their own and hands no
+    metadata on. All three roles of a site multiply the same three extents, so such a product belongs to a site in a
+    body that has as many operations, and to none if there is no such site.
     """
-    in_bodies = {decision.site.index for decision in plan.decisions if decision.site.body}
-    sites = {p.flops: p.site for p in products if p.role == "fprop" and p.site in in_bodies}
+    sites = {_site_flops(d.site): d.site.index for d in plan.decisions if d.site.body and d.site.slots}
     for i, product in enumerate(products):
-        if product.site is None and product.body and product.role != "fprop":
+        if product.site is None and product.body:
             # One ATen op makes both gradients of a convolution.
             products[i] = replace(product, site=sites.get(product.flops, sites.get(product.flops // 2)))
+
+
+def _site_flops(site: Site) -> int:
+    """2 · results · contraction, from the graph as Dynamo captured it."""
+    return 2 * compat.size_hint(value_of(site.node).numel()) * compat.size_hint(site.slots[1].size(site.node))
 
 
 def remark(graphs: Iterable[Observations]) -> str:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from .graph import static_size, value_of
 from .names import layer_name, parameter_name, with_parameter
 from .origins import is_functional_weight, is_weight, origin
-from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Slot, recognize
+from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, TRANSFORM, Slot, recognize
 
 __all__ = ["Site", "find_gemms"]
 
@@ -98,7 +98,7 @@ def _find_in(body: _Body) -> Iterator[Site]:
             continue
         site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
         if not site.obstacle and functorch_depth:
-            site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
+            site.obstacle = TRANSFORM
         if site.slots:
             _describe(site)
             left, right = site.slots

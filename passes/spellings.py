@@ -19,16 +19,9 @@ from qcompile import compat
 from .graph import static_size, value_of
 
 __all__ = [
-    "ATTENTION",
-    "HIGHER_ORDER_ATTENTION",
-    "Frame",
-    "Recognized",
-    "Slot",
-    "is_in",
-    "is_opaque",
-    "name_of",
-    "recognize",
-]
+    "ATTENTION", "HIGHER_ORDER_ATTENTION", "OUT_OF_SCOPE", "SPELLINGS", "TRANSFORM", "Frame", "Recognized", "Slot",
+    "is_in", "is_opaque", "name_of", "recognize",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,6 +250,7 @@ SPELLINGS: dict[str, tuple[str, Locate]] = {
 }
 
 ATTENTION = "attention is left in high precision (as in every published recipe)"
+TRANSFORM = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
 _HIDDEN = "its products are not visible in the graph"
 _OPAQUE = f"one opaque op; {_HIDDEN}"
 _FAST_PATH = f"{_OPAQUE} (without torch.backends.mha.set_fastpath_enabled(False), which shows them)"
@@ -300,7 +294,7 @@ _REASONS: dict[str, str] = {
     "a covariance: the data times itself": "cov corrcoef",
     "coordinates of a sampling grid": "affine_grid affine_grid_generator cudnn_affine_grid_generator",
     "a list of products in one op": "_foreach_mm",
-    "a gradient inside a torch.func transform: the products of its backward are not the model's own": "_autograd_grad",
+    TRANSFORM: "_autograd_grad",
     _SPARSE: """
         _sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
         _spsolve _cslt_sparse_mm _sparse_semi_structured_mm _sparse_semi_structured_addmm

@@ -81,9 +81,7 @@ def test_a_product_that_is_missed_is_remarked(monkeypatch) -> None:
     assert [row.op for row in report.rows] == ["linear"] * len(report.rows)
     (remark,) = report.remarks
     # The layer's dX is not computed: 5 products, 3 of them missed.
-    assert remark.startswith(
-        "not accounted for: 3 product(s), 60.0% of the FLOPs of the graphs, belong to no layer above"
-    )
+    assert remark.startswith("not accounted for: 3 product(s), 60.0% of the FLOPs of the graphs, belong to no layer: ")
     assert f"mm at {__file__}:" in remark
     assert remark in report.summary()
 
@@ -141,7 +139,7 @@ def test_a_backward_of_other_extents_is_nobodys() -> None:
     (observed,) = observations
     stray = Product(None, True, "backward", "mm", 12345, False, "")
     observed.products.append(stray)
-    account._attribute_backwards_of_bodies(observed.products, observed.plan)
+    account._attribute_bodies(observed.products, observed.plan)
     assert observed.unaccounted == [stray]
 
 
