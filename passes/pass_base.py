@@ -89,10 +89,13 @@ class Context:
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A named rewrite of one graph; ``run`` returns how many places it changed."""
+    """A named rewrite of one graph; ``run`` returns how many places it changed. ``dumped``: whether the program after it
+    is worth a record.
+    """
 
     name: str
     run: Callable[[Graph, Context], int]
+    dumped: bool = True
 
 
 def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: Context) -> None:
@@ -110,7 +113,8 @@ def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: C
             elapsed = (time.perf_counter() - start) * 1e3
             diff = op_diff(before, count_ops(graph))
             log.debug("%s/%s: %d matches in %.1f ms%s", stage, graph_pass.name, matches, elapsed, diff)
-        dump(f"{stage}_{graph_pass.name}", graph, context)
+        if graph_pass.dumped:
+            dump(f"{stage}_{graph_pass.name}", graph, context)
         if context.recipe.debug:
             verify(graph, stage=f"{stage}/{graph_pass.name}")
 

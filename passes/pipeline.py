@@ -50,7 +50,7 @@ from .quantize_gradients import quantize_gradients
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
 JOINT = (
-    GraphPass("account", account),
+    GraphPass("account", account, dumped=False),
     GraphPass("cancel_rotations", cancel_rotations),
     GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
