@@ -89,8 +89,8 @@ class Context:
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A named rewrite of one graph; ``run`` returns how many places it changed. ``dumped``: whether the program after it
-    is worth a record.
+    """A named rewrite of one graph; ``run`` returns how many places it changed. ``dumped``: whether the program after
+    it is worth a record.
     """
 
     name: str
