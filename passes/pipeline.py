@@ -50,7 +50,7 @@ from .plan import Plan, all_rules, make_plan
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
-ACCOUNT, AUDIT = GraphPass("account", account), GraphPass("audit", audit)
+ACCOUNT, AUDIT = GraphPass("account", account, dumped=False), GraphPass("audit", audit)
 JOINT = (
     ACCOUNT,
     GraphPass("cancel_rotations", cancel_rotations),

@@ -107,6 +107,7 @@ def assert_all_roles(report: Report, first: str = "") -> None:
             assert row.decision == expected, row
     assert all(tuple(found) == ROLES for found in roles.values())
     assert len(roles) == report.quantized_sites
+    assert not any("not accounted for" in remark for remark in report.remarks)
 
 
 ATTENTION = "attention is left in high precision (as in every published recipe)"
