@@ -1,32 +1,51 @@
 """Find every GEMM of a Dynamo graph, however it is spelled.
 
 Sees a graph as Dynamo captured it, bodies of higher-order ops included; changes nothing. Leaves a list of
-:class:`Site`: which operands are contracted along which axis, whether each is a weight, what layer the GEMM belongs to,
+:class:`Site`: which operands are contracted along which axis, which is the weight, what layer the GEMM belongs to,
 and, where the spelling does not allow a scale per row, why.
 
-`spellings.py` is the table of what is understood.
+`spellings.py` is the table of what is understood, `origins.py` says what an operand derives from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from .graph import static_size, value_of
+from .heads import Vocabulary, head_reasons, identity_of
 from .names import layer_name, parameter_name, with_parameter
-from .origins import is_functional_weight, is_weight, origin
-from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Slot, recognize
+from .origins import Origin, Origins
+from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Recognized, Slot, recognize
 
 __all__ = ["Site", "find_gemms"]
+
+COMPUTES_A_WEIGHT = "computes a weight: neither operand depends on the model's inputs"
+IS_CONSTANT = "a constant, not a weight (a buffer, or a tensor made in the graph)"
+UNDER_NO_GRAD = "under no_grad inside a training graph"
+CONSTANT_WEIGHT = "the weight is a constant"
 
 
 @dataclass
 class Site:
-    """One matrix product. ``obstacle`` says why it cannot be quantized; empty if it can."""
+    """One matrix product.
+
+    Attributes:
+        node: the call. op: how it is spelled. slots: its two operands.
+        obstacle: why it cannot be quantized; empty if it can.
+        reservation: why it is left wide unless a rule says ``quantize=True``; empty if nothing speaks against it.
+        head: why it is taken for an output head; empty if it is none.
+        name: of its layer. body: path of the higher-order op's body it is in.
+        shape: of the operands. contraction: how many terms are summed. sides: of the weight as a matrix (of the whole
+            parameter where the weight is a part of one), ``None`` without a weight. Sizes may be symbolic.
+        index: of the site in its graph. training: whether a gradient is computed.
+    """
 
     node: Node
     op: str
@@ -34,15 +53,23 @@ class Site:
     obstacle: str = ""
     name: str = ""
     body: str = ""
+    reservation: str = ""
+    head: str = ""
     shape: tuple[Any, ...] = ()
-    weight_size: int | None = None
+    contraction: Any = 0
+    sides: tuple[Any, Any] | None = None
+    weight_size: Any = None
     index: int = -1
     training: bool = True
 
 
-def find_gemms(gm: GraphModule) -> list[Site]:
-    """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body."""
-    sites = [site for body in _bodies(gm) for site in _find_in(body)]
+def find_gemms(gm: GraphModule, modules: Iterable[nn.Module] = ()) -> list[Site]:
+    """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body.
+
+    ``modules``: the model that ``gm`` is a part of, where it is known; its embeddings tell which products are heads.
+    """
+    vocabulary = Vocabulary.of_modules(modules)
+    sites = list(_sites_below(_Body("", gm, gradients=torch.is_grad_enabled()), vocabulary))
     for index, site in enumerate(sites):
         site.index = index
         site.name = site.name or f"{site.op}_{index}"
@@ -51,100 +78,180 @@ def find_gemms(gm: GraphModule) -> list[Site]:
 
 @dataclass(frozen=True)
 class _Body:
-    """A graph module reachable through higher-order ops; ``obstacle`` and ``note`` hold for all its sites."""
+    """A graph module reachable through higher-order ops.
+
+    Attributes:
+        obstacle, note: hold for all its sites. given: what its placeholders derive from, if that is known.
+        gradients: whether gradients are enabled where it is called.
+    """
 
     path: str
     module: GraphModule
     obstacle: str = ""
     note: str = ""
+    given: dict[Node, Origin] = field(default_factory=dict)
+    gradients: bool = True
 
 
 #: Higher-order ops whose backward is traced without saying which node serves which site.
 _ANONYMOUS_BACKWARD = ("cond", "while_loop", "scan", "map_impl")
 
 
-def _bodies(gm: GraphModule) -> Iterator[_Body]:
-    yield from _bodies_below(_Body("", gm))
+def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
+    """The sites of a body, then those of the bodies it calls."""
+    sites: dict[Node, Site] = {}
+    nested: list[_Body] = []
+    origins, weights = Origins(body.given), {}
+    gradients, functorch_depth = body.gradients, 0
+    training = gradients and _is_training(body.module)
+    graph = body.module.graph
+    for node in graph.nodes:
+        called = node.op in ("call_function", "call_method")
+        found = recognize(node) if called else None
+        if found is not None:
+            operands = [origins.of(slot.of(node)) for slot in found.slots]
+            site = sites[node] = _site(node, found, operands, body)
+            weights[node] = _identities(operands, site)
+            if functorch_depth and not site.obstacle:
+                site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
+            if training and not gradients:
+                site.reservation = site.reservation or UNDER_NO_GRAD
+        origins.visit(node, found is not None)
+        if called and any(source.op == "get_attr" for source in node.all_input_nodes):
+            nested += _bodies_called(node, body, origins, gradients)
+        if node.target is torch._C._set_grad_enabled:
+            gradients = node.args[0]
+        name = getattr(node.target, "__name__", str(node.target))
+        functorch_depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+    vocabulary.add_graph(graph, lambda table: frozenset(map(identity_of, origins.of(table).roots)))
+    for node, reason in head_reasons(graph, weights, vocabulary).items():
+        sites[node].head = reason
+    yield from sites.values()
+    for inner in nested:
+        yield from _sites_below(inner, vocabulary)
 
 
-def _bodies_below(body: _Body) -> Iterator[_Body]:
-    yield body
-    users = {node.target: node for node in body.module.graph.nodes if node.op == "get_attr"}
-    for name, child in body.module.named_children():
-        if not isinstance(child, GraphModule):
-            continue
-        caller = next(iter(users[name].users), None) if name in users else None
-        operation = str(caller.target) if caller is not None else ""
-        obstacle, note = body.obstacle, body.note
-        if "autograd_function_apply" in operation:
-            obstacle = "inside a torch.autograd.Function, whose backward is the user's own"
-        elif operation in HIGHER_ORDER_ATTENTION:
-            obstacle = ATTENTION
-        elif operation in _ANONYMOUS_BACKWARD:
-            note = f"inside {operation}: its gradients stay in high precision"
-        path = f"{body.path}.{name}" if body.path else name
-        yield from _bodies_below(_Body(path, child, obstacle, note))
+def _is_training(gm: GraphModule) -> bool:
+    """Whether a result of the graph requires a gradient."""
+    return any(getattr(value_of(n), "requires_grad", False) for n in gm.graph.output_node().all_input_nodes)
 
 
-def _find_in(body: _Body) -> Iterator[Site]:
-    functorch_depth = 0
-    for node in body.module.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        target_name = getattr(node.target, "__name__", str(node.target))
-        functorch_depth += target_name.endswith("_increment_nesting") - target_name.endswith("_decrement_nesting")
-        found = recognize(node)
-        if found is None:
-            continue
-        site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
-        if not site.obstacle and functorch_depth:
-            site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
-        if site.slots:
-            _describe(site)
-            left, right = site.slots
-            site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note)))), right
-        yield site
+def _bodies_called(call: Node, body: _Body, origins: Origins, gradients: bool) -> Iterator[_Body]:
+    """The graph modules among the arguments of a higher-order op."""
+    arguments = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
+    inner = {a: m for a in arguments if a.op == "get_attr" and isinstance(m := _attribute(body.module, a), GraphModule)}
+    operation = str(call.target)
+    obstacle, note = body.obstacle, body.note
+    if "autograd_function_apply" in operation:
+        obstacle = "inside a torch.autograd.Function, whose backward is the user's own"
+    elif operation in HIGHER_ORDER_ATTENTION:
+        obstacle = ATTENTION
+    elif operation in _ANONYMOUS_BACKWARD:
+        note = f"inside {operation}: its gradients stay in high precision"
+    values = [a for a in arguments if a not in inner]
+    for argument, module in inner.items():
+        placeholders = module.graph.find_nodes(op="placeholder")
+        # The operands come last; what stands before them (a predicate) is the op's own.
+        given = dict(zip(reversed(placeholders), map(origins.of, reversed(values)), strict=False))
+        path = f"{body.path}.{argument.target}" if body.path else str(argument.target)
+        yield _Body(path, module, obstacle, note, given, gradients)
 
 
-def _describe(site: Site) -> None:
-    """Fill in what the plan needs to know: weights, shapes, and obstacles that show in the operands."""
-    node, values = site.node, [value_of(slot.of(site.node)) for slot in site.slots]
+def _attribute(gm: GraphModule, node: Node) -> Any:
+    return getattr(gm, str(node.target), None)
+
+
+def _identities(operands: list[Origin], site: Site) -> frozenset[Any]:
+    """The parameters in a site's weight."""
+    weights = [o for o, slot in zip(operands, site.slots, strict=True) if slot.kind == "weight"]
+    return frozenset(identity_of(root) for origin in weights for root in origin.roots)
+
+
+def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) -> Site:
+    """What the plan needs to know: weights, shapes, and obstacles that show in the operands."""
+    site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
+    if not found.slots:
+        return site
+    left, right = found.slots
+    constant = CONSTANT_WEIGHT if found.op.startswith(_LAYERS) and operands[1].is_constant else ""
+    site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note, constant)))), right
+    values = [value_of(slot.of(node)) for slot in site.slots]
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(value_of(node), torch.Tensor):
         site.obstacle = site.obstacle or "its operands are not plain tensors"
-        return
+        return site
     if any(v.is_nested or v.layout is not torch.strided for v in values):
         site.obstacle = site.obstacle or "an operand is nested or sparse; only dense tensors are quantized"
-        return
-    origins = [origin(slot.of(node), node) for slot in site.slots]
-    weights = [is_weight(source) for source in origins]
-    if not any(weights):
-        weights[1] = origins[0] is not origins[1] and is_functional_weight(origins[1], site.op)
+        return site
+    weights = _weights(found.op, operands, values)
     site.slots = tuple(
         replace(slot, kind="weight" if weight else "activation")
         for slot, weight in zip(site.slots, weights, strict=True)
     )
-    contraction = static_size(_contraction_size(values[1], site.slots[1]))
+    site.reservation = _reservation(site, operands)
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
-    sizes = [v.numel() for v, s in zip(values, site.slots, strict=True) if s.kind == "weight"]
-    site.weight_size = static_size(sizes[-1]) if sizes else None
+    site.contraction = _contraction_size(values[1], site.slots[1])
     site.training = torch.is_grad_enabled() and any(v.requires_grad for v in values)
-    parameter = next((parameter_name(o) for o, s in zip(origins, site.slots, strict=True) if s.kind == "weight"), "")
-    site.name = with_parameter(site.name, parameter)
+    for slot, value, origin in zip(site.slots, values, operands, strict=True):
+        if slot.kind == "weight":
+            site.weight_size = value.numel()
+            site.sides = max(_sides(value, slot), _sides_of_parameter(origin), key=min)
+            parameter = parameter_name(*origin.roots) if len(origin.roots) == 1 else ""
+            site.name = with_parameter(site.name, parameter)
     if site.obstacle:
-        return
+        return site
     if not all(v.dtype.is_floating_point for v in values):
         site.obstacle = (
             f"operands are {' × '.join(str(v.dtype).removeprefix('torch.') for v in values)}, not floating point"
         )
-    elif contraction is None:
-        site.obstacle = "the contraction size is dynamic; mark it static"
-    elif contraction <= 1:
-        site.obstacle = f"contraction size {contraction}: an outer product, nothing is summed"
+    elif static_size(site.contraction) in (0, 1):
+        site.obstacle = f"contraction size {site.contraction}: an outer product, nothing is summed"
     elif any(static_size(v.numel()) == 0 for v in values):
         site.obstacle = "an operand is empty"
+    return site
+
+
+#: Beginnings of the names of products that have a slot for the weight, the second.
+_LAYERS = ("linear", "conv", "grouped")
+
+
+def _weights(op: str, operands: list[Origin], values: list[torch.Tensor]) -> list[bool]:
+    """Which operands are weights.
+
+    Layers have a slot for theirs, whatever is computed for it. In a free product it is what derives from parameters, or
+    a constant (which is then left wide by default). An argument that is a leaf and requires grad counts where it stands
+    on the right and is a matrix: leaves of higher rank are queries, keys and values.
+    """
+    if op.startswith(_LAYERS):
+        return [False, True]
+    weights = [operand.is_parameter or operand.is_constant for operand in operands]
+    left, right = operands
+    if not any(weights) and right.is_leaf and not left.roots & right.roots:
+        weights[1] = values[1].dim() == 2
+    return weights
+
+
+def _reservation(site: Site, operands: list[Origin]) -> str:
+    if not any(operand.varies for operand in operands):
+        return COMPUTES_A_WEIGHT
+    constant = any(operand.is_constant for operand in operands)
+    return IS_CONSTANT if constant and not site.op.startswith(_LAYERS) else ""
 
 
 def _contraction_size(value: torch.Tensor, slot: Slot) -> Any:
     if slot.frame and slot.frame.flatten is not None:
         return torch.Size(value.shape[slot.frame.flatten :]).numel()
     return value.shape[slot.axis]
+
+
+def _sides(value: torch.Tensor, slot: Slot) -> tuple[Any, Any]:
+    """Of a weight, as one of a batch of matrices if it has more than two axes."""
+    contracted = _contraction_size(value, slot)
+    if value.dim() > 2 and slot.frame is None and slot.axis in (-1, -2):
+        return contracted, value.shape[-3 - slot.axis]
+    return contracted, value.numel() // contracted if value.numel() else 0
+
+
+def _sides_of_parameter(origin: Origin) -> tuple[Any, Any]:
+    """Of the one matrix that a weight may be a part of: half of a wide layer is no thin one."""
+    shapes = [value_of(root).shape for root in origin.roots]
+    return tuple(shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else (0, 0)

@@ -1,4 +1,4 @@
-"""What passes share: the value a node stands for, and what is known of a size."""
+"""What passes share: the value a node stands for, and what is known of a size, or decided."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-__all__ = ["graph_modules", "static_size", "value_of"]
+from qcompile import compat
+
+__all__ = ["decided_size", "graph_modules", "static_size", "value_of"]
 
 
 def value_of(node: Any) -> Any:
@@ -19,6 +21,13 @@ def static_size(size: Any) -> int | None:
         return size
     known = size.node.maybe_as_int()
     return None if known is None else int(known)
+
+
+def decided_size(size: Any) -> int | None:
+    """The size as an int. One that is only known at run time is fixed by a guard, so that what follows from it is the
+    same whether sizes are static or dynamic; ``None`` for one that depends on data.
+    """
+    return size if isinstance(size, int) else compat.guarded_int(size)
 
 
 def graph_modules(gm: GraphModule) -> list[GraphModule]:

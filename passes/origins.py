@@ -1,19 +1,27 @@
-"""Where an operand comes from."""
+"""What a tensor of a Dynamo graph derives from: the model's inputs, its parameters, or neither.
+
+Whether an operand is a weight follows from this alone, whatever views, casts, elementwise ops, concatenations or
+normalizations lie between. No table of views is needed: a call derives from what the tensors it reads derive from. What
+a table is needed for is short: arguments of which only the shape is read, and calls that write into one.
+"""
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Flag, auto
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from qcompile import compat
 
 from .graph import value_of
-from .spellings import is_in
 
-__all__ = ["IN_PLACE_OPERATORS", "is_functional_weight", "is_weight", "origin"]
+__all__ = ["IN_PLACE_OPERATORS", "NOTHING", "Origin", "Origins", "Source", "target_name"]
 
 #: Python's in-place operators, by name.
 IN_PLACE_OPERATORS = frozenset(
@@ -21,93 +29,177 @@ IN_PLACE_OPERATORS = frozenset(
      "irshift", "setitem"}
 )  # fmt: skip
 
-#: Ops that keep an operand the same matrix up to layout and precision, or take rows or columns of it.
-_TRANSPARENT_METHODS = frozenset(
-    {
-        "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "expand", "squeeze",
-        "unsqueeze", "to", "type", "float", "half", "bfloat16", "detach", "clone", "movedim", "swapaxes", "view_as",
-        "type_as", "__getitem__", "chunk", "split", "narrow", "select", "unbind", "diagonal",
-    }
-)  # fmt: skip
-_TRANSPARENT_FUNCTIONS = frozenset(
-    {
-        torch.t, torch.transpose,
-        torch.permute, torch.reshape, torch.flatten, torch.unflatten,
-        torch.squeeze, torch.unsqueeze, torch.movedim, torch.swapaxes, torch.clone, torch.detach, operator.getitem,
-        torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.diagonal,
-        torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default,
-        torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default,
-    }
+#: Calls that read the values of their first argument and at most the shape, dtype or device of the others.
+_FIRST_ARGUMENT_ONLY = frozenset({"view_as", "reshape_as", "expand_as", "type_as", "to"})
+#: Casts and copies of the same values, whether or not they alias.
+_COPIES = frozenset(
+    {"to", "_to_copy", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "reshape",
+     "reshape_as", "flatten", "ravel", "detach"}
 )  # fmt: skip
 
 
-#: Those that may make memory of its own.
-_COPIES = frozenset({"reshape", "contiguous", "flatten", "to", "type", "float", "half", "bfloat16", "clone", "type_as"})
+class Source(Flag):
+    """Kinds of origin. A tensor may have several.
 
-
-def origin(node: Any, reader: Node) -> Any:
-    """The node an operand of ``reader`` comes from through views, casts and attributes like ``.T``.
-
-    A copy that something is written into before it is read holds data of its own, and a buffer then holds no weight
-    (a cache of keys); a parameter stays one whatever is written into it.
+    ``CONSTANT``: a buffer, a tensor that a module or the surrounding code keeps, or the result of a factory.
+    ``PARAMETER``: a parameter. ``LEAF``: an argument that requires grad and is a leaf, or a view or cast of one:
+    functional code hands weights over that way. ``RANDOM``: drawn by the graph. ``INPUT``: any other argument, and
+    everything that a product computes from one.
     """
-    written = False
-    while isinstance(node, Node):
-        written = written or _is_written(node, reader)
-        if not node.args or not (_writes_first_argument(node) or _is_transparent(node)):
-            break
-        if written and _target_name(node) in _COPIES:
-            break
-        node = node.args[0]
-    return None if written and not compat.is_parameter(value_of(node)) else node
+
+    CONSTANT = auto()
+    PARAMETER = auto()
+    LEAF = auto()
+    RANDOM = auto()
+    INPUT = auto()
 
 
-def _is_transparent(node: Node) -> bool:
-    attribute = node.target is getattr and node.args[1] in ("T", "mT", "H", "mH", "data")
-    method = node.op == "call_method" and node.target in _TRANSPARENT_METHODS
-    return attribute or method or (node.op == "call_function" and is_in(_TRANSPARENT_FUNCTIONS, node.target))
+_NONE = Source(0)
+_VARYING = Source.LEAF | Source.RANDOM | Source.INPUT
 
 
-def _target_name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _writes_first_argument(node: Node) -> bool:
-    """Whether a call changes its first argument in place (and returns it, if anything)."""
-    name = _target_name(node)
-    if node.op not in ("call_function", "call_method") or not node.args:
-        return False
-    return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS
-
-
-def _is_written(node: Node, before: Node) -> bool:
-    """Whether anything is written into ``node``, or into a view of it, before ``before`` reads it."""
-    for user in node.users:
-        if user < before and user.args and user.args[0] is node:
-            if _writes_first_argument(user) or user.kwargs.get("inplace"):
-                return True
-            if _is_transparent(user) and _target_name(user) != "clone" and _is_written(user, before):
-                return True
-    return False
-
-
-def is_weight(node: Any) -> bool:
-    """A parameter or a buffer."""
-    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
-        return False
-    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
-    return static or compat.is_parameter(value_of(node))
-
-
-def is_functional_weight(node: Any, op: str) -> bool:
-    """A leaf input that requires grad and stands where a weight does: functional code passes weights that way.
-
-    Of products that attention uses as well only matrices count: there, leaves of higher rank are queries, keys and
-    values.
+@dataclass(frozen=True)
+class Origin:
+    """What one tensor derives from; ``roots`` are its parameters and leaves, as long as no input is among its
+    sources.
     """
-    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
-        return False
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor) or not (value.requires_grad and value.is_leaf):
-        return False
-    return value.dim() == 2 or (value.dim() > 2 and op.startswith(("conv", "grouped")))
+
+    sources: Source = _NONE
+    roots: frozenset[Node] = frozenset()
+
+    def __or__(self, other: Origin) -> Origin:
+        if other is NOTHING or other == self:
+            return self
+        sources = self.sources | other.sources
+        return Origin(sources, frozenset() if Source.INPUT in sources else self.roots | other.roots)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the model's inputs, or drawn numbers alone, are behind it."""
+        fixed = Source.PARAMETER in self.sources and not self.sources & (Source.LEAF | Source.INPUT)
+        return bool(self.sources & _VARYING) and not fixed
+
+    @property
+    def is_parameter(self) -> bool:
+        """Derives from parameters, and constants or noise at most beside them."""
+        return Source.PARAMETER in self.sources and not self.varies
+
+    @property
+    def is_constant(self) -> bool:
+        return self.sources == Source.CONSTANT
+
+    @property
+    def is_leaf(self) -> bool:
+        """A leaf that requires grad, seen through views and casts alone."""
+        return bool(self.roots) and self.sources == Source.LEAF
+
+
+NOTHING = Origin()
+_CONSTANT, _INPUT = Origin(Source.CONSTANT), Origin(Source.INPUT)
+
+
+class Origins:
+    """Origins of one graph's nodes, gathered in program order by :meth:`visit`.
+
+    ``given`` has the origins of placeholders where the graph is the body of a higher-order op.
+    """
+
+    def __init__(self, given: dict[Node, Origin] | None = None) -> None:
+        self._given = given or {}
+        self._origins: dict[Node, Origin] = {}
+        self._written: dict[Any, Origin] = {}
+        self._parameters: set[Any] = set()
+
+    def of(self, node: Any) -> Origin:
+        """The origin of a visited node's tensor, with what has been written into its memory so far."""
+        if not isinstance(node, Node) or node not in self._origins:
+            return NOTHING
+        written = self._written.get(compat.memory_of(value_of(node)), NOTHING) if self._written else NOTHING
+        return self._origins[node] | written
+
+    def visit(self, node: Node, is_product: bool = False) -> None:
+        """Note what ``node`` derives from. ``is_product``: whether it multiplies matrices."""
+        if node.op == "placeholder":
+            self._origins[node] = self._given.get(node) or self._placeholder(node)
+        elif node.op == "get_attr":
+            self._origins[node] = _CONSTANT
+        elif node.op in ("call_function", "call_method"):
+            self._origins[node] = self._call(node, is_product)
+
+    def _placeholder(self, node: Node) -> Origin:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            return NOTHING
+        leaf = value.requires_grad and value.is_leaf
+        if compat.is_parameter(value) or (leaf and not compat.is_argument(node)):
+            # A parameter stays one whatever is written into it.
+            self._parameters.add(compat.memory_of(value))
+            return Origin(Source.PARAMETER, frozenset({node}))
+        if leaf:
+            return Origin(Source.LEAF, frozenset({node}))
+        return _INPUT if compat.is_argument(node) else _CONSTANT
+
+    def _call(self, node: Node, is_product: bool) -> Origin:
+        read = [self.of(argument) for argument in _arguments_read(node)]
+        origin = NOTHING
+        for other in read:
+            origin = origin | other
+        if origin is NOTHING:
+            origin = Origin(Source.RANDOM) if _is_random(node) else _CONSTANT
+        elif is_product and any(operand.varies for operand in read):
+            origin = _INPUT  # an activation, whatever parameters are in it
+        elif Source.LEAF in origin.sources and not self._is_same_matrix(node):
+            origin = _INPUT
+        for target in _written_by(node):
+            memory = compat.memory_of(value_of(target))
+            if memory is not None and memory not in self._parameters:
+                self._written[memory] = self._written.get(memory, NOTHING) | origin
+        return origin
+
+    def _is_same_matrix(self, node: Node) -> bool:
+        """Whether a call returns its first argument's values: a view, a cast or a copy."""
+        first = next(iter(_tensors(node)), None)
+        if first is None:
+            return False
+        if target_name(node) in _COPIES or not isinstance(value_of(node), torch.Tensor):
+            return True  # of a tuple, each item is looked at where it is taken out
+        memory = compat.memory_of(value_of(node))
+        source = first if isinstance(value_of(first), torch.Tensor) else first.args[0]
+        return memory is not None and memory == compat.memory_of(value_of(source))
+
+
+def target_name(node: Node) -> str:
+    """Name of what a node calls, without the overload."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _tensors(node: Node) -> Iterator[Node]:
+    """The nodes among a call's arguments that are tensors, or tuples of them."""
+    for leaf in tree_leaves((node.args, node.kwargs)):
+        if isinstance(leaf, Node) and any(isinstance(v, torch.Tensor) for v in tree_leaves(value_of(leaf))):
+            yield leaf
+
+
+def _arguments_read(node: Node) -> Iterator[Node]:
+    """The arguments whose values a call reads; of ``zeros_like`` and ``new_zeros``, none."""
+    name = target_name(node)
+    if name.endswith("_like") or name.startswith("new_"):
+        return
+    tensors = _tensors(node)
+    yield from islice(tensors, 1) if name in _FIRST_ARGUMENT_ONLY else tensors
+
+
+def _is_random(node: Node) -> bool:
+    return target_name(node).startswith(("rand", "normal", "bernoulli", "multinomial", "poisson"))
+
+
+def _written_by(node: Node) -> Iterator[Node]:
+    """The arguments that a call writes into."""
+    name = target_name(node)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS
+    schema = getattr(node.target, "_schema", None)
+    in_place = in_place or node.kwargs.get("inplace") is True or bool(schema is not None and schema.is_mutable)
+    if in_place and node.args and isinstance(node.args[0], Node):
+        yield node.args[0]
+    if isinstance(out := node.kwargs.get("out"), Node):
+        yield out

@@ -17,6 +17,7 @@ from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe,
 from qcompile.ir.transforms import Transform
 
 from .find_gemms import Site
+from .graph import decided_size, static_size
 from .spellings import Slot
 
 __all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
@@ -122,8 +123,10 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     if verdict is not None and not verdict.quantize:
         return Decision(site, False, describe(verdict))
     kinds = [slot.kind for slot in site.slots]
-    if "weight" not in kinds and not recipe.attention and verdict is None:
-        return Decision(site, False, "no weight operand (attention-like product); attention=True quantizes these")
+    if verdict is None and (reason := _left_wide(site, recipe)):
+        return Decision(site, False, reason)
+    if decided_size(site.contraction) is None:
+        return Decision(site, False, "the contraction size depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):
@@ -143,10 +146,23 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
 
 
+def _left_wide(site: Site, recipe: Recipe) -> str:
+    """Why a site is left alone that no rule speaks of; "" if it is not."""
+    if site.reservation:
+        return f"{site.reservation}; a rule with quantize=True quantizes it"
+    if site.head and not recipe.heads:
+        return f"{site.head}; heads=True quantizes these"
+    if site.sides is None:
+        alike = "no weight operand (attention-like product); attention=True quantizes these"
+        return "" if recipe.attention else alike
+    thin = min(site.sides)
+    return f"a side of its weight is {thin}, below min_side={recipe.min_side}" if thin < recipe.min_side else ""
+
+
 def transform_at(slot: Slot, operand: Operand, node: Node) -> Transform:
     """The transform of an operand as its axis admits it; as the recipe has it where the extent is not known yet."""
-    size = slot.size(node)
-    return operand.transform.on(size) if isinstance(size, int) else operand.transform
+    size = static_size(slot.size(node))
+    return operand.transform if size is None else operand.transform.on(size)
 
 
 def _rotation_note(slot: Slot, operand: Operand | None, node: Node) -> str:

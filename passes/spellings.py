@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .graph import static_size, value_of
+from .graph import decided_size, value_of
 
 __all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "recognize"]
 
@@ -138,6 +138,11 @@ def _letter_axis(term: str, letter: str) -> int:
     return tail.index(letter) - len(tail) if dots else term.index(letter)
 
 
+def _divides(kernel: tuple[int, ...], extents: Sequence[Any]) -> bool:
+    """Whether windows fill an input; decided by a guard where its size is symbolic."""
+    return all(decided_size(extent % size) == 0 for extent, size in zip(extents, kernel, strict=True))
+
+
 def _conv(dims: int) -> Locate:
     """Convolutions contract channels × window. The weight's rows are its output channels. The input's rows depend on
     how windows overlap: per position for 1×1, per window where the windows tile the input, else one scale a sample,
@@ -161,13 +166,11 @@ def _conv(dims: int) -> Locate:
         if groups == 1 and all(k == 1 for k in kernel):
             return Slot(0, "input", channels, note="one scale per position"), weight_slot
         tiled = per_axis(stride) == kernel and all(d == 1 for d in dilation) and x.dim() == dims + 2
-        extents = [static_size(size) for size in x.shape[2:]]
-        exact = all(e is not None and e % k == 0 for e, k in zip(extents, kernel, strict=False))
-        if groups == 1 and unpadded and tiled and exact:
+        if groups == 1 and unpadded and tiled and _divides(kernel, x.shape[2:]):
             return Slot(
                 0, "input", -1, Frame(patch=kernel), note="one scale per window (windows tile the input)"
             ), weight_slot
-        note = "one scale per sample: windows overlap, so a position has no scale of its own"
+        note = "one scale per sample: windows overlap or leave a rest, so a position has no scale of its own"
         return Slot(0, "input", -1, Frame(flatten=channels), note=note), weight_slot
 
     return locate

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
+import torch._dynamo.source
 import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
@@ -21,6 +22,7 @@ import torch._inductor.compile_fx
 import torch._logging._internal
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -152,6 +154,43 @@ def will_freeze(graph: Graph) -> bool:
 def is_parameter(value: Any) -> bool:
     """Whether a placeholder's example value stands for a parameter; Dynamo's fake copies keep the class."""
     return isinstance(value, torch.nn.Parameter)
+
+
+def is_argument(node: Node) -> bool:
+    """Whether a Dynamo placeholder is an argument of the compiled code: no tensor that a module, a closure or a global
+    variable keeps.
+    """
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is None
+    while (base := getattr(source, "base", None)) is not None:
+        if isinstance(source, torch._dynamo.source.NNModuleSource):
+            return False
+        source = base
+    return getattr(source, "is_input", False) and not isinstance(source, torch._dynamo.source.NNModuleSource)
+
+
+def guarded_int(size: Any) -> int | None:
+    """A SymInt's value under the inputs at hand, which a guard makes a condition of the compiled code; ``None`` if it
+    is computed from data.
+    """
+    try:
+        return int(size)
+    except GuardOnDataDependentSymNode:
+        return None
+
+
+def example_of(node: Node) -> Any:
+    """The tensor of the model's that a Dynamo placeholder stands for; ``None`` where Dynamo keeps none."""
+    argument = node.meta.get("grapharg")
+    return None if argument is None else argument.example
+
+
+def memory_of(value: Any) -> Any:
+    """What tells whether two (fake) tensors share memory; ``None`` for what has none of its own to compare."""
+    if not isinstance(value, torch.Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
+        return None
+    return value.untyped_storage()._cdata if value.layout is torch.strided and not value.is_nested else None
 
 
 def source_name(node: Node) -> str:

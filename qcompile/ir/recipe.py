@@ -306,6 +306,10 @@ def matches_name(name: str, pattern: str) -> bool:
     return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
+#: Layers that every recipe leaves in high precision by their names: heads, and the adapters of PEFT's methods.
+LEFT_WIDE = ("lm_head", "lora_*", "hada_*", "lokr_*", "vera_*")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the numbers a compiled model produces, and the switches around it.
@@ -314,14 +318,21 @@ class Recipe:
         name, source: the backend's name, and where the recipe is published.
         widths: what ``bits=`` stands for: an operand for each number of bits (or name) that the recipe knows. The
             option takes one for both operands, or ``{"activation": 8, "weight": 4}``; it is not a field, but sets two.
+            Nor is the option ``defaults``: ``False`` drops what the recipe leaves wide by itself (``skip``, ``rules``,
+            heads, thin layers), before the other options apply.
         activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
             dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
             or to E4M3 with one scale a row; the codes themselves are exact. Where scales cannot be folded (the exact
             residual of outliers, batches, convolutions) dY stays in high precision, ``gradient`` or not.
-        skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``.
-        rules: further rules, applied in order after ``skip``.
+        skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``. As an option,
+            adds to the recipe's own.
+        rules: further rules, applied in order after ``skip``; added in the same way.
+        heads: quantize output heads too: layers whose weight is an embedding's, whose result reaches a cross-entropy or
+            is as wide as the vocabulary, or which the model calls its output embeddings.
+        min_side: layers whose weight has a side below this (inputs or outputs) stay in high precision: classifiers,
+            low-rank adapters, convolutions of few inputs.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
         saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident
             anyway; ``"codes"`` saves its codes (½ byte an element) instead of the work.
@@ -342,8 +353,10 @@ class Recipe:
     weight: Operand | None = None
     gradient: Operand | None = None
     backward: str = "bf16"
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = LEFT_WIDE
     rules: tuple[Rule, ...] = ()
+    heads: bool = False
+    min_side: int = 32
     attention: bool = False
     saved_weights: str = "recompute"
     save: str = "exact"
@@ -360,6 +373,7 @@ class Recipe:
         """The options a backend takes, besides Inductor's own."""
         return [
             "bits",
+            "defaults",
             *(f.name for f in fields(Recipe) if f.name not in ("name", "source", "widths", "user_patterns")),
         ]
 
@@ -369,20 +383,22 @@ class Recipe:
         """
         _reject_unknown("option", options, self.option_names())
         changes: dict[str, Any] = self.of_width(options["bits"], "option 'bits'") if "bits" in options else {}
+        if not _checked("defaults", options.get("defaults", True)):
+            changes |= {"skip": (), "rules": (), "heads": True, "min_side": 0}
         for key, value in options.items():
-            if key == "bits":
+            if key in ("bits", "defaults"):
                 continue
             if key in ("activation", "weight", "gradient"):
                 changes[key] = override_operand(changes.get(key, getattr(self, key)), value, key)
             elif key == "skip":
-                changes[key] = _strings(key, value)
-                changes["user_patterns"] = changes[key]
+                changes["user_patterns"] = _strings(key, value)
+                changes[key] = tuple(dict.fromkeys((*changes.get(key, self.skip), *changes["user_patterns"])))
             elif key == "rules":
                 if not isinstance(value, (list, tuple)):
                     msg = f"option 'rules' takes a list of dictionaries, got {value!r}"
                     raise ValueError(msg)
                 try:
-                    changes[key] = tuple(Rule.from_data(rule) for rule in value)
+                    changes[key] = (*changes.get(key, self.rules), *(Rule.from_data(rule) for rule in value))
                 except ValueError as error:
                     msg = f"option 'rules': {error}"
                     raise ValueError(msg) from None
@@ -458,6 +474,7 @@ def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None
 _ACCEPTED: dict[str, tuple[str, Any]] = {
     "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
     "monitor": ("True, False or a qcompile.Monitor", lambda v: isinstance(v, bool) or hasattr(v, "attach")),
+    "min_side": ("an integer ≥ 0", lambda v: type(v) is int and v >= 0),
     "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
     "saved_weights": ("one of recompute, codes", lambda v: v in ("recompute", "codes")),
     "save": ("one of exact, 8bit, 4bit", lambda v: v in ("exact", "8bit", "4bit")),

@@ -30,5 +30,4 @@ FP4 = Recipe(
     activation=Operand.parse("e2m1 row absmax even; ste; occ(alpha=0.99,per=row,compensate=1)"),
     weight=Operand.parse("e2m1 row absmax even; dge(k=5,cap=3)"),
     gradient=None,
-    skip=("lm_head",),
 )

@@ -37,7 +37,11 @@ from qcompile.recipes import FP4
 #: Operands that tell the two kinds apart at a glance: different formats, and estimators that both change the gradient
 #: (with an E8M0 scale, elements between 6 s and 8 s lie outside the grid).
 ACTIVATION, WEIGHT = "e2m1 row e8m0 even; clip", "e1m2 row absmax even; dge(k=5,cap=3)"
-DISTINCT = Recipe(name="distinct", activation=Operand.parse(ACTIVATION), weight=Operand.parse(WEIGHT), skip=())
+DISTINCT = Recipe(name="distinct", activation=Operand.parse(ACTIVATION), weight=Operand.parse(WEIGHT)).override(
+    {"defaults": False}
+)
+#: The FP4 recipe where layers are as thin as tests want them.
+SMALL_FP4 = FP4.override({"min_side": 0})
 
 
 @dataclass
@@ -91,7 +95,7 @@ class Result:
 
 def compiler(
     function: Callable[..., Any],
-    recipe: Recipe = FP4,
+    recipe: Recipe = SMALL_FP4,
     *,
     fullgraph: bool = True,
     dynamic: bool | None = None,
@@ -118,7 +122,7 @@ def compiler(
 def compile_and_run(
     function: Callable[..., Any],
     *inputs: Any,
-    recipe: Recipe = FP4,
+    recipe: Recipe = SMALL_FP4,
     fullgraph: bool = True,
     dynamic: bool | None = None,
     under: Callable[[], Any] = contextlib.nullcontext,
@@ -151,6 +155,10 @@ def leaves_of(function: Callable[..., Any], inputs: Sequence[Any]) -> dict[Any, 
     if isinstance(function, nn.Module):
         leaves |= {name: p for name, p in function.named_parameters() if p.requires_grad}
     return leaves
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
 
 
 def backward(outputs: Any, leaves: dict[Any, Tensor]) -> dict[Any, Tensor | None]:
@@ -245,7 +253,7 @@ class QuantizedProducts(TorchFunctionMode):
 
     def __init__(
         self,
-        recipe: Recipe = FP4,
+        recipe: Recipe = SMALL_FP4,
         skip: Callable[[Tensor], bool] = lambda weight: False,
         dgrad: str | None = None,
         wgrad: str | None = None,
@@ -290,4 +298,4 @@ def _is_weight(tensor: Tensor) -> bool:
 
 def fp4(**changes: Any) -> Recipe:
     """The published recipe with options applied."""
-    return FP4.override(changes)
+    return SMALL_FP4.override(changes)

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .harness import ACTIVATION, DISTINCT, WEIGHT, assert_same, backward, compile_and_run, compiler, fake_quantize
+from .harness import (
+    ACTIVATION,
+    DISTINCT,
+    WEIGHT,
+    assert_same,
+    backward,
+    compile_and_run,
+    compiler,
+    fake_quantize,
+    leaf,
+)
 
 A, W = "activation", "weight"
 ALL_FUSED = {"fprop": 1, "dgrad": 1, "wgrad": 1}
@@ -80,7 +90,7 @@ def windows_1d(x: Tensor) -> Tensor:
     return rows.view(batch, length // 4, channels, 4).transpose(1, 2).reshape(x.shape)
 
 
-PER_SAMPLE = "one scale per sample: windows overlap, so a position has no scale of its own"
+PER_SAMPLE = "one scale per sample: windows overlap or leave a rest, so a position has no scale of its own"
 CONV = {"fused": {}, "quantize_w": filters}
 OVERLAPPING = {**CONV, "quantize_x": whole_sample, "note": PER_SAMPLE, "b": (5,)}
 
@@ -507,10 +517,6 @@ def kinds(function: Callable[..., Any], *inputs: Tensor, **changes: Any) -> list
     return [[slot.kind for slot in d.site.slots] for d in result.decisions]
 
 
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, requires_grad=True)
-
-
 def test_functional_code_passes_its_weight_as_a_leaf() -> None:
     assert kinds(lambda x, w: x @ w, torch.randn(5, 37), leaf(37, 11)) == [[A, W]]
     assert kinds(F.linear, leaf(5, 37), leaf(11, 37)) == [[A, W]]
@@ -551,12 +557,13 @@ def test_an_input_that_requires_grad_is_no_weight() -> None:
     assert kinds(lambda q, k: q @ k.mT, leaf(2, 5, 37), leaf(2, 5, 37)) == [[A, A]]
 
 
-def test_buffers_and_frozen_parameters_are_weights() -> None:
+def test_frozen_parameters_are_weights_and_buffers_are_not() -> None:
     layer = nn.Linear(37, 11)
     layer.weight.requires_grad_(False)
     layer.register_buffer("table", torch.randn(11, 7))
     result = compile_and_run(lambda x: layer(x) @ layer.table, leaf(5, 37), recipe=DISTINCT)
-    assert [[s.kind for s in d.site.slots] for d in result.quantized] == [[A, W], [A, W]]
+    assert [d.quantized for d in result.decisions] == [True, False]
+    assert result.decisions[1].reason.startswith("a constant")
 
 
 def test_tied_weights_are_quantized_along_each_contraction_axis() -> None:

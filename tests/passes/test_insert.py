@@ -8,7 +8,8 @@ from torch import nn
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.passes.pass_base import Observations
-from qcompile.recipes import FP4
+
+from .harness import SMALL_FP4 as FP4
 
 
 class TwoReaders(nn.Module):

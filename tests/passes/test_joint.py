@@ -17,7 +17,6 @@ from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.passes.verify import VerificationError, verify
-from qcompile.recipes import FP4
 from qcompile.report import saved_bytes
 
 from .harness import (
@@ -30,6 +29,7 @@ from .harness import (
     fp4,
     run_eager,
 )
+from .harness import SMALL_FP4 as FP4
 
 
 class MLP(nn.Module):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
-from qcompile.recipes import FP4
 from qcompile.report import saved_bytes
 
 from .harness import DISTINCT, QuantizedProducts, assert_same, compile_and_run, compiler, run_eager
+from .harness import SMALL_FP4 as FP4
 
 
 class MLP(nn.Module):

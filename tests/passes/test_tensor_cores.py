@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from qcompile import compat
 from qcompile.ir.formats import FORMATS, Format
 from qcompile.passes.verify import VerificationError, verify
-from qcompile.recipes import FP4, QUEST
+from qcompile.recipes import QUEST
 from qcompile.report import saved_bytes
 
+from .harness import SMALL_FP4 as FP4
 from .harness import assert_same, compile_and_run, compiler, fp4, run_eager
 
 E4M3_OUTLIERS = {"outliers": "occ(alpha=0.97,residual=e4m3)"}
