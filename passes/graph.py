@@ -25,7 +25,7 @@ def static_size(size: Any) -> int | None:
 
 def decided_size(size: Any) -> int | None:
     """The size as an int. One that is only known at run time is fixed by a guard, so that what follows from it is the
-    same whether sizes are static or dynamic; ``None`` for one that depends on data.
+    same whether sizes are static or dynamic; ``None`` for one that must stay open.
     """
     return size if isinstance(size, int) else compat.guarded_int(size)
 

@@ -126,7 +126,7 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
     if decided_size(site.contraction) is None:
-        return Decision(site, False, "the contraction size depends on data; mark it static")
+        return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
     if not any(operands):

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .graph import decided_size, value_of
+from qcompile import compat
+
+from .graph import value_of
 
 __all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "recognize"]
 
@@ -140,7 +142,7 @@ def _letter_axis(term: str, letter: str) -> int:
 
 def _divides(kernel: tuple[int, ...], extents: Sequence[Any]) -> bool:
     """Whether windows fill an input; decided by a guard where its size is symbolic."""
-    return all(decided_size(extent % size) == 0 for extent, size in zip(extents, kernel, strict=True))
+    return all(compat.guarded_bool(extent % size == 0) for extent, size in zip(extents, kernel, strict=True))
 
 
 def _conv(dims: int) -> Locate:

@@ -171,13 +171,36 @@ def is_argument(node: Node) -> bool:
 
 
 def guarded_int(size: Any) -> int | None:
-    """A SymInt's value under the inputs at hand, which a guard makes a condition of the compiled code; ``None`` if it
-    is computed from data.
+    """A SymInt's value under the inputs at hand, which a guard makes a condition of the compiled code.
+
+    ``None`` if it is computed from data, or if the user has marked it dynamic, which makes such a guard an error.
     """
+    if _is_marked_dynamic(size):
+        return None
     try:
         return int(size)
     except GuardOnDataDependentSymNode:
         return None
+
+
+def guarded_bool(condition: Any) -> bool:
+    """A condition on sizes, which holds for the compiled code by a guard if it holds now; false if data decides it."""
+    try:
+        return bool(condition)
+    except GuardOnDataDependentSymNode:
+        return False
+
+
+def _is_marked_dynamic(size: Any) -> bool:
+    """Whether ``mark_dynamic`` names a dimension that this size depends on."""
+    symbols = size.node.expr.free_symbols
+    for tracked in size.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for extent, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            strict = constraint is not None and not constraint.warn_only
+            if strict and isinstance(extent, torch.SymInt) and extent.node.expr.free_symbols & symbols:
+                return True
+    return False
 
 
 def example_of(node: Node) -> Any:

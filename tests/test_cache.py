@@ -69,6 +69,8 @@ OTHER_VALUES = {
     "backward": "fp8",
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
+    "heads": True,
+    "min_side": 8,
     "attention": True,
     "saved_weights": "codes",
     "save": "8bit",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qcompile.ir.estimators import Estimator
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import SCALE_RULES, Granularity, Quantizer
-from qcompile.ir.recipe import Operand, OutlierClamp, Recipe, Rule, matches_name
+from qcompile.ir.recipe import LEFT_WIDE, Operand, OutlierClamp, Recipe, Rule, matches_name
 from qcompile.recipes import RECIPES
 from qcompile.recipes.fp4 import FP4
 
@@ -41,7 +41,8 @@ def test_fp4_is_what_the_paper_prints():
     assert FP4.activation == Operand(exact, Estimator("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True))
     assert FP4.weight == Operand(exact, Estimator("dge", (("k", 5.0), ("cap", 3.0))))
     assert FP4.gradient is None
-    assert FP4.skip == ("lm_head",)
+    assert FP4.skip == LEFT_WIDE
+    assert (FP4.heads, FP4.min_side) == (False, 32)
     assert not FP4.attention
     assert FP4.save == "exact"
     assert RECIPES["qcompile_fp4"] == FP4
@@ -172,12 +173,32 @@ def test_plain_options(key, value):
     assert changed(FP4, recipe) <= {key}
 
 
-def test_skip_is_remembered_as_the_users():
-    """Patterns of the recipe may match nothing; those a user gave must be reported when they do not match."""
+def test_skip_adds_and_is_remembered_as_the_users():
+    """Leaving one more layer alone must not quantize the head. Patterns of the recipe may match nothing; those a user
+    gave must be reported when they do not match.
+    """
     assert FP4.user_patterns == ()
     recipe = FP4.override({"skip": ["lm_head", "layers.0"]})
-    assert recipe.skip == recipe.user_patterns == ("lm_head", "layers.0")
-    assert FP4.override({"skip": []}).skip == ()
+    assert recipe.skip == (*LEFT_WIDE, "layers.0")
+    assert recipe.user_patterns == ("lm_head", "layers.0")
+    assert FP4.override({"skip": []}) == FP4
+
+
+def test_rules_add_to_the_recipes_own():
+    mine, yours = Rule(name="first", quantize=False), Rule(name="second", bits=None)
+    assert replace(FP4, rules=(mine,)).override({"rules": [yours]}).rules == (mine, yours)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["defaults first", "defaults last"])
+def test_defaults_are_dropped_by_one_word_and_what_is_given_stays(order):
+    """Whatever the order of the options."""
+    base = replace(FP4, rules=(Rule(name="own", quantize=False),))
+    options = {"defaults": False, "skip": ["layers.0"], "rules": [Rule(name="a", quantize=True)], "min_side": 8}
+    recipe = base.override(dict(list(options.items())[::order]))
+    assert recipe.skip == recipe.user_patterns == ("layers.0",)
+    assert recipe.rules == (Rule(name="a", quantize=True),)
+    assert (recipe.heads, recipe.min_side) == (True, 8)
+    assert FP4.override({"defaults": True}) == FP4
 
 
 def test_rules_from_plain_data():
@@ -193,7 +214,7 @@ def test_rules_from_plain_data():
     [
         (
             {"activations": None},
-            "unknown option 'activations'; did you mean 'activation'? Known: bits, activation, weight, ",
+            "unknown option 'activations'; did you mean 'activation'? Known: bits, defaults, activation, weight, ",
         ),
         ({"wieght": "e2m1"}, "unknown option 'wieght'; did you mean 'weight'?"),
         ({"zzz": 1}, "unknown option 'zzz'"),
@@ -419,4 +440,4 @@ def test_occ_and_dge_do_not_combine():
 
 def test_option_names_are_the_fields_users_may_set():
     hidden = {"name", "source", "widths", "user_patterns"}
-    assert set(Recipe.option_names()) == {"bits", *(f.name for f in fields(Recipe))} - hidden
+    assert set(Recipe.option_names()) == {"bits", "defaults", *(f.name for f in fields(Recipe))} - hidden

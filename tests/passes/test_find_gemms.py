@@ -654,7 +654,7 @@ def test_dynamic_contraction_is_left_alone() -> None:
         torch._dynamo.mark_dynamic(v, 1)
         assert torch.allclose(compiled(p, v), p @ v)
     (decision,) = observations[0].plan.decisions
-    assert decision.reason == "the contraction size is dynamic; mark it static"
+    assert decision.reason == "the contraction size is marked dynamic or depends on data; mark it static"
 
 
 # --- names and rules ------------------------------------------------------------------------------------------------
@@ -682,8 +682,10 @@ LAYERS = ["layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1", "experts.up", 
     ("options", "quantized"),
     [
         ({}, LAYERS[:-1]),
-        ({"skip": ["layers.0", "lm_head"]}, LAYERS[2:-1]),
-        ({"skip": []}, LAYERS),
+        ({"skip": ["layers.0"]}, LAYERS[2:-1]),
+        ({"defaults": False}, LAYERS),
+        ({"defaults": False, "skip": ["layers.0"]}, LAYERS[2:]),
+        ({"min_side": 9}, LAYERS[:4]),
         ({"rules": [{"name": "lm_head", "quantize": True}]}, LAYERS),
         ({"rules": [{"op": "matmul", "quantize": False}]}, LAYERS[:4]),
         ({"rules": [{"max_size": 200, "quantize": False}]}, LAYERS[:4]),

@@ -176,12 +176,18 @@ def test_whatever_a_view_makes_of_a_parameter_is_a_weight(name: str) -> None:
             call(w, x)
         except (RuntimeError, TypeError):
             continue  # no overload for these arguments in this form
-        of_parameter = looked_at(lambda x, call=call: call(w, x), x, look=origins_of_results)
-        of_input = looked_at(lambda x, call=call: call(x, w), x, look=origins_of_results)
+        of_parameter, of_input = _origins(call, w, x)
         assert all(origin.is_parameter for origin in of_parameter)
         assert all(origin.varies and not origin.is_parameter for origin in of_input)
         tried += 1
     assert tried, f"no form of {name} could be called: give its arguments in VIEW_ARGUMENTS"
+
+
+def _origins(call: Callable[..., Any], w: Tensor, x: Tensor) -> list[list[Origin]]:
+    return [
+        looked_at(lambda x: call(w, x), x, look=origins_of_results),
+        looked_at(lambda x: call(x, w), x, look=origins_of_results),
+    ]
 
 
 def _call(form: Callable[..., Any], arguments: tuple[Any, ...], like: bool, t: Tensor, other: Tensor) -> Any:
@@ -331,9 +337,9 @@ def test_gradients_run_through_the_estimator_into_what_computed_the_weight(make:
     torch.manual_seed(0)
     layer, x = make(), leaf(5, 37)
     layer.eval()
-    layer(torch.zeros(1, 37))  # hooks compute the weight when the layer is called
     result = compile_and_run(layer, x, recipe=DISTINCT)
     assert [d.site.op for d in result.quantized] == ["linear"]
+    layer(torch.zeros(1, 37))  # hooks compute the weight when the layer is called
     weight = fake_quantize(layer.weight, str(DISTINCT.weight), -1)
     expected = F.linear(fake_quantize(x, str(DISTINCT.activation), -1), weight, layer.bias)
     assert_same(result.outputs, expected)
