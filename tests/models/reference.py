@@ -288,9 +288,7 @@ class Source:
     scores: frozenset[int] = frozenset()
 
     def __or__(self, other: Source) -> Source:
-        return Source(
-            self.parameters | other.parameters, self.varies or other.varies, self.scores | other.scores
-        )
+        return Source(self.parameters | other.parameters, self.varies or other.varies, self.scores | other.scores)
 
     @property
     def is_weight(self) -> bool:

@@ -471,7 +471,15 @@ def timm_module(name: str) -> Any:
         def __getattr__(self, name: str) -> Any:
             return sys.modules.get(f"{self.__name__}.{name}") or mock.MagicMock(name=name)
 
-    names = ("datasets", "models", "models.feature_extraction", "ops", "ops.misc", "transforms", "transforms.functional")
+    names = (
+        "datasets",
+        "models",
+        "models.feature_extraction",
+        "ops",
+        "ops.misc",
+        "transforms",
+        "transforms.functional",
+    )
     empty = {name: Empty(name) for name in ("torchvision", *(f"torchvision.{name}" for name in names))}
     sys.modules.update(empty)
     try:
@@ -553,6 +561,10 @@ class GeometricNetwork(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor, **edges: Tensor) -> Tensor:
         first, second = self.layers
         return second(F.relu(first(x, edge_index, **edges)), edge_index, **edges)
+
+
+#: Edges are selected by a mask: how many are left is known when it runs.
+DATA_SIZES = {"capture_dynamic_output_shape_ops": True}
 
 
 def nodes_and_edges(relations: int = 0) -> Callable[[torch.Generator], Inputs]:
@@ -699,12 +711,14 @@ ZOO: dict[str, Entry] = {
     "nfnet": Entry(NfNet, vectors(BATCH, 3, 32, 32)),
     "wavenet": Entry(WaveNet, vectors(BATCH, 1, 29)),
     "detr": Entry(Detector, images(32, None)),
-    "gcn": Entry(lambda: GeometricNetwork(lambda pyg, i, o: pyg.GCNConv(i, o)), nodes_and_edges()),
-    "gat": Entry(lambda: GeometricNetwork(lambda pyg, i, o: pyg.GATConv(i, o, heads=1)), nodes_and_edges()),
+    "gcn": Entry(lambda: GeometricNetwork(lambda pyg, i, o: pyg.GCNConv(i, o)), nodes_and_edges(), dynamo=DATA_SIZES),
+    "gat": Entry(
+        lambda: GeometricNetwork(lambda pyg, i, o: pyg.GATConv(i, o, heads=1)), nodes_and_edges(), dynamo=DATA_SIZES
+    ),
     "rgcn": Entry(
         lambda: GeometricNetwork(lambda pyg, i, o: pyg.RGCNConv(i, o, 3)),
         nodes_and_edges(3),
-        dynamo={"capture_dynamic_output_shape_ops": True},
+        dynamo=DATA_SIZES,
     ),
     "lstm_cell": Entry(CellLoop, vectors(BATCH, LENGTH, 41)),
 }
