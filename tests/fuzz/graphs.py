@@ -289,16 +289,17 @@ VIEWS = (
     "{x}.tensor_split(2)[0]", "{x}.hsplit(1)[0]", "torch.vsplit({x}, 1)[0]", "{x}.select(0, 0)", "{x}.unbind(0)[-1]",
     "{x}.split_with_sizes([1, {x}.shape[0] - 1])[1]", "{x}.index_select(-1, torch.tensor([1, 0]))", "{x}.roll(1, 0)",
     "{x}.repeat(2, *[1] * ({x}.dim() - 1))", "{x}.tile(2)", "{x}.unfold(-1, 2, 1)", "{x}.view_as({x})", "{x}.data",
-    "{x}.expand_as({x})", "{x}.reshape_as({x})", "{x}[[1, 0]]", "torch.transpose({x}, 0, 1)", "torch.movedim({x}, 0, 1)",
-    "torch.ops.aten.transpose.int({x}, 0, 1)", "torch.ops.aten.slice.Tensor({x}, 0, 0, 2)", "{x}.repeat_interleave(2, 0)",
+    "{x}.expand_as({x})", "{x}.reshape_as({x})", "{x}[[1, 0]]", "torch.transpose({x}, 0, 1)",
+    "torch.movedim({x}, 0, 1)", "torch.ops.aten.transpose.int({x}, 0, 1)", "{x}.repeat_interleave(2, 0)",
+    "torch.ops.aten.slice.Tensor({x}, 0, 0, 2)",
 )  # fmt: skip
 #: Whether these alias their operand depends on its strides; nothing that they touch is changed in place.
 _MAYBE_ALIAS = (".reshape", ".contiguous", ".flatten", ".to(", ".ravel", ".swap", ".data")
 #: What is computed from parameters (x, y of one shape) and a mask m, and stays a weight. Exact where x and y are.
 EXACT_WEIGHTS = (
     "{x} * 0.5", "{x} + {y}", "torch.cat([{x}, {y}], -1)", "torch.cat([{x}, {y}])", "torch.stack([{x}, {y}])[1]",
-    "torch.where({m} > 0, {x}, 0)", "{x} * ({m} > 0)", "{x}.masked_fill({m} > 0, 0)", "{x}.tril()", "torch.maximum({x}, {y})",
-    "{x}.clone().mul_(2)", "{x} - {y}.detach()", "torch.addcmul({x}, {y}, {y}.sign())", "{x} + torch.ones_like({x})",
+    "torch.where({m} > 0, {x}, 0)", "{x} * ({m} > 0)", "{x}.masked_fill({m} > 0, 0)", "{x}.tril()",
+    "torch.maximum({x}, {y})", "{x}.clone().mul_(2)", "{x} - {y}.detach()", "torch.addcmul({x}, {y}, {y}.sign())", "{x} + torch.ones_like({x})",
 )  # fmt: skip
 ROUNDED_WEIGHTS = (
     "{x} * 0.1", "{x} / {x}.norm(dim=-1, keepdim=True)", "torch._weight_norm({x}, {y}[..., :1], 0)", "{x}.softmax(-1)",

@@ -177,6 +177,7 @@ class Place:
 class Source(Flag):
     """What a tensor is computed from. Neither is a buffer, a factory, or nothing but numbers."""
 
+    NOTHING = 0
     PARAMETER = auto()
     INPUT = auto()
 
@@ -185,7 +186,7 @@ class Source(Flag):
 class Origin:
     """``leaf``: the input that a tensor holds the values of, if that is a leaf which requires grad."""
 
-    source: Source = Source(0)
+    source: Source = Source.NOTHING
     leaf: int | None = None
 
     def __or__(self, other: Origin) -> Origin:

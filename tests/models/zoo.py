@@ -563,18 +563,16 @@ class GeometricNetwork(nn.Module):
         return second(F.relu(first(x, edge_index, **edges)), edge_index, **edges)
 
 
-#: Edges are selected by a mask: how many are left is known when it runs.
-DATA_SIZES = {"capture_dynamic_output_shape_ops": True}
+def geometric(layer: Callable[..., nn.Module], relations: int = 0) -> Entry:
+    """Edges are selected by a mask there: how many are left is known when it runs."""
 
-
-def nodes_and_edges(relations: int = 0) -> Callable[[torch.Generator], Inputs]:
-    def sample(g: torch.Generator) -> Inputs:
+    def nodes_and_edges(g: torch.Generator) -> Inputs:
         batch = {"x": torch.randn(17, 41, generator=g), "edge_index": torch.randint(0, 17, (2, 45), generator=g)}
         if relations:
             batch["edge_type"] = torch.randint(0, relations, (45,), generator=g)
         return batch
 
-    return sample
+    return Entry(lambda: GeometricNetwork(layer), nodes_and_edges, dynamo={"capture_dynamic_output_shape_ops": True})
 
 
 class CellLoop(nn.Module):
@@ -711,14 +709,8 @@ ZOO: dict[str, Entry] = {
     "nfnet": Entry(NfNet, vectors(BATCH, 3, 32, 32)),
     "wavenet": Entry(WaveNet, vectors(BATCH, 1, 29)),
     "detr": Entry(Detector, images(32, None)),
-    "gcn": Entry(lambda: GeometricNetwork(lambda pyg, i, o: pyg.GCNConv(i, o)), nodes_and_edges(), dynamo=DATA_SIZES),
-    "gat": Entry(
-        lambda: GeometricNetwork(lambda pyg, i, o: pyg.GATConv(i, o, heads=1)), nodes_and_edges(), dynamo=DATA_SIZES
-    ),
-    "rgcn": Entry(
-        lambda: GeometricNetwork(lambda pyg, i, o: pyg.RGCNConv(i, o, 3)),
-        nodes_and_edges(3),
-        dynamo=DATA_SIZES,
-    ),
+    "gcn": geometric(lambda layers, *sizes: layers.GCNConv(*sizes)),
+    "gat": geometric(lambda layers, *sizes: layers.GATConv(*sizes, heads=1)),
+    "rgcn": geometric(lambda layers, *sizes: layers.RGCNConv(*sizes, num_relations=3), relations=3),
     "lstm_cell": Entry(CellLoop, vectors(BATCH, LENGTH, 41)),
 }
