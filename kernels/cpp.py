@@ -59,8 +59,8 @@ template <class To, class From> static inline To bits_as(From from) {
 static constexpr uint32_t MAGNITUDE = 0x7fffffff;
 static constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
-static inline float power_of_two(int exponent) {  // exact; exponents of normal numbers
-  return bits_as<float>(uint32_t(exponent + 127) << 23);
+static inline float power_of_two(int exponent) {  // exact; exponents of normal numbers, and -127
+  return bits_as<float>(exponent == -127 ? 1u << 22 : uint32_t(exponent + 127) << 23);
 }
 
 // Code of the magnitude `bits` (float32, not NaN) in an IEEE-like minifloat, ties to even, no saturation.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.ops import LIB, quantized, transform_of
+from qcompile.ir.ops import LIB, quantized, transform_of, without_autocast
 from qcompile.ir.recipe import Operand
+from qcompile.ir.sharding import local_tensor
 from qcompile.kernels.quantize.reference import load_scale, spread, unpack
 
 __all__ = ["STATISTICS"]
@@ -24,14 +25,16 @@ _STRIDE, _FEW_ROWS = 16, 1024
 
 
 def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
-    """Float32 ``[len(STATISTICS)]`` of x, floating point, quantized along ``axis`` as ``operand`` says."""
+    """Float32 ``[len(STATISTICS)]`` of x, floating point, quantized along ``axis`` as ``operand`` says; of this rank's
+    shard of a DTensor.
+    """
     spec = Operand.parse(operand)
-    rows = x.detach().movedim(axis, -1)
+    rows = local_tensor(x).detach().movedim(axis, -1)
     if spec.quantizer.granularity.kind in ("row", "block") and not (spec.outliers and spec.outliers.per == "tensor"):
         rows = rows.reshape(-1, rows.shape[-1])
         many = not isinstance(rows.shape[0], int) or rows.shape[0] >= _FEW_ROWS
         rows = rows[::_STRIDE] if many else rows
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         return _statistics(rows, spec, seed)
 
 

@@ -10,10 +10,11 @@ from torch.fx import Graph, Node
 
 from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
 from .fold import why_not_folded
+from .gradient_axes import ROLE_OF_OPERAND
 from .lower import product_provider
 from .pass_base import Context
 from .plan import site_index
-from .quantize_gradients import ROLE_OF_OPERAND, depends_on_tangents, gemm_role
+from .roles import depends_on_tangents, product_role, stated_role
 
 __all__ = ["audit"]
 
@@ -57,7 +58,9 @@ def audit(graph: Graph, context: Context) -> int:
 
 
 def _fused_role(node: Node, backward: set[Node]) -> str:
-    """By which operand is the gradient: the other one is the weight (dgrad) or the input (wgrad)."""
+    """As stated, or by which operand is the gradient: the other one is the weight (dgrad) or the input (wgrad)."""
+    if role := stated_role(node):
+        return role
     for tensors in (node.args[0], node.args[4]):
         first: Any = tensors[0]  # type: ignore[index]
         if first not in backward:
@@ -74,8 +77,8 @@ def _text(tensors: Any, text: Any) -> str:
 
 def _unfused_role(node: Node, backward: set[Node]) -> str:
     if is_call(node, aten.convolution_backward.default):
-        return "dgrad+wgrad"
-    return gemm_role(node, backward)
+        return stated_role(node) or "dgrad+wgrad"
+    return product_role(node, gemm_operands(node), backward)
 
 
 def _operand_texts(node: Node) -> list[str]:

@@ -99,6 +99,11 @@ class QuantizedOperand:
         return self.tensors[0]
 
     @property
+    def length(self) -> Any:
+        """``size`` as a number; in a graph with dynamic shapes that may be the result of a node."""
+        return self.size.meta["val"] if isinstance(self.size, Node) else self.size
+
+    @property
     def quantize(self) -> Node:
         """The ``quantize`` call the codes come from."""
         codes = self.codes
@@ -139,7 +144,7 @@ def matrix_form(operand: QuantizedOperand, seen: Node) -> tuple[bool, list[Any]]
         return None
     *batch, rows, columns = value.shape
     for transposed, (outer, inner) in ((False, (rows, columns)), (True, (columns, rows))):
-        if not _same(inner, operand.size):
+        if not _same(inner, operand.length):
             continue
         expected = (1, inner) if transposed else (inner, 1)
         strides = [*([outer * inner] if batch else []), *expected]

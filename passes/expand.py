@@ -1,4 +1,5 @@
-"""Open calls that Dynamo captures whole although they are made of products: ``F.multi_head_attention_forward``.
+"""Open calls that Dynamo captures whole although they are made of products: ``F.multi_head_attention_forward`` and the
+recurrent cells.
 
 Such a call is one node, whose projections no other pass could see. It is traced at the level of ATen's own composite
 ops (``linear``, ``scaled_dot_product_attention``), which is what AOTAutograd would make of it in any case, and its node
@@ -11,7 +12,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -19,10 +19,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from qcompile import compat
 
 from .graph import graph_modules
+from .spellings import name_of
 
-__all__ = ["expand"]
+__all__ = ["COMPOSITES", "expand"]
 
-COMPOSITES = (F.multi_head_attention_forward,)
+aten = torch.ops.aten
+
+#: ATen ops that a trace would leave whole, too. Each is two linear layers and, on CUDA, a kernel that fuses what follows.
+_CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+#: What is opened, by :func:`name_of`.
+COMPOSITES = frozenset({"multi_head_attention_forward", *(cell.overloadpacket.__name__ for cell in _CELLS)})
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")
 
@@ -33,14 +39,14 @@ def expand(gm: GraphModule) -> int:
 
 
 def _expand_in(gm: GraphModule) -> int:
-    if not any(node.target in COMPOSITES for node in gm.graph.nodes if node.op == "call_function"):
+    if not any(name_of(node) in COMPOSITES for node in gm.graph.nodes):
         return 0
     count = 0
     state = _State()
     with state.restored:
         for node in list(gm.graph.nodes):
             state.follow(node)
-            if node.op == "call_function" and node.target in COMPOSITES:
+            if name_of(node) in COMPOSITES:
                 count += _open(gm, node)
     if count:
         gm.graph.lint()
@@ -79,7 +85,7 @@ def _open(gm: GraphModule, call: Node) -> bool:
     examples = [_example(node) for node in inputs]
     mode = compat.fake_mode_of(gm.graph)
     with mode:
-        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*examples)
+        traced = make_fx(run, {op: op.decompose for op in _CELLS}, tracing_mode="real", pre_dispatch=True)(*examples)
         if any(node.op == "get_attr" for node in traced.graph.nodes):
             return False  # a constant made on the way
         new = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -102,11 +108,13 @@ def _describe(node: Node, call: Node) -> None:
 
 
 def _replace(call: Node, result: Any) -> None:
-    """``call`` returns a tuple, of which Dynamo's graph reads the items."""
-    for user in list(call.users):
-        item = result[user.args[1]]
-        user.replace_all_uses_with(item)
-        call.graph.erase_node(user)
+    """Of a tuple that ``call`` returns Dynamo's graph reads the items."""
+    if isinstance(result, Node):
+        call.replace_all_uses_with(result)
+    else:
+        for user in list(call.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            call.graph.erase_node(user)
     call.graph.erase_node(call)
 
 

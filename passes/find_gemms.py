@@ -9,20 +9,22 @@ and, where the spelling does not allow a scale per row, why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from qcompile.ir.sharding import local_tensor
+
 from .graph import static_size, value_of
 from .heads import Vocabulary, head_reasons, identity_of
-from .names import layer_name, parameter_name, with_parameter
-from .origins import Origin, Origins
+from .names import Names
+from .origins import Origin, Origins, target_name
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Recognized, Slot, recognize
+from .subclasses import obstacle_of_class
 
 __all__ = ["Site", "find_gemms"]
 
@@ -41,9 +43,11 @@ class Site:
         obstacle: why it cannot be quantized; empty if it can.
         reservation: why it is left wide unless a rule says ``quantize=True``; empty if nothing speaks against it.
         head: why it is taken for an output head; empty if it is none.
-        name: of its layer. body: path of the higher-order op's body it is in.
+        name: of its layer. aliases: further names of a shared layer. missing: what layer has no name
+            (:class:`names.Name`). body: path of the higher-order op's body it is in.
         shape: of the operands. contraction: how many terms are summed. sides: of the weight as a matrix (of the whole
             parameter where the weight is a part of one), ``None`` without a weight. Sizes may be symbolic.
+        anonymous: the higher-order op around it, if any, whose backward does not say which site a node serves.
         index: of the site in its graph. training: whether a gradient is computed.
     """
 
@@ -61,15 +65,23 @@ class Site:
     weight_size: Any = None
     index: int = -1
     training: bool = True
+    aliases: tuple[str, ...] = ()
+    missing: str = ""
+    anonymous: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that rules can match."""
+        return (self.name, *self.aliases)
 
 
-def find_gemms(gm: GraphModule, modules: Iterable[nn.Module] = ()) -> list[Site]:
+def find_gemms(gm: GraphModule, names: Names) -> list[Site]:
     """All GEMM sites of ``gm`` and of the bodies of its higher-order ops, in program order within each body.
 
-    ``modules``: the model that ``gm`` is a part of, where it is known; its embeddings tell which products are heads.
+    ``names``: of the layers of what was compiled; its embeddings also tell which products are heads.
     """
-    vocabulary = Vocabulary.of_modules(modules)
-    sites = list(_sites_below(_Body("", gm, gradients=torch.is_grad_enabled()), vocabulary))
+    vocabulary = Vocabulary.of_modules(names.modules)
+    sites = list(_sites_below(_Body("", gm, gradients=torch.is_grad_enabled()), vocabulary, names))
     for index, site in enumerate(sites):
         site.index = index
         site.name = site.name or f"{site.op}_{index}"
@@ -81,28 +93,37 @@ class _Body:
     """A graph module reachable through higher-order ops.
 
     Attributes:
-        obstacle, note: hold for all its sites. given: what its placeholders derive from, if that is known.
-        gradients: whether gradients are enabled where it is called.
+        obstacle, anonymous: hold for all its sites. given: what its placeholders derive from, if that is known.
+        gradients: whether gradients are enabled where it is called. autocasts: the regions of autocast around the call,
+        device type and whether it is on, outermost first.
     """
 
     path: str
     module: GraphModule
     obstacle: str = ""
-    note: str = ""
+    anonymous: str = ""
     given: dict[Node, Origin] = field(default_factory=dict)
     gradients: bool = True
+    autocasts: tuple[tuple[str, bool], ...] = ()
+
+    def merged_with(self, other: _Body | None) -> _Body:
+        """One body for two calls of it."""
+        if other is None:
+            return self
+        return replace(self, given={node: origin | other.given[node] for node, origin in self.given.items()})
 
 
 #: Higher-order ops whose backward is traced without saying which node serves which site.
 _ANONYMOUS_BACKWARD = ("cond", "while_loop", "scan", "map_impl")
 
 
-def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
+def _sites_below(body: _Body, vocabulary: Vocabulary, names: Names) -> Iterator[Site]:
     """The sites of a body, then those of the bodies it calls."""
     sites: dict[Node, Site] = {}
-    nested: list[_Body] = []
+    nested: dict[GraphModule, _Body] = {}
     origins, weights = Origins(body.given), {}
     gradients, functorch_depth = body.gradients, 0
+    autocasts: dict[Node, tuple[str, bool]] = {}
     training = gradients and _is_training(body.module)
     graph = body.module.graph
     for node in graph.nodes:
@@ -110,25 +131,32 @@ def _sites_below(body: _Body, vocabulary: Vocabulary) -> Iterator[Site]:
         found = recognize(node) if called else None
         if found is not None:
             operands = [origins.of(slot.of(node)) for slot in found.slots]
-            site = sites[node] = _site(node, found, operands, body)
+            site = sites[node] = _site(node, found, operands, body, names)
             weights[node] = _identities(operands, site)
+            site.obstacle = site.obstacle or _mixed_precision(site, (*body.autocasts, *autocasts.values()))
             if functorch_depth and not site.obstacle:
                 site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
             if training and not gradients:
                 site.reservation = site.reservation or UNDER_NO_GRAD
         origins.visit(node, found is not None)
         if called and any(source.op == "get_attr" for source in node.all_input_nodes):
-            nested += _bodies_called(node, body, origins, gradients)
-        if node.target is torch._C._set_grad_enabled:
+            state = replace(body, gradients=gradients, autocasts=(*body.autocasts, *autocasts.values()))
+            for inner in _bodies_called(node, state, origins):
+                nested[inner.module] = inner.merged_with(nested.get(inner.module))
+        name = target_name(node)
+        if name == "_set_grad_enabled":
             gradients = node.args[0]
-        name = getattr(node.target, "__name__", str(node.target))
+        elif name == "_enter_autocast":
+            autocasts[node] = (node.args[0], bool(node.args[2]))
+        elif name == "_exit_autocast":
+            autocasts.pop(node.args[0], None)
         functorch_depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
     vocabulary.add_graph(graph, lambda table: frozenset(map(identity_of, origins.of(table).roots)))
     for node, reason in head_reasons(graph, weights, vocabulary).items():
         sites[node].head = reason
     yield from sites.values()
-    for inner in nested:
-        yield from _sites_below(inner, vocabulary)
+    for inner in nested.values():
+        yield from _sites_below(inner, vocabulary, names)
 
 
 def _is_training(gm: GraphModule) -> bool:
@@ -136,25 +164,39 @@ def _is_training(gm: GraphModule) -> bool:
     return any(getattr(value_of(n), "requires_grad", False) for n in gm.graph.output_node().all_input_nodes)
 
 
-def _bodies_called(call: Node, body: _Body, origins: Origins, gradients: bool) -> Iterator[_Body]:
-    """The graph modules among the arguments of a higher-order op."""
+def _mixed_precision(site: Site, autocasts: tuple[tuple[str, bool], ...]) -> str:
+    """What is wrong with operands of two dtypes where autocast does not make them one; the product itself raises."""
+    values = [value_of(slot.of(site.node)) for slot in site.slots]
+    if not all(isinstance(value, torch.Tensor) for value in values) or len({value.dtype for value in values}) < 2:
+        return ""
+    device = values[0].device.type
+    states = [torch.is_autocast_enabled(device), *(enabled for kind, enabled in autocasts if kind == device)]
+    return "" if states[-1] else f"operands are {_dtypes(values)}, which the product itself refuses"
+
+
+def _dtypes(values: list[Any]) -> str:
+    return " × ".join(str(value.dtype).removeprefix("torch.") for value in values)
+
+
+def _bodies_called(call: Node, body: _Body, origins: Origins) -> Iterator[_Body]:
+    """The graph modules among the arguments of a higher-order op; ``body``: the caller in the state of the call."""
     arguments = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
     inner = {a: m for a in arguments if a.op == "get_attr" and isinstance(m := _attribute(body.module, a), GraphModule)}
     operation = str(call.target)
-    obstacle, note = body.obstacle, body.note
+    obstacle, anonymous = body.obstacle, body.anonymous
     if "autograd_function_apply" in operation:
         obstacle = "inside a torch.autograd.Function, whose backward is the user's own"
     elif operation in HIGHER_ORDER_ATTENTION:
         obstacle = ATTENTION
     elif operation in _ANONYMOUS_BACKWARD:
-        note = f"inside {operation}: its gradients stay in high precision"
+        anonymous = operation
     values = [a for a in arguments if a not in inner]
     for argument, module in inner.items():
         placeholders = module.graph.find_nodes(op="placeholder")
         # The operands come last; what stands before them (a predicate) is the op's own.
         given = dict(zip(reversed(placeholders), map(origins.of, reversed(values)), strict=False))
         path = f"{body.path}.{argument.target}" if body.path else str(argument.target)
-        yield _Body(path, module, obstacle, note, given, gradients)
+        yield replace(body, path=path, module=module, obstacle=obstacle, anonymous=anonymous, given=given)
 
 
 def _attribute(gm: GraphModule, node: Node) -> Any:
@@ -167,18 +209,20 @@ def _identities(operands: list[Origin], site: Site) -> frozenset[Any]:
     return frozenset(identity_of(root) for origin in weights for root in origin.roots)
 
 
-def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) -> Site:
+def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, names: Names) -> Site:
     """What the plan needs to know: weights, shapes, and obstacles that show in the operands."""
-    site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, layer_name(node), body.path)
+    site = Site(node, found.op, found.slots, found.obstacle or body.obstacle, body=body.path, anonymous=body.anonymous)
+    _name(site, names)
     if not found.slots:
         return site
     left, right = found.slots
-    constant = CONSTANT_WEIGHT if found.op.startswith(_LAYERS) and operands[1].is_constant else ""
-    site.slots = replace(left, note="; ".join(filter(None, (left.note, body.note, constant)))), right
+    if found.op.startswith(_LAYERS) and operands[1].is_constant:
+        site.slots = replace(left, note="; ".join(filter(None, (left.note, CONSTANT_WEIGHT)))), right
     values = [value_of(slot.of(node)) for slot in site.slots]
     if not all(isinstance(v, torch.Tensor) for v in values) or not isinstance(value_of(node), torch.Tensor):
         site.obstacle = site.obstacle or "its operands are not plain tensors"
         return site
+    site.obstacle = site.obstacle or obstacle_of_class(values)
     if any(v.is_nested or v.layout is not torch.strided for v in values):
         site.obstacle = site.obstacle or "an operand is nested or sparse; only dense tensors are quantized"
         return site
@@ -189,29 +233,32 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body) ->
     )
     site.reservation = _reservation(site, operands)
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))
-    site.contraction = _contraction_size(values[1], site.slots[1])
+    site.contraction = site.slots[1].size(node)
     site.training = torch.is_grad_enabled() and any(v.requires_grad for v in values)
     for slot, value, origin in zip(site.slots, values, operands, strict=True):
         if slot.kind == "weight":
             site.weight_size = value.numel()
-            site.sides = max(_sides(value, slot), _sides_of_parameter(origin), key=min)
-            parameter = parameter_name(*origin.roots) if len(origin.roots) == 1 else ""
-            site.name = with_parameter(site.name, parameter)
+            site.sides = max(_sides(value, slot, slot.size(node)), _sides_of_parameter(origin), key=min)
+            if len(origin.roots) == 1:
+                _name(site, names, *origin.roots)
     if site.obstacle:
         return site
     if not all(v.dtype.is_floating_point for v in values):
-        site.obstacle = (
-            f"operands are {' × '.join(str(v.dtype).removeprefix('torch.') for v in values)}, not floating point"
-        )
+        site.obstacle = f"operands are {_dtypes(values)}, not floating point"
     elif static_size(site.contraction) in (0, 1):
         site.obstacle = f"contraction size {site.contraction}: an outer product, nothing is summed"
-    elif any(static_size(v.numel()) == 0 for v in values):
+    elif any(static_size(local_tensor(v).numel()) == 0 for v in values):
         site.obstacle = "an operand is empty"
     return site
 
 
 #: Beginnings of the names of products that have a slot for the weight, the second.
 _LAYERS = ("linear", "conv", "grouped")
+
+
+def _name(site: Site, names: Names, weight: Node | None = None) -> None:
+    found = names.of(site.node, weight)
+    site.name, site.aliases, site.missing = next(iter(found.names), ""), found.names[1:], found.missing
 
 
 def _weights(op: str, operands: list[Origin], values: list[torch.Tensor]) -> list[bool]:
@@ -237,15 +284,8 @@ def _reservation(site: Site, operands: list[Origin]) -> str:
     return IS_CONSTANT if constant and not site.op.startswith(_LAYERS) else ""
 
 
-def _contraction_size(value: torch.Tensor, slot: Slot) -> Any:
-    if slot.frame and slot.frame.flatten is not None:
-        return torch.Size(value.shape[slot.frame.flatten :]).numel()
-    return value.shape[slot.axis]
-
-
-def _sides(value: torch.Tensor, slot: Slot) -> tuple[Any, Any]:
+def _sides(value: torch.Tensor, slot: Slot, contracted: Any) -> tuple[Any, Any]:
     """Of a weight, as one of a batch of matrices if it has more than two axes."""
-    contracted = _contraction_size(value, slot)
     if value.dim() > 2 and slot.frame is None and slot.axis in (-1, -2):
         return contracted, value.shape[-3 - slot.axis]
     return contracted, value.numel() // contracted if value.numel() else 0

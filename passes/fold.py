@@ -7,14 +7,18 @@ dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY
 
     scaled_mm(dy, [codes_w, s_w])   ─►   scaled_mm(quantize(dy, fold=s_w), levels [codes_w])
 
+A dY that `quantize_gradients` has quantized without them is quantized anew, with them.
+
 So one set of codes serves all three products exactly, and dY is the only operand that is rounded. dgrad takes dY's
 scales along its rows and wgrad along its columns.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from qcompile.ir.quantizer import Quantizer
@@ -22,9 +26,10 @@ from qcompile.ir.recipe import Operand
 from qcompile.kernels.matmul.reference import LEVELS
 
 from .dialect import aten, is_call, operand_kind, ops, through_views
-from .pass_base import Context, emit
+from .gradient_axes import ROLE_OF_OPERAND
+from .pass_base import Context, emit, size_along
 from .plan import site_index
-from .quantize_gradients import ROLE_OF_OPERAND, depends_on_tangents, encode_gradient, size_along
+from .roles import depends_on_tangents
 
 __all__ = ["fold", "why_not_folded"]
 
@@ -56,8 +61,8 @@ def fold(graph: Graph, context: Context) -> int:
 def _gradient_and_codes(node: Node, backward: set[Node]) -> tuple[int, int] | None:
     """Positions, among the arguments of a ``scaled_mm``, of the gradient and of the operand that is codes."""
     for gradient, codes in ((0, 4), (4, 0)):
-        tensors: Any = node.args[gradient]
-        if node.args[gradient + 1] == "dense" and tensors[0] in backward and node.args[codes + 1] != "dense":
+        first, second = (node.args[position][0] for position in (gradient, codes))  # type: ignore[index]
+        if first in backward and second not in backward and node.args[codes + 1] != "dense":
             return gradient, codes
     return None
 
@@ -83,16 +88,43 @@ def why_not_folded(node: Node, position: int) -> str:
 
 def _fold_into_gradient(graph: Graph, gemm: Node, gradient: int, codes: int, quantizer: Quantizer) -> None:
     arguments: list[Any] = list(gemm.args)
-    dense = arguments[gradient][0]
-    axis = 1 if gradient == 0 else 0
-    if is_call(dense, aten.t.default) or (is_call(dense, aten.permute.default) and dense.args[1] == [1, 0]):
-        dense, axis = dense.args[0], 1 - axis
+    dense, axis = _dense_gradient(graph, gemm, gradient)
     size = size_along(graph, gemm, dense, axis)
     stored, scales = arguments[codes]
-    encoded, its_scales, _ = encode_gradient(graph, gemm, dense, axis, quantizer, scales)
+    encoded, its_scales = _encode(graph, gemm, dense, axis, quantizer, scales)
     arguments[gradient : gradient + 4] = [encoded, its_scales], str(Operand(quantizer)), size, gradient == 4
     levels = Operand.parse(arguments[codes + 1]).quantizer.format.name
     arguments[codes : codes + 2] = [stored], LEVELS + levels
     fused = emit(graph, gemm, ops.scaled_mm.default, *arguments)
     gemm.replace_all_uses_with(fused)
     graph.erase_node(gemm)
+
+
+def _dense_gradient(graph: Graph, gemm: Node, position: int) -> tuple[Node, int]:
+    """dY as a matrix, not quantized, and the axis of it that the product contracts."""
+    operand: Any = gemm.args[position : position + 4]
+    (first, *_), text, _, transposed = operand
+    axis = 1 if position == 0 else 0
+    if text == "dense":
+        if is_call(first, aten.t.default) or (is_call(first, aten.permute.default) and first.args[1] == [1, 0]):
+            return first.args[0], 1 - axis
+        return first, axis
+    # Quantized already, in case its scales could not be folded. Codes are stored with the quantization axis last.
+    codes: Any = through_views(first)
+    x, _, along = codes.args[0].args[:3]
+    last = along % x.meta["val"].dim()
+    if x.meta["val"].dim() != 2:  # leading axes are merged where all elements have one scale
+        x, last = emit(graph, gemm, aten.reshape.default, x, [-1, size_along(graph, gemm, x, -1)]), 1
+    return x, last if transposed == (position == 4) else 1 - last
+
+
+def _encode(graph: Graph, gemm: Node, x: Node, axis: int, quantizer: Quantizer, fold: Node) -> tuple[Node, Node]:
+    """Codes and scales of ``x · fold``, emitted at the insertion point."""
+    seed = None
+    if quantizer.rounding == "stochastic":
+        device = x.meta["val"].device
+        seed = emit(
+            graph, gemm, aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False
+        )
+    pair = emit(graph, gemm, ops.quantize.default, x, str(quantizer), axis, None, seed, fold)
+    return emit(graph, gemm, operator.getitem, pair, 0), emit(graph, gemm, operator.getitem, pair, 1)

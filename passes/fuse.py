@@ -52,8 +52,11 @@ def fuse(graph: Graph, context: Context) -> int:
 
 
 def _plain(node: Node) -> bool:
-    """No scaling factors, and a bias that broadcasts over rows."""
-    if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+    """No scaling factors, one dtype, as ATen demands, and a bias that broadcasts over rows."""
+    dtypes = {
+        source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta["val"], torch.Tensor)
+    }
+    if len(dtypes) > 1 or any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return False
     return not is_call(node, aten.addmm.default) or node.args[0].meta["val"].dim() == 1  # type: ignore[union-attr]
 

@@ -52,14 +52,13 @@ class Vocabulary:
     size: int = 0
 
     @staticmethod
-    def of_modules(roots: Iterable[nn.Module]) -> Vocabulary:
+    def of_modules(modules: Iterable[nn.Module]) -> Vocabulary:
         found = Vocabulary()
-        for root in roots:
-            for module in root.modules():
-                if isinstance(module, nn.Embedding):
-                    found.add(id(module.weight), module.num_embeddings)
-                if (weight := getattr(_output_embeddings(module), "weight", None)) is not None:
-                    found.outputs.add(id(weight))
+        for module in modules:
+            if isinstance(module, nn.Embedding):
+                found.add(id(module.weight), module.num_embeddings)
+            if (weight := getattr(_output_embeddings(module), "weight", None)) is not None:
+                found.outputs.add(id(weight))
         return found
 
     def add(self, table: Any, size: Any) -> None:
@@ -86,7 +85,7 @@ def _output_embeddings(module: nn.Module) -> Any:
 
 def identity_of(placeholder: Node) -> Any:
     """What tells a parameter apart in all graphs of a model: the tensor's ``id``; the node where Dynamo keeps none."""
-    tensor = compat.example_of(placeholder)
+    tensor = compat.placeholder_value(placeholder)
     return placeholder if tensor is None else id(tensor)
 
 

@@ -30,9 +30,10 @@ from qcompile.ir.recipe import Operand
 from .graph import graph_modules, value_of
 from .origins import IN_PLACE_OPERATORS
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
+from .quantize_gradients import quantize_gradients
 from .spellings import Frame, Slot
 
-__all__ = ["insert"]
+__all__ = ["insert", "stamp"]
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -40,15 +41,14 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    for decision in plan.decisions:
-        _stamp(decision)
     return sum(_insert_in(module, by_node) for module in graph_modules(gm))
 
 
-def _stamp(decision: Decision) -> None:
-    """Leave the site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
-    node = decision.site.node
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+def stamp(plan: Plan) -> None:
+    """Leave every site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
+    for decision in plan.decisions:
+        node = decision.site.node
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
@@ -58,13 +58,13 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
         if decision := by_node.get(node):
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
-                    _replace_argument(node, slot, _wrap(gm.graph, node, slot, operand, shared))
+                    slot.put(node, _wrap(gm.graph, node, slot, operand, shared))
                     wrapped += 1
+            quantize_gradients(gm.graph, decision)
         if _is_barrier(node):
             shared.clear()
-    if wrapped:
-        gm.graph.lint()
-        gm.recompile()
+    gm.graph.lint()
+    gm.recompile()
     return wrapped
 
 
@@ -89,8 +89,13 @@ def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | Non
     if frame is None:
         return build(fake_quantize, x, str(operand), axis, *seed)
     if frame.flatten is not None:
-        flat = build(torch.flatten, x, frame.flatten)
-        return build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), x)
+        led = build(torch.movedim, x, frame.lead, 0) if frame.lead else x
+        flat = build(torch.flatten, led, frame.flatten)
+        shaped = build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), led)
+        if not frame.lead:
+            return shaped
+        # conv_tbc takes views of its operands that only contiguous memory has.
+        return build(torch.clone, build(torch.movedim, shaped, 0, frame.lead), memory_format=torch.contiguous_format)
     assert frame.patch is not None
     return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
 
@@ -133,17 +138,6 @@ def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
     """The dtype the GEMM reads its operand in: its output's, where autocast narrows on the way."""
     operand, result = value_of(source).dtype, value_of(gemm).dtype
     return result if result.itemsize < operand.itemsize else operand
-
-
-def _replace_argument(node: Node, slot: Slot, value: Any) -> None:
-    if slot.item is not None:
-        operands = list(node.args[slot.position])  # type: ignore[arg-type]
-        operands[slot.item] = value
-        value = operands
-    if slot.position < len(node.args):
-        node.update_arg(slot.position, value)
-    else:
-        node.update_kwarg(slot.keyword, value)
 
 
 def _is_barrier(node: Node) -> bool:

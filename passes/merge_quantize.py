@@ -27,8 +27,7 @@ from torch.fx import Graph, Node
 from qcompile.ir.quantizer import Quantizer
 
 from .dialect import aten, is_call, ops, same_sizes, through_views
-from .pass_base import Context, emit
-from .quantize_gradients import size_along
+from .pass_base import Context, emit, size_along
 
 __all__ = ["merge_quantize"]
 

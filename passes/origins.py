@@ -21,7 +21,7 @@ from qcompile import compat
 
 from .graph import value_of
 
-__all__ = ["IN_PLACE_OPERATORS", "NOTHING", "Origin", "Origins", "Source", "target_name"]
+__all__ = ["IN_PLACE_OPERATORS", "NOTHING", "Origin", "Origins", "Source", "target_name", "written_by"]
 
 #: Python's in-place operators, by name.
 IN_PLACE_OPERATORS = frozenset(
@@ -150,7 +150,7 @@ class Origins:
             origin = _INPUT  # an activation, whatever parameters are in it
         elif Source.LEAF in origin.sources and not self._is_same_matrix(node):
             origin = _INPUT
-        for target in _written_by(node):
+        for target in written_by(node):
             memory = compat.memory_of(value_of(target))
             if memory is not None and memory not in self._parameters:
                 self._written[memory] = self._written.get(memory, NOTHING) | origin
@@ -193,7 +193,7 @@ def _is_random(node: Node) -> bool:
     return target_name(node).startswith(("rand", "normal", "bernoulli", "multinomial", "poisson"))
 
 
-def _written_by(node: Node) -> Iterator[Node]:
+def written_by(node: Node) -> Iterator[Node]:
     """The arguments that a call writes into."""
     name = target_name(node)
     in_place = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS

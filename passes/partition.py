@@ -138,7 +138,7 @@ def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any
                     "node": node.name,
                     "shape": [int(n) if isinstance(n, int) else str(n) for n in value.shape],
                     "dtype": str(value.dtype).removeprefix("torch."),
-                    "bytes": size_hint(value.numel()) * value.dtype.itemsize,
+                    "bytes": compat.size_hint(value.numel()) * value.dtype.itemsize,
                     "codes": _is_encoded(producer),
                     "custom": dict(producer.meta.get("custom") or {}),
                 }
@@ -158,11 +158,6 @@ def _producer(node: Node) -> Node:
     if inner.op != "placeholder":
         return inner
     return _producer(operands[graph.find_nodes(op="placeholder").index(inner)])
-
-
-def size_hint(size: Any) -> int:
-    """A symbolic size by its example."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _is_encoded(node: Node) -> bool:

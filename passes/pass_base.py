@@ -25,7 +25,7 @@ from qcompile.ir.recipe import Recipe
 from .plan import Plan
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes"]
+__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes", "size_along"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
@@ -40,14 +40,21 @@ class Observations:
     Attributes:
         programs: readable program after each pass, by stage and pass name.
         gemms: rows the joint audit leaves: one a GEMM of the joint graph.
+        products: every product that AOTAutograd made of the graph, forward and backward, with its FLOPs and its site.
         saved: tensors the partitioner keeps for the backward.
         plan: the decisions about the graph.
     """
 
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
+    products: list[Any] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
+
+    @property
+    def unaccounted(self) -> list[Any]:
+        """Products that belong to no site: what `find_gemms` missed."""
+        return [product for product in self.products if product.site is None]
 
 
 @dataclass
@@ -132,3 +139,10 @@ def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> 
     with compat.fake_mode_of(graph):
         node.meta["val"] = target(*values[0], **values[1])
     return node
+
+
+def size_along(graph: Graph, serves: Node, x: Node, axis: int) -> Any:
+    """Length of an axis, as a number or as a node."""
+    value = x.meta["val"]
+    size = value.shape[axis]
+    return size if isinstance(size, int) else emit(graph, serves, torch.ops.aten.sym_size.int, x, axis % value.dim())

@@ -6,8 +6,9 @@ stage          graph                                             pass           
 dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
-joint          forward and backward in ATen, before partitioning cancel_rotations        no
-joint                                                            quantize_gradients      **yes, if gradient= is set**
+dynamo                                                           quantize_gradients      **yes, if gradient= is set**
+joint          forward and backward in ATen, before partitioning account                 no (counts products)
+joint                                                            cancel_rotations        no
 joint                                                            fuse                    no
 joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
@@ -31,25 +32,27 @@ from torch.fx import Graph, GraphModule
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
+from .account import account
 from .audit import audit
 from .cancel_rotations import cancel_rotations
 from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
-from .insert import insert
+from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
+from .names import Names
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
-from .plan import Plan, make_plan
-from .quantize_gradients import quantize_gradients
+from .pin import pin
+from .plan import Plan, all_rules, make_plan
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
 JOINT = (
+    GraphPass("account", account),
     GraphPass("cancel_rotations", cancel_rotations),
-    GraphPass("quantize_gradients", quantize_gradients),
     GraphPass("fuse", fuse),
     GraphPass("fold", fold),
     GraphPass("hints", hints),
@@ -59,18 +62,27 @@ JOINT = (
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
-PASS_NAMES = ("expand", "insert", *(p.name for p in (*JOINT, *POST_GRAD)))
+PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD)))
 
 
-def rewrite(gm: GraphModule, recipe: Recipe, observe: Observations | None = None) -> Context:
-    """Stage one: expand, find, plan and insert on a Dynamo graph, in place."""
+def rewrite(
+    gm: GraphModule, recipe: Recipe, observe: Observations | None = None, call: compat.CompiledCall | None = None
+) -> Context:
+    """Stage one: expand, find, plan and insert on a Dynamo graph, in place.
+
+    Layers are named as ``call`` names them, by default the one on the Python stack.
+    """
     if recipe.enabled and "expand" not in recipe.disable_passes:
         expand(gm)
-    plan = make_plan(find_gemms(gm), recipe)
+    names = Names(gm, call or compat.compiled_call())
+    sites = find_gemms(gm, names)
+    plan = make_plan(sites, recipe)
+    pin(gm, names, sites, all_rules(recipe))
     context = Context(recipe, plan, observe)
     if observe is not None:
         observe.plan = plan
     dump("dynamo_captured", gm.graph, context)
+    stamp(plan)
     if plan.quantized:
         wrapped = insert(gm, plan)
         log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))

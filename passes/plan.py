@@ -17,21 +17,27 @@ from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe,
 from qcompile.ir.transforms import Transform
 
 from .find_gemms import Site
+from .gradient_axes import role_of_slot, why_gradient_stays_wide
 from .graph import decided_size, static_size
 from .spellings import Slot
+from .subclasses import shard_note
 
-__all__ = ["SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
+__all__ = ["KIND_KEY", "ROLE_KEY", "SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
 
 SITE_KEY = "qcompile_site"
 KIND_KEY = "qcompile_kind"
+#: Which gradient the backward of a call computes, where that is one and the same for all its nodes.
+ROLE_KEY = "qcompile_role"
 
 
 @dataclass
 class Decision:
     """What one site gets.
 
-    ``operands`` follow the site's slots. ``gradients`` says what dY is quantized to, by role (dgrad, wgrad); for
-    the roles in ``folded``, times the scales of the other operand.
+    ``operands`` follow the site's slots; all may be ``None`` where only gradients are quantized. ``gradients`` says
+    what dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
+    (`quantize_gradients`), for the roles in ``folded`` times the scales of the other operand (`fold`). A role in both
+    is folded if its scales allow it.
     """
 
     site: Site
@@ -40,6 +46,7 @@ class Decision:
     operands: tuple[Operand | None, ...] = ()
     gradients: dict[str, Operand | None] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Plan:
         """
         return repr([
             (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
-             d.folded)
+             d.folded, d.rounded)
             for d in self.decisions
         ])  # fmt: skip
 
@@ -69,6 +76,11 @@ class Plan:
     @property
     def quantized(self) -> list[Decision]:
         return [d for d in self.decisions if d.quantized]
+
+    @property
+    def nameless(self) -> list[Decision]:
+        """What stays wide because no rule could have matched its layer."""
+        return [d for d in self.decisions if d.site.missing and d.reason == without_name(d.site.missing)]
 
 
 def site_index(node: Node) -> int | None:
@@ -108,8 +120,17 @@ def describe(rule: Rule) -> str:
     return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
 
 
+def without_name(layer: str) -> str:
+    """Why a product stays wide whose ``layer`` is in nothing that was compiled: a rule may have meant it."""
+    return (
+        f"its layer ({layer}) has no name that skip=… or rules=… could match: it is reached from nothing that was "
+        "compiled; make it a submodule or an argument"
+    )
+
+
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
-    applicable = [r for r in all_rules(recipe) if r.matches(site.name, site.op, site.weight_size)]
+    rules = all_rules(recipe)
+    applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
     for rule in applicable:
         if (text := describe(rule)) in matched:
             matched[text] += 1
@@ -125,25 +146,51 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     kinds = [slot.kind for slot in site.slots]
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
+    if site.missing and any(rule.name != "*" for rule in rules):
+        return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(chosen[kind] for kind in kinds)
-    if not any(operands):
-        return Decision(site, False, "the recipe quantizes none of its operands")
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
-    folded = BACKWARD_ROLES[recipe.backward]
-    gradients: dict[str, Operand | None] = {}
-    for role in ("dgrad", "wgrad"):
-        base = recipe.gradient or (FOLDED_GRADIENT if role in folded else None)
-        gradient = _resolve(recipe, base, [r for r in applicable if role in r.roles], "gradient")
-        if role in folded and gradient is not None:
-            _check_folded(site, gradient.quantizer)
-        gradients[role] = gradient
+    decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward])
     notes = [slot.note for slot in site.slots if slot.note]
-    notes += [_rotation_note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
-    return Decision(site, True, "; ".join(dict.fromkeys(filter(None, notes))), operands, gradients, folded)
+    notes += _decide_gradients(decision, recipe, applicable)
+    if not any(operands) and not decision.rounded:
+        return Decision(site, False, "; ".join(["the recipe quantizes none of its operands", *dict.fromkeys(notes)]))
+    for note in (_rotation_note, shard_note):
+        notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
+    decision.reason = "; ".join(dict.fromkeys(filter(None, notes)))
+    return decision
+
+
+def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]) -> list[str]:
+    """Fill in ``gradients`` and ``rounded``; returns what is to be said about it."""
+    site, notes = decision.site, []
+    computed = {role_of_slot(site, position) for position in range(len(site.slots))}
+    for role in ("dgrad", "wgrad"):
+        default = FOLDED_GRADIENT if role in decision.folded and recipe.gradient is None else None
+        rules = [r for r in applicable if role in r.roles]
+        gradient = _resolve(recipe, recipe.gradient or default, rules, "gradient")
+        decision.gradients[role] = gradient
+        if gradient is None:
+            continue
+        if role in decision.folded:
+            _check_folded(site, gradient.quantizer)
+        if gradient is default or role not in computed or not site.training:
+            continue
+        if "quantize_gradients" in recipe.disable_passes:
+            why = "the pass quantize_gradients is disabled"
+        else:
+            why = why_gradient_stays_wide(site, gradient)
+        if why:
+            notes.append(f"gradient= is not applied: {why}")
+        else:
+            decision.rounded += (role,)
+    if site.anonymous and not set(decision.rounded) >= computed:
+        notes.append(f"inside {site.anonymous}: its gradients stay in high precision")
+    return notes
 
 
 def _left_wide(site: Site, recipe: Recipe) -> str:

@@ -7,31 +7,43 @@ alone. A new spelling is one entry.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from qcompile import compat
+from qcompile.ir.sharding import local_tensor
 
-from .graph import value_of
+from .graph import static_size, value_of
 
-__all__ = ["ATTENTION", "HIGHER_ORDER_ATTENTION", "Frame", "Recognized", "Slot", "is_in", "recognize"]
+__all__ = [
+    "ATTENTION",
+    "HIGHER_ORDER_ATTENTION",
+    "Frame",
+    "Recognized",
+    "Slot",
+    "einsum_letters",
+    "is_in",
+    "is_opaque",
+    "name_of",
+    "recognize",
+]
 
 
 @dataclass(frozen=True)
 class Frame:
     """Reshaping that turns an operand into rows × contraction axis before it is quantized, and back afterwards.
 
-    ``flatten``: merge the axes from this one on (a convolution's weight, or its whole sample). ``patch``: kernel
-    extents of a convolution whose windows tile its input; each window becomes a row.
+    ``flatten``: merge the axes from this one on (a convolution's weight, or its whole sample), after ``lead`` has been
+    moved to the front. ``patch``: kernel extents of a convolution whose windows tile its input; each window becomes a
+    row.
     """
 
     flatten: int | None = None
+    lead: int = 0
     patch: tuple[int, ...] | None = None
 
 
@@ -49,15 +61,38 @@ class Slot:
     """Index into the argument where it is a list of operands (einsum)."""
 
     def of(self, node: Node) -> Any:
-        argument = node.args[self.position] if self.position < len(node.args) else node.kwargs.get(self.keyword)
+        by_keyword = self.position >= len(node.args)
+        argument = node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
         return argument if self.item is None else argument[self.item]  # type: ignore[index]
+
+    def put(self, node: Node, value: Any) -> None:
+        """Let the node read ``value`` here."""
+        by_keyword = self.position >= len(node.args)
+        if self.item is not None:
+            listed = node.kwargs[self.keyword_in(node)] if by_keyword else node.args[self.position]
+            operands = list(listed)  # type: ignore[arg-type]
+            operands[self.item] = value
+            value = operands
+        if by_keyword:
+            node.update_kwarg(self.keyword_in(node), value)
+        else:
+            node.update_arg(self.position, value)
+
+    def keyword_in(self, node: Node) -> str:
+        """The operand's keyword as this call spells it: what torch's functions call ``input`` is ``self`` in ATen."""
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            target = getattr(target, target.overloads()[0])
+        aten = isinstance(target, torch._ops.OpOverload)
+        return str(target._schema.arguments[self.position].name) if aten else self.keyword
 
     def size(self, node: Node) -> Any:
         """How many elements a row of the operand has, along the axis it is quantized on."""
-        shape = self.of(node).meta["example_value"].shape
+        shape = list(local_tensor(value_of(self.of(node))).shape)
         if self.frame is None:
             return shape[self.axis]
         if self.frame.flatten is not None:
+            shape.insert(0, shape.pop(self.frame.lead))
             return math.prod(shape[self.frame.flatten :])
         return shape[1] * math.prod(self.frame.patch or ())
 
@@ -73,6 +108,10 @@ Locate = Callable[[Node], tuple[Slot, Slot]]
 
 
 _VECTORS = "a product of two vectors"
+_OVERLAP = "output windows overlap; its operands have no exact scale per row"
+_PER_POSITION = "one scale per position"
+_PER_WINDOW = "one scale per window (windows tile the input)"
+_PER_SAMPLE = "one scale per sample: windows overlap or leave a rest, so a position has no scale of its own"
 
 
 def _fixed(a: tuple[int, str, int], b: tuple[int, str, int]) -> Locate:
@@ -92,9 +131,13 @@ def _matmul(left: int, right: int, right_name: str) -> Locate:
 
 
 def _tensordot(node: Node) -> tuple[Slot, Slot]:
-    dims: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", 2)
+    """``torch.tensordot(a, b, dims)``, where dims is a number of axes or two lists of them; ATen's takes the two apart."""
+    given = dict(enumerate(node.args)) | node.kwargs
+    dims: Any = given.get(2, given.get("dims", given.get("dims_self", 2)))
+    if (others := given.get(3, given.get("dims_other"))) is not None:
+        dims = (dims, others)
     if isinstance(dims, int) and dims == 1:
-        return Slot(0, "a", -1), Slot(1, "b", 0)
+        dims = ([-1], [0])
     listed = isinstance(dims, (list, tuple)) and len(dims) == 2 and all(isinstance(d, (list, tuple)) for d in dims)
     if listed and len(dims[0]) == 1:
         return Slot(0, "a", dims[0][0]), Slot(1, "b", dims[1][0])
@@ -103,7 +146,8 @@ def _tensordot(node: Node) -> tuple[Slot, Slot]:
 
 
 def _einsum(node: Node) -> tuple[Slot, Slot]:
-    equation, *operands = node.args
+    equation, *operands = node.args or (node.kwargs["equation"],)
+    operands = operands or [node.kwargs["tensors"]]  # ATen's own spelling
     if not isinstance(equation, str):
         msg = "einsum in sublist form; write the equation as a string"
         raise Unsupported(msg)
@@ -112,11 +156,7 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     if len(values) != 2:
         msg = f"einsum of {len(values)} operands; only products of two are quantized"
         raise Unsupported(msg)
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not output:
-        letters = inputs.replace(",", "").replace(".", "")
-        output = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms, output = einsum_letters(equation)
     for term in terms:
         letters = term.replace(".", "")
         if len(set(letters)) != len(letters):
@@ -132,6 +172,14 @@ def _einsum(node: Node) -> tuple[Slot, Slot]:
     return Slot(1, "operands", axes[0]), Slot(2, "operands", axes[1])
 
 
+def einsum_letters(equation: str) -> tuple[list[str], str]:
+    """Terms of the operands and of the result of an equation."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    letters = inputs.replace(",", "").replace(".", "")
+    implied = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return inputs.split(","), output if arrow else ("..." if "..." in inputs else "") + implied
+
+
 def _letter_axis(term: str, letter: str) -> int:
     """Axis of a letter, counted from the end if an ellipsis stands before it."""
     head, dots, tail = term.partition("...")
@@ -145,7 +193,7 @@ def _divides(kernel: tuple[int, ...], extents: Sequence[Any]) -> bool:
     return all(compat.guarded_bool(extent % size == 0) for extent, size in zip(extents, kernel, strict=True))
 
 
-def _conv(dims: int) -> Locate:
+def _conv(groups_at: int, transposed_at: int | None = None) -> Locate:
     """Convolutions contract channels × window. The weight's rows are its output channels. The input's rows depend on
     how windows overlap: per position for 1×1, per window where the windows tile the input, else one scale a sample,
     since an element that several windows read cannot carry the scale of each."""
@@ -158,24 +206,33 @@ def _conv(dims: int) -> Locate:
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
             return value * dims if len(value) == 1 else value
 
+        if transposed_at is not None and argument(transposed_at, "transposed", False):
+            raise Unsupported(_OVERLAP)
+        x_slot, weight_slot = Slot(0, "input", -1), Slot(1, "weight", -1, Frame(flatten=1))
+        x, weight = (value_of(slot.of(node)) for slot in (x_slot, weight_slot))
+        dims = weight.dim() - 2
         stride, padding = argument(3, "stride", 1), argument(4, "padding", 0)
-        dilation, groups = per_axis(argument(5, "dilation", 1)), argument(6, "groups", 1)
-        x, weight = value_of(Slot(0, "input", 0).of(node)), value_of(Slot(1, "weight", 0).of(node))
+        dilation, groups = per_axis(argument(5, "dilation", 1)), argument(groups_at, "groups", 1)
         kernel = tuple(int(k) for k in weight.shape[2:])
         unpadded = padding == "valid" or (not isinstance(padding, str) and not any(per_axis(padding)))
-        weight_slot = Slot(1, "weight", -1, Frame(flatten=1))
         channels = x.dim() - dims - 1
         if groups == 1 and all(k == 1 for k in kernel):
-            return Slot(0, "input", channels, note="one scale per position"), weight_slot
+            return replace(x_slot, axis=channels, note=_PER_POSITION), weight_slot
         tiled = per_axis(stride) == kernel and all(d == 1 for d in dilation) and x.dim() == dims + 2
         if groups == 1 and unpadded and tiled and _divides(kernel, x.shape[2:]):
-            return Slot(
-                0, "input", -1, Frame(patch=kernel), note="one scale per window (windows tile the input)"
-            ), weight_slot
-        note = "one scale per sample: windows overlap or leave a rest, so a position has no scale of its own"
-        return Slot(0, "input", -1, Frame(flatten=channels), note=note), weight_slot
+            return replace(x_slot, frame=Frame(patch=kernel), note=_PER_WINDOW), weight_slot
+        return replace(x_slot, frame=Frame(flatten=channels), note=_PER_SAMPLE), weight_slot
 
     return locate
+
+
+def _conv_tbc(node: Node) -> tuple[Slot, Slot]:
+    """Input [time, batch, channels], weight [window, channels, outputs]; scales as for other convolutions."""
+    x, weight = Slot(0, "input", -1), Slot(1, "weight", -2)
+    if static_size(value_of(weight.of(node)).shape[0]) == 1:
+        return replace(x, note=_PER_POSITION), weight
+    sample, filters = Frame(flatten=1, lead=1), Frame(flatten=1, lead=2)
+    return replace(x, frame=sample, note=_PER_SAMPLE), replace(weight, axis=-1, frame=filters)
 
 
 _LINEAR = _fixed((0, "input", -1), (1, "weight", -1))
@@ -183,76 +240,123 @@ _MATMUL = _matmul(0, 1, "other")
 _MM = _matmul(0, 1, "mat2")
 _ADDMM = _fixed((1, "mat1", -1), (2, "mat2", -2))
 _ADDBMM = _fixed((1, "batch1", -1), (2, "batch2", -2))
-_INNER = _fixed((0, "input", -1), (1, "other", -1))
 _GROUPED = _fixed((0, "input", -1), (1, "mat2", -2))
+_CONV = _conv(groups_at=6)
+_CONVOLUTION = _conv(groups_at=8, transposed_at=6)
 
-#: Function target → (op kind, where its operands are). Methods and ATen overloads are added below.
-SPELLINGS: dict[Any, tuple[str, Locate]] = {
-    F.linear: ("linear", _LINEAR),
-    torch.matmul: ("matmul", _MATMUL),
-    torch.linalg.matmul: ("matmul", _MATMUL),
-    operator.matmul: ("matmul", _MATMUL),
-    operator.imatmul: ("matmul", _MATMUL),
-    torch.mm: ("mm", _MM),
-    torch.mv: ("mv", _fixed((0, "input", -1), (1, "vec", -1))),
-    torch.addmv: ("addmv", _fixed((1, "mat", -1), (2, "vec", -1))),
-    torch.bmm: ("bmm", _MM),
-    torch.addmm: ("addmm", _ADDMM),
-    torch.addbmm: ("addbmm", _ADDBMM),
-    torch.baddbmm: ("baddbmm", _ADDBMM),
-    torch.inner: ("inner", _INNER),
-    torch.functional.einsum: ("einsum", _einsum),
-    torch.functional.tensordot: ("tensordot", _tensordot),
-    torch.conv1d: ("conv1d", _conv(1)),
-    torch.conv2d: ("conv2d", _conv(2)),
-    torch.conv3d: ("conv3d", _conv(3)),
-    torch._grouped_mm: ("grouped_mm", _GROUPED),
-}
-
-#: Tensor methods with the signature of the function of the same name; in-place forms read the same operands.
-_METHODS = ("matmul", "mm", "mv", "addmv", "bmm", "addmm", "addbmm", "baddbmm", "inner")
-for _name in _METHODS:
-    SPELLINGS[_name] = SPELLINGS[getattr(torch, _name)]
-    SPELLINGS[f"{_name}_"] = SPELLINGS[getattr(torch, _name)]
-SPELLINGS["__matmul__"] = SPELLINGS["__imatmul__"] = ("matmul", _MATMUL)
-SPELLINGS["__rmatmul__"] = ("matmul", _fixed((1, "other", -1), (0, "self", -2)))
-
-#: ATen packets; an overload is looked up by its packet.
-for _name in ("linear", *_METHODS, "conv1d", "conv2d", "conv3d", "_grouped_mm"):
-    _function = F.linear if _name == "linear" else getattr(torch, _name)
-    SPELLINGS[getattr(torch.ops.aten, _name)] = SPELLINGS[_function]
-if hasattr(F, "grouped_mm"):
-    SPELLINGS[F.grouped_mm] = ("grouped_mm", _GROUPED)
-
-#: Ops of other libraries with a known meaning, by qualified name (they are registered only once that library is
-#: imported).
-NAMED_SPELLINGS: dict[str, tuple[str, Locate]] = {
+#: Name of a product (:func:`name_of`) → (op kind, where its operands are). One entry serves the function, the tensor
+#: method, the form in place, and every overload of the ATen op.
+SPELLINGS: dict[str, tuple[str, Locate]] = {
+    "linear": ("linear", _LINEAR),
+    "matmul": ("matmul", _MATMUL),
+    "linalg_matmul": ("matmul", _MATMUL),
+    "__rmatmul__": ("matmul", _fixed((1, "other", -1), (0, "self", -2))),
+    "mm": ("mm", _MM),
+    "mv": ("mv", _fixed((0, "input", -1), (1, "vec", -1))),
+    "addmv": ("addmv", _fixed((1, "mat", -1), (2, "vec", -1))),
+    "bmm": ("bmm", _MM),
+    "addmm": ("addmm", _ADDMM),
+    "_addmm_activation": ("addmm", _ADDMM),
+    "addbmm": ("addbmm", _ADDBMM),
+    "baddbmm": ("baddbmm", _ADDBMM),
+    "inner": ("inner", _fixed((0, "input", -1), (1, "other", -1))),
+    "einsum": ("einsum", _einsum),
+    "tensordot": ("tensordot", _tensordot),
+    "conv1d": ("conv1d", _CONV),
+    "conv2d": ("conv2d", _CONV),
+    "conv3d": ("conv3d", _CONV),
+    "_convolution_mode": ("convolution", _CONV),
+    "convolution": ("convolution", _CONVOLUTION),
+    "_convolution": ("convolution", _CONVOLUTION),
+    "conv_tbc": ("conv_tbc", _conv_tbc),
+    "grouped_mm": ("grouped_mm", _GROUPED),
+    "_grouped_mm": ("grouped_mm", _GROUPED),
     "transformers::grouped_mm_fallback": ("grouped_mm", _GROUPED),
 }
 
 ATTENTION = "attention is left in high precision (as in every published recipe)"
-_OPAQUE = "one opaque op; its products are not visible in the graph"
+_HIDDEN = "its products are not visible in the graph"
+_OPAQUE = f"one opaque op; {_HIDDEN}"
 _FAST_PATH = f"{_OPAQUE} (without torch.backends.mha.set_fastpath_enabled(False), which shows them)"
-#: Products that are recognized and left alone, with the reason.
-OUT_OF_SCOPE: dict[Any, tuple[str, str]] = {
-    F.scaled_dot_product_attention: ("sdpa", ATTENTION),
-    torch.ops.aten.scaled_dot_product_attention: ("sdpa", ATTENTION),
-    F.multi_head_attention_forward: ("multi_head_attention", _OPAQUE),
-    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", _FAST_PATH),
-    torch._native_multi_head_attention: ("multi_head_attention", _FAST_PATH),
-    torch.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
-    F.bilinear: ("bilinear", "contracts two axes at once; no scale per row factors out"),
-    torch.chain_matmul: ("chain_matmul", "the order of products is chosen at run time"),
-    torch.linalg.multi_dot: ("multi_dot", "the order of products is chosen at run time"),
-    torch.dot: ("dot", _VECTORS),
-    torch.conv_transpose1d: ("conv_transpose1d", "output windows overlap; its operands have no exact scale per row"),
-    torch.conv_transpose2d: ("conv_transpose2d", "output windows overlap; its operands have no exact scale per row"),
-    torch.conv_transpose3d: ("conv_transpose3d", "output windows overlap; its operands have no exact scale per row"),
-    torch.cdist: ("cdist", "a distance, not a product"),
-    "dot": ("dot", _VECTORS),
-    **{rnn: (rnn.__name__, _OPAQUE) for rnn in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+_OUTER = "an outer product, nothing is summed"
+_QUANTIZED = "its operands are quantized already"
+_DISTANCE = "a distance, not a product"
+_SPARSE = "an operand is nested or sparse; only dense tensors are quantized"
+_ORDER = "the order of products is chosen at run time"
+_BILINEAR = "contracts two axes at once; no scale per row factors out"
+_FUNCTION = "a function of a matrix, which is computed by many products; rounding errors would add up"
+_FACTORS = "solves or factors a matrix; rounding errors would grow with its condition number"
+_KERNEL = "a kernel of one device's own; spell it as the op that torch dispatches to it"
+
+#: Reason → names of the products that are recognized and left alone for it.
+_REASONS: dict[str, str] = {
+    ATTENTION: """scaled_dot_product_attention _scaled_dot_product_attention_math
+        _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
+        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward _efficient_attention_forward
+        _flash_attention_forward _flash_attention_forward_no_dropout_inplace _triton_scaled_dot_attention
+        torch_attn::_varlen_attn torch_attn::_varlen_attn_out flex_attention flex_attention_backward""",
+    _OPAQUE: """multi_head_attention_forward _triton_multi_head_attention linear_cross_entropy lstm gru rnn_tanh rnn_relu
+        lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _cudnn_rnn miopen_rnn mkldnn_rnn_layer _lstm_mps""",
+    _FAST_PATH: "_transformer_encoder_layer_fwd _native_multi_head_attention",
+    _VECTORS: "dot vdot linalg_vecdot",
+    _OUTER: "outer ger addr kron",
+    _QUANTIZED: """_int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_grouped_mm _scaled_grouped_mm_v2 scaled_grouped_mm
+        _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
+        _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _wrapped_quantized_linear_prepacked
+        fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight
+        fbgemm_linear_int8_weight_fp32_activation quantized_gru quantized_gru_cell quantized_lstm quantized_lstm_cell
+        quantized_rnn_relu_cell quantized_rnn_tanh_cell out_dtype""",
+    _DISTANCE: "cdist _cdist_forward pdist _pdist_forward",
+    "a covariance: the data times itself": "cov corrcoef",
+    "coordinates of a sampling grid": "affine_grid affine_grid_generator",
+    "a list of products in one op": "_foreach_mm",
+    "a gradient inside a torch.func transform: the products of its backward are not the model's own": "_autograd_grad",
+    _SPARSE: """_sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
+        _spsolve _cslt_sparse_mm _sparse_semi_structured_mm _sparse_semi_structured_addmm
+        _sparse_semi_structured_linear""",
+    _ORDER: "chain_matmul linalg_multi_dot",
+    _BILINEAR: "bilinear _trilinear",
+    _OVERLAP: """conv_transpose1d conv_transpose2d conv_transpose3d
+        slow_conv_transpose2d slow_conv_transpose3d""",
+    _FUNCTION: "matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp",
+    _FACTORS: """inverse linalg_inv linalg_inv_ex pinverse linalg_pinv linalg_tensorinv
+        linalg_solve linalg_solve_ex _linalg_solve_ex linalg_tensorsolve linalg_solve_triangular triangular_solve
+        cholesky_solve _cholesky_solve_helper linalg_lu_solve lu_solve linalg_ldl_solve linalg_lstsq
+        cholesky cholesky_inverse linalg_cholesky linalg_cholesky_ex linalg_ldl_factor linalg_ldl_factor_ex
+        linalg_lu linalg_lu_factor linalg_lu_factor_ex _lu_with_info lu_unpack lu
+        qr geqrf linalg_qr linalg_householder_product orgqr ormqr
+        svd linalg_svd _linalg_svd linalg_svdvals linalg_eig linalg_eigh _linalg_eigh linalg_eigvals _linalg_eigvals
+        linalg_eigvalsh det linalg_det _linalg_det logdet slogdet linalg_slogdet _linalg_slogdet""",
+    _KERNEL: """_conv_depthwise2d conv_depthwise3d _slow_conv2d_forward slow_conv3d slow_conv3d_forward slow_conv_dilated2d
+        slow_conv_dilated3d thnn_conv2d convolution_overrideable cudnn_convolution cudnn_convolution_add_relu
+        cudnn_convolution_relu cudnn_convolution_transpose miopen_convolution miopen_convolution_add_relu
+        miopen_convolution_relu miopen_convolution_transpose miopen_depthwise_convolution mkldnn_convolution
+        mkldnn_linear _mps_convolution _mps_convolution_transpose _nnpack_spatial_convolution""",
+}  # fmt: skip
+#: What the report calls them, where that is not their name.
+_REPORTED_AS = {
+    "scaled_dot_product_attention": "sdpa",
+    "multi_head_attention_forward": "multi_head_attention",
+    "_native_multi_head_attention": "multi_head_attention",
+    "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
+    "_autograd_grad": "func.grad",
+}
+#: Name → (op kind, reason).
+OUT_OF_SCOPE: dict[str, tuple[str, str]] = {
+    name: (_REPORTED_AS.get(name, name.removeprefix("linalg_").strip("_")), reason)
+    for reason, names in _REASONS.items()
+    for name in names.split()
 }
 HIGHER_ORDER_ATTENTION = ("flex_attention", "flex_attention_backward")
+
+#: Namespaces of ops that are torch's own or ours and that the tables above name as far as they are products.
+_TORCH = frozenset(
+    {
+        "aten", "prims", "prim", "debugprims", "rngprims", "qcompile", "inductor", "higher_order", "profiler", "streams",
+        "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "fsdp",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -266,25 +370,72 @@ class Recognized:
 
 def recognize(node: Node) -> Recognized | None:
     """What product a call is; ``None`` for anything else."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        named = NAMED_SPELLINGS.get(target.name().partition(".")[0])
-        target = target.overloadpacket
-    else:
-        named = NAMED_SPELLINGS.get(getattr(target, "_qualified_op_name", ""))
-    if is_in(OUT_OF_SCOPE, target):
-        op, reason = OUT_OF_SCOPE[target]
+    name = name_of(node)
+    if name in OUT_OF_SCOPE:
+        op, reason = OUT_OF_SCOPE[name]
         return Recognized(op, obstacle=reason)
-    if str(target) in HIGHER_ORDER_ATTENTION:
-        return Recognized("flex_attention", obstacle=ATTENTION)
-    entry = named or (SPELLINGS[target] if is_in(SPELLINGS, target) else None)
-    if entry is None:
-        return None
-    op, locate = entry
+    if name not in SPELLINGS:
+        return _opaque(node, name)
+    op, locate = SPELLINGS[name]
     try:
         return Recognized(op, locate(node))
     except Unsupported as reason:
         return Recognized(op, obstacle=str(reason))
+
+
+def name_of(node: Node) -> str:
+    """What a call is named in ATen, however it is made: as a function of torch's, a tensor method, in place, as an
+    operator of Python's, or as an ATen op. Ops of other libraries have their namespace before them; "" for a function
+    that is not torch's.
+    """
+    target: Any = node.target
+    if node.op == "call_method":
+        name = str(target)
+    elif node.op != "call_function":
+        return ""
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target.name().partition(".")[0].removeprefix("aten::")
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        name = target._qualified_op_name.removeprefix("aten::")
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name()
+    elif _is_torch(target):
+        name = target.__name__
+    else:
+        return ""
+    if name in ("__matmul__", "__imatmul__", "imatmul"):
+        return "matmul"
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
+def _is_torch(function: Any) -> bool:
+    owner = getattr(function, "__objclass__", None)  # of torch.Tensor.matmul
+    module = str((owner or function).__module__)
+    return module.partition(".")[0] in ("torch", "_operator", "operator") and hasattr(function, "__name__")
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether a call is an op of another library, or a kernel, that may be a product; see `recognize`."""
+    return _opaque(node, name_of(node)) is not None
+
+
+_TRITON = ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional")
+
+
+def _opaque(node: Node, name: str) -> Recognized | None:
+    """A call of somebody else's code that may be a product: it reads two tensors, one of them a floating matrix."""
+    library, is_op, _ = name.partition("::")
+    if name in _TRITON:
+        op = compat.triton_kernel_name(node.kwargs["kernel_idx"])
+        what = "one opaque Triton kernel"
+    elif is_op and library not in _TORCH:
+        op, what = name, f"one opaque op of {library}"
+    else:
+        return None
+    tensors = [v for v in map(value_of, node.all_input_nodes) if isinstance(v, torch.Tensor)]
+    if len(tensors) < 2 or not any(v.dim() > 1 and v.is_floating_point() for v in tensors):
+        return None
+    return Recognized(op, obstacle=f"{what}; its products, if it has any, are not visible in the graph")
 
 
 def is_in(table: Container[Any], target: Any) -> bool:

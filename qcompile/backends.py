@@ -26,7 +26,7 @@ from qcompile.passes.watch import watch
 from . import compat
 from .ir.recipe import Recipe
 from .recipes import RECIPES
-from .session import session_for
+from .session import session_of
 
 __all__ = ["compile_with", "qcompile_fp4", "qcompile_quest", "split_options"]
 
@@ -74,16 +74,22 @@ def compile_with(
             raise ValueError(msg)
     patches = dict(inductor)
     watched: list[tuple[str, str, str]] = []
-    session = session_for(recipe, options)
     if not compat.in_compiled_autograd():
-        context = rewrite(gm, recipe, observe)
+        call = compat.compiled_call()
+        context = rewrite(gm, recipe, observe, call)
+        session = session_of(call, recipe)
         session.add(context.plan)
+        session.remark(context.plan)
         log.info("%s", context.plan.summary(recipe.name))
         if recipe.monitor and observe is None:
             watched = watch(gm, context.plan)
-        if context.plan.quantized:
+        if context.plan.quantized or observe is not None:
             register_lowerings()
             patches.update(hooks(context, patches))
+    if inner_compile is None and compat.given_fake_tensors(example_inputs):
+        inner_compile = compat.eager_inner_compile  # there is no data that generated code could read
+    if any(isinstance(x, Tensor) and x.is_meta for x in example_inputs):
+        patches["joint_graph_constant_folding"] = False  # on the meta device it folds everything, in the wrong order
     compiled: Any
     if inner_compile is not None:
         patches["fx_graph_cache"] = False
@@ -95,7 +101,7 @@ def compile_with(
         from .numerics import monitor  # brings the report's libraries along
 
         compiled = (monitor() if recipe.monitor is True else recipe.monitor).attach(watched, compiled)
-    return session.watch(compiled)
+    return compiled
 
 
 def _raise_unknown(key: str, names: list[str]) -> None:

@@ -98,7 +98,12 @@ def add_demo(commands: Any) -> None:
         "direct cast to FP4, from the same seed, on the same batches. Prints what was quantized and the "
         "gap to BF16; writes loss curves, results and a sample of text.",
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this file (default: Shakespeare, included)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="train on the first 64 MiB of this file (default: Shakespeare, included)",
+    )
     parser.add_argument("--arms", default="bf16,fp4,direct", help="any of bf16,fp4,direct (default: all)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each arm")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,9 +179,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     try:
         options = parse_options(arguments.option)
         model, args, kwargs = load_model(arguments.factory, arguments.input)
-        from .report import explain
-
-        report = explain(model, *args, backend=arguments.backend, options=options, **kwargs)
+        report = explained(model, args, kwargs, arguments.backend, options)
         if arguments.json:
             arguments.json.write_text(report.to_json() + "\n", encoding="utf-8")
         if arguments.html:
@@ -190,6 +193,25 @@ def run_explain(arguments: argparse.Namespace) -> int:
         return unusable("explain", error)
     make_console().print(report)
     return 0
+
+
+def explained(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str, options: dict[str, Any]) -> Any:
+    """The report. Raises ``ValueError`` with the reason where the model cannot be run on these inputs, or not with
+    these options.
+    """
+    from .report import explain
+
+    try:
+        return explain(model, *args, backend=backend, options=options, **kwargs)
+    except InputErrors:
+        raise
+    except (RuntimeError, TypeError, IndexError, KeyError) as error:
+        # Dynamo quotes the error it met after saying what it was doing.
+        quoted = re.search(r"got (\w+Error\(.*?\))$|^(\w+Error: .*?)$", str(error), re.MULTILINE)
+        reason = (quoted[1] or quoted[2]) if quoted else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        shapes = ", ".join("×".join(map(str, a.shape)) for a in args if hasattr(a, "shape"))
+        msg = f"the model cannot be compiled and run on inputs of shape {shapes}: {reason}"
+        raise ValueError(msg) from error
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -260,7 +282,11 @@ def make_input(text: str) -> Any:
         msg = f"--input {text!r} is not SHAPE or SHAPE:DTYPE, for example 8x128 or 8x128:int64"
         raise ValueError(msg)
     shape = [int(n) for n in re.split("[x,×]", match[1])]
-    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    try:
+        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    except RuntimeError:
+        msg = f"--input {text!r} is more than fits into memory"
+        raise ValueError(msg) from None
 
 
 # --- bench --------------------------------------------------------------------------------------------------

@@ -9,17 +9,24 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
+import torch._dynamo.eval_frame
+import torch._dynamo.external_utils
+import torch._dynamo.guards
+import torch._dynamo.output_graph
 import torch._dynamo.source
 import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
 import torch._inductor.compile_fx
 import torch._logging._internal
+import torch.utils._python_dispatch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -28,14 +35,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "TRIED",
     "CheckpointPolicy",
+    "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "before_next_call",
     "captures_recurrent_layers",
     "compile_fx",
+    "compiled_call",
     "eager_inner_compile",
     "fake_mode_of",
+    "given_fake_tensors",
     "in_compiled_autograd",
     "inductor_options",
+    "is_wrapper_subclass",
     "log_artifact",
     "min_cut_partition",
     "tensor_core_capability",
@@ -102,9 +114,16 @@ def fake_mode_of(graph: Graph) -> Any:
     """The FakeTensorMode of a graph's values, or ``None`` for a graph without tensors."""
     for node in graph.nodes:
         value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
+        if mode := torch._subclasses.fake_tensor.maybe_get_fake_mode(value):
+            return mode
     return None
+
+
+def given_fake_tensors(example_inputs: list[Any]) -> bool:
+    """Whether a model is compiled for the user's own fake tensors (``FakeTensorMode``), not for the tracer's."""
+    context = torch._guards.TracingContext.try_get()
+    fakes = [x for x in example_inputs if isinstance(x, torch._subclasses.FakeTensor)]
+    return context is not None and any(x.fake_mode is not context.fake_mode for x in fakes)
 
 
 def log_artifact(name: str, text: Callable[[], str]) -> None:
@@ -130,8 +149,8 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
         torch._inductor.compile_fx._recursive_post_grad_passes(gm, inference)
 
     def run(args: list[Any]) -> Any:
-        result = torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
-        return result
+        with next((x.fake_mode for x in args if isinstance(x, torch._subclasses.FakeTensor)), nullcontext()):
+            return torch.fx.Interpreter(gm).boxed_run(args) if isinstance(args, list) else gm(*args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -156,11 +175,21 @@ def is_parameter(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter)
 
 
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether a tensor is a subclass around other tensors that ``torch.compile`` takes apart.
+
+    Not the result of a collective that is under way: whatever reads it waits for it and gets a plain tensor.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    pending = module is not None and isinstance(value, module.AsyncCollectiveTensor)
+    return not pending and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
 def is_argument(node: Node) -> bool:
     """Whether a Dynamo placeholder is an argument of the compiled code: no tensor that a module, a closure or a global
     variable keeps.
     """
-    source = getattr(node.meta.get("grapharg"), "source", None)
+    source = source_of(node)
     if source is None:
         return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is None
     while (base := getattr(source, "base", None)) is not None:
@@ -203,12 +232,6 @@ def _is_marked_dynamic(size: Any) -> bool:
     return False
 
 
-def example_of(node: Node) -> Any:
-    """The tensor of the model's that a Dynamo placeholder stands for; ``None`` where Dynamo keeps none."""
-    argument = node.meta.get("grapharg")
-    return None if argument is None else argument.example
-
-
 def memory_of(value: Any) -> Any:
     """What tells whether two (fake) tensors share memory; ``None`` for what has none of its own to compare."""
     if not isinstance(value, torch.Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
@@ -216,13 +239,120 @@ def memory_of(value: Any) -> Any:
     return value.untyped_storage()._cdata if value.layout is torch.strided and not value.is_nested else None
 
 
-def source_name(node: Node) -> str:
-    """Where a Dynamo placeholder comes from, e.g. ``L['self']._modules['layers']._parameters['weight']``; "" if
-    unknown.
+def placeholder_value(node: Node) -> torch.Tensor | None:
+    """The real tensor behind a Dynamo placeholder, ``None`` for any other node or value."""
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    if argument is None or getattr(argument, "_example", None) is None:  # erased when Dynamo is done with the graph
+        return None
+    return argument.example if isinstance(argument.example, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class CompiledCall:
+    """The call of something compiled that a backend is serving.
+
+    Attributes:
+        context: what one ``torch.compile`` call made; lives as long as the callable it returned.
+        target: the module or function that was compiled: the model for ``model.compile()`` and
+            ``torch.compile(model.forward)``.
+        args, kwargs: arguments of the call.
+        enclosing: modules whose forward was running when Dynamo came to the frame it compiles, innermost first.
+        variables: local variables of that frame.
     """
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    if source is None:
-        return ""
-    name = source.name
-    return name() if callable(name) else name
+
+    context: Any
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    enclosing: tuple[torch.nn.Module, ...]
+    variables: Mapping[str, Any]
+
+
+def compiled_call() -> CompiledCall | None:
+    """The innermost call of a compiled callable on the Python stack, ``None`` outside of any.
+
+    Graph breaks, resumed frames and buckets of DDP all run below the function that ``torch.compile`` puts around its
+    callable. Tried with 2.13 and 2.14.
+    """
+    enclosing = []
+    variables: Mapping[str, Any] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if "self" in code.co_freevars and code.co_filename == torch._dynamo.eval_frame.__file__:
+            found = frame.f_locals
+            if isinstance(found["self"], torch._dynamo.eval_frame.OptimizeContext) and "fn" in found:
+                target = _compiled_target(found["fn"])
+                if isinstance(target, torch.nn.Module):
+                    enclosing.append(target)
+                arguments = found.get("args", ()), found.get("kwargs", {})
+                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), variables)
+        elif "self" in code.co_varnames or "self" in code.co_cellvars:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module):
+                enclosing.append(owner)
+            elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
+                variables = owner.local_scope
+        frame = frame.f_back
+    return None
+
+
+def _compiled_target(function: Any) -> Any:
+    """What the user compiled, without what torch puts around it."""
+    while getattr(getattr(function, "__code__", None), "co_filename", "") == torch._dynamo.external_utils.__file__:
+        function = function.__wrapped__
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else function
+
+
+def source_of(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder, ``None`` if unknown."""
+    return getattr(placeholder.meta.get("grapharg"), "source", None)
+
+
+def local_variable(placeholder: Node) -> tuple[str, Any]:
+    """The local variable of the frame that a placeholder is reached from, by name and source; "" if it is none."""
+    source = source_of(placeholder)
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return getattr(source, "local_name", ""), source
+
+
+def guard_identity(source: Any) -> None:
+    """Let the code that Dynamo is compiling run only where ``source`` is the very object it is now."""
+    guard = source.make_guard(torch._dynamo.guards.GuardBuilder.ID_MATCH)
+    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)
+
+
+def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
+    """Run ``act`` once, when the compiled callable is called the next time. What it raises reaches the caller."""
+    context = call.context
+
+    def enter() -> Callable[[], None]:
+        context.enter_exit_hooks = [hook for hook in context.enter_exit_hooks if hook is not enter]
+        act()
+        return lambda: None
+
+    context.enter_exit_hooks.append(enter)
+
+
+def triton_kernel_name(index: int) -> str:
+    """What a Triton kernel is called that a graph launches (``triton_kernel_wrapper_mutation(kernel_idx=index)``)."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel = kernel_side_table.get_kernel(index)
+    return str(getattr(getattr(kernel, "fn", kernel), "__name__", type(kernel).__name__))
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number: of a symbolic one what it was in the call being compiled; 1 if that is not known either."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the code a node comes from; "" if it is not known."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return ":".join(places[-1]) if places else ""

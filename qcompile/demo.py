@@ -99,6 +99,9 @@ class DemoConfig:
     seed: int = 0
 
 
+#: Bytes that are read of a text. The largest run of the demo sees fewer; more would only fill the memory.
+MOST_TEXT = 64 * 2**20
+
 #: Defaults by device. On 2 CPU cores three arms take less than 4 minutes, compilation included.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -205,8 +208,8 @@ def configure(given: Mapping[str, Any]) -> DemoConfig:
         msg = f"arms must be one or more different names of {', '.join(ARMS)}"
         raise ValueError(msg)
     for name in PRESETS[device]:
-        if getattr(config, name) <= 0:
-            msg = f"{name.replace('_', ' ')} must be positive, got {getattr(config, name)}"
+        if not 0 < getattr(config, name) < math.inf:  # false for NaN
+            msg = f"{name.replace('_', ' ')} must be positive and finite, got {getattr(config, name)}"
             raise ValueError(msg)
     if config.hidden % (2 * config.heads):
         msg = f"hidden size {config.hidden} must be a multiple of twice the {config.heads} heads (rotary pairs)"
@@ -237,10 +240,13 @@ def pick_device(name: str) -> str:
 
 
 def read_text(path: Path | None) -> bytes:
-    """The user's file as it is, or the works of Shakespeare shipped with the package (public domain)."""
+    """The first MOST_TEXT bytes of the user's file, or the works of Shakespeare shipped with the package (public
+    domain).
+    """
     if path is None:
         return lzma.decompress(files("qcompile.data").joinpath("tinyshakespeare.txt.xz").read_bytes())
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(MOST_TEXT)
 
 
 def check_writable(folder: Path) -> None:

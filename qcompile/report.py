@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qcompile.ir.recipe import Operand
 from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
+from qcompile.passes.account import remark
 from qcompile.passes.lower import DECODED
 from qcompile.passes.pass_base import Observations
 from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
@@ -34,7 +35,7 @@ from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
 from . import compat
 from .backends import compile_with, split_options
 from .recipes import RECIPES
-from .session import Session, UnmatchedRuleError, session_for, unmatched_message
+from .session import Session, UnmatchedRuleError, unmatched_message
 
 __all__ = ["Report", "Row", "SavedBytes", "explain", "saved_bytes"]
 
@@ -315,10 +316,12 @@ def explain(
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs)
     report = _make_report(backend, graphs)
-    report.remarks = _not_captured(model, captured)
+    report.remarks = list(filter(None, [*_not_captured(model, captured), remark(graphs)]))
     ours, _ = split_options(None, options)
-    session: Session = session_for(RECIPES[backend].override(ours), options)
-    session.settled = True
+    session = Session(RECIPES[backend].override(ours))
+    for graph in graphs:
+        if graph.plan is not None:
+            session.add(graph.plan)
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report

@@ -1,7 +1,7 @@
 """What belongs to one ``torch.compile`` call although a backend sees one sub-graph at a time: have the user's rules
 matched?
 
-Graph breaks, DDP buckets and regional compilation call the backend several times. A rule that matches nothing in one
+Graph breaks and DDP buckets call the backend several times. A rule that matches nothing in one
 sub-graph is normal; one that has matched nothing once the first step is over is a mistake the user would otherwise
 never learn of.
 """
@@ -12,14 +12,15 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from qcompile.passes.plan import Plan
+from qcompile.passes.plan import Plan, user_rules
 
+from . import compat
 from .ir.recipe import Recipe
 
-__all__ = ["Session", "UnmatchedRuleError", "session_for", "unmatched_message"]
+__all__ = ["Session", "UnmatchedRuleError", "session_of", "unmatched_message"]
 
 
 class UnmatchedRuleError(ValueError):
@@ -37,14 +38,17 @@ def unmatched_message(rules: list[str], layers: list[str]) -> str:
 
 
 class Session:
-    """Rule matches and layer names over all sub-graphs of one ``torch.compile`` call."""
+    """Rule matches and layer names over all sub-graphs of one ``torch.compile`` call.
 
-    def __init__(self, recipe: Recipe, options: Any) -> None:
+    A second model of the same class and options runs the code of the first, and no backend is called for it: what there
+    is to say was said of the first.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.options = options  # kept alive: its identity is the session's key
         self.matched: Counter[str] = Counter()
         self.layers: list[str] = []
-        self.settled = False
+        self.warned = False
 
     def add(self, plan: Plan) -> None:
         """Count a sub-graph's matches."""
@@ -52,12 +56,18 @@ class Session:
             self.matched[rule] += count
         self.layers += [d.site.name for d in plan.decisions]
 
+    def remark(self, plan: Plan) -> None:
+        """Warn of the first layer that stays wide for want of a name."""
+        nameless = plan.nameless
+        if nameless and not self.warned:
+            self.warned = True
+            warnings.warn(f"qcompile: {nameless[0].reason}", UserWarning, stacklevel=2)
+
     def unmatched(self) -> list[str]:
         return [rule for rule, count in self.matched.items() if count == 0]
 
     def settle(self) -> None:
-        """Judge once. Raises :class:`UnmatchedRuleError` under ``strict``, else warns."""
-        self.settled = True
+        """Judge. Raises :class:`UnmatchedRuleError` under ``strict``, else warns."""
         rules = self.unmatched()
         if not rules:
             return
@@ -66,35 +76,22 @@ class Session:
             raise UnmatchedRuleError(message)
         warnings.warn(f"qcompile: {message}", UserWarning, stacklevel=2)
 
-    def watch(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """``compiled``, judging when it is called a second time: by then the first step has compiled every
-        sub-graph.
-        """
-        if not self.matched or self.settled:
-            return compiled
-        calls = 0
 
-        def run(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 2 and not self.settled:
-                self.settle()
-            return compiled(*args)
-
-        return run
+#: By what one ``torch.compile`` call made, and freed with it.
+_sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
 
 
-_sessions: dict[tuple[int, str], Session] = {}
+def session_of(call: compat.CompiledCall | None, recipe: Recipe) -> Session:
+    """The session of a ``torch.compile`` call, new with its first sub-graph; one of its own outside of any call.
 
-
-def session_for(recipe: Recipe, options: Mapping[str, Any] | None) -> Session:
-    """The session of one ``torch.compile`` call, told apart by the options object that torch hands to every
-    sub-graph.
+    A session with rules of the user's is judged when the compiled callable is called a second time: by then the first
+    step has compiled every sub-graph.
     """
-    key = (id(options), repr(recipe))
-    if options is None or key not in _sessions:
-        session = Session(recipe, options)
-        if options is None:
-            return session
-        _sessions[key] = session
-    return _sessions[key]
+    if call is None:
+        return Session(recipe)
+    session = _sessions.get(call.context)
+    if session is None:
+        session = _sessions[call.context] = Session(recipe)
+        if user_rules(recipe):
+            compat.before_next_call(call, session.settle)
+    return session

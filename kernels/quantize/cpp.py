@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.gaussian import clip_of
-from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
+from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
 from qcompile.kernels.transform.cpp import ROTATE
@@ -44,9 +44,8 @@ _SCALE_RULES = {
   *reciprocal = power_of_two(exponent);
   return std::isfinite(amax) ? power_of_two(clamp_exponent(-exponent)) : NAN;""",
     "e8m0": """
-  int exponent = floor_log2(amax) - MAX_EXPONENT;
-  exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
-  *reciprocal = power_of_two(clamp_exponent(-exponent));
+  const int exponent = clamp_exponent(floor_log2(amax) - MAX_EXPONENT);
+  *reciprocal = power_of_two(-exponent);
   return std::isfinite(amax) ? exponent + 127 : 255;""",
 }
 
@@ -62,7 +61,7 @@ static inline int floor_log2(float x) {
 }
 
 static inline int clamp_exponent(int exponent) {
-  return exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
+  return exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
 }
 
 static inline Stored scale_of(Statistic amax, float* reciprocal) {%(rule)s
@@ -268,7 +267,7 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
 _LOAD_SCALE = {
     "float32": "static inline float load_scale(float stored) { return stored; }",
     "uint8": "static inline float load_scale(uint8_t stored) {\n"
-    "  return stored == 255 ? NAN : power_of_two(stored < 1 ? -126 : stored - 127);\n}",
+    "  return stored == 255 ? NAN : power_of_two(stored - 127);\n}",
 }
 
 
@@ -324,7 +323,7 @@ def _geometry(q: Quantizer, rotation: int = 1) -> str:
             f"static constexpr bool HAS_ZERO = {int(q.format.has_zero)};",
             f"static constexpr int MAX_EXPONENT = {q.format.max_exponent};",
             f"static constexpr float LARGEST = {float_literal(q.format.max)};",
-            f"static constexpr float AMAX_FLOOR = {float_literal(AMAX_FLOOR)};",
+            f"static constexpr float AMAX_FLOOR = {float_literal(q.amax_floor)};",
         )
     )
 

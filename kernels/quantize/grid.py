@@ -170,6 +170,7 @@ class Grid(Constants):
         has_zero: whether 0 is a level; then the sign of a zero is kept.
         ties_up: whether ties go toward +∞ instead of to the even index.
         power_of_two: whether scales are powers of two.
+        amax_floor: smallest absolute maximum that a scale is derived from.
         clip: α of the rms rule, 0 where scales follow from the absolute maximum.
         plain_limit: largest absolute maximum of a row whose reciprocal scale is a normal number. No element of such a
             row leaves the grid by more than rounding takes back; only other rows need to be clamped.
@@ -193,6 +194,7 @@ class Grid(Constants):
     has_zero: bool
     ties_up: bool
     power_of_two: bool
+    amax_floor: float
     clip: float
     plain_limit: float
     target: str
@@ -383,6 +385,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         has_zero=fmt.has_zero,
         ties_up=q.rounding == "up",
         power_of_two=q.scale.name == "absmax_pow2",
+        amax_floor=q.amax_floor,
         clip=clip_of(fmt.name) if q.scale.statistic == "rms" else 0.0,
         plain_limit=min(fmt.max * 2.0**126, largest_float),
         target=fmt.tensor_core_type or "",

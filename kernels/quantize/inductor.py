@@ -32,7 +32,7 @@ from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
-from qcompile.ir.quantizer import AMAX_FLOOR, Quantizer
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 
 from .grid import bits_of, minifloat, uniform_offset
@@ -335,7 +335,7 @@ class GridUnits:
     def _per_group(self, dtype: torch.dtype, formula: Callable[[Value], Value]) -> ir.TensorBox:
         def element(index: Index) -> Value:
             # maximum passes NaN on
-            return formula(ops.maximum(self._load_amax(index), ops.constant(AMAX_FLOOR, _FP32)))
+            return formula(ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32)))
 
         values = ir.Pointwise.create(device=self.device, dtype=dtype, inner_fn=element, ranges=self.groups)
         values.realize()
@@ -438,9 +438,10 @@ def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
 
 
 def power_of_two(exponent: Value) -> Value:
-    """Exact float32 2^exponent from int32; exponents of normal numbers."""
-    exponent = ops.minimum(ops.maximum(exponent, _int(-126)), _int(127))
+    """Exact float32 2^exponent from int32; exponents of normal numbers, and −127, the smallest of E8M0."""
+    exponent = ops.minimum(ops.maximum(exponent, _int(-_EXPONENT_BIAS)), _int(127))
     bits = ops.bitwise_left_shift(ops.add(exponent, _int(_EXPONENT_BIAS)), _int(_MANTISSA_BITS))
+    bits = ops.where(ops.eq(bits, _int(0)), _int(1 << (_MANTISSA_BITS - 1)), bits)
     return ops.to_dtype_bitcast(bits, _FP32, _INT32)
 
 
@@ -451,7 +452,10 @@ def _exponent(value: Value, finite: Value) -> Value:
 
 
 def _e8m0_exponent(amax: Value, q: Quantizer) -> Value:
-    exponent = ops.sub(_exponent(amax, finite=_is_finite(amax)), _int(q.format.max_exponent))
+    # Half-integers of one bit have a maximum below 1: their amax may be subnormal, and twice it is not.
+    shift = max(-q.format.max_exponent, 0)
+    finite = _is_finite(amax)
+    exponent = ops.sub(_exponent(ops.mul(amax, _float(2.0**shift)), finite), _int(q.format.max_exponent + shift))
     return ops.minimum(ops.maximum(exponent, _int(-127)), _int(127))
 
 

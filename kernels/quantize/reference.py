@@ -2,7 +2,8 @@
 
 All arithmetic is float32. For the elements that share a scale, with M the format's largest magnitude::
 
-    amax = max(|x|, 2^-100)     (NaN and infinity pass through: nothing of such a row decodes to a finite value)
+    amax = max(|x|, floor)      (Quantizer.amax_floor; NaN and infinity pass through: nothing of such a row decodes to a
+                                 finite value)
     s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
            or from their root mean square, in float64 (rms: s = c / M, γ = M / c, c = α · rms + 10^-8)
     y    = x · γ, or of x rotated; a rotation does not change the root mean square of a row
@@ -24,7 +25,7 @@ from torch import Tensor
 from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
+from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
@@ -104,8 +105,8 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     lower = x.topk(low + 1, largest=False).values[..., -1:].float()
     upper = x.topk(high + 1).values[..., -1:].float()
     x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    amax = torch.where(largest.isfinite(), torch.maximum(lower.abs(), upper.abs()).clamp(min=AMAX_FLOOR), largest)
+    largest, floor = x.abs().amax(-1, keepdim=True), spec.quantizer.amax_floor
+    amax = torch.where(largest.isfinite(), torch.maximum(lower.abs(), upper.abs()).clamp(min=floor), largest)
     scale, _, reciprocal = scale_pair(amax, spec.quantizer)
     clamped = x.clamp(lower, upper)
     levels = decode(encode(clamped * reciprocal, spec.quantizer), spec.quantizer.format)
@@ -192,14 +193,14 @@ def scaled_input(
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:
     """What the scales follow from, in their shape, for every group of elements that shares one.
 
-    The absolute maximum of ``rotated``, float32, never below 2^-100; or the root mean square, float64, so that the
+    The absolute maximum of ``rotated``, float32, never below the floor; or the root mean square, float64, so that the
     order of summation does not show once a scale is rounded. That of whole rows is taken from x, where it is the same.
     """
     shape = q.scale_shape(tuple(x.shape))
     if x.numel() == 0:
-        return x.new_full(shape, AMAX_FLOOR)
+        return x.new_full(shape, q.amax_floor)
     if q.scale.statistic == "amax":
-        return _over_groups(rotated.abs(), q, Tensor.amax).reshape(shape).clamp(min=AMAX_FLOOR)
+        return _over_groups(rotated.abs(), q, Tensor.amax).reshape(shape).clamp(min=q.amax_floor)
     source = (x if q.granularity.kind in ("row", "tensor") else rotated).double()
     count = _over_groups(torch.ones_like(source), q, Tensor.sum)
     return (_over_groups(source.square(), q, Tensor.sum) / count).sqrt().reshape(shape)
@@ -286,8 +287,9 @@ def _ratio(numerator: float, amax: Tensor) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """Exact float32 2^exponent, built from its bits; exponents of normal numbers."""
-    return ((exponent.to(torch.int32).clamp(-126, 127) + 127) << 23).view(torch.float32)
+    """Exact float32 2^exponent, built from its bits; exponents of normal numbers, and −127, the smallest of E8M0."""
+    exponent = exponent.to(torch.int32).clamp(-127, 127)
+    return torch.where(exponent == -127, 1 << 22, (exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
 def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import AMAX_FLOOR, RMS_FLOOR, Quantizer
+from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants
@@ -94,7 +94,8 @@ BIAS = tl.constexpr(127)
 MANTISSA = tl.constexpr(MANTISSA_BITS)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
-SMALLEST_AMAX = tl.constexpr(AMAX_FLOOR)
+#: Float32 2^-127, the one power of two here whose exponent field is zero.
+BITS_OF_2_TO_MINUS_127 = tl.constexpr(1 << (MANTISSA_BITS - 1))
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
 #: Added to a mean of squares, for roots to be taken of positive numbers only; of float32 numbers' it is no part.
 SMALLEST_MEAN = tl.constexpr(1e-300)
@@ -108,12 +109,14 @@ GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair 
 
 @triton.jit
 def _power_of_two(exponent):
-    return as_float((tl.minimum(tl.maximum(exponent, -126), 127) + BIAS) << MANTISSA)
+    """Of normal numbers, and 2^-127, as the reference has it."""
+    bits = (tl.minimum(tl.maximum(exponent, -127), 127) + BIAS) << MANTISSA
+    return as_float(tl.where(bits == 0, BITS_OF_2_TO_MINUS_127, bits))
 
 
 @triton.jit
 def scale_pair(amax, fmt: tl.constexpr):
-    """Scale and reciprocal γ, each rounded once from an absolute maximum not below AMAX_FLOOR."""
+    """Scale and reciprocal γ, each rounded once from an absolute maximum not below ``fmt.amax_floor``."""
     gamma = tl.math.div_rn(fmt.largest, amax)
     if fmt.power_of_two:
         finite = amax < float("inf")
@@ -461,7 +464,7 @@ def _quantize_row(
     for i in tl.static_range(parts):
         at = i * part + runs(part, RUN)
         row += (_loaded(x, fold, at, None if i < parts - 1 else at < size),)  # type: ignore[assignment]
-    amax = greater(_row_maximum(row), SMALLEST_AMAX)
+    amax = greater(_row_maximum(row), fmt.amax_floor)
     scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + number, scale)
     # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
@@ -491,7 +494,7 @@ def _quantize_long_row(
     for start in range(0, size, block):
         at = start + runs(block, RUN)
         running = greater(running, tl.abs(_loaded(x, fold, at, at < size).to(tl.float32)))
-    amax = greater(absolute_maximum(running, None), SMALLEST_AMAX)
+    amax = greater(absolute_maximum(running, None), fmt.amax_floor)
     scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     if stored is not None:
@@ -533,7 +536,7 @@ def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: t
     largest = tl.abs(_loaded(x, None, at, at < size).to(tl.float32))
     for start in range(block, size, block):
         largest = greater(largest, tl.abs(_loaded(x, None, start + at, start + at < size).to(tl.float32)))
-    scale, gamma = scale_pair(greater(absolute_maximum(largest, None), SMALLEST_AMAX), fmt)
+    scale, gamma = scale_pair(greater(absolute_maximum(largest, None), fmt.amax_floor), fmt)
     tl.store(scales + row, scale)
     tl.store(gammas + row, gamma)
 
@@ -609,7 +612,7 @@ def _quantize_rows_of_pair(
         amax = tl.split(maximum(tl.join(*largest), 0)) if band == 2 else (maximum(largest[0], 0),)  # type: ignore[misc]
         for i in tl.static_range(band):
             row = tl.minimum(first + i, rows - 1).to(tl.int64)
-            scale, gamma = scale_pair(greater(amax[i], SMALLEST_AMAX), fmt)
+            scale, gamma = scale_pair(greater(amax[i], fmt.amax_floor), fmt)
             tl.store(scales + row, scale)
             eight_bit, _ = encoded(saturated(values[i] * gamma, fmt), fmt)
             tl.store(codes + row * size + at, eight_bit, mask=at < size)
@@ -644,7 +647,7 @@ def _column_scales(
     running = tl.zeros([tile_rows, tile], tl.float32)
     for first in range(0, count, tile_rows):
         running = greater(running, _loaded_tile(partials, first, column, count, size, size, tile_rows, tile))
-    scale, gamma = scale_pair(greater(absolute_maximum(running, 0), SMALLEST_AMAX), fmt)
+    scale, gamma = scale_pair(greater(absolute_maximum(running, 0), fmt.amax_floor), fmt)
     at = column + tl.arange(0, tile)
     tl.store(scales + at, scale, mask=at < size)
     tl.store(gammas + at, gamma, mask=at < size)
@@ -817,7 +820,7 @@ def _quantize_compensated_row(
     element = tl.load(x + row * row_stride + at, mask=at < size, other=0.0)
     lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, halvings, pair)
     if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
-        amax = greater(greater(tl.abs(lowest), tl.abs(highest)), SMALLEST_AMAX)
+        amax = greater(greater(tl.abs(lowest), tl.abs(highest)), fmt.amax_floor)
     scale, gamma = scale_pair(amax, fmt)
     tl.store(scales + row, scale)
     x += row * row_stride

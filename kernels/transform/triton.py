@@ -42,7 +42,6 @@ from qcompile.kernels.estimate import reference as estimate_reference
 from qcompile.kernels.quantize import reference as quantize_reference
 from qcompile.kernels.quantize.grid import Constants, Grid, Passing, grid_of, passing, unsupported
 from qcompile.kernels.quantize.triton import (
-    SMALLEST_AMAX,
     biased_code,
     biased_level,
     halves,
@@ -411,7 +410,7 @@ def _write_row(
         columns = rotated(columns, part.rotation)
     else:
         columns = rotated(columns, part.rotation)
-        scale, gamma = scale_pair(greater(absolute_maximum(columns, None), SMALLEST_AMAX), fmt)
+        scale, gamma = scale_pair(greater(absolute_maximum(columns, None), fmt.amax_floor), fmt)
     if scales is not None:
         tl.store(scales + row, scale)
     if codes is not None:
@@ -514,7 +513,7 @@ def _quantize_long_row(
         running = tl.zeros([span, block // span], tl.float32)
         for start in range(0, size, block):
             running = greater(running, tl.abs(rotated(_columns_of(x, start, size, part), part.rotation)))
-        scale, gamma = scale_pair(greater(absolute_maximum(running, None), SMALLEST_AMAX), fmt)
+        scale, gamma = scale_pair(greater(absolute_maximum(running, None), fmt.amax_floor), fmt)
     if scales is not None:
         tl.store(scales + row, scale)
     if codes is not None:

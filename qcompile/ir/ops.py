@@ -8,26 +8,44 @@ for the others).
 Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay
 equal so that common-subexpression elimination lets q, k and v share one quantize.
 
-Only :func:`fake_quantize` is differentiable; it is a composite whose autograd *is* the estimator, so AOTAutograd traces
-through it and the joint graph shows the ops below. Their kernels are registered by :mod:`qcompile.kernels`.
+Only ``fake_quantize`` and ``split_gradient`` are differentiable. They are composites: the autograd of the first *is*
+the estimator, that of the second quantizes dY. AOTAutograd traces through them, and the joint graph shows the other
+ops, whose kernels are registered by :mod:`qcompile.kernels`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .quantizer import Quantizer
+from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
 from .recipe import Operand, OutlierClamp
+from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
 
-__all__ = ["COMPENSATED", "LIB", "clamped_counts", "index_dtype", "quantized", "transform_of"]
+__all__ = [
+    "COMPENSATED",
+    "LIB",
+    "clamped_counts",
+    "index_dtype",
+    "quantize_along",
+    "quantized",
+    "transform_of",
+    "without_autocast",
+]
 
 LIB = torch.library.Library("qcompile", "FRAGMENT")
 
 _SCHEMAS = (
     # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
+    # y. Its gradient goes on as it is; the `twins`, whose values are not read, get it quantized (quantize_along).
+    "split_gradient(Tensor y, Tensor[] twins, str quantizer, int[] rows, int[] contracted) -> Tensor",
     # Float32 [5], what quantizing an operand does to it: see kernels/statistics.py; a composite too.
     "operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
@@ -177,18 +195,27 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
-    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``."""
+    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``. It is at
+    least SMALLEST_GLOBAL_SCALE.
+    """
     if not quantizer.scale.two_level:
         return None
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float32)
     amax = x.detach().abs().amax().float()
-    return torch.where(amax == 0, 1.0, amax / torch.full_like(amax, 448.0 * quantizer.format.max))
+    return (amax / torch.full_like(amax, 448.0 * quantizer.format.max)).clamp(min=SMALLEST_GLOBAL_SCALE)
 
 
 def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
     """The operand's transform on this axis of x; a rotation needs to know how long it is."""
     return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For formulas that choose their own precision: autocast is on inside a Function's forward, eager and traced."""
+    kind = x.device.type
+    # The meta device has none.
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -253,10 +280,105 @@ class _FakeQuantize(torch.autograd.Function):
 quantized = _FakeQuantize.forward
 
 
+class _FakeQuantizeShards(torch.autograd.Function):
+    """The same of a DTensor, on this rank's shard (:mod:`qcompile.ir.sharding`)."""
+
+    @staticmethod
+    def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
+        y, *rest = _FakeQuantize.forward(local_tensor(x), operand, axis, seed)
+        return with_local(x, y, _stride_of_dequantized(x.shape, axis)), *rest
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *rest = inputs
+        ctx.placements = x.placements
+        _FakeQuantize.setup_context(ctx, (local_tensor(x), *rest), output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        kind = Operand.parse(ctx.operand).estimator.kind
+        if not (kind.slope or kind.mask):
+            return grad, None, None, None
+        grad = aligned(grad, ctx.placements)
+        local = local_tensor(grad)
+        result, *rest = _FakeQuantize.backward(ctx, local)
+        # Gradients keep their layout, but for those that are broadcast from fewer elements.
+        stride = grad.stride() if result.stride() == local.stride() else _stride_of_dequantized(grad.shape, -1)
+        return with_local(grad, result, stride), *rest
+
+
+def _stride_of_dequantized(shape, axis: int) -> tuple:
+    """Strides of what ``dequantize`` returns: dense, with ``axis`` innermost."""
+    strides = [1]
+    for size in reversed(moved_shape(shape, axis)[1:]):
+        strides.insert(0, strides[0] * size)
+    strides.insert(axis % len(shape), strides.pop())
+    return tuple(strides)
+
+
 def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = None) -> Tensor:
-    # Autocast is on inside a Function's forward, eager and traced; the formulas here choose their own precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
+        if is_sharded(x):
+            return _FakeQuantizeShards.apply(without_partial_sums(x), operand, axis, seed)[0]
         return _FakeQuantize.apply(x, operand, axis, seed)[0]
 
 
 LIB.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
+
+
+def quantize_along(x: Tensor, quantizer: str, rows: Sequence[int], contracted: Sequence[int]) -> Tensor:
+    """``x`` quantized and decoded again, as a product reads it that contracts the axes ``contracted`` of x and keeps
+    ``rows``; the other axes count batches. Same shape and dtype as x.
+
+    Axes are not negative; those of a group are merged. Where nothing is contracted a row is one element. With one scale
+    for all elements the axes do not matter, and x is quantized as it is, so that two products can share its codes.
+    """
+    q = Quantizer.parse(quantizer)
+    if q.granularity.kind == "tensor" and x.dim():
+        return _rounded(x, q, -1)
+    natural = list(range(x.dim()))
+    batch = [axis for axis in natural if axis not in rows and axis not in contracted]
+    # Then x is read as it lies, along its last axis but one.
+    crossed = bool(rows and contracted) and [*batch, *contracted, *rows] == natural
+    groups = (contracted, rows) if crossed else (rows, contracted)
+    order = [*batch, *groups[0], *groups[1]]
+    permuted = x if order == natural else x.permute(order)
+    merged = any(len(group) != 1 for group in groups)
+    sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
+    matrix = permuted.reshape([*(x.shape[axis] for axis in batch), *sizes]) if merged else permuted
+    y = _rounded(matrix, q, -2 if crossed else -1)
+    y = y.reshape(permuted.shape) if merged else y
+    return y if order == natural else y.permute([order.index(axis) for axis in natural])
+
+
+def _rounded(x: Tensor, q: Quantizer, axis: int) -> Tensor:
+    ops = torch.ops.qcompile
+    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if q.rounding == "stochastic" else None
+    global_scale = global_scale_of(x, q)
+    codes, scales = ops.quantize(x, str(q), axis, global_scale, seed)
+    return ops.dequantize(codes, scales, str(q), axis, x.shape[axis], x.dtype, global_scale)
+
+
+class _SplitGradient(torch.autograd.Function):
+    """y forward; dY to y and ``quantize_along(dY)`` to the twins backward."""
+
+    @staticmethod
+    def forward(y: Tensor, quantizer: str, rows: list[int], contracted: list[int], *twins: Tensor) -> Tensor:
+        return y.detach()  # no view of y as autograd counts them: those cannot be changed in place
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *ctx.how = inputs[:4]
+        ctx.twins = len(inputs) - 4
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad, None, None, None, *[quantize_along(grad, *ctx.how)] * ctx.twins
+
+
+def _split_gradient(y: Tensor, twins: list[Tensor], quantizer: str, rows: list[int], contracted: list[int]) -> Tensor:
+    return _SplitGradient.apply(y, quantizer, rows, contracted, *twins)
+
+
+LIB.impl("split_gradient", _split_gradient, "CompositeImplicitAutograd")

@@ -18,9 +18,11 @@ from .formats import Format, get_format
 
 __all__ = ["ROUNDINGS", "SCALE_RULES", "Granularity", "Quantizer", "ScaleRule"]
 
-#: Smallest absolute maximum a scale is derived from. Rows below it (all-zero rows above all) get this scale, so that
-#: neither the scale nor its reciprocal leaves the range of float32 in any format; their elements round to zero.
-AMAX_FLOOR = 2.0**-100
+#: The exponents that a byte of E8M0 can stand for begin here, and those of normal float32 numbers.
+SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
+
+#: Smallest float32 scale of a tensor under a two-level rule. The smallest E4M3 number, 2⁻⁹, times it is normal.
+SMALLEST_GLOBAL_SCALE = 2.0 ** (SMALLEST_EXPONENT + 9)
 
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
@@ -116,6 +118,18 @@ class Quantizer:
         if self.scale.two_level and self.granularity.kind not in ("block", "tile"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
+
+    @property
+    def amax_floor(self) -> float:
+        """Smallest absolute maximum that a scale is derived from; groups below it, all-zero ones above all, get its
+        scale.
+
+        It and a float32 scale are then normal numbers, and the scale's reciprocal is finite. For E8M0 that scale is the
+        smallest there is: 2⁻¹²⁷, byte 0 (OCP MX v1.0 §5.4.1).
+        """
+        if self.scale.name == "e8m0":
+            return 2.0 ** (self.format.max_exponent + SMALLEST_E8M0_EXPONENT)
+        return max(self.format.max, 1.0) * 2.0**SMALLEST_EXPONENT
 
     def __str__(self) -> str:
         return f"{self.format.name} {self.granularity} {self.scale.name} {self.rounding}"

@@ -210,6 +210,9 @@ def _rotation(value: Any) -> int:
 #: Short names for the gradient operand. "fp8" is per-tensor E5M2, as published (arXiv 2501.17116 §4.1).
 GRADIENT_ALIASES: dict[str, str | None] = {"bf16": None, "fp8": "e5m2 tensor absmax even"}
 
+#: What ``gradient=`` of a rule takes for high precision.
+WIDE_GRADIENTS = ("off", *(name for name, text in GRADIENT_ALIASES.items() if text is None))
+
 #: ``backward=`` → roles whose products run on 8-bit tensor cores.
 BACKWARD_ROLES: dict[str, tuple[str, ...]] = {"bf16": (), "dgrad_fp8": ("dgrad",), "fp8": ("dgrad", "wgrad")}
 
@@ -271,6 +274,10 @@ class Rule:
             return self.min_size == 0 and self.max_size is None
         return self.min_size <= size and (self.max_size is None or size <= self.max_size)
 
+    @property
+    def matches_everything(self) -> bool:
+        return (self.name, self.op, self.min_size, self.max_size) == ("*", "*", 0, None)
+
     @staticmethod
     def from_data(data: Rule | Mapping[str, Any]) -> Rule:
         if isinstance(data, Rule):
@@ -301,8 +308,25 @@ _ACCEPTED_IN_RULES: dict[str, tuple[str, Any]] = {
 }
 
 
+#: Names under which wrappers keep the module they wrap: torch.compile, checkpoint_wrapper, FSDP, DDP and averaging.
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
+
+
 def matches_name(name: str, pattern: str) -> bool:
-    """Whether a glob matches a run of whole dotted segments of ``name``."""
+    """Whether a run of whole dotted segments of ``name`` is ``pattern``, literally or as a glob.
+
+    Both count as they are, and without the segments that wrappers add.
+    """
+    return _matches(name, pattern) or _matches(_without_wrappers(name), _without_wrappers(pattern) or pattern)
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if f".{pattern}." in f".{name}.":
+        return True
     return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
@@ -321,11 +345,14 @@ class Recipe:
             Nor is the option ``defaults``: ``False`` drops what the recipe leaves wide by itself (``skip``, ``rules``,
             heads, thin layers), before the other options apply.
         activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
-        gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision.
+        gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision. Both products read
+            it, whichever of their operands are quantized; a product that cannot (a convolution, unless the scale is one
+            per tensor) says so in the report. The gradient of a bias is the sum of the plain dY.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
             dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
-            or to E4M3 with one scale a row; the codes themselves are exact. Where scales cannot be folded (the exact
-            residual of outliers, batches, convolutions) dY stays in high precision, ``gradient`` or not.
+            or to E4M3 with one scale per row; the codes themselves are exact. Where scales cannot be folded (the exact
+            residual of outliers, batches, convolutions) dY is what ``gradient`` says: in high precision if that is not
+            given.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``. As an option,
             adds to the recipe's own.
         rules: further rules, applied in order after ``skip``; added in the same way.
@@ -406,7 +433,28 @@ class Recipe:
                 changes[key] = _strings(key, value)
             else:
                 changes[key] = _checked(key, value)
-        return replace(self, **changes)
+        recipe = replace(self, **changes)
+        recipe._refuse_wide_gradient(options)
+        return recipe
+
+    def _refuse_wide_gradient(self, options: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` where dY is to be quantized for tensor cores and to stay wide at once. A rule for some
+        layers or one of two roles is an exception, not a contradiction.
+        """
+        folded = BACKWARD_ROLES[self.backward]
+        if not folded:
+            return
+        wide, fix = "", ""
+        if "gradient" in options and self.gradient is None:
+            wide, fix = f"gradient={options['gradient']!r}", "leave out one of the two"
+        for rule in self.rules:
+            if rule.gradient in WIDE_GRADIENTS and rule.matches_everything and set(rule.roles) >= set(folded):
+                wide = f"gradient={rule.gradient!r} in rule {rule.name!r}"
+                fix = "leave out one of the two, or name the layers that the rule is for"
+        if wide:
+            why = f"backward={self.backward!r} quantizes dY, and {wide} does not"
+            msg = f"options 'backward' and 'gradient': {why}; {fix}"
+            raise ValueError(msg)
 
     def of_width(self, bits: Any, where: str) -> dict[str, Operand | None]:
         """The operands that ``bits`` stands for, by name.

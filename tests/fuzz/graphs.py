@@ -299,7 +299,8 @@ _MAYBE_ALIAS = (".reshape", ".contiguous", ".flatten", ".to(", ".ravel", ".swap"
 EXACT_WEIGHTS = (
     "{x} * 0.5", "{x} + {y}", "torch.cat([{x}, {y}], -1)", "torch.cat([{x}, {y}])", "torch.stack([{x}, {y}])[1]",
     "torch.where({m} > 0, {x}, 0)", "{x} * ({m} > 0)", "{x}.masked_fill({m} > 0, 0)", "{x}.tril()",
-    "torch.maximum({x}, {y})", "{x}.clone().mul_(2)", "{x} - {y}.detach()", "torch.addcmul({x}, {y}, {y}.sign())", "{x} + torch.ones_like({x})",
+    "torch.maximum({x}, {y})", "{x}.clone().mul_(2)", "{x} - {y}.detach()", "torch.addcmul({x}, {y}, {y}.sign())",
+    "{x} + torch.ones_like({x})",
 )  # fmt: skip
 ROUNDED_WEIGHTS = (
     "{x} * 0.1", "{x} / {x}.norm(dim=-1, keepdim=True)", "torch._weight_norm({x}, {y}[..., :1], 0)", "{x}.softmax(-1)",

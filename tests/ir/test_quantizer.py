@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import global_scale_of
-from qcompile.ir.quantizer import AMAX_FLOOR, ROUNDINGS, SCALE_RULES, Granularity, Quantizer
+from qcompile.ir.quantizer import ROUNDINGS, SCALE_RULES, SMALLEST_GLOBAL_SCALE, Granularity, Quantizer
 from qcompile.kernels.quantize.reference import decode, encode, pack, unpack
 
 OPS = torch.ops.qcompile
@@ -316,28 +316,42 @@ def test_zero_tensors_stay_zero():
     assert torch.equal(quantize(x, "e2m1 block16 e4m3 even")[-1], x)
 
 
-FLOOR = int(math.log2(AMAX_FLOOR))
-
-
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rule", ["absmax", "absmax_pow2", "e8m0"])
-@pytest.mark.parametrize("exponent", [-148, -130, FLOOR - 1, FLOOR, FLOOR + 1, FLOOR + 5, FLOOR + 9, -60, 60, 120, 126])
-def test_extreme_rows_stay_in_scale(fmt, rule, exponent):
-    """Rows from denormal to huge: no overflow in the scale or its reciprocal. Rows below the floor all but
-    vanish.
+def test_extreme_rows_stay_in_scale(fmt, rule):
+    """Rows from subnormal to huge: no overflow in the scale or its reciprocal. Rows below the floor, which is where
+    float32's normal numbers end or E8M0's exponents, are rounded with the floor's scale.
     """
-    x = torch.tensor([[1.0, -0.5, 0.75, 0.0]], dtype=torch.float64) * 2.0**exponent
-    back = quantize(x.float(), f"{fmt} row {rule} even")[-1].double()
+    text = f"{fmt} row {rule} even"
+    floor = Quantizer.parse(text).amax_floor
+    assert floor <= 2.0**-126 * max(FORMATS[fmt].max, 1)
+    for exponent in (-148, -130, -128, -127, -126, -125, -124, -120, -118, -110, -101, -60, 60, 120, 126):
+        x = torch.tensor([[1.0, -0.5, 0.75, 0.0]], dtype=torch.float64) * 2.0**exponent
+        back = quantize(x.float(), text)[-1].double()
+        assert back.isfinite().all()
+        if 2.0**exponent < floor:
+            assert ((back - x).abs() <= floor).all()
+            continue
+        # The grids here are coarse (int1: ±½), so this is a bound on the scale: one off by a factor of two breaks
+        # it.
+        assert ((back - x).abs() <= (0.51 if FORMATS[fmt].has_zero else 1.01) * 2.0**exponent).all(), exponent
+        assert 0.5 <= back[0, 0] / x[0, 0] <= 1.5, exponent
+        if FORMATS[fmt].has_zero:
+            assert back[0, 3] == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-149, 1e-40, 1e-38, 2.0**-120, 1e-33, 1e-30])
+def test_two_level_scales_of_tiny_tensors_are_finite(scale, rng):
+    """The scale of the tensor times the smallest one of a block stays a normal number, whose reciprocal is finite."""
+    x = torch.from_numpy(rng.standard_normal((4, 64))).float() * scale
+    x[1] *= 1e-3
+    x[2] = 0
+    back = quantize(x, "e2m1 block16 e4m3 even")[-1]
+    step = max(float(x.abs().max()) / 2688, SMALLEST_GLOBAL_SCALE) * 2.0**-9
     assert back.isfinite().all()
-    if exponent < FLOOR:
-        assert back.abs().max() <= 2 * AMAX_FLOOR
-        return
-    # The grids here are coarse (int1: ±½), so this is a bound on the scale: one off by a factor of two breaks
-    # it.
-    assert ((back - x).abs() <= (0.51 if FORMATS[fmt].has_zero else 1.01) * 2.0**exponent).all()
-    assert 0.5 <= back[0, 0] / x[0, 0] <= 1.5
-    if FORMATS[fmt].has_zero:
-        assert back[0, 3] == 0
+    assert (back[2] == 0).all()
+    bound = x.unflatten(1, (4, 16)).abs().amax(-1, keepdim=True).expand(4, 4, 16).flatten(1) * 0.25 + 6 * step
+    assert ((back - x).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -413,6 +427,31 @@ def test_mxfp8_equals_torchao_bitwise(fmt, rng):
     codes, scales, _, _ = quantize(x, f"{name} block32 e8m0 even")
     assert torch.equal(scales, theirs.scale.view(torch.uint8))
     assert torch.equal(codes, theirs.qdata.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("e2m1", "float4_e2m1fn_x2"), ("e4m3", "float8_e4m3fn"), ("e5m2", "float8_e5m2")]
+)
+def test_mx_scales_reach_down_to_the_smallest_and_zeros_have_byte_0(name, dtype, rng):
+    """OCP MX v1.0 §5.4.1: byte 0 stands for 2⁻¹²⁷. Scales are torchao's; so are codes but for byte 0, which torchao
+    encodes as if it stood for 2⁻¹²⁶ and decodes as 2⁻¹²⁷.
+    """
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    x = torch.from_numpy(rng.standard_normal((80, 32))).float() * torch.exp2(torch.arange(-149, -69).float())[:, None]
+    x = torch.cat([x, torch.zeros(1, 32), -torch.zeros(1, 32)])
+    theirs = mx.MXTensor.to_mx(x, getattr(torch, dtype), 32)
+    codes, scales, _, back = quantize(x, f"{name} block32 e8m0 even")
+    assert torch.equal(scales, theirs.scale.view(torch.uint8))
+    assert (scales[-2:] == 0).all()
+    shared = scales[:, 0] > 0
+    assert torch.equal(codes[shared], theirs.qdata.view(torch.uint8)[shared])
+    # By the definition, in float64: the nearest level times 2^(byte − 127).
+    y = x.double() / torch.exp2(scales.double() - 127)
+    levels = torch.tensor(sorted({*FORMATS[name].levels}), dtype=torch.float64)
+    nearest = (y[..., None].clamp(-FORMATS[name].max, FORMATS[name].max) - levels).abs().amin(-1)
+    error = (back.double() - x.double()).abs() / torch.exp2(scales.double() - 127)
+    beyond = (y.abs() - FORMATS[name].max).clamp(min=0)
+    assert (error <= nearest + beyond + 2.0**-22).all()
 
 
 def nvfp4_by_the_formulas(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT, CONSTANT_WEIGHT, IS_CONSTANT, UNDER_NO_GRAD, Site, find_gemms
+from qcompile.passes.names import Names
 from qcompile.passes.origins import Origin, Origins
 
 from .harness import DISTINCT, assert_same, backward, compile_and_run, compiler, fake_quantize, leaf
@@ -53,7 +54,7 @@ def sites(function: Callable[..., Any], *inputs: Tensor) -> list[Site]:
     """Of a function of inputs, or of ``f(m, x)`` with a layer m."""
     if not inputs:
         function, inputs = Layer(function), (torch.randn(6, 6),)
-    return looked_at(function, *inputs, look=find_gemms)
+    return looked_at(function, *inputs, look=lambda gm: find_gemms(gm, Names(gm, None)))
 
 
 def kinds(site: Site) -> list[str]:

@@ -1,0 +1,84 @@
+"""Which axes of dY each of the two backward products of a site contracts. Changes nothing.
+
+``y = f(x, w)``: dX contracts the axes of dY that w brings along, dW those that x brings along; axes that both have
+count batches. A scale of dY that is to be constant over a row has its row along them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qcompile.ir.recipe import Operand
+
+from .find_gemms import Site
+from .origins import written_by
+from .spellings import einsum_letters
+
+__all__ = ["ROLE_OF_OPERAND", "axes_of_result", "role_of_slot", "why_gradient_stays_wide"]
+
+#: Which gradient a backward product computes, by the operand of the site that it reads.
+ROLE_OF_OPERAND = {"weight": "dgrad", "activation": "wgrad", "": "backward"}
+
+#: Axes of a result (not negative): of the left operand alone, and of the right one alone.
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def role_of_slot(site: Site, position: int) -> str:
+    """Which gradient the operand at ``position`` gets: dgrad where the other one is the weight, else wgrad. So a
+    product of two activations has two wgrads.
+    """
+    return ROLE_OF_OPERAND[site.slots[1 - position].kind]
+
+
+def axes_of_result(site: Site) -> Axes | None:
+    """``None`` for an op whose gradients are no products of dY along some of its axes (convolutions)."""
+    if site.op not in _AXES:
+        return None
+    operands = (slot.of(site.node) for slot in site.slots)
+    return _AXES[site.op](site, *(node.meta["example_value"].dim() for node in (*operands, site.node)))
+
+
+def why_gradient_stays_wide(site: Site, operand: Operand) -> str:
+    """Why the backward products of a site cannot read dY quantized to ``operand``; "" if they can."""
+    if any(written_by(site.node)):
+        return "the product is written in place"
+    if operand.quantizer.granularity.kind != "tensor" and axes_of_result(site) is None:
+        return f"{site.op} has no rows of dY to scale; one scale per tensor fits, as in 'fp8'"
+    return ""
+
+
+def _outer(site: Site, left: int, right: int, result: int) -> Axes:
+    """What the left operand keeps, then what the right one keeps."""
+    return tuple(range(left - 1)), tuple(range(left - 1, result))
+
+
+def _matmul(site: Site, left: int, right: int, result: int) -> Axes:
+    """Batches are aligned from the right; those that one operand lacks come from the other."""
+    rows, columns = int(left > 1), int(right > 1)
+    batches = result - rows - columns
+    only_left, only_right = (range(batches - max(other - 2, 0)) for other in (right, left))
+    return (*only_left, *range(batches, batches + rows)), (*only_right, *range(batches + rows, result))
+
+
+def _last_two(site: Site, left: int, right: int, result: int) -> Axes:
+    return (result - 2,), (result - 1,)
+
+
+def _einsum(site: Site, left: int, right: int, result: int) -> Axes:
+    terms, output = einsum_letters(str(site.node.args[0] if site.node.args else site.node.kwargs["equation"]))
+    terms = [term.replace("...", "*") for term in terms]
+    head, _, tail = output.partition("...")
+    letters = [*head, *"*" * (result - len(head) - len(tail)), *tail]
+
+    def only(term: str, other: str) -> tuple[int, ...]:
+        return tuple(axis for axis, letter in enumerate(letters) if letter in term and letter not in other)
+
+    return only(*terms), only(*reversed(terms))
+
+
+_AXES: dict[str, Callable[[Site, int, int, int], Axes]] = {
+    **dict.fromkeys(("linear", "mm", "mv", "addmm", "addmv", "inner", "tensordot"), _outer),
+    **dict.fromkeys(("bmm", "baddbmm", "addbmm", "grouped_mm"), _last_two),
+    "matmul": _matmul,
+    "einsum": _einsum,
+}
