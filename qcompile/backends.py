@@ -65,6 +65,7 @@ def compile_with(
     Raises ``ValueError`` for an unknown or contradictory option of ours, ``RuntimeError`` for one of Inductor's. They
     reach the user wrapped in ``BackendCompilerFailed``.
     """
+    compat.warn_if_untried(str(torch.__version__))
     ours, inductor = split_options(mode, options)
     recipe = recipe.override(ours)
     for name in recipe.disable_passes:

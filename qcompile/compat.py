@@ -1,9 +1,13 @@
-"""The private torch API that backend, passes and report touch; the kernels keep theirs. Tried with 2.11 and 2.13."""
+"""The private torch API that backend, passes and report touch; the kernels keep theirs. :data:`TRIED` says with which
+releases.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
+    "TRIED",
     "CheckpointPolicy",
     "CompiledCall",
     "CustomGraphPass",
@@ -55,11 +60,27 @@ __all__ = [
     "tensor_core_capability",
     "unlimited_recompiles",
     "user_hook",
+    "warn_if_untried",
     "will_freeze",
 ]
 
+#: Releases of torch that the quick tests have passed on. A patch release counts as the one that it patches.
+TRIED = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
+
 compile_fx = torch._inductor.compile_fx.compile_fx
 min_cut_partition = torch._functorch.partitioners.min_cut_rematerialization_partition
+
+
+@functools.cache
+def warn_if_untried(version: str) -> None:
+    """Warn, once per process, that ``version`` of torch is none of :data:`TRIED`; a build before a release never is."""
+    release = re.match(r"(\d+\.\d+)\.\d+(\+|$)", version)
+    if release is None or release[1] not in {tried.rpartition(".")[0] for tried in TRIED}:
+        message = (
+            f"qcompile: torch {version} is untried, and qcompile reaches into torch's private parts; "
+            f"if something looks wrong, compare with one of {', '.join(TRIED)}"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def in_compiled_autograd() -> bool:

@@ -47,7 +47,7 @@ class Setting:
 
     def recipe(self) -> Recipe:
         changes = {"activation": str(self.activation), "weight": str(self.weight), "attention": self.attention}
-        return Recipe(name="fuzz", skip=()).override({**changes, **dict(self.options), "debug": True})
+        return Recipe(name="fuzz").override({"defaults": False, **changes, **dict(self.options), "debug": True})
 
 
 #: Operands whose decoded values are sums of a few powers of two.
@@ -146,12 +146,13 @@ def _eager_runs(program: Program) -> bool:
 
 def _run_reference(program: Program, setting: Setting, draw: int) -> _Run:
     leaves = program.make_leaves(draw)
-    held = [
-        leaves[leaf.name]
-        for leaf in program.leaves
-        if leaf.role == "parameter" or (leaf.role == "buffer" and program.as_module)
-    ]
-    mode = QuantizedProducts(setting.activation, setting.weight, held, setting.attention)
+    with _autocast(program):
+        training = any(result.requires_grad for result in program.function()(*program.make_leaves(draw).values()))
+    parameters, inputs = (
+        [leaves[leaf.name] for leaf in program.leaves if program.is_given_as(leaf) == role]
+        for role in ("parameter", "input")
+    )
+    mode = QuantizedProducts(setting.activation, setting.weight, parameters, inputs, setting.attention, training)
     with _autocast(program), mode:
         results = program.function()(*leaves.values())
     return _Run(list(results), _gradients(program, results, leaves), leaves, quantized=mode.quantized)
@@ -170,7 +171,7 @@ def _run_compiled(program: Program, setting: Setting, draw: int) -> _Run:
     else:
         function, arguments = program.function(), list(leaves.values())
     with _autocast(program):
-        results = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+        results = torch.compile(function, backend=backend, fullgraph=True, dynamic=program.dynamic)(*arguments)
     decisions = observed.plan.decisions if observed.plan else []
     return _Run(list(results), _gradients(program, results, leaves), leaves, decisions=decisions)
 

@@ -107,9 +107,11 @@ class Step:
     target: str = ""
     product: bool = False
     addend: bool = False
+    no_grad: bool = False
 
     def __str__(self) -> str:
-        return f"{self.target} = {self.text}" if self.target else self.text
+        line = f"{self.target} = {self.text}" if self.target else self.text
+        return f"with torch.no_grad(): {line}" if self.no_grad else line
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Program:
 
     ``exact``: only arithmetic that float32 does without rounding, apart from casts. ``autocast``: dtype the whole
     forward runs under. ``as_module``: parameters and buffers belong to a module; else all leaves are arguments.
+    ``dynamic``: it is compiled for sizes of inputs that are not known.
     """
 
     leaves: tuple[Leaf, ...]
@@ -126,7 +129,12 @@ class Program:
     exact: bool
     as_module: bool = True
     autocast: torch.dtype | None = None
+    dynamic: bool = False
     seed: int = 0
+
+    def is_given_as(self, leaf: Leaf) -> str:
+        """The role of a leaf for the compiled program: of a function, buffers are inputs like any other."""
+        return "input" if leaf.role == "buffer" and not self.as_module else leaf.role
 
     @property
     def products(self) -> int:
@@ -277,12 +285,30 @@ VIEWS = (
     "{x}.reshape(-1, {x}.shape[-1])", "{x}.reshape(-1)", "{x}.view(-1, {x}.shape[-1])", "{x}.unflatten(-1, (2, -1))",
     "{x}.unsqueeze(0).expand(3, *{x}.shape)", "{x}.contiguous()", "{x}.clone()", "{x}.detach()",
     "{x}.narrow(-1, 0, 2)", "{x}.chunk(2, -1)[0]", "{x}.flip(-1)", "torch.cat([{x}, {x}], -1)", "{x}.diagonal()",
+    "{x}.swapdims(0, -1)", "{x}.swapaxes(0, 1)", "{x}.adjoint()", "{x}.moveaxis(0, -1)", "{x}.ravel()", "{x}.mH",
+    "{x}.tensor_split(2)[0]", "{x}.hsplit(1)[0]", "torch.vsplit({x}, 1)[0]", "{x}.select(0, 0)", "{x}.unbind(0)[-1]",
+    "{x}.split_with_sizes([1, {x}.shape[0] - 1])[1]", "{x}.index_select(-1, torch.tensor([1, 0]))", "{x}.roll(1, 0)",
+    "{x}.repeat(2, *[1] * ({x}.dim() - 1))", "{x}.tile(2)", "{x}.unfold(-1, 2, 1)", "{x}.view_as({x})", "{x}.data",
+    "{x}.expand_as({x})", "{x}.reshape_as({x})", "{x}[[1, 0]]", "torch.transpose({x}, 0, 1)",
+    "torch.movedim({x}, 0, 1)", "torch.ops.aten.transpose.int({x}, 0, 1)", "{x}.repeat_interleave(2, 0)",
+    "torch.ops.aten.slice.Tensor({x}, 0, 0, 2)",
 )  # fmt: skip
 #: Whether these alias their operand depends on its strides; nothing that they touch is changed in place.
-_MAYBE_ALIAS = (".reshape", ".contiguous", ".flatten", ".to(")
+_MAYBE_ALIAS = (".reshape", ".contiguous", ".flatten", ".to(", ".ravel", ".swap", ".data")
+#: What is computed from parameters (x, y of one shape) and a mask m, and stays a weight. Exact where x and y are.
+EXACT_WEIGHTS = (
+    "{x} * 0.5", "{x} + {y}", "torch.cat([{x}, {y}], -1)", "torch.cat([{x}, {y}])", "torch.stack([{x}, {y}])[1]",
+    "torch.where({m} > 0, {x}, 0)", "{x} * ({m} > 0)", "{x}.masked_fill({m} > 0, 0)", "{x}.tril()",
+    "torch.maximum({x}, {y})", "{x}.clone().mul_(2)", "{x} - {y}.detach()", "torch.addcmul({x}, {y}, {y}.sign())",
+    "{x} + torch.ones_like({x})",
+)  # fmt: skip
+ROUNDED_WEIGHTS = (
+    "{x} * 0.1", "{x} / {x}.norm(dim=-1, keepdim=True)", "torch._weight_norm({x}, {y}[..., :1], 0)", "{x}.softmax(-1)",
+    "F.layer_norm({x}, {x}.shape[-1:])", "({x} - {x}.mean(-1, keepdim=True)) * 0.3", "{x} * {m}", "torch.tanh({x})",
+)  # fmt: skip
 EXACT_POINTWISE = (
     "torch.relu({x})", "{x} * 2", "{x} * 0.5", "{x}.abs()", "{x} + {x}", "torch.maximum({x}, {x} * 0.5)",
-    "torch.where({x} > 0, {x}, {x} * 0.25)", "{x}.clamp(-2, 2)", "{x} + 1",
+    "torch.where({x} > 0, {x}, {x} * 0.25)", "{x}.clamp(-2, 2)", "{x} + 1", "torch.ones_like({x})",
 )  # fmt: skip
 ROUNDED_POINTWISE = (
     "F.gelu({x})", "torch.tanh({x})", "torch.softmax({x}, -1)", "{x}.sigmoid() * {x}", "F.silu({x})",
@@ -311,6 +337,8 @@ class _Builder:
         self.multiplied: dict[str, None] = {}  # operands of products, in order
         self.roots: dict[str, str] = {}
         self.pinned: set[str] = set()
+        self.weights: list[str] = []  # computed from parameters
+        self.varying: set[str] = set()  # that depend on an input
 
     def pick(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
@@ -318,8 +346,8 @@ class _Builder:
     def chance(self, percent: int) -> bool:
         return self.draw(st.integers(0, 99)) >= 100 - percent
 
-    def leaf(self, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-        role = self.pick(("parameter", "input", "parameter", "input", "buffer"))
+    def leaf(self, shape: tuple[int, ...], dtype: torch.dtype, role: str = "") -> str:
+        role = role or self.pick(("parameter", "input", "parameter", "input", "buffer"))
         requires_grad = self.training and role != "buffer" and self.chance(75)
         layouts = [k for k in LAYOUTS if shape or k == "contiguous"]
         if role == "parameter":
@@ -332,18 +360,23 @@ class _Builder:
         self.leaves.append(leaf)
         self.values[leaf.name] = leaf.make(None, self.exact, "meta")
         self.roots[leaf.name] = leaf.name
+        if role == "input":
+            self.varying.add(leaf.name)
         return leaf.name
 
-    def step(self, template: str, product: bool = False, in_place: bool = False, **operands: str) -> str | None:
+    def step(
+        self, template: str, product: bool = False, in_place: bool = False, no_grad: bool = False, **operands: str
+    ) -> str | None:
         """Run a step and keep it; ``None`` where torch refuses it."""
         text = template.format(**operands)
         try:
             scope = {**_NAMESPACE, **self.values}
-            if in_place:
-                exec(text, scope)
-                value = scope[operands["x"]]
-            else:
-                value = eval(text, scope)
+            with torch.device("meta"), torch.set_grad_enabled(not no_grad):
+                if in_place:
+                    exec(text, scope)
+                    value = scope[operands["x"]]
+                else:
+                    value = eval(text, scope)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             return None
         if not isinstance(value, Tensor) or value.numel() > 4096 or value.dim() > 5:
@@ -355,8 +388,10 @@ class _Builder:
             self.steps.append(Step(text))
             return operands["x"]
         target = f"v{len(self.values)}"
-        self.steps.append(Step(text, target, product, addend="c" in operands))
+        self.steps.append(Step(text, target, product, addend="c" in operands, no_grad=no_grad))
         self.values[target] = value
+        if self.varying & set(operands.values()):
+            self.varying.add(target)
         # A cat or an arithmetic step makes memory of its own; anything else may look at its first operand's.
         first = next(iter(operands.values()))
         own = product or not (template in VIEWS or ".to(" in template)
@@ -364,6 +399,9 @@ class _Builder:
         if any(mark in template for mark in _MAYBE_ALIAS):
             self.pinned.add(self.roots[first])
         return target
+
+    def memory(self, name: str) -> int:
+        return self.values[name].untyped_storage()._cdata
 
     def product(self) -> None:
         spelling = self.pick(PRODUCTS[self.pick(PRODUCTS)])
@@ -376,16 +414,39 @@ class _Builder:
             if letters is None:
                 continue
             candidates = [name for name, value in self.values.items() if self._fits(value, letters, sizes, dtype)]
+            # Most products have an input somewhere in them.
+            role = "input" if names and not self.varying & set(names.values()) and self.chance(80) else ""
+            if role:
+                candidates = [name for name in candidates if name in self.varying]
             if candidates and self.chance(80):
+                computed = [name for name in candidates if name in self.weights]
                 again = [name for name in candidates if name in self.multiplied]
-                names[side] = self.pick(again if again and self.chance(40) else candidates)
+                preferred = computed if computed and self.chance(50) else again if again and self.chance(40) else ()
+                names[side] = self.pick(preferred or candidates)
             else:
                 shape = tuple(sizes[c] if c in sizes else self._size() for c in letters)
-                names[side] = self._operand(shape, dtype or self.dtype)
+                names[side] = self._operand(shape, dtype or self.dtype, role)
             value = self.values[names[side]]
             dtype = value.dtype
             sizes.update(zip(letters, value.shape, strict=True))
-        self.step(spelling.text, product=True, **names)
+        self.step(spelling.text, product=True, no_grad=self.training and self.chance(7), **names)
+
+    def computed_weight(self) -> None:
+        """A weight that is computed from parameters: from two and a mask, or as W + B·A."""
+        rows, columns = (self.pick(SIZES[:-2]) for _ in range(2))
+        shape = (rows, columns) if self.chance(75) else (self.pick((2, 3)), rows, columns)
+        x = self.leaf(shape, self.dtype, "parameter")
+        if self.chance(25):
+            a, b = (self.leaf(s, self.dtype, "parameter") for s in ((rows, 2), (2, columns)))
+            update = self.step("{a} @ {b}", product=True, a=a, b=b)
+            made = update and self.step("{x} + {y}", x=x, y=update)
+        else:
+            template = self.pick(EXACT_WEIGHTS if self.exact else (*EXACT_WEIGHTS, *ROUNDED_WEIGHTS))
+            roles = {"y": "parameter", "m": "buffer"}
+            others = {n: self.leaf(shape, self.dtype, role) for n, role in roles.items() if f"{{{n}}}" in template}
+            made = self.step(template, x=x, **others)
+        if made:
+            self.weights.append(made)
 
     def _size(self) -> int:
         return self.pick(SIZES[:-2]) if self.chance(90) else self.pick(SIZES)
@@ -396,15 +457,15 @@ class _Builder:
         bound = dict(sizes)
         return all(bound.setdefault(c, n) == n for c, n in zip(letters, value.shape, strict=True))
 
-    def _operand(self, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    def _operand(self, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> str:
         """A new leaf, or a view or cast of one that has this shape."""
         if len(shape) >= 2 and self.chance(25):
-            stored = self.leaf((*shape[:-2], shape[-1], shape[-2]), dtype)
-            return self.step("{x}.transpose(-1, -2)", x=stored) or self.leaf(shape, dtype)
+            stored = self.leaf((*shape[:-2], shape[-1], shape[-2]), dtype, role)
+            return self.step("{x}.transpose(-1, -2)", x=stored) or self.leaf(shape, dtype, role)
         if self.chance(15):
-            stored = self.leaf(shape, self.pick(DTYPES))
+            stored = self.leaf(shape, self.pick(DTYPES), role)
             return self.step(f"{{x}}.to({dtype})", x=stored) or stored
-        return self.leaf(shape, dtype)
+        return self.leaf(shape, dtype, role)
 
     def other(self) -> None:
         """A view, cast, pointwise op or in-place op on something that exists."""
@@ -452,20 +513,26 @@ def programs(draw: Any, exact: bool | None = None) -> Program:
     training = draw(st.integers(0, 9)) > 0
     builder = _Builder(draw, exact, dtype, training)
     for _ in range(draw(st.sampled_from((2, 3, 4, 1, 5)))):
+        if builder.chance(30):
+            builder.computed_weight()
         builder.product()
         for _ in range(draw(st.integers(0, 3))):
             builder.other()
     targets = [step.target for step in builder.steps if step.target]
-    # Whatever nobody reads, and products, so that neither is dead code.
-    results = tuple(t for t in targets if t not in builder.read)
+    # Whatever nobody reads, so that nothing is dead code.
+    results = [t for t in targets if t not in builder.read]
+    attached = {builder.memory(t) for t in results if builder.values[t].requires_grad}
+    # Of outputs that share memory, one attached to autograd and one not, torch's own backends get the gradient wrong.
+    results = [t for t in results if builder.values[t].requires_grad or builder.memory(t) not in attached]
     autocast = draw(st.sampled_from((None,) * 9 + (torch.bfloat16,))) if dtype == torch.float32 else None
     used = [leaf for leaf in builder.leaves if any(re.search(rf"\b{leaf.name}\b", s.text) for s in builder.steps)]
     return Program(
         tuple(used),
         tuple(builder.steps),
-        results,
+        tuple(results),
         exact,
         as_module=draw(st.booleans()),
         autocast=autocast,
+        dynamic=draw(st.integers(0, 9)) >= 8,
         seed=draw(st.integers(0, 999)),
     )

@@ -8,15 +8,19 @@ operands of which product are quantized, along which axis, is decided from what 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Flag, auto
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Numbers", "QuantizedProducts", "quantize"]
 
@@ -170,93 +174,146 @@ class Place:
             kwargs[self.keyword] = value
 
 
+class Source(Flag):
+    """What a tensor is computed from. Neither is a buffer, a factory, or nothing but numbers."""
+
+    NOTHING = 0
+    PARAMETER = auto()
+    INPUT = auto()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``leaf``: the input that a tensor holds the values of, if that is a leaf which requires grad."""
+
+    source: Source = Source.NOTHING
+    leaf: int | None = None
+
+    def __or__(self, other: Origin) -> Origin:
+        return Origin(self.source | other.source, self.leaf if self.leaf == other.leaf else None)
+
+    @property
+    def is_weight(self) -> bool:
+        return self.source == Source.PARAMETER
+
+    @property
+    def varies(self) -> bool:
+        return Source.INPUT in self.source
+
+
 class QuantizedProducts(TorchFunctionMode):
     """Quantizes the operands of the products that run under it, and notes in ``quantized`` which it did.
 
     Args:
         activation, weight: how operands are quantized.
-        weights: parameters and buffers of the model.
+        parameters, inputs: the model's; whatever else it reads is constant.
         attention: quantize products of two activations as well.
+        training: whether a result of the whole program requires a gradient.
+
+    A weight is what stands in the slot that linear layers and convolutions have for it. In any other product it is what
+    is computed from parameters alone, whatever else is done on the way, or else a matrix on the right that is handed
+    over as a leaf which requires grad. Constants are no weights there. Left alone is what does not depend on an input,
+    and what runs under no_grad while the program trains.
+
+    What a tensor is computed from is kept by the memory that it lies in: so a view is what it is a view of, and what is
+    written into memory is in all its views. A parameter stays one whatever is written into it.
 
     Functions other than views read and return copies: a compiled program may change in place what eager autograd has
     saved for the backward, so the reference must be free of that restriction too.
     """
 
-    def __init__(self, activation: Numbers, weight: Numbers, weights: list[Tensor], attention: bool) -> None:
-        self.activation, self.weight, self.attention = activation, weight, attention
-        self.weights = {id(t) for t in weights}
+    def __init__(
+        self,
+        activation: Numbers,
+        weight: Numbers,
+        parameters: list[Tensor],
+        inputs: list[Tensor],
+        attention: bool,
+        training: bool,
+    ) -> None:
+        self.activation, self.weight, self.attention, self.training = activation, weight, attention, training
         self.quantized: list[bool] = []
-        self.sources: dict[int, tuple[Tensor, Tensor]] = {}
-        self.written: dict[int, Tensor] = {}
+        self.origins: dict[int, tuple[Any, Origin]] = {}
+        for x in inputs:
+            self._note(x, Origin(Source.INPUT, id(x) if x.is_leaf and x.requires_grad else None))
+        for p in parameters:
+            self._note(p, Origin(Source.PARAMETER))
+        self.parameters = {_memory(p) for p in parameters}
+
+    def _note(self, x: Tensor, origin: Origin) -> None:
+        self.origins[_memory(x)] = x.untyped_storage(), origin  # kept alive, so that nothing else takes its place
+
+    def origin(self, x: Tensor) -> Origin:
+        return self.origins[_memory(x)][1] if _memory(x) in self.origins else Origin()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func in CONTRACTIONS:
             return self._product(func, list(args), kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        read = tensors[:1] if name in _READ_A_SHAPE else [] if name.endswith("_like") else tensors
+        origin = reduce(operator.or_, map(self.origin, read)) if read else Origin()
         if name in _CHANGES or kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")):
-            self.written[args[0].untyped_storage()._cdata] = args[0]
+            if _memory(args[0]) not in self.parameters:
+                self._note(args[0], origin)
             if name.startswith("relu"):  # saves its own result
                 return args[0].copy_(torch.relu(args[0].clone()).clone())
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        results = [r for r in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(r, Tensor)]
-        if source is None or not results:
-            return out
-        views = [_same_memory(r, source) for r in results]
-        if isinstance(out, Tensor) and not views[0]:
+        if source is not None and isinstance(out, Tensor) and not _same_memory(out, source):
             out = func(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs).clone()
-            results = [out]
-        if all(views) or name in _COPIES:
-            self.sources.update((id(r), (r, source)) for r in results if r is not source)
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor) and not (source is not None and _same_memory(result, source)):
+                self._note(result, origin if name in _COPIES else Origin(origin.source))
         return out
-
-    def origin(self, tensor: Tensor) -> Tensor | None:
-        """The tensor that one is a view, cast or copy of; ``None`` if data was written into it on the way.
-
-        A parameter stays a weight whatever is written into it; a copy of one, or a buffer, does not.
-        """
-        written = False
-        while True:
-            written = written or tensor.untyped_storage()._cdata in self.written
-            if id(tensor) not in self.sources:
-                return None if written and not isinstance(tensor, nn.Parameter) else tensor
-            source = self.sources[id(tensor)][1]
-            if written and not _same_memory(source, tensor):
-                return None
-            tensor = source
 
     def _product(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if func is torch.einsum and isinstance(args[1], (list, tuple)):
             args = [args[0], *args[1]]
+        read = [self.origin(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         try:
             places = CONTRACTIONS[func](args, kwargs)
             operands = [place.get(args, kwargs) for place in places]
             kinds = self._kinds(func, places, operands)
         except LeftAlone:
-            self.quantized.append(False)
-            return func(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
-        self.quantized.append(True)
-        with torch.no_grad():
-            dtype = func(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs).dtype
+            places = operands = kinds = ()
+        self.quantized.append(bool(kinds))
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        if kinds:
+            with torch.no_grad():
+                dtype = func(*copies, **kwargs).dtype
         for place, x, numbers in zip(places, operands, kinds, strict=True):
             # Under autocast the product reads a narrower operand than it is given.
             x = x.to(dtype) if dtype.itemsize < x.dtype.itemsize else x
             rows = place.rows or (lambda x, q, axis=place.axis: q(x, axis))
             place.put(args, kwargs, rows(x, lambda x, axis, numbers=numbers: quantize(x, numbers, axis)))
-        return func(*args, **kwargs)
+        out = func(*(args if kinds else copies), **kwargs)
+        # With an input in it, a product is an activation and nothing else.
+        sources = reduce(operator.or_, (o.source for o in read))
+        self._note(out, Origin(Source.INPUT if Source.INPUT in sources else sources))
+        return out
 
     def _kinds(self, func: Any, places: tuple[Place, Place], operands: list[Tensor]) -> list[Numbers]:
         """How each operand is quantized; raises :class:`LeftAlone`."""
-        first, second = (self.origin(t) for t in operands)
-        kinds = [id(first) in self.weights, id(second) in self.weights]
+        origins = [self.origin(t) for t in operands]
+        if not any(origin.varies for origin in origins):
+            raise LeftAlone  # computes a weight
+        if self.training and not torch.is_grad_enabled():
+            raise LeftAlone  # under no_grad
         convolution = places[1].rows is not None
-        leaf = second is not None and second.is_leaf and second.requires_grad
-        if not any(kinds) and second is not first and leaf:
-            kinds[1] = second.dim() == 2 or (second.dim() > 2 and convolution)  # functional code passes weights so
-        if not any(kinds) and not self.attention:
-            raise LeftAlone  # no weight
+        if convolution or func is F.linear:
+            kinds = [False, True]
+        else:
+            kinds = [origin.is_weight for origin in origins]
+            if not all(origin.source for origin in origins):
+                raise LeftAlone  # a constant
+            first, second = (origin.leaf for origin in origins)
+            if not any(kinds) and second is not None and second != first:
+                kinds[1] = operands[1].dim() == 2  # functional code passes weights so
+            if not any(kinds) and not self.attention:
+                raise LeftAlone  # no weight
         size = operands[1].shape[1:].numel() if convolution else operands[0].shape[places[0].axis]
         if size <= 1:
             raise LeftAlone  # nothing is summed
@@ -265,13 +322,19 @@ class QuantizedProducts(TorchFunctionMode):
         return [self.weight if kind else self.activation for kind in kinds]
 
 
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return _memory(a) == _memory(b)
 
 
 _CHANGES = ("__setitem__", "__iadd__", "__imul__")
 #: Copies of the same values, whether or not they alias.
-_COPIES = ("to", "clone", "contiguous", "reshape", "flatten")
+_COPIES = ("to", "clone", "contiguous", "reshape", "flatten", "ravel", "reshape_as")
+#: Of their other arguments these functions read the shape or dtype alone.
+_READ_A_SHAPE = ("view_as", "expand_as", "reshape_as", "to")
 
 Contraction = Callable[[list[Any], dict[str, Any]], tuple[Place, Place]]
 

@@ -25,12 +25,12 @@ X, X_FIXED = (Leaf("i1", "input", (5, 8), F32, requires_grad) for requires_grad 
 
 
 def program(leaves: tuple[Leaf, ...], *lines: str) -> Program:
-    """Lines ``v = text``; products are those with a ``@`` or a ``linear``."""
+    """Lines ``v = text``; products are those with a ``@``, a ``linear`` or a ``conv``."""
     steps, results = [], []
     for line in lines:
         target, equals, text = line.partition(" = ")
         named = equals and target.isidentifier()
-        product = "@" in line or "linear" in line
+        product = any(mark in line for mark in ("@", "linear", "conv"))
         steps.append(Step(text, target, product) if named else Step(line))
         results += [target] if product else []
     return Program(leaves, tuple(steps), tuple(results), exact=True)
@@ -66,9 +66,26 @@ FOUND: dict[str, tuple[Program, list[bool]]] = {
         ),
         [False],
     ),
-    "a buffer that is written after it is read is a weight": (
+    "a buffer in a layer's slot is its weight, before and after it is written": (
         program((buffer((5, 8)), X_FIXED), "v2 = F.linear(i1, b0)", "b0.mul_(2)", "v3 = F.linear(i1, b0)"),
-        [True, False],
+        [True, True],
+    ),
+    "a buffer in a free product is none": (
+        program((buffer((5, 8)), X), "v2 = i1 @ b0.transpose(-1, -2)", "v3 = i1 @ (b0 * 2).transpose(-1, -2)"),
+        [False, False],
+    ),
+    "a convolution whose weight is computed from an input has a weight": (
+        program((X, Leaf("i2", "input", (7, 8, 1), F32, True)), "v3 = F.conv1d(i1.unsqueeze(-1), i2.abs())"),
+        [True],
+    ),
+    "what is computed from parameters is a weight, and a product of parameters is left alone": (
+        program(
+            (weight((7, 8)), Leaf("p1", "parameter", (7, 2), F32, True), Leaf("p2", "parameter", (2, 8), F32, True), X),
+            "v4 = p1 @ p2",
+            "w = p0 * 0.5 + v4",
+            "v5 = i1 @ w.mT",
+        ),
+        [False, True],
     ),
     "a part of a weight is a weight": (
         program(
@@ -96,11 +113,9 @@ FOUND: dict[str, tuple[Program, list[bool]]] = {
 @pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
 def test_found(name, as_module):
     found, quantized = FOUND[name]
-    held = any(leaf.role == "buffer" for leaf in found.leaves)
     outcome = check(replace(found, as_module=as_module), Setting(*EXACT[0]))
     assert outcome.products == len(quantized)
-    # As arguments of a function, buffers are inputs like any other.
-    assert outcome.quantized == (0 if held and not as_module else sum(quantized))
+    assert outcome.quantized == sum(quantized)
 
 
 def test_gradients_read_a_weight_as_it_was_multiplied():

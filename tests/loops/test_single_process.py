@@ -492,7 +492,10 @@ def reference_step(model: nn.Module, operands: Operands, tokens: Tensor, autocas
     """
     dtype = torch.bfloat16
     cast = Operands(lambda x: operands.activation(x.to(dtype)), lambda x: operands.weight(x.to(dtype)))
-    with Reference(model, cast).on():
+    with (plain := Reference(model, tokens)).on():
+        step_of(model, model, tokens, autocast)
+    model.zero_grad()
+    with Reference(model, tokens, cast, plain).on():
         return step_of(model, model, tokens, autocast)
 
 

@@ -16,7 +16,7 @@ from qcompile.ir.recipe import Recipe
 from qcompile.passes.pass_base import Observations
 from qcompile.passes.plan import Decision
 
-from .reference import Count, Flops, Reference
+from .reference import Count, Flops, Operands, Reference
 from .zoo import loss_of
 
 __all__ = ["Compiled", "Expected", "Step", "expect"]
@@ -100,7 +100,11 @@ class Expected:
     backward: Flops
 
 
-def expect(model: nn.Module, batch: dict[str, Any], reference: Reference) -> Expected:
+def expect(
+    model: nn.Module, batch: dict[str, Any], operands: Operands | None = None, plain: Expected | None = None
+) -> Expected:
+    """One step of the eager model with its operands quantized; ``plain`` is one without, which knows the heads."""
+    reference = Reference(model, batch, operands, plain.reference if plain else None)
     forward = Flops(reference)
     backward = Flops(marks=forward.marks)
 

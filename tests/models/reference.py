@@ -1,18 +1,20 @@
 """What a compiled model must compute, in eager mode and written for the tests alone.
 
 :class:`Reference` is a function mode: while it is on, every product that a recipe quantizes reads operands quantized by
-the few lines of plain torch below, and autograd differentiates through them. It shares no code with the package, finds
-weights by their storage and not by their way through a graph, and knows layers by module hooks. :class:`Flops` counts
-what runs, one level below, where all spellings have become a handful of ATen products.
+the few lines of plain torch below, and autograd differentiates through them. It shares no code with the package, knows
+what a tensor is computed from by the memory it lies in and not by a way through a graph, and layers by module hooks.
+:class:`Flops` counts what runs, one level below, where all spellings have become a handful of ATen products.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
 from math import gcd, prod
 from typing import Any
 from unittest import mock
@@ -233,18 +235,20 @@ def conv_sides(given: dict[str, Any]) -> Sides | None:
 class Spelling:
     """Functions that multiply, the names of their arguments, and what of these is contracted how.
 
-    ``sides=None``: recognized, and left alone whatever the recipe.
+    ``sides=None``: recognized, and left alone whatever the recipe. ``slot``: the argument that is a layer's weight, if
+    there is such a one.
     """
 
     functions: tuple[Any, ...]
     names: tuple[str, ...] = ()
     sides: Callable[[dict[str, Any]], Sides | None] | None = None
+    slot: str = ""
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 #: By what the report calls them.
 SPELLINGS: dict[str, Spelling] = {
-    "linear": Spelling((F.linear,), ("input", "weight", "bias"), fixed("input", -1, "weight", -1)),
+    "linear": Spelling((F.linear,), ("input", "weight", "bias"), fixed("input", -1, "weight", -1), "weight"),
     "matmul": Spelling((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other"), matmul_sides),
     "mm": Spelling((torch.mm, Tensor.mm), ("input", "mat2"), fixed("input", -1, "mat2", -2)),
     "bmm": Spelling((torch.bmm, Tensor.bmm), ("input", "mat2"), fixed("input", -1, "mat2", -2)),
@@ -253,59 +257,157 @@ SPELLINGS: dict[str, Spelling] = {
         (torch.baddbmm, Tensor.baddbmm), ("input", "batch1", "batch2"), fixed("batch1", -1, "batch2", -2)
     ),
     "einsum": Spelling((torch.einsum,), ("equation", "a", "b"), einsum_sides),
-    "conv1d": Spelling((F.conv1d,), _CONV, conv_sides),
-    "conv2d": Spelling((F.conv2d,), _CONV, conv_sides),
+    "conv1d": Spelling((F.conv1d,), _CONV, conv_sides, "weight"),
+    "conv2d": Spelling((F.conv2d,), _CONV, conv_sides, "weight"),
     "grouped_mm": Spelling(
-        (torch._grouped_mm, F.grouped_mm), ("input", "mat2", "offs"), fixed("input", -1, "mat2", -2)
+        (torch._grouped_mm, F.grouped_mm), ("input", "mat2", "offs"), fixed("input", -1, "mat2", -2), "mat2"
     ),
     "sdpa": Spelling((F.scaled_dot_product_attention,)),
+    "conv_transpose1d": Spelling((F.conv_transpose1d,)),
     "conv_transpose2d": Spelling((F.conv_transpose2d,)),
     "lstm": Spelling((torch.lstm,)),
     "gru": Spelling((torch.gru,)),
 }
-#: What makes a copy of a weight that still is one.
-_CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous)
 _OP_OF = {function: op for op, spelling in SPELLINGS.items() for function in spelling.functions}
 
 
-class Reference(TorchFunctionMode):
-    """Inside it, ``model`` computes what the backend must. ``operands=None`` lists the products and changes nothing.
+# --- where tensors come from ----------------------------------------------------------------------------------------
 
-    An operand is a weight if it shares memory with a parameter or buffer of the model, cast or not. Quantized is a
-    product of floating-point operands that sums over more than one element of a single axis, of which at least one
-    operand is a weight, in a layer that is not called ``skip``.
+
+@dataclass(frozen=True)
+class Source:
+    """What a tensor is computed from.
+
+    Attributes:
+        parameters: their memory. varies: whether an input of the model is among it.
+        scores: the products, by number, that it is a result of with no other product between.
     """
 
-    def __init__(self, model: nn.Module, operands: Operands | None, skip: str = "lm_head") -> None:
+    parameters: frozenset[int] = frozenset()
+    varies: bool = False
+    scores: frozenset[int] = frozenset()
+
+    def __or__(self, other: Source) -> Source:
+        return Source(self.parameters | other.parameters, self.varies or other.varies, self.scores | other.scores)
+
+    @property
+    def is_weight(self) -> bool:
+        return bool(self.parameters) and not self.varies
+
+
+class Sources:
+    """What the tensors of one forward are computed from, by the memory that they lie in.
+
+    So a view is what it is a view of, and what is written into a tensor is in all its views.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._found: dict[int, tuple[Any, Source]] = {}
+        self._parameters = {_memory(p) for p in model.parameters()}
+        for parameter in model.parameters():
+            self._put(parameter, Source(frozenset([_memory(parameter)])))
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                self._put(leaf, Source(varies=True))
+
+    def _put(self, x: Tensor, source: Source) -> None:
+        self._found[_memory(x)] = x.untyped_storage(), source  # kept alive, so that no other tensor takes its place
+
+    def of(self, x: Any) -> Source:
+        """Of what was not computed here, such as a buffer: nothing."""
+        return self._found[_memory(x)][1] if isinstance(x, Tensor) and _memory(x) in self._found else Source()
+
+    def note(self, name: str, args: Any, result: Any, source: Source | None = None) -> None:
+        """``result`` comes from ``source``, or of what the function ``name`` has read among ``args``."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if source is None:
+            read = [] if name.startswith("new_") or name.endswith("_like") else tensors
+            read = read[:1] if name in _READ_A_SHAPE else read
+            source = reduce(operator.or_, map(self.of, read), Source())
+        written = tensors[:1] if name.endswith("_") or name in _WRITE else []
+        for x in (*written, *tree_leaves(result)):
+            if isinstance(x, Tensor) and _memory(x) not in self._parameters:
+                self._put(x, self.of(x) | source)
+
+
+#: Of their other arguments these functions read the shape, dtype or device alone.
+_READ_A_SHAPE = ("view_as", "expand_as", "reshape_as", "type_as", "to")
+_WRITE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class Reference(TorchFunctionMode):
+    """Inside it, ``model`` computes of ``inputs`` what the backend must.
+
+    A weight is what stands in a layer's slot for it; in a product without such a slot, what is computed from parameters
+    alone. Quantized is a product of floating-point operands of which one is a weight and the other varies with the
+    model's inputs, summing over more than one element of a single axis, under autograd, in a layer that is neither
+    called ``skip`` nor a head.
+
+    Args:
+        operands: how to quantize; ``None`` lists the products and changes nothing.
+        plain: such a list, which knows the heads: that a product is the last, or is scored, shows only later.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        operands: Operands | None = None,
+        plain: Reference | None = None,
+        skip: str = "lm_head",
+    ) -> None:
         super().__init__()
-        self.model, self.operands, self.skip = model, operands, skip
+        self.model, self.operands, self.plain, self.skip = model, operands, plain, skip
         self.products: list[Product] = []
         self.current: Product | None = None
         self.flops: Flops | None = None
         self._layers: list[str] = []
-        self._weights = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-        self._casts: list[Tensor] = []
+        self._sources = Sources(model, inputs)
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self._tables = {_memory(table) for table in tables}
+        self._vocabulary = max((len(table) for table in tables), default=0)
+        self._heads: set[int] = set()
+        self._wide: set[int] = set()
+        self._followed: set[int] = set()
+
+    @property
+    def heads(self) -> set[int]:
+        """Numbers of the products that turn hidden states into scores: tied to an embedding, under a cross-entropy, or
+        the last and as wide as the vocabulary.
+        """
+        return self._heads | (self._wide - self._followed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         op = _OP_OF.get(func)
-        if op is None:
-            result = func(*args, **kwargs)
-            if func in _CASTS and self._is_weight(args[0]):
-                self._weights.add(_storage(result))
-                self._casts.append(result)  # keeps its memory from being used again
-            # Dropout makes an activation of a weight, in training as in evaluation, where it returns the weight itself.
-            return result.clone() if func is F.dropout else result
-        spelling = SPELLINGS[op]
+        if op is not None:
+            return self._multiply(op, func, args, kwargs)
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _CROSS_ENTROPIES:
+            self._heads |= self._sources.of(args[0]).scores
+        self._sources.note(name, (args, kwargs), result)
+        return result
+
+    def _multiply(self, op: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        spelling, number = SPELLINGS[op], len(self.products)
         given = {**dict(zip(spelling.names, args, strict=False)), **kwargs}
+        read = [self._sources.of(leaf) for leaf in tree_leaves((args, kwargs))]
         sides = spelling.sides(given) if spelling.sides else None
-        quantized = sides is not None and self._quantizes([(given[name], rows) for name, rows in sides])
-        product = Product(op, self._layers[-1] if self._layers else "", quantized)
+        weights = self._weights(spelling, given, sides) if sides is not None else ()
+        product = Product(op, self._layers[-1] if self._layers else "", self._is_quantized(number, bool(weights)))
         self.products.append(product)
-        if sides is not None and quantized and self.operands:
+        self._followed |= frozenset().union(*(source.scores for source in read))
+        if any(self._sources.of(given[name]).parameters & self._tables for name in weights):
+            self._heads.add(number)
+        if sides is not None and product.quantized and self.operands:
             for name, (split, join) in sides:
                 x = given[name]
-                quantize = self.operands.weight if self._is_weight(x) else self.operands.activation
+                quantize = self.operands.weight if name in weights else self.operands.activation
                 given[name] = join(quantize(split(x)), x)
                 if self.flops:
                     self.flops.mark(given[name])
@@ -313,24 +415,38 @@ class Reference(TorchFunctionMode):
             args, kwargs = [given.pop(name) for name in positional], given
         self.current = product
         try:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
         finally:
             self.current = None
+        varies = any(source.varies for source in read)
+        parameters = frozenset() if varies else frozenset().union(*(source.parameters for source in read))
+        self._sources.note(op, (), result, Source(parameters, varies, frozenset([number])))
+        if isinstance(result, Tensor) and result.dim() and result.shape[-1] == self._vocabulary:
+            self._wide.add(number)
+        return result
 
-    def _quantizes(self, operands: list[tuple[Tensor, Rows]]) -> bool:
-        (left, (split, _)), (right, _) = operands
-        return (
-            self.skip not in ".".join(self._layers[-1:]).split(".")
-            and all(x.is_floating_point() and x.numel() for x in (left, right))
-            and any(map(self._is_weight, (left, right)))
-            and split(left).shape[-1] > 1
-        )
+    def _weights(self, spelling: Spelling, given: dict[str, Any], sides: Sides) -> tuple[str, ...]:
+        """Names of the arguments that are weights; none if the product is left alone."""
+        operands = [given[name] for name, _ in sides]
+        sources = [self._sources.of(x) for x in operands]
+        split = sides[0][1][0]
+        if not (
+            all(x.is_floating_point() and x.numel() for x in operands)
+            and split(operands[0]).shape[-1] > 1
+            and any(source.varies for source in sources)
+        ):
+            return ()
+        if spelling.slot:
+            return (spelling.slot,)
+        return tuple(name for (name, _), source in zip(sides, sources, strict=True) if source.is_weight)
+
+    def _is_quantized(self, number: int, has_weight: bool) -> bool:
+        named = self.skip in ".".join(self._layers[-1:]).split(".")
+        head = self.plain is not None and number in self.plain.heads
+        return has_weight and torch.is_grad_enabled() and not named and not head
 
     def _leave_layer(self, *_: Any) -> None:
         self._layers.pop()
-
-    def _is_weight(self, x: Tensor) -> bool:
-        return _storage(x) in self._weights
 
     @contextmanager
     def on(self) -> Iterator[Reference]:
@@ -349,6 +465,10 @@ class Reference(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+#: What scores are handed to, as torch's Python code calls it.
+_CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss_nd")
 
 
 def _storage(x: Tensor) -> int:

@@ -10,9 +10,13 @@ every kind is set to zero, so that two runs of one model can be compared; the mo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -379,6 +383,212 @@ class Nerf(nn.Module):
         return F.softplus(self.density(h)) * self.colour(h).sigmoid()
 
 
+# --- models whose weights are computed, and others that a first look at a graph gets wrong ----------------------------
+
+
+class AudioCodec(nn.Module):
+    """EnCodec's encoder, residual vector quantizer and decoder, the gradient passing straight through the codebooks.
+
+    Its convolutions compute from tensors how they pad, which breaks the graph before every one. For lengths that the
+    strides divide these are constants, put here in their place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {
+            "hidden_size": 36,
+            "num_filters": 18,
+            "upsampling_ratios": [3, 2],
+            "codebook_size": 16,
+            "sampling_rate": 600,
+            "target_bandwidths": [0.8],
+            "num_lstm_layers": 1,
+            "pad_mode": "constant",
+        }
+        self.codec = of_transformers("EncodecModel", "Encodec", **sizes)()
+        for module in self.codec.modules():
+            if hasattr(module, "padding_total"):
+                total = int(module.padding_total)
+                del module.padding_total
+                module.padding_total = total
+                module._get_extra_padding_for_conv1d = lambda hidden_states: 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded = self.codec.encoder(x)
+        decoded = self.codec.quantizer.decode(self.codec.quantizer.encode(encoded, 0.8))
+        return self.codec.decoder(encoded + (decoded - encoded).detach())
+
+
+class WaveNet(nn.Module):
+    """Dilated convolutions with gates and skips, every one weight-normed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def convolution(*sizes: int, **options: int) -> nn.Module:
+            return nn.utils.parametrizations.weight_norm(nn.Conv1d(*sizes, **options))
+
+        self.first = convolution(1, 34, 1)
+        self.dilated = nn.ModuleList(convolution(34, 2 * 34, 2, dilation=2**i) for i in range(3))
+        self.mixed = nn.ModuleList(convolution(34, 34 + 40, 1) for _ in range(3))
+        self.last = nn.Sequential(nn.ReLU(), convolution(40, 40, 1), nn.ReLU(), convolution(40, 35, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.first(x), 0
+        for dilated, mixed in zip(self.dilated, self.mixed, strict=True):
+            signal, gate = dilated(F.pad(x, (dilated.dilation[0], 0))).chunk(2, 1)
+            residual, skip = mixed(signal.tanh() * gate.sigmoid()).split([34, 40], 1)
+            x, skips = x + residual, skips + skip
+        return self.last(skips)
+
+
+class NfNet(nn.Module):
+    """timm's normalizer-free ResNet: convolutions with scaled, standardized weights, squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nfnet = timm_module("nfnet")
+        sizes = nfnet.NfCfg(
+            depths=(1, 1), channels=(48, 80), stem_type="3x3", stem_chs=40, group_size=20, attn_layer="se",
+            attn_kwargs={"rd_ratio": 0.5}, num_features=96,
+        )  # fmt: skip
+        self.net = nfnet.NormFreeNet(sizes, num_classes=33)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def timm_module(name: str) -> Any:
+    """A module of ``timm.models``, imported beside an empty torchvision, of which timm's models need names only.
+
+    The torchvision on PyPI is built for CUDA: it does not load beside a CPU build of torch, and then takes transformers
+    and Lightning with it. So timm is installed without what it depends on.
+    """
+
+    class Empty(ModuleType):
+        __path__: ClassVar[list[str]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            return sys.modules.get(f"{self.__name__}.{name}") or mock.MagicMock(name=name)
+
+    names = (
+        "datasets",
+        "models",
+        "models.feature_extraction",
+        "ops",
+        "ops.misc",
+        "transforms",
+        "transforms.functional",
+    )
+    empty = {name: Empty(name) for name in ("torchvision", *(f"torchvision.{name}" for name in names))}
+    sys.modules.update(empty)
+    try:
+        return import_module(f"timm.models.{name}")
+    finally:
+        for module in empty:
+            del sys.modules[module]
+
+
+class SpeechEncoder(nn.Module):
+    """wav2vec 2.0, fine-tuned: its weight-normed convolution of positions trains, its feature encoder is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {
+            "conv_dim": [34, 36],
+            "conv_stride": [5, 2],
+            "conv_kernel": [10, 3],
+            "num_conv_pos_embeddings": 6,
+            "num_conv_pos_embedding_groups": 4,
+            "classifier_proj_size": 33,
+            "num_labels": 35,
+            "apply_spec_augment": False,
+        }
+        self.model = of_transformers("Wav2Vec2ForSequenceClassification", "Wav2Vec2", **BERT_LIKE, **sizes)()
+        self.model.freeze_feature_encoder()
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.model(**inputs)
+
+
+class Detector(nn.Module):
+    """DETR on a ResNet: image in, class logits of every query out.
+
+    In training, its encoder's layers look whether everything is finite, which breaks the graph. Without dropout that is
+    all that training changes of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ResNetConfig
+
+        backbone = ResNetConfig(
+            embedding_size=34, hidden_sizes=[36, 40], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+        )
+        sizes = {
+            "d_model": 40,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 53,
+            "decoder_ffn_dim": 53,
+            "num_queries": 5,
+            "num_labels": 32,
+        }
+        self.detr = of_transformers("DetrForObjectDetection", "Detr", backbone_config=backbone, **sizes)()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        for layer in self.detr.model.encoder.layers:
+            layer.training = False
+        return self
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.detr(pixel_values).logits
+
+
+class GeometricNetwork(nn.Module):
+    """Two layers of torch_geometric's on a graph."""
+
+    def __init__(self, layer: Callable[[Any, int, int], nn.Module]) -> None:
+        super().__init__()
+        import torch_geometric.nn
+
+        torch_geometric.backend.use_segment_matmul = False  # else torch_geometric counts a relation's edges first
+        self.layers = nn.ModuleList([layer(torch_geometric.nn, 41, 34), layer(torch_geometric.nn, 34, 37)])
+
+    def forward(self, x: Tensor, edge_index: Tensor, **edges: Tensor) -> Tensor:
+        first, second = self.layers
+        return second(F.relu(first(x, edge_index, **edges)), edge_index, **edges)
+
+
+def geometric(layer: Callable[..., nn.Module], relations: int = 0) -> Entry:
+    """Edges are selected by a mask there: how many are left is known when it runs."""
+
+    def nodes_and_edges(g: torch.Generator) -> Inputs:
+        batch = {"x": torch.randn(17, 41, generator=g), "edge_index": torch.randint(0, 17, (2, 45), generator=g)}
+        if relations:
+            batch["edge_type"] = torch.randint(0, relations, (45,), generator=g)
+        return batch
+
+    return Entry(lambda: GeometricNetwork(layer), nodes_and_edges, dynamo={"capture_dynamic_output_shape_ops": True})
+
+
+class CellLoop(nn.Module):
+    """An ``nn.LSTMCell`` called in a loop over time, between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cell, self.head = nn.Linear(41, 34), nn.LSTMCell(34, 40), nn.Linear(40, 35)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in self.embed(x).unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0])
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 ZOO: dict[str, Entry] = {
@@ -488,4 +698,19 @@ ZOO: dict[str, Entry] = {
     "mlp_mixer": Entry(MlpMixer, vectors(BATCH, 3, 20, 20)),
     "dlrm": Entry(Dlrm, clicks),
     "nerf": Entry(Nerf, vectors(23, 3)),
+    "encodec": Entry(AudioCodec, vectors(BATCH, 1, 66), dynamo={"allow_rnn": True}),
+    "wav2vec2": Entry(
+        SpeechEncoder,
+        lambda g: {
+            "input_values": torch.randn(BATCH, 230, generator=g),
+            "labels": torch.randint(0, 35, (BATCH,), generator=g),
+        },
+    ),
+    "nfnet": Entry(NfNet, vectors(BATCH, 3, 32, 32)),
+    "wavenet": Entry(WaveNet, vectors(BATCH, 1, 29)),
+    "detr": Entry(Detector, images(32, None)),
+    "gcn": geometric(lambda layers, *sizes: layers.GCNConv(*sizes)),
+    "gat": geometric(lambda layers, *sizes: layers.GATConv(*sizes, heads=1)),
+    "rgcn": geometric(lambda layers, *sizes: layers.RGCNConv(*sizes, num_relations=3), relations=3),
+    "lstm_cell": Entry(CellLoop, vectors(BATCH, LENGTH, 41)),
 }
