@@ -322,9 +322,9 @@ _REASONS: dict[str, str] = {
     _ORDER: "chain_matmul linalg_multi_dot",
     _BILINEAR: "bilinear _trilinear",
     _OVERLAP: "conv_transpose1d conv_transpose2d conv_transpose3d slow_conv_transpose2d slow_conv_transpose3d",
-    _FUNCTION: "matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp",
+    _FUNCTION: "matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp linalg_matrix_sqrth",
     _FACTORS: """
-        inverse linalg_inv linalg_inv_ex pinverse linalg_pinv linalg_tensorinv linalg_solve linalg_solve_ex
+        linalg_polar inverse linalg_inv linalg_inv_ex pinverse linalg_pinv linalg_tensorinv linalg_solve linalg_solve_ex
         _linalg_solve_ex linalg_tensorsolve linalg_solve_triangular triangular_solve cholesky_solve
         _cholesky_solve_helper linalg_lu_solve lu_solve linalg_ldl_solve linalg_lstsq cholesky cholesky_inverse
         linalg_cholesky linalg_cholesky_ex linalg_ldl_factor linalg_ldl_factor_ex linalg_lu linalg_lu_factor
