@@ -111,7 +111,8 @@ RUN_ALL = """
 import runpy, sys, torch
 from qcompile import backends, compat
 compile_with = backends.compile_with
-backends.compile_with = lambda *args, **kwargs: compile_with(*args, **{"inner_compile": compat.eager_inner_compile, **kwargs})
+eager = {"inner_compile": compat.eager_inner_compile}
+backends.compile_with = lambda *args, **kwargs: compile_with(*args, **{**eager, **kwargs})
 for script in sys.argv[1:]:
     module = sys.modules["__main__"]
     runpy.run_path(script, run_name="__main__")
@@ -126,8 +127,8 @@ def python(*arguments: object) -> str:
 
 
 def test_scripts_of_every_kind_of_model_run(tmp_path):
-    """Without gradients; with rules, operands, tied weights, float64 and a dot in the name; with classes of __main__ and
-    all they use. Each is run as Python runs a script; code is not generated.
+    """Without gradients; with rules, operands, tied weights, float64 and a dot in the name; with classes of __main__
+    and all they use. Each is run as Python runs a script; code is not generated.
     """
     (tmp_path / "kinds.py").write_text(KINDS)
     *names, refused = python(tmp_path / "kinds.py", tmp_path).strip().splitlines()
