@@ -114,7 +114,7 @@ def plain_model(model: Any, caller: str) -> Any:
     if not callable(model):
         msg = f"{caller}: takes a module or function, got {type(model).__name__}"
         raise ValueError(msg)
-    return getattr(model, "_orig_mod", model)
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
 def check_passes(recipe: Recipe) -> None:
