@@ -222,11 +222,11 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "gradient that is to be wide and 8 bits": (
         {"backward": "fp8", "gradient": "bf16"},
-        r"options 'backward' and 'gradient': backward='fp8' quantizes dY, and gradient='bf16' does not; leave out one",
+        r"options 'backward' and 'gradient': backward='fp8' quantizes dY, and gradient='bf16' does not; leave out one of the two",
     ),
     "rule that undoes the backward": (
         {"backward": "dgrad_fp8", "rules": [{"gradient": "off"}]},
-        r"options 'backward' and 'gradient': .* gradient='off' in rule '\*' does not; .* name the layers",
+        r"options 'backward' and 'gradient': .* gradient='off' in rule '\*' does not; .* name the layers that the rule is for",
     ),
     # switches
     "unknown backward": ({"backward": "fp4"}, r"option 'backward': 'fp4' is not one of bf16, dgrad_fp8, fp8"),
