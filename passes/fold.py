@@ -102,16 +102,16 @@ def _fold_into_gradient(graph: Graph, gemm: Node, gradient: int, codes: int, qua
 
 def _dense_gradient(graph: Graph, gemm: Node, position: int) -> tuple[Node, int]:
     """dY as a matrix, not quantized, and the axis of it that the product contracts."""
-    operand: Any = gemm.args[position : position + 4]
-    (first, *_), text, _, transposed = operand
+    tensors, text, _, transposed = gemm.args[position : position + 4]
+    first: Any = tensors[0]  # type: ignore[index]
     axis = 1 if position == 0 else 0
     if text == "dense":
         if is_call(first, aten.t.default) or (is_call(first, aten.permute.default) and first.args[1] == [1, 0]):
             return first.args[0], 1 - axis
         return first, axis
     # Quantized already, in case its scales could not be folded. Codes are stored with the quantization axis last.
-    codes: Any = through_views(first)
-    x, _, along = codes.args[0].args[:3]
+    quantize: Any = through_views(first).args[0]
+    x, _, along = quantize.args[:3]
     last = along % x.meta["val"].dim()
     if x.meta["val"].dim() != 2:  # leading axes are merged where all elements have one scale
         x, last = emit(graph, gemm, aten.reshape.default, x, [-1, size_along(graph, gemm, x, -1)]), 1

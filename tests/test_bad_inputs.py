@@ -220,6 +220,16 @@ BAD: dict[str, tuple[Any, str]] = {
         r"layer 'up': option 'backward' needs a gradient exact in 8-bit floating point, .* for example 'e4m3 row'; "
         r"got 'e4m3 block16 absmax even'",
     ),
+    "gradient that is to be wide and 8 bits": (
+        {"backward": "fp8", "gradient": "bf16"},
+        r"options 'backward' and 'gradient': backward='fp8' quantizes dY, and gradient='bf16' does not; "
+        r"leave out one of the two",
+    ),
+    "rule that undoes the backward": (
+        {"backward": "dgrad_fp8", "rules": [{"gradient": "off"}]},
+        r"options 'backward' and 'gradient': .* gradient='off' in rule '\*' does not; .* "
+        r"name the layers that the rule is for",
+    ),
     # switches
     "unknown backward": ({"backward": "fp4"}, r"option 'backward': 'fp4' is not one of bf16, dgrad_fp8, fp8"),
     "text for fuel": ({"fuel": "3"}, r"option 'fuel': '3' is not an integer ≥ 0 or None"),
