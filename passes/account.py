@@ -8,7 +8,7 @@ so, and in tests it is an error. Changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,35 +19,16 @@ from torch.utils import flop_counter
 from qcompile import compat
 
 from .dialect import GEMMS, decode_root, gemm_operands, is_call
-from .pass_base import Context, Observations
+from .find_gemms import Site
+from .graph import value_of
+from .pass_base import Context, Observations, Product
 from .plan import Plan, site_index
 from .roles import depends_on_tangents, product_role
 from .spellings import is_opaque, name_of
 
-__all__ = ["Product", "account", "remark"]
+__all__ = ["account", "remark"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Product:
-    """One product of a joint graph.
-
-    Attributes:
-        site: index of the site it belongs to, or ``None``. body: whether it is in the body of a higher-order op (or in
-        an inference graph), which may run any number of times and is counted once.
-        role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where the graph does not tell which.
-        op: its name in ATen. flops: floating-point operations, 0 for the opaque op of another library.
-        quantized: whether it reads an operand that was quantized. where: ``file:line`` of the model.
-    """
-
-    site: int | None
-    body: bool
-    role: str
-    op: str
-    flops: int
-    quantized: bool
-    where: str
 
 
 def account(graph: Graph, context: Context) -> int:
@@ -70,23 +51,27 @@ def account(graph: Graph, context: Context) -> int:
                     where=compat.source_line(node),
                 )
             )
-    _attribute_backwards_of_bodies(context.observe.products, context.plan)
+    _attribute_bodies(context.observe.products, context.plan)
     return 0
 
 
-def _attribute_backwards_of_bodies(products: list[Product], plan: Plan) -> None:
-    """Give a site to the backward products in bodies of ``cond``, ``scan`` and ``map``.
+def _attribute_bodies(products: list[Product], plan: Plan) -> None:
+    """Give a site to the products in bodies of ``cond``, ``scan`` and ``map`` that have none.
 
-    Torch traces these backwards on their own and hands no metadata on. Each of their products multiplies the same three
-    extents as a forward product, so it belongs to a site in a body that has as many operations, and to none if there is
-    no such site.
+    Torch traces their backwards, and the forward of a ``scan`` that is differentiated, on their own and hands no
+    metadata on. All three roles of a site multiply the same three extents, so such a product belongs to a site in a
+    body that has as many operations, and to none if there is no such site.
     """
-    in_bodies = {decision.site.index for decision in plan.decisions if decision.site.body}
-    sites = {p.flops: p.site for p in products if p.role == "fprop" and p.site in in_bodies}
+    sites = {_site_flops(d.site): d.site.index for d in plan.decisions if d.site.body and d.site.slots}
     for i, product in enumerate(products):
-        if product.site is None and product.body and product.role != "fprop":
+        if product.site is None and product.body:
             # One ATen op makes both gradients of a convolution.
             products[i] = replace(product, site=sites.get(product.flops, sites.get(product.flops // 2)))
+
+
+def _site_flops(site: Site) -> int:
+    """2 · results · contraction, from the graph as Dynamo captured it."""
+    return 2 * compat.size_hint(value_of(site.node).numel()) * compat.size_hint(site.slots[1].size(site.node))
 
 
 def remark(graphs: Iterable[Observations]) -> str:
@@ -100,7 +85,7 @@ def remark(graphs: Iterable[Observations]) -> str:
     places = dict.fromkeys(f"{product.op} at {product.where}" if product.where else product.op for product in missed)
     more = f" and {len(places) - SHOWN} more places" if len(places) > SHOWN else ""
     return (
-        f"not accounted for: {len(missed)} product(s), {share:.1%} of the FLOPs of the graphs, belong to no layer above: "
+        f"not accounted for: {len(missed)} product(s), {share:.1%} of the FLOPs of the graphs, belong to no layer: "
         f"{', '.join(list(places)[:SHOWN])}{more}"
     )
 
@@ -137,7 +122,7 @@ def _flops(node: Node) -> int | None:
     """
     if node.op != "call_function":
         return None
-    formula = _FORMULAS.get(name_of(node)) or flop_counter.flop_registry.get(
+    formula = FORMULAS.get(name_of(node)) or flop_counter.flop_registry.get(
         getattr(node.target, "overloadpacket", node.target)
     )
     if formula is None:
@@ -182,7 +167,7 @@ def _matrix_vector(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
 
 
 #: Operations from the arguments of products that torch's flop_counter has no formula for, by name.
-_FORMULAS: dict[str, Callable[..., int]] = {
+FORMULAS: dict[str, Callable[..., int]] = {
     "mv": _matrix_vector,
     "dot": _matrix_vector,
     "vdot": _matrix_vector,

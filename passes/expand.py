@@ -25,7 +25,7 @@ __all__ = ["COMPOSITES", "expand"]
 
 aten = torch.ops.aten
 
-#: ATen ops that a trace would leave whole, too. Each is two linear layers and, on CUDA, a kernel that fuses what follows.
+#: ATen ops that a trace would leave whole, too. Each is two linear layers and, on CUDA, a kernel that fuses the rest.
 _CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
 #: What is opened, by :func:`name_of`.
 COMPOSITES = frozenset({"multi_head_attention_forward", *(cell.overloadpacket.__name__ for cell in _CELLS)})

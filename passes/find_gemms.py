@@ -23,7 +23,7 @@ from .graph import static_size, value_of
 from .heads import Vocabulary, head_reasons, identity_of
 from .names import Names
 from .origins import Origin, Origins, target_name
-from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, Recognized, Slot, recognize
+from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, TRANSFORM, Recognized, Slot, recognize
 from .subclasses import obstacle_of_class
 
 __all__ = ["Site", "find_gemms"]
@@ -135,7 +135,7 @@ def _sites_below(body: _Body, vocabulary: Vocabulary, names: Names) -> Iterator[
             weights[node] = _identities(operands, site)
             site.obstacle = site.obstacle or _mixed_precision(site, (*body.autocasts, *autocasts.values()))
             if functorch_depth and not site.obstacle:
-                site.obstacle = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
+                site.obstacle = TRANSFORM
             if training and not gradients:
                 site.reservation = site.reservation or UNDER_NO_GRAD
         origins.visit(node, found is not None)

@@ -110,7 +110,7 @@ class Partitioner(compat.CustomPartitionerFn):
             kwargs.setdefault("compiler", "inductor")
             forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
         kept_outputs = kwargs["num_fwd_outputs"]
-        if self.context.recipe.save != "exact":
+        if self.context.recipe.save != "exact" and self.context.plan.quantized:
             narrow_saved(forward, backward, kept_outputs, Quantizer.parse(SAVE_QUANTIZERS[self.context.recipe.save]))
         if self.context.observe is not None:
             # Bodies of nested regions are parted before the graph that calls them, whose rows include theirs.

@@ -25,12 +25,33 @@ from qcompile.ir.recipe import Recipe
 from .plan import Plan
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "emit", "run_passes", "size_along"]
+__all__ = ["Context", "GraphPass", "Observations", "Product", "emit", "run_passes", "size_along"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
     log.setLevel(_level.upper())
     log.addHandler(logging.StreamHandler())
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a joint graph.
+
+    Attributes:
+        site: index of the site it belongs to, or ``None``. body: whether it is in the body of a higher-order op (or in
+        an inference graph), which may run any number of times and is counted once.
+        role: fprop, dgrad, wgrad, "dgrad+wgrad", or "backward" where the graph does not tell which.
+        op: its name in ATen. flops: floating-point operations, 0 for the opaque op of another library.
+        quantized: whether it reads an operand that was quantized. where: ``file:line`` of the model.
+    """
+
+    site: int | None
+    body: bool
+    role: str
+    op: str
+    flops: int
+    quantized: bool
+    where: str
 
 
 @dataclass
@@ -47,12 +68,12 @@ class Observations:
 
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
-    products: list[Any] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
 
     @property
-    def unaccounted(self) -> list[Any]:
+    def unaccounted(self) -> list[Product]:
         """Products that belong to no site: what `find_gemms` missed."""
         return [product for product in self.products if product.site is None]
 
@@ -68,10 +89,13 @@ class Context:
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A named rewrite of one graph; ``run`` returns how many places it changed."""
+    """A named rewrite of one graph; ``run`` returns how many places it changed. ``dumped``: whether the program after
+    it is worth a record.
+    """
 
     name: str
     run: Callable[[Graph, Context], int]
+    dumped: bool = True
 
 
 def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: Context) -> None:
@@ -89,7 +113,8 @@ def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: C
             elapsed = (time.perf_counter() - start) * 1e3
             diff = op_diff(before, count_ops(graph))
             log.debug("%s/%s: %d matches in %.1f ms%s", stage, graph_pass.name, matches, elapsed, diff)
-        dump(f"{stage}_{graph_pass.name}", graph, context)
+        if graph_pass.dumped:
+            dump(f"{stage}_{graph_pass.name}", graph, context)
         if context.recipe.debug:
             verify(graph, stage=f"{stage}/{graph_pass.name}")
 

@@ -50,13 +50,14 @@ from .plan import Plan, all_rules, make_plan
 
 __all__ = ["PASS_NAMES", "hooks", "rewrite"]
 
+ACCOUNT, AUDIT = GraphPass("account", account, dumped=False), GraphPass("audit", audit)
 JOINT = (
-    GraphPass("account", account),
+    ACCOUNT,
     GraphPass("cancel_rotations", cancel_rotations),
     GraphPass("fuse", fuse),
     GraphPass("fold", fold),
     GraphPass("hints", hints),
-    GraphPass("audit", audit),
+    AUDIT,
     GraphPass("lower_frozen", lower_frozen),
 )
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
@@ -91,16 +92,16 @@ def rewrite(
 
 
 def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
-    """Inductor config that runs the later stages. Hooks the user has set already run first."""
+    """Inductor config that runs the later stages. Hooks the user has set already run first.
+
+    Where nothing is quantized, only what observes runs: `explain` compares with such a model.
+    """
     identity = cache_identity(context.recipe, context.plan)
-    config: dict[str, Any] = {
-        "joint_custom_pre_pass": Stage(
-            "joint", JOINT, context, identity, compat.user_hook("joint_custom_pre_pass", patches)
-        ),
-        "post_grad_custom_pre_pass": Stage(
-            "post_grad", POST_GRAD, context, identity, compat.user_hook("post_grad_custom_pre_pass", patches)
-        ),
-    }
+    stages = {"joint": JOINT, "post_grad": POST_GRAD} if context.plan.quantized else {"joint": (ACCOUNT, AUDIT)}
+    config: dict[str, Any] = {}
+    for name, passes in stages.items():
+        hook = f"{name}_custom_pre_pass"
+        config[hook] = Stage(name, passes, context, identity, compat.user_hook(hook, patches))
     if context.recipe.save != "exact" or context.observe is not None:
         chained = compat.user_hook("custom_partitioner_fn", patches)
         config["custom_partitioner_fn"] = Partitioner(context, identity, chained)

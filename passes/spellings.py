@@ -20,17 +20,9 @@ from qcompile.ir.sharding import local_tensor
 from .graph import static_size, value_of
 
 __all__ = [
-    "ATTENTION",
-    "HIGHER_ORDER_ATTENTION",
-    "Frame",
-    "Recognized",
-    "Slot",
-    "einsum_letters",
-    "is_in",
-    "is_opaque",
-    "name_of",
-    "recognize",
-]
+    "ATTENTION", "HIGHER_ORDER_ATTENTION", "OUT_OF_SCOPE", "SPELLINGS", "TRANSFORM", "Frame", "Recognized", "Slot",
+    "einsum_letters", "is_in", "is_opaque", "name_of", "recognize",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,21 @@ class Slot:
     """Index into the argument where it is a list of operands (einsum)."""
 
     def of(self, node: Node) -> Any:
+        argument = self.argument(node)
+        return argument if self.item is None else argument[self.item]
+
+    def argument(self, node: Node) -> Any:
+        """The operand, or the list that it is in."""
         by_keyword = self.position >= len(node.args)
-        argument = node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
-        return argument if self.item is None else argument[self.item]  # type: ignore[index]
+        return node.kwargs.get(self.keyword_in(node)) if by_keyword else node.args[self.position]
 
     def put(self, node: Node, value: Any) -> None:
         """Let the node read ``value`` here."""
-        by_keyword = self.position >= len(node.args)
         if self.item is not None:
-            listed = node.kwargs[self.keyword_in(node)] if by_keyword else node.args[self.position]
-            operands = list(listed)  # type: ignore[arg-type]
+            operands = list(self.argument(node))
             operands[self.item] = value
             value = operands
-        if by_keyword:
+        if self.position >= len(node.args):
             node.update_kwarg(self.keyword_in(node), value)
         else:
             node.update_arg(self.position, value)
@@ -131,7 +125,7 @@ def _matmul(left: int, right: int, right_name: str) -> Locate:
 
 
 def _tensordot(node: Node) -> tuple[Slot, Slot]:
-    """``torch.tensordot(a, b, dims)``, where dims is a number of axes or two lists of them; ATen's takes the two apart."""
+    """``torch.tensordot(a, b, dims)``: dims is a number of axes or two lists of them, which ATen's op takes apart."""
     given = dict(enumerate(node.args)) | node.kwargs
     dims: Any = given.get(2, given.get("dims", given.get("dims_self", 2)))
     if (others := given.get(3, given.get("dims_other"))) is not None:
@@ -275,6 +269,7 @@ SPELLINGS: dict[str, tuple[str, Locate]] = {
 }
 
 ATTENTION = "attention is left in high precision (as in every published recipe)"
+TRANSFORM = "inside a torch.func transform (vmap, grad): estimators do not compose with it"
 _HIDDEN = "its products are not visible in the graph"
 _OPAQUE = f"one opaque op; {_HIDDEN}"
 _FAST_PATH = f"{_OPAQUE} (without torch.backends.mha.set_fastpath_enabled(False), which shows them)"
@@ -286,53 +281,70 @@ _ORDER = "the order of products is chosen at run time"
 _BILINEAR = "contracts two axes at once; no scale per row factors out"
 _FUNCTION = "a function of a matrix, which is computed by many products; rounding errors would add up"
 _FACTORS = "solves or factors a matrix; rounding errors would grow with its condition number"
+_BACKWARD = "the backward of a product, called by hand"
 _KERNEL = "a kernel of one device's own; spell it as the op that torch dispatches to it"
 
 #: Reason → names of the products that are recognized and left alone for it.
 _REASONS: dict[str, str] = {
-    ATTENTION: """scaled_dot_product_attention _scaled_dot_product_attention_math
+    ATTENTION: """
+        scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps
         _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
         _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward _efficient_attention_forward
         _flash_attention_forward _flash_attention_forward_no_dropout_inplace _triton_scaled_dot_attention
-        torch_attn::_varlen_attn torch_attn::_varlen_attn_out flex_attention flex_attention_backward""",
-    _OPAQUE: """multi_head_attention_forward _triton_multi_head_attention linear_cross_entropy lstm gru rnn_tanh rnn_relu
-        lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _cudnn_rnn miopen_rnn mkldnn_rnn_layer _lstm_mps""",
+        torch_attn::_varlen_attn torch_attn::_varlen_attn_out flex_attention flex_attention_backward
+    """,
+    _OPAQUE: """
+        multi_head_attention_forward _triton_multi_head_attention linear_cross_entropy lstm gru rnn_tanh rnn_relu
+        lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _cudnn_rnn miopen_rnn mkldnn_rnn_layer _lstm_mps
+    """,
     _FAST_PATH: "_transformer_encoder_layer_fwd _native_multi_head_attention",
     _VECTORS: "dot vdot linalg_vecdot",
     _OUTER: "outer ger addr kron",
-    _QUANTIZED: """_int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_grouped_mm _scaled_grouped_mm_v2 scaled_grouped_mm
+    _QUANTIZED: """
+        _int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_grouped_mm _scaled_grouped_mm_v2 scaled_grouped_mm
         _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
         _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _wrapped_quantized_linear_prepacked
         fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight
         fbgemm_linear_int8_weight_fp32_activation quantized_gru quantized_gru_cell quantized_lstm quantized_lstm_cell
-        quantized_rnn_relu_cell quantized_rnn_tanh_cell out_dtype""",
+        quantized_rnn_relu_cell quantized_rnn_tanh_cell out_dtype
+    """,
     _DISTANCE: "cdist _cdist_forward pdist _pdist_forward",
     "a covariance: the data times itself": "cov corrcoef",
-    "coordinates of a sampling grid": "affine_grid affine_grid_generator",
+    "coordinates of a sampling grid": "affine_grid affine_grid_generator cudnn_affine_grid_generator",
     "a list of products in one op": "_foreach_mm",
-    "a gradient inside a torch.func transform: the products of its backward are not the model's own": "_autograd_grad",
-    _SPARSE: """_sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
+    TRANSFORM: "_autograd_grad",
+    _SPARSE: """
+        _sparse_mm _sparse_addmm _sparse_mm_reduce_impl _sparse_sparse_matmul sparse_sampled_addmm hspmm smm sspaddmm
         _spsolve _cslt_sparse_mm _sparse_semi_structured_mm _sparse_semi_structured_addmm
-        _sparse_semi_structured_linear""",
+        _sparse_semi_structured_linear
+    """,
     _ORDER: "chain_matmul linalg_multi_dot",
     _BILINEAR: "bilinear _trilinear",
-    _OVERLAP: """conv_transpose1d conv_transpose2d conv_transpose3d
-        slow_conv_transpose2d slow_conv_transpose3d""",
-    _FUNCTION: "matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp",
-    _FACTORS: """inverse linalg_inv linalg_inv_ex pinverse linalg_pinv linalg_tensorinv
-        linalg_solve linalg_solve_ex _linalg_solve_ex linalg_tensorsolve linalg_solve_triangular triangular_solve
-        cholesky_solve _cholesky_solve_helper linalg_lu_solve lu_solve linalg_ldl_solve linalg_lstsq
-        cholesky cholesky_inverse linalg_cholesky linalg_cholesky_ex linalg_ldl_factor linalg_ldl_factor_ex
-        linalg_lu linalg_lu_factor linalg_lu_factor_ex _lu_with_info lu_unpack lu
-        qr geqrf linalg_qr linalg_householder_product orgqr ormqr
-        svd linalg_svd _linalg_svd linalg_svdvals linalg_eig linalg_eigh _linalg_eigh linalg_eigvals _linalg_eigvals
-        linalg_eigvalsh det linalg_det _linalg_det logdet slogdet linalg_slogdet _linalg_slogdet""",
-    _KERNEL: """_conv_depthwise2d conv_depthwise3d _slow_conv2d_forward slow_conv3d slow_conv3d_forward slow_conv_dilated2d
+    _OVERLAP: "conv_transpose1d conv_transpose2d conv_transpose3d slow_conv_transpose2d slow_conv_transpose3d",
+    _FUNCTION: "matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp linalg_matrix_sqrth",
+    _FACTORS: """
+        linalg_polar inverse linalg_inv linalg_inv_ex pinverse linalg_pinv linalg_tensorinv linalg_solve linalg_solve_ex
+        _linalg_solve_ex linalg_tensorsolve linalg_solve_triangular triangular_solve cholesky_solve
+        _cholesky_solve_helper linalg_lu_solve lu_solve linalg_ldl_solve linalg_lstsq cholesky cholesky_inverse
+        linalg_cholesky linalg_cholesky_ex linalg_ldl_factor linalg_ldl_factor_ex linalg_lu linalg_lu_factor
+        linalg_lu_factor_ex _lu_with_info lu_unpack lu qr geqrf linalg_qr linalg_householder_product orgqr ormqr svd
+        linalg_svd _linalg_svd linalg_svdvals linalg_eig linalg_eigh _linalg_eigh linalg_eigvals _linalg_eigvals
+        linalg_eigvalsh det linalg_det _linalg_det logdet slogdet linalg_slogdet _linalg_slogdet
+    """,
+    _KERNEL: """
+        _conv_depthwise2d conv_depthwise3d _slow_conv2d_forward slow_conv3d slow_conv3d_forward slow_conv_dilated2d
         slow_conv_dilated3d thnn_conv2d convolution_overrideable cudnn_convolution cudnn_convolution_add_relu
         cudnn_convolution_relu cudnn_convolution_transpose miopen_convolution miopen_convolution_add_relu
         miopen_convolution_relu miopen_convolution_transpose miopen_depthwise_convolution mkldnn_convolution
-        mkldnn_linear _mps_convolution _mps_convolution_transpose _nnpack_spatial_convolution""",
+        mkldnn_linear _mps_convolution _mps_convolution_transpose _nnpack_spatial_convolution
+    """,
+    _BACKWARD: """
+        _convolution_double_backward convolution_backward_overrideable mkldnn_linear_backward_input
+        mkldnn_linear_backward_weights lstm_mps_backward mps_convolution_backward mps_convolution_transpose_backward
+        _efficient_attention_backward _flash_attention_backward _cudnn_attention_backward _cdist_backward
+        _pdist_backward _slow_conv2d_backward transformers::grouped_mm_fallback_backward
+    """,
 }  # fmt: skip
 #: What the report calls them, where that is not their name.
 _REPORTED_AS = {
@@ -342,19 +354,20 @@ _REPORTED_AS = {
     "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
     "_autograd_grad": "func.grad",
 }
+_REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+_REASON_OF = {f"{name}_backward": _BACKWARD for name in (*SPELLINGS, *_REASON_OF)} | _REASON_OF
 #: Name → (op kind, reason).
 OUT_OF_SCOPE: dict[str, tuple[str, str]] = {
     name: (_REPORTED_AS.get(name, name.removeprefix("linalg_").strip("_")), reason)
-    for reason, names in _REASONS.items()
-    for name in names.split()
+    for name, reason in _REASON_OF.items()
 }
 HIGHER_ORDER_ATTENTION = ("flex_attention", "flex_attention_backward")
 
 #: Namespaces of ops that are torch's own or ours and that the tables above name as far as they are products.
 _TORCH = frozenset(
     {
-        "aten", "prims", "prim", "debugprims", "rngprims", "qcompile", "inductor", "higher_order", "profiler", "streams",
-        "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "fsdp",
+        "aten", "prims", "prim", "debugprims", "rngprims", "qcompile", "inductor", "higher_order", "profiler",
+        "streams", "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "fsdp",
     }
 )  # fmt: skip
 
@@ -426,7 +439,7 @@ def _opaque(node: Node, name: str) -> Recognized | None:
     """A call of somebody else's code that may be a product: it reads two tensors, one of them a floating matrix."""
     library, is_op, _ = name.partition("::")
     if name in _TRITON:
-        op = compat.triton_kernel_name(node.kwargs["kernel_idx"])
+        op = compat.triton_kernel_name(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
         what = "one opaque Triton kernel"
     elif is_op and library not in _TORCH:
         op, what = name, f"one opaque op of {library}"

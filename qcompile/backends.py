@@ -28,7 +28,7 @@ from .ir.recipe import Recipe
 from .recipes import RECIPES
 from .session import session_of
 
-__all__ = ["compile_with", "qcompile_fp4", "qcompile_quest", "split_options"]
+__all__ = ["check_passes", "compile_with", "plain_model", "qcompile_fp4", "qcompile_quest", "split_options"]
 
 Compiled = Callable[..., Any]
 
@@ -57,7 +57,8 @@ def compile_with(
 
     Args:
         recipe: the backend's recipe, before ``options``.
-        mode: any of ``torch.compile``'s modes; torch passes it on. ``options["mode"]`` works beside other options.
+        mode: any of ``torch.compile``'s modes; torch passes it on, but refuses it beside ``options``. Beside options
+            write ``options["mode"]``.
         options: fields of :class:`Recipe` and Inductor's own options, mixed.
         observe: where to record programs, products and saved tensors (`explain`).
         inner_compile: replaces Inductor's code generation, e.g. by :func:`compat.eager_inner_compile`.
@@ -68,10 +69,7 @@ def compile_with(
     compat.warn_if_untried(str(torch.__version__))
     ours, inductor = split_options(mode, options)
     recipe = recipe.override(ours)
-    for name in recipe.disable_passes:
-        if name not in PASS_NAMES:
-            msg = f"option 'disable_passes': there is no pass {name!r}; passes: {', '.join(PASS_NAMES)}"
-            raise ValueError(msg)
+    check_passes(recipe)
     patches = dict(inductor)
     watched: list[tuple[str, str, str]] = []
     if not compat.in_compiled_autograd():
@@ -102,6 +100,29 @@ def compile_with(
 
         compiled = (monitor() if recipe.monitor is True else recipe.monitor).attach(watched, compiled)
     return compiled
+
+
+def plain_model(model: Any, caller: str) -> Any:
+    """``model`` as it was before ``torch.compile``.
+
+    Raises ``ValueError`` for a class, which ``torch.compile`` would change for the whole process, and for what cannot
+    be called.
+    """
+    if isinstance(model, type):
+        msg = f"{caller}: takes a model, got the class {model.__name__}; make an instance: {model.__name__}(...)"
+        raise ValueError(msg)
+    if not callable(model):
+        msg = f"{caller}: takes a module or function, got {type(model).__name__}"
+        raise ValueError(msg)
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+def check_passes(recipe: Recipe) -> None:
+    """Raises ``ValueError`` for a pass to disable that does not exist."""
+    for name in recipe.disable_passes:
+        if name not in PASS_NAMES:
+            msg = f"option 'disable_passes': there is no pass {name!r}; passes: {', '.join(PASS_NAMES)}"
+            raise ValueError(msg)
 
 
 def _raise_unknown(key: str, names: list[str]) -> None:

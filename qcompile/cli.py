@@ -169,8 +169,9 @@ def add_explain(commands: Any) -> None:
         metavar="K=V",
         help="an entry of torch.compile's options: gradient=fp8, activation.outliers=None, skip=['layers.0']",
     )
+    parser.add_argument("--roles", action="store_true", help="a line for each product and each of its gradients")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a web page")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a web page")
     parser.add_argument("--programs", type=Path, metavar="DIR", help="write the program after each pass")
     parser.set_defaults(run=run_explain)
 
@@ -191,7 +192,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
                 (arguments.programs / file_name).write_text(program, encoding="utf-8")
     except InputErrors as error:
         return unusable("explain", error)
-    make_console().print(report)
+    make_console().print(report.table(roles=True) if arguments.roles else report)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
+import torch._dynamo.convert_frame
 import torch._dynamo.eval_frame
 import torch._dynamo.external_utils
 import torch._dynamo.guards
@@ -30,6 +31,7 @@ import torch.utils._python_dispatch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -38,18 +40,23 @@ __all__ = [
     "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "TorchDispatchMode",
     "before_next_call",
     "captures_recurrent_layers",
     "compile_fx",
     "compiled_call",
+    "current_frame",
     "eager_inner_compile",
     "fake_mode_of",
+    "frame_compilations",
     "given_fake_tensors",
     "in_compiled_autograd",
     "inductor_options",
+    "is_tracing",
     "is_wrapper_subclass",
     "log_artifact",
     "min_cut_partition",
+    "recompile_limits",
     "tensor_core_capability",
     "unlimited_recompiles",
     "user_hook",
@@ -97,7 +104,29 @@ def is_inductor_option(name: str) -> bool:
 
 def unlimited_recompiles() -> AbstractContextManager[Any]:
     """Within it, Dynamo compiles a code object however many compiled versions it has already."""
-    return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+    return torch._dynamo.config.patch(dict.fromkeys(recompile_limits(), sys.maxsize))
+
+
+def recompile_limits() -> dict[str, int]:
+    """Names and values of the limits that :func:`unlimited_recompiles` lifts."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return {name: getattr(torch._dynamo.config, name) for name in names}
+
+
+def frame_compilations() -> dict[Any, int]:
+    """How often Dynamo has compiled each code object, by its number."""
+    return dict(torch._dynamo.convert_frame.FRAME_COMPILE_COUNTER)
+
+
+def current_frame() -> tuple[Any, int]:
+    """Of the frame that Dynamo is compiling: its code object's number, and how often that was compiled before."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return (None, 0) if compile_id is None else (compile_id.frame_id, compile_id.frame_compile_id or 0)
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo or AOTAutograd is at work: what runs then is no step of the model's."""
+    return torch._guards.CompileContext.try_get() is not None
 
 
 def captures_recurrent_layers() -> bool:

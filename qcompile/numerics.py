@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from qcompile.kernels.statistics import STATISTICS
 
+from .backends import plain_model
+
 __all__ = ["Monitor", "gradient_cosine", "monitor"]
 
 #: What a monitor reports of an operand, beside its SQNR: shares of its elements.
@@ -201,7 +203,10 @@ def gradient_cosine(
         backend, options: as for ``torch.compile``. parameters: names to look at, default all that get a gradient.
 
     Both runs start from the same random state. A gradient that is all zeros has no direction: NaN.
+
+    Raises ``ValueError`` for a class in place of a model.
     """
+    model = plain_model(model, "gradient_cosine")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     named = {name: named[name] for name in parameters} if parameters is not None else named
     found = []

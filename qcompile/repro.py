@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import io
+import pickle
+import pickletools
 import platform
-from collections.abc import Mapping
+import reprlib
+import symtable
+import sys
+import sysconfig
+import textwrap
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .backends import split_options
+from .backends import check_passes, plain_model, split_options
+from .ir.recipe import Operand, Rule
 from .recipes import RECIPES
 
 __all__ = ["save_repro"]
@@ -22,6 +36,7 @@ To bisect, change ``options``: {{"fuel": n}} quantizes the first n products, {{"
 {{"disable_passes": ["fuse"]}} leaves out a pass, {{"debug": True}} verifies the graph after each.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +44,8 @@ from torch.utils._pytree import tree_leaves
 
 import qcompile
 
+sys.path += {folders!r}
+{definitions}
 options = {options!r}
 
 
@@ -38,14 +55,18 @@ def run(model, args, kwargs, options):
     torch.manual_seed(0)
     results = torch.compile(model, backend={backend!r}, options=options)(*args, **kwargs)
     wide = [t.float() for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    loss = sum(t.square().mean() for t in wide)
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
-    return loss.item(), dict(zip(names, gradients))
+    loss = sum((t.square().mean() for t in wide), torch.zeros(()))
+    named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    leaves = {{name: p for name, p in named if p.requires_grad}}
+    if not (leaves and loss.requires_grad):
+        return loss.item(), {{}}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.item(), dict(zip(leaves, gradients))
 
 
 if __name__ == "__main__":
-    saved = torch.load(Path(__file__).with_suffix(".pt"), weights_only=False)
+    device = None if torch.cuda.is_available() else "cpu"
+    saved = torch.load(Path(__file__).with_suffix(".pt"), map_location=device, weights_only=False)
     model, args, kwargs = saved["model"], saved["args"], saved["kwargs"]
     print(qcompile.explain(model, *args, backend={backend!r}, options=options, **kwargs))
     loss, gradients = run(model, args, kwargs, options)
@@ -72,28 +93,144 @@ def save_repro(
 
     Args:
         path: where to write, with or without ``.py``; the folder must exist.
-        model: the module, compiled or not; it is pickled, so its class has to be importable where the script runs.
+        model: the module (or function), compiled or not. It is pickled. Modules that are not installed are imported
+            from the folder they are in now; what is defined in ``__main__`` is copied into the script.
         args, kwargs: inputs of the forward. backend, options: as for ``torch.compile``; a monitor is left out.
 
-    Returns the path of the script. Raises ``ValueError`` for an unknown backend or option.
+    Returns the path of the script. Raises ``ValueError``, before anything is written, for an unknown backend or option,
+    an option that has no text, a class in place of a model, a model or input that cannot be pickled, and code of
+    ``__main__`` that cannot be copied.
     """
     if backend not in RECIPES:
         msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
         raise ValueError(msg)
     given = {key: value for key, value in (options or {}).items() if key != "monitor"}
-    RECIPES[backend].override(split_options(None, given)[0])
+    check_passes(RECIPES[backend].override(split_options(None, given)[0]))
     from . import __version__
 
-    model = getattr(model, "_orig_mod", model)
-    script = Path(path).with_suffix(".py")
+    model = plain_model(model, "save_repro")
+    data = _pickled({"model": model, "args": args, "kwargs": kwargs})
+    used = sorted(set(_globals_of(data)))
+    path = Path(path)
+    script = path if path.suffix == ".py" else path.with_name(f"{path.name}.py")
     text = _SCRIPT.format(
         backend=backend,
-        model=type(model).__name__,
-        options=given,
+        model=getattr(model, "__name__", type(model).__name__),
+        options={key: _plain(value, f"option {key!r}") for key, value in given.items()},
+        folders=sorted({folder for module, _ in used if (folder := _folder_of(module))}),
+        definitions=_definitions([name for module, name in used if module == "__main__"]),
         qcompile=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
     )
-    torch.save({"model": model, "args": args, "kwargs": kwargs}, script.with_suffix(".pt"))
+    script.with_suffix(".pt").write_bytes(data)
     script.write_text(text, encoding="utf-8")
     return script
+
+
+def _plain(value: Any, where: str) -> Any:
+    """An option as literals: operands as text, rules as dictionaries. Raises ``ValueError`` for what has none."""
+    match value:
+        case Operand():
+            return str(value)
+        case Rule():
+            defaults = {f.name: f.default for f in dataclasses.fields(Rule)}
+            return {name: _plain(v, where) for name, v in vars(value).items() if v != defaults[name]}
+        case Mapping():
+            return {key: _plain(item, where) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            plain = [_plain(item, where) for item in value]
+            return tuple(plain) if isinstance(value, tuple) else plain
+    try:
+        if ast.literal_eval(repr(value)) == value:
+            return value
+    except (ValueError, SyntaxError):
+        pass
+    msg = f"{where}: {reprlib.repr(value)} cannot be written into a script"
+    raise ValueError(msg)
+
+
+# --- the model and what its pickle needs ----------------------------------------------------------------------------
+
+
+def _pickled(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        torch.save(content, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        msg = f"save_repro: the model or its inputs cannot be pickled: {reason}"
+        raise ValueError(msg) from None
+    return buffer.getvalue()
+
+
+def _globals_of(data: bytes) -> Iterator[tuple[str, str]]:
+    """(module, name) of every class and function that unpickling looks up."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    (member,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+    for opcode, argument, _ in pickletools.genops(archive.read(member)):
+        if opcode.name == "GLOBAL":  # torch pickles by protocol 2, which has no other look-up
+            module, _, name = str(argument).partition(" ")
+            yield module, name.partition(".")[0]
+
+
+def _folder_of(module: str) -> str:
+    """The folder that a module is imported from; "" for installed, built-in and ``__main__``'s own."""
+    top = sys.modules.get(module.partition(".")[0])
+    file = getattr(top, "__file__", None)
+    if module == "__main__" or file is None:
+        return ""
+    folder = Path(file).resolve().parent
+    folder = folder.parent if hasattr(top, "__path__") else folder
+    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+    return "" if installed & {folder, *folder.parents} else str(folder)
+
+
+# --- code of __main__ -----------------------------------------------------------------------------------------------
+
+
+def _definitions(names: list[str]) -> str:
+    """Source of what is defined in ``__main__``, and of all that it uses, in an order that runs."""
+    written: dict[str, str] = {}
+    main = vars(sys.modules["__main__"])
+    for name in names:
+        _write(name, main, written, "the model")
+    return "\n\n".join(["", *written.values(), ""]) if written else ""
+
+
+def _write(name: str, main: Mapping[str, Any], written: dict[str, str], user: str, open_: tuple[str, ...] = ()) -> None:
+    """``open_``: names whose definitions wait for this one; what calls itself needs no second."""
+    if name in written or name in open_ or name not in main:
+        return  # a name that is not there is a builtin
+    value = main[name]
+    text = _source(name, value, user)
+    if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
+        for other in sorted(_global_names(text)):
+            _write(other, main, written, name, (*open_, name))
+    written[name] = text
+
+
+def _global_names(source: str) -> set[str]:
+    """Names that code looks up in its module."""
+    names: set[str] = set()
+    scopes = [symtable.symtable(source, "__main__", "exec")]
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        names |= {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    return names
+
+
+def _source(name: str, value: Any, user: str) -> str:
+    """A statement that defines ``name``. Raises ``ValueError`` if there is none."""
+    if isinstance(value, types.ModuleType):
+        return f"import {value.__name__} as {name}"
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        if value.__module__ != "__main__":
+            return f"from {value.__module__} import {value.__qualname__} as {name}"
+        try:
+            return textwrap.dedent(inspect.getsource(value)).rstrip()
+        except (OSError, TypeError):
+            msg = f"save_repro: {name!r} is defined in __main__, whose source cannot be read; define it in a module"
+            raise ValueError(msg) from None
+    return f"{name} = {_plain(value, f'save_repro: {name!r} of __main__, which {user} uses')!r}"

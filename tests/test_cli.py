@@ -169,6 +169,9 @@ def with_inputs():
 def nothing():
     return model()
 
+def a_class():
+    return nn.Linear, (48,)
+
 def broken():
     raise KeyError("the factory's own fault")
 """
@@ -193,6 +196,14 @@ def test_explain_writes_json_html_and_programs(user_module, tmp_path, capsys):
     assert "1 of 2 GEMM sites quantized" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("roles", [False, True])
+def test_explain_prints_gradients_on_request(roles, user_module, capsys):
+    assert cli.main(["explain", f"{user_module}:with_inputs", *["--roles"][: int(roles)]]) == 0
+    printed = capsys.readouterr().out
+    assert ("wgrad" in printed, "fprop" in printed) == (roles, roles)
+    assert "2 of 2 GEMM sites quantized" in printed
+
+
 def test_explain_makes_inputs_from_shapes(user_module, capsys):
     assert cli.main(["explain", f"{user_module}:nothing", "--input", "6x48"]) == 0
     assert "2 of 2" in capsys.readouterr().out
@@ -205,6 +216,7 @@ def test_explain_makes_inputs_from_shapes(user_module, capsys):
         (["no_such_module:build"], "no_such_module"),
         (["{m}:absent"], "has no function 'absent'"),
         (["{m}:nothing"], "--input"),
+        (["{m}:a_class"], "explain: takes a model, got the class Linear; make an instance: Linear(...)"),
         (["{m}:nothing", "--input", "6xq"], "6xq"),
         (["{m}:nothing", "--input", "6x48:float99"], "float99"),
         (["{m}:with_inputs", "--backend", "qcompile_fp5"], "qcompile_fp5"),

@@ -33,9 +33,10 @@ Where both operands of a forward product are quantized, Hopper's tensor cores mu
 to 8 bits as INT8; a product of one with the other is decoded. Signs with signs are counted bit by bit where 128 divides
 a layer's inputs. The half-integers k + ½ of 8 bits are multiplied as k; sums of k by rows make up for the halves.
 
-One departure: the trust rule compares in units of the grid. A row of zeros, whose scale is all floor, is then trusted,
-where the authors' comparison with the row's own root mean square masks it for good; a layer that is initialized with
-zeros can learn.
+Two departures. An exact zero goes to +Δ/2: levels are ⌊x/Δ⌋ + ½ times Δ, and the authors' code computes
+round(x/Δ + ½) − ½, which rounds the tie at zero to the even 0 and so to −Δ/2. And the trust rule compares in units
+of the grid. A row of zeros, whose scale is all floor, is then trusted, where the authors' comparison with the row's own
+root mean square masks it for good; a layer that is initialized with zeros can learn.
 """
 
 from __future__ import annotations

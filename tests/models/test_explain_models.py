@@ -5,14 +5,18 @@ The count is independent: a dispatch mode sees the ATen products that one eager 
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qcompile
-from qcompile.report import ROLES, Report
+from qcompile.report import ROLES, Report, Row
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,8 +79,14 @@ KIND = {
 
 def listed(report: Report) -> Counter[str]:
     return Counter(dict.fromkeys(KIND.values(), 0)) + Counter(
-        KIND[row.op] for row in report.rows if row.role in ("fprop", "-")
+        KIND[row.op] for row in report.rows if row.role in ("fprop", "-") and row.decision != "not captured"
     )
+
+
+def times(row: Row) -> int:
+    """How often the forward runs a product: equal layers share a graph, and Python may repeat itself."""
+    found = re.search(r"(\d+) times", row.reason)
+    return (int(found[1]) if found else 1) if row.role in ("fprop", "-") else 0
 
 
 def skipped(report: Report) -> dict[str, str]:
@@ -97,6 +107,7 @@ def assert_all_roles(report: Report, first: str = "") -> None:
             assert row.decision == expected, row
     assert all(tuple(found) == ROLES for found in roles.values())
     assert len(roles) == report.quantized_sites
+    assert not any("not accounted for" in remark for remark in report.remarks)
 
 
 ATTENTION = "attention is left in high precision (as in every published recipe)"
@@ -119,6 +130,14 @@ def test_llama():
     assert (listed(report)["gemm"], listed(report)["sdpa"]) == (15, 2)
     # One quantization each for q, k, v; for the output projection; for gate and up; for the down projection.
     assert sum(row.saved_bytes > 0 for row in report.rows) == 4 * 2
+    # On a screen of 80 × 40, a line for each product.
+    console = Console(width=80, file=io.StringIO())
+    console.print(report)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 40
+    assert max(map(cell_len, lines)) <= 80
+    sites = [line for line in lines if re.search(r" (quantized|skipped)( \[\d+\])?\s*$", line)]
+    assert len(sites) == report.sites == 17
 
 
 def test_gpt2():
@@ -192,7 +211,9 @@ def test_mixture_of_experts(experts, kinds):
 
 
 def test_experts_in_a_python_loop_stay_outside_the_graphs():
-    """A loop over the experts that a batch uses cannot be captured: it runs as it is, and the report lacks it."""
+    """A loop over the experts that a batch uses cannot be captured: it runs as it is, and the report says so of every
+    product.
+    """
     config = transformers.MixtralConfig(
         **TINY, **TOKENS, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
     )
@@ -200,7 +221,9 @@ def test_experts_in_a_python_loop_stay_outside_the_graphs():
     model = transformers.MixtralForCausalLM(config)
     report = qcompile.explain(model, **TEXT)
     assert report.graphs > 1
-    assert not any("experts" in row.layer for row in report.rows)
+    outside = [row for row in report.rows if row.decision == "not captured"]
+    assert {row.layer for row in outside} == {row.layer for row in report.rows if "experts" in row.layer}
+    assert report.remarks[0].startswith("not captured: model.layers.*.mlp.experts (gate_up_proj: linear ")
     found, present = listed(report), count(model, TEXT)
     assert found["sdpa"] == present["sdpa"] == 2
-    assert found["gemm"] < present["gemm"]
+    assert sum(map(times, report.rows)) == present["gemm"] + present["sdpa"]

@@ -117,6 +117,11 @@ def assert_accounted_for(compiled: Compiled, plain: Expected, expected: Expected
     assert {product.op for product in products if not product.quantized} == set(reasons)
     assert compiled.forward.quantized == expected.forward.count.quantized
     assert compiled.backward.quantized == expected.backward.count.quantized
+    # The graphs' own count: every product belongs to a site, and no operation that runs is left out of it.
+    assert not [product for graph in compiled.graphs for product in graph.unaccounted]
+    counted = [product for graph in compiled.graphs for product in graph.products]
+    for count, roles in ((compiled.forward, {"fprop"}), (compiled.backward, {p.role for p in counted} - {"fprop"})):
+        assert sum(product.flops for product in counted if product.role in roles) == count.total
     # Inductor leaves out what has no effect and turns small products into sums; it adds none.
     assert compiled.forward.quantized <= compiled.forward.total <= plain.forward.count.total
     assert compiled.backward.quantized <= compiled.backward.total <= plain.backward.count.total

@@ -135,7 +135,10 @@ def compile_and_run(
     compiled, observations = compiler(function, recipe, fullgraph=fullgraph, dynamic=dynamic, **options)
     with under():
         outputs = compiled(*inputs)
-    return Result(outputs, backward(outputs, leaves_of(function, inputs)), observations)
+    result = Result(outputs, backward(outputs, leaves_of(function, inputs)), observations)
+    missed = [product for observed in observations for product in observed.unaccounted]
+    assert not missed, f"products that belong to no site: {missed}"
+    return result
 
 
 def run_eager(

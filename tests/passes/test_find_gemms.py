@@ -83,6 +83,16 @@ def windows_2d(x: Tensor) -> Tensor:
     return F.fold(rows, x.shape[2:], 3, stride=3)
 
 
+def time_batch_channels(x: Tensor) -> Tensor:
+    """One scale a sample of [T, B, C]."""
+    return whole_sample(x.transpose(0, 1)).transpose(0, 1).contiguous()
+
+
+def filters_last(w: Tensor) -> Tensor:
+    """One scale an output channel of [window, channels, outputs]."""
+    return filters(w.permute(2, 0, 1)).permute(1, 2, 0).contiguous()
+
+
 def windows_1d(x: Tensor) -> Tensor:
     batch, channels, length = x.shape
     rows = x.view(batch, channels, length // 4, 4).transpose(1, 2).reshape(batch, length // 4, channels * 4)
@@ -135,6 +145,12 @@ ROWS: dict[str, Row] = {
     "addmv": Row("addmv", lambda m, x: torch.addmv(m.b, m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}),
     "bmm": Row("bmm", lambda m, x: torch.bmm(x, m.w), (3, 5, 37), (3, 37, 11), (-1, 1), MM),
     "Tensor.bmm of W.transpose": Row("bmm", lambda m, x: x.bmm(m.w.transpose(1, 2)), (3, 5, 37), (3, 11, 37), slots=MM),
+    "aten.mm keywords": Row("mm", lambda m, x: torch.ops.aten.mm(self=x, mat2=m.w), (5, 37), (37, 11), (-1, 0), MM),
+    "aten.linear": Row("linear", lambda m, x: torch.ops.aten.linear(x, m.w, m.b), (3, 5, 37), (11, 37)),
+    "Tensor.addmv": Row("addmv", lambda m, x: m.b.addmv(m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}),
+    "addmv_": Row(
+        "addmv", lambda m, x: torch.ones(11).addmv_(m.w, x), (37,), (11, 37), slots=((-1, W), (-1, A)), fused={}
+    ),
     "addmm": Row("addmm", lambda m, x: torch.addmm(m.b, x, m.w), (5, 37), (37, 11), (-1, 0), MM),
     "addmm keywords": Row(
         "addmm", lambda m, x: torch.addmm(input=m.b, mat1=x, mat2=m.w), (5, 37), (37, 11), (-1, 0), MM
@@ -169,12 +185,57 @@ ROWS: dict[str, Row] = {
     "addbmm": Row(
         "addbmm", lambda m, x: torch.addbmm(m.b, x, m.w), (3, 5, 37), (3, 37, 11), (-1, 1), MM, fused=BACKWARD_FUSED
     ),
+    "Tensor.baddbmm": Row(
+        "baddbmm",
+        lambda m, x: m.b.baddbmm(x, m.w),
+        (3, 5, 37),
+        (3, 37, 11),
+        (-1, 1),
+        MM,
+        (3, 1, 11),
+        BACKWARD_FUSED,
+    ),
+    "addbmm_": Row(
+        "addbmm",
+        lambda m, x: torch.ones(5, 11).addbmm_(x, m.w),
+        (3, 5, 37),
+        (3, 37, 11),
+        (-1, 1),
+        MM,
+        fused=BACKWARD_FUSED,
+    ),
     "inner": Row("inner", lambda m, x: torch.inner(x, m.w), (3, 5, 37), (11, 37)),
     "tensordot dims=1": Row(
         "tensordot", lambda m, x: torch.tensordot(x, m.w, dims=1), (3, 5, 37), (37, 11), (-1, 0), ((-1, A), (0, W))
     ),
     "tensordot in the middle": Row(
         "tensordot", lambda m, x: torch.tensordot(x, m.w, ([1], [0])), (3, 37, 5), (37, 11), (1, 0), ((1, A), (0, W))
+    ),
+    "aten.tensordot": Row(
+        "tensordot",
+        lambda m, x: torch.ops.aten.tensordot(x, m.w, [1], [0]),
+        (3, 37, 5),
+        (37, 11),
+        (1, 0),
+        ((1, A), (0, W)),
+    ),
+    "aten.tensordot keywords": Row(
+        "tensordot",
+        lambda m, x: torch.ops.aten.tensordot(x, other=m.w, dims_self=[-1], dims_other=[-2]),
+        (3, 5, 37),
+        (37, 11),
+        (-1, 0),
+        MM,
+    ),
+    "aten.einsum": Row(
+        "einsum", lambda m, x: torch.ops.aten.einsum("bk,nk->bn", [x, m.w]), (3, 37), (11, 37), slots=((1, A), (1, W))
+    ),
+    "aten.einsum keywords": Row(
+        "einsum",
+        lambda m, x: torch.ops.aten.einsum(equation="bk,nk->bn", tensors=[x, m.w]),
+        (3, 37),
+        (11, 37),
+        slots=((1, A), (1, W)),
     ),
     "einsum": Row(
         "einsum", lambda m, x: torch.einsum("bsk,nk->bsn", x, m.w), (3, 5, 37), (11, 37), slots=((2, A), (1, W))
@@ -288,6 +349,54 @@ ROWS: dict[str, Row] = {
         note="one scale per window (windows tile the input)",
         **CONV,
     ),
+    "torch.convolution": Row(
+        "convolution",
+        lambda m, x: torch.convolution(x, m.w, m.b, [1], [1], [1], False, [0], 1),
+        (2, 7, 19),
+        (5, 7, 3),
+        **OVERLAPPING,
+    ),
+    "aten.convolution, windows tile": Row(
+        "convolution",
+        lambda m, x: torch.ops.aten.convolution(x, m.w, None, [3, 3], [0, 0], [1, 1], False, [0, 0], 1),
+        (2, 7, 9, 12),
+        (5, 7, 3, 3),
+        quantize_x=windows_2d,
+        note="one scale per window (windows tile the input)",
+        **CONV,
+    ),
+    "aten.conv2d keywords": Row(
+        "conv2d", lambda m, x: torch.ops.aten.conv2d(input=x, weight=m.w), (2, 7, 9, 11), (5, 7, 3, 3), **OVERLAPPING
+    ),
+    "torch._convolution_mode": Row(
+        "convolution",
+        lambda m, x: torch._convolution_mode(x, m.w, m.b, [1], "same", [1], 1),
+        (2, 7, 19),
+        (5, 7, 3),
+        **OVERLAPPING,
+    ),
+    "conv_tbc": Row(
+        "conv_tbc",
+        lambda m, x: torch.conv_tbc(x, m.w, m.b, 1),
+        (7, 2, 6),
+        (3, 6, 5),
+        b=(5,),
+        fused={},
+        note=PER_SAMPLE,
+        quantize_x=time_batch_channels,
+        quantize_w=filters_last,
+    ),
+    "conv_tbc of one position": Row(
+        "conv_tbc",
+        lambda m, x: torch.conv_tbc(x, m.w, m.b),
+        (7, 2, 6),
+        (1, 6, 5),
+        (-1, 1),
+        MM,
+        (5,),
+        {},
+        "one scale per position",
+    ),
     "conv2d windows leave a rest": Row(
         "conv2d", lambda m, x: F.conv2d(x, m.w, m.b, stride=3), (2, 7, 10, 12), (5, 7, 3, 3), **OVERLAPPING
     ),
@@ -360,6 +469,9 @@ def test_transformers_conv1d_is_an_addmm_named_after_its_layer() -> None:
 # --- what is left alone, and why -------------------------------------------------------------------------------------
 
 _VECTORS = "a product of two vectors"
+_OUTER = "an outer product, nothing is summed"
+_FUNCTION = "a function of a matrix, which is computed by many products; rounding errors would add up"
+_FACTORS = "solves or factors a matrix; rounding errors would grow with its condition number"
 _ATTENTION = "attention is left in high precision (as in every published recipe)"
 LEFT_ALONE: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, ...], tuple[int, ...], str, str]] = {
     "dot": (lambda m, x: torch.dot(x, m.w), (37,), (37,), "dot", _VECTORS),
@@ -448,6 +560,28 @@ LEFT_ALONE: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, ...], tuple
         (7, 5, 3, 3),
         "conv_transpose2d",
         "output windows overlap; its operands have no exact scale per row",
+    ),
+    "convolution, transposed": (
+        lambda m, x: torch.convolution(x, m.w, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1),
+        (2, 7, 9, 11),
+        (7, 5, 3, 3),
+        "convolution",
+        "output windows overlap; its operands have no exact scale per row",
+    ),
+    "matrix_power": (lambda m, x: m.w.matrix_power(3) * x, (7, 7), (7, 7), "matrix_power", _FUNCTION),
+    "matrix_exp": (lambda m, x: torch.linalg.matrix_exp(m.w) * x, (7, 7), (7, 7), "matrix_exp", _FUNCTION),
+    "inverse": (lambda m, x: torch.linalg.inv(m.w) * x, (7, 7), (7, 7), "inv", _FACTORS),
+    "solve": (lambda m, x: torch.linalg.solve(m.w, x), (7, 5), (7, 7), "solve", _FACTORS),
+    "outer": (lambda m, x: x.outer(m.w), (5,), (7,), "outer", _OUTER),
+    "kron": (lambda m, x: torch.kron(x, m.w), (5, 3), (7, 2), "kron", _OUTER),
+    "addr": (lambda m, x: torch.addr(m.w, x, x), (7,), (7, 7), "addr", _OUTER),
+    "vecdot": (lambda m, x: torch.linalg.vecdot(x, m.w), (5, 7), (5, 7), "vecdot", _VECTORS),
+    "chain_matmul": (
+        lambda m, x: torch.ops.aten.chain_matmul([x, m.w, m.w.mT]),
+        (5, 37),
+        (37, 11),
+        "chain_matmul",
+        "the order of products is chosen at run time",
     ),
     "cdist": (lambda m, x: torch.cdist(x, m.w), (5, 7), (11, 7), "cdist", "a distance, not a product"),
     "attention": (

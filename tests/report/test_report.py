@@ -1,4 +1,4 @@
-"""The report: what its rows, totals, programs and files say, what `explain` leaves, what is logged.
+"""The report: what its rows, totals and programs say, what `explain` leaves, what is logged.
 
 Graphs are executed eagerly here, as `explain` always does.
 """
@@ -6,13 +6,11 @@ Graphs are executed eagerly here, as `explain` always does.
 from __future__ import annotations
 
 import ast
-import io
 import json
 import logging
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile import compat
+from qcompile.backends import compile_with
+from qcompile.recipes import RECIPES
 from qcompile.report import ROLES, Report, Row
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -65,7 +66,7 @@ def test_rows_follow_the_program_and_the_roles(report):
         ("inp", "wgrad", "quantized"),
         *(("layers.0", role, "quantized") for role in ROLES),
         ("layers.1", "fprop", "quantized"),
-        ("layers.1", "dgrad", "skipped"),
+        ("layers.1", "dgrad", "quantized"),  # its weight is off, dY is not
         ("layers.1", "wgrad", "quantized"),
         ("lm_head", "-", "skipped"),
     ]
@@ -230,7 +231,7 @@ def test_equal_rows_of_ranks_are_one_row():
         "2 ranks: qcompile_fp4: 1 of 2 GEMM sites quantized in 1 graph(s); "
         "688 B kept for the backward over all ranks, 288 B of it as codes"
     )
-    assert str(merged).count("2 ranks") == 1 + len(merged.rows)
+    assert str(merged).count("2 ranks") == 1  # what holds for all rows is said once
 
 
 def test_stages_of_a_pipeline_stay_apart():
@@ -319,70 +320,57 @@ def test_wrong_uses_of_merging_are_plain_errors():
         one.gather()
 
 
-# --- forms of output ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options", [{"enabled": False}, {"activation": "off", "weight": "off"}, {"enabled": False, "save": "4bit"}, {}],
+    ids=["off", "no operand", "off though narrowed", "on"],
+)  # fmt: skip
+def test_saved_bytes_are_what_autograd_keeps_quantized_or_not(options):
+    """Before and after can be compared, and watching an unquantized model changes neither its bytes nor its numbers."""
+    model, x = nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 12)), torch.randn(33, 40)
+    report = qcompile.explain(model, x, options=options)
+
+    def backend(gm, inputs):
+        return compile_with(
+            RECIPES["qcompile_fp4"], gm, inputs, options=options, inner_compile=compat.eager_inner_compile
+        )
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    with qcompile.saved_bytes(model, x) as measured:
+        compiled(x)
+    assert report.saved_bytes == measured.total > 0
+    assert (report.code_bytes == 0) == (options != {})
 
 
-def test_json_holds_rows_and_totals(report):
-    data = json.loads(report.to_json())
-    assert [Row(**row) for row in data["rows"]] == report.rows
-    assert data["saved"] == report.saved
-    for total in ("backend", "graphs", "sites", "quantized_sites", "saved_bytes", "code_bytes"):
-        assert data[total] == getattr(report, total)
-    rebuilt = Report(data["backend"], [Row(**row) for row in data["rows"]], saved=data["saved"], graphs=data["graphs"])
-    assert rebuilt.to_json() == report.to_json()
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Identity])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_one_graph_computes_and_the_next_one_saves_counts_once(enabled, act):
+    """An input of a graph is alive anyway only if it is the user's; a result that both graphs save is one tensor."""
 
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(40, 64), act(), nn.Linear(64, 12)
 
-def test_html_is_a_page_with_the_table(report):
-    page = report.to_html()
-    assert page.lstrip().lower().startswith("<!doctype html")
-    assert "</html>" in page
-    for text in ("inp", "layers.0", "e2m1 row", "wgrad", report.summary().split(";")[0]):
-        assert text in page, text
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.first(x))
+            torch._dynamo.graph_break()
+            return self.second(y)
 
+    model, x, options = Broken(), torch.randn(33, 40), {"enabled": enabled}
+    report = qcompile.explain(model, x, options=options)
 
-def test_printing_needs_no_terminal(report):
-    """Every row, nothing cut off, and no escape codes in a log file."""
-    out = io.StringIO()
-    with redirect_stdout(out):
-        print(report)
-    text = out.getvalue()
-    assert "\x1b" not in text
-    assert text.splitlines()[0].strip() == report.summary()
-    assert "…" not in text
-    for row in report.rows:
-        assert any(row.layer in line and f" {row.role} " in line for line in text.splitlines()), row
+    def backend(gm, inputs):
+        return compile_with(
+            RECIPES["qcompile_fp4"], gm, inputs, options=options, inner_compile=compat.eager_inner_compile
+        )
 
-
-def test_compact_folds_equal_layers_and_long_reports_fold_themselves(report):
-    row = report.rows[3]
-    rows = [replace(row, layer=f"blocks.{i}.up{j}") for i in range(40) for j in (1, 2)]
-    long = Report("qcompile_fp4", rows, graphs=1)
-    assert long.table().row_count == 80
-    assert long.table(compact=True).row_count == 2
-    assert "blocks.*.up1 ×40" in str(long)
-    assert "blocks.7.up1" not in str(long)
-    different = [*rows[:4], replace(rows[4], shape="1×2 · 3×2")]
-    assert Report("qcompile_fp4", different).table(compact=True).row_count == 3
-    assert report.table(compact=True).row_count < len(report.rows)
-
-
-def test_an_empty_report_is_a_report():
-    empty = qcompile.explain(lambda x: x + 1, torch.randn(3))
-    assert (empty.rows, empty.sites, empty.saved_bytes) == ([], 0, 0)
-    assert "0 of 0 GEMM sites" in str(empty)
-    assert json.loads(empty.to_json())["rows"] == []
-
-
-def test_sizes_read_well():
-    from qcompile.report import _size
-
-    assert [_size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 * 2**30)] == [
-        "0 B",
-        "1023 B",
-        "1 KiB",
-        "1.5 MiB",
-        "3 GiB",
-    ]
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    with qcompile.saved_bytes(model, x) as measured:
+        compiled(x)
+    assert report.graphs == 2
+    assert report.saved_bytes == measured.total > 0
 
 
 # --- programs -----------------------------------------------------------------------------------------------
@@ -391,7 +379,7 @@ def test_sizes_read_well():
 def test_there_is_a_program_after_every_pass_for_both_directions(report):
     assert list(report.programs) == [
         "dynamo_captured", "dynamo_insert",
-        "joint_cancel_rotations", "joint_quantize_gradients", "joint_fuse", "joint_fold", "joint_hints", "joint_audit",
+        "joint_cancel_rotations", "joint_fuse", "joint_fold", "joint_hints", "joint_audit",
         "joint_lower_frozen",
         "post_grad_lower", "post_grad_merge_quantize", "post_grad_lower_2", "post_grad_merge_quantize_2",
     ]  # fmt: skip
@@ -407,8 +395,8 @@ def test_programs_are_python_and_show_what_the_pass_did(report):
     assert calls["dynamo_captured"] == 0
     assert report.programs["dynamo_insert"].count("qcompile.fake_quantize") == 5
     for before, after, op, change in (
-        ("dynamo_insert", "joint_quantize_gradients", "fake_quantize", -5),
-        ("joint_quantize_gradients", "joint_fuse", "scaled_mm", +7),
+        ("dynamo_insert", "joint_cancel_rotations", "fake_quantize", -5),
+        ("joint_cancel_rotations", "joint_fuse", "scaled_mm", +7),
     ):
         assert (
             report.programs[after].count(f"qcompile.{op}.") - report.programs[before].count(f"qcompile.{op}") == change
@@ -419,81 +407,6 @@ def test_programs_are_python_and_show_what_the_pass_did(report):
 def test_a_disabled_pass_has_no_program():
     report = qcompile.explain(Mlp(), torch.randn(6, 40), options={"disable_passes": ["fuse", "insert"]})
     assert not {"joint_fuse", "dynamo_insert"} & set(report.programs)
-
-
-# --- what no graph has --------------------------------------------------------------------------------------
-
-
-class Tagger(nn.Module):
-    def __init__(self, kind: type[nn.Module] = nn.LSTM) -> None:
-        super().__init__()
-        self.inp, self.encoder, self.out = nn.Linear(40, 12), kind(12, 8, batch_first=True), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.encoder(self.inp(x))[0])
-
-
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_a_recurrent_layer_that_keeps_the_model_in_python_is_named(kind):
-    """Dynamo gives the whole frame up, so there is nothing else to report."""
-    report = qcompile.explain(Tagger(kind), torch.randn(3, 7, 40))
-    missing, advice = report.remarks
-    assert "encoder" in missing
-    assert missing.startswith("not captured: ")
-    assert "(encoder)" in advice
-    assert "torch._dynamo.config.allow_rnn = True" in advice
-    assert report.summary().endswith(f"\n{missing}\n{advice}")
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_rnn=True):
-        report = qcompile.explain(Tagger(kind), torch.randn(3, 7, 40))
-    assert report.remarks == []
-    assert {"inp", "out"} <= {row.layer for row in report.rows}
-
-
-def test_modules_that_are_in_no_graph_are_listed():
-    """A layer behind a graph break of the user's that leaves its frame in Python; others are as they were."""
-
-    class Partly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen, self.hidden, self.norm = nn.Linear(40, 12), nn.Linear(12, 12), nn.LayerNorm(12)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(torch._dynamo.disable(self.hidden)(self.seen(x)))
-
-    report = qcompile.explain(Partly(), torch.randn(6, 40))
-    assert report.remarks == ["not captured: hidden (in no graph of Dynamo's, so left in Python)"]
-    assert [row.layer for row in report.rows if row.role == "fprop"] == ["seen"]
-    assert qcompile.explain(Mlp(), torch.randn(6, 40)).remarks == []
-    merged = Report.merged([report, report])
-    assert merged.remarks == report.remarks
-
-
-def test_equal_layers_that_share_a_graph_are_all_in_it():
-    """As under FSDP2, whose hooks leave the loop over blocks in Python and one graph for all blocks."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(12, 12)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(x).relu()
-
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(Block() for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                torch._dynamo.graph_break()
-                x = block(x)
-            return x
-
-    report = qcompile.explain(Loop(), torch.randn(6, 12))
-    assert report.graphs < 3
-    assert report.remarks == []
 
 
 # --- explain leaves no trace --------------------------------------------------------------------------------
@@ -594,6 +507,28 @@ def test_mistakes_are_plain_value_errors(kwargs, message):
     """Not wrapped by Dynamo: the first line is ours."""
     with pytest.raises(ValueError, match=f"^{message}"):
         qcompile.explain(Mlp(), torch.randn(6, 40), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: qcompile.explain(model, torch.randn(6, 40)),
+        lambda model: qcompile.save_repro("repro", model, torch.randn(6, 40)),
+        lambda model: qcompile.gradient_cosine(model, lambda compiled: compiled(torch.randn(6, 40)).sum()),
+        lambda model: qcompile.saved_bytes(model).__enter__(),
+    ],
+    ids=["explain", "save_repro", "gradient_cosine", "saved_bytes"],
+)
+def test_a_class_is_no_model(use, monkeypatch, tmp_path):
+    """``torch.compile(nn.Linear)`` wraps the class's ``__call__`` for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    called = Mlp.__call__
+    with pytest.raises(ValueError, match=r": takes a model, got the class Mlp; make an instance: Mlp\(\.\.\.\)$"):
+        use(Mlp)
+    assert Mlp.__call__ is called
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r": takes a module or function, got int$"):
+        use(3)
 
 
 def test_an_error_of_the_model_is_the_models():

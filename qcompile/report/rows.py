@@ -1,0 +1,183 @@
+"""A row: one GEMM in one role; the rows of a plan, with what the later passes made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.ir.recipe import Operand
+from qcompile.kernels.matmul.reference import LEVELS
+from qcompile.kernels.register import provider_of
+from qcompile.passes.lower import DECODED
+from qcompile.passes.pass_base import Observations
+from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
+
+__all__ = ["NOT_CAPTURED", "NOT_COMPUTED", "QUANTIZED", "ROLES", "SKIPPED", "Row", "bare_row", "rows_of", "shape_text"]
+
+ROLES = ("fprop", "dgrad", "wgrad")
+#: What a row's ``decision`` may be.
+QUANTIZED, SKIPPED, NOT_COMPUTED, NOT_CAPTURED = "quantized", "skipped", "not computed", "not captured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One GEMM in one role (or one that was left alone).
+
+    Attributes:
+        layer: dotted module name. op: how the model spells the product. role: fprop, dgrad, wgrad, or "-" if left
+        alone. shape: operand shapes, e.g. ``"8×64×256 · 1024×256"``.
+        formats: what each operand is read as, e.g. ``"e2m1 row + residual × e2m1 row"``.
+        estimator: backward estimators of the two operands, after their transforms (fprop rows).
+        provider: the kernels that run it. saved_bytes: bytes of codes this site keeps for the backward (fprop rows).
+        decision: "quantized", "skipped", of a gradient that nobody needs "not computed", of a product that no graph
+            holds "not captured". reason: why, or a remark about granularity.
+        ranks: the ranks that the row holds on, in a report merged over ranks; empty in the report of one process.
+    """
+
+    layer: str
+    op: str
+    role: str
+    shape: str
+    formats: str
+    estimator: str
+    provider: str
+    saved_bytes: int
+    decision: str
+    reason: str
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))  # JSON has lists alone
+
+
+def shape_text(operands: Iterable[Iterable[Any]]) -> str:
+    """``"8×64 · 32×64"``"""
+    return " · ".join("×".join(str(n) for n in operand) for operand in operands)
+
+
+def rows_of(decision: Decision, observed: Observations) -> list[Row]:
+    """The rows of one site: one if it is left alone, else one for the product and one for each gradient."""
+    site = decision.site
+    base = {"layer": site.name, "op": site.op, "shape": shape_text(site.shape)}
+    if not decision.quantized:
+        return [bare_row(base, "-", SKIPPED, decision.reason)]
+    saved = sum(t["bytes"] for t in observed.saved if t["codes"] and t["custom"].get(SITE_KEY) == site.index)
+    products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
+    rows = []
+    for role in ROLES:
+        product = products.get(role)
+        if product is None and role != "fprop":
+            if not site.training:
+                continue
+            if not _needs_gradient(decision, role):
+                rows.append(bare_row(base, role, NOT_COMPUTED, "nothing upstream needs this gradient"))
+                continue
+            product = products.get("dgrad+wgrad") or products.get("backward")
+            if product is None and "weight" not in [slot.kind for slot in site.slots]:
+                product = products.get("wgrad")  # both gradients of a product of activations go by that name
+        reason = decision.reason if role == "fprop" else ""
+        if product is None:
+            product = _implied(decision, role)
+            reason = "not a matrix product in the joint graph; it reads the decoded operands"
+        elif site.op.startswith("conv"):
+            product = _implied(decision, role)
+        texts = product["operands"]
+        dense = all(text == "dense" for text in texts)
+        rows.append(
+            Row(
+                **base,
+                role=role,
+                formats=" × ".join(_format(text, product["dtype"]) for text in texts),
+                estimator=_estimators(decision) if role == "fprop" else "",
+                provider="" if dense else _provider(decision, product, role),
+                saved_bytes=saved if role == "fprop" else 0,
+                decision=SKIPPED if dense else QUANTIZED,
+                reason="both operands are kept in high precision"
+                if dense
+                else "; ".join(filter(None, (reason, product["reason"]))),
+            )
+        )
+    return rows
+
+
+def _estimators(decision: Decision) -> str:
+    """``"trust of hadamard(64) × trust of hadamard(64)"``: estimators, and the transforms as the operands have them."""
+    texts = []
+    for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
+        if operand is None:
+            texts.append("-")
+            continue
+        transform = transform_at(slot, operand, decision.site.node)
+        texts.append(f"{operand.estimator} of {transform}" if transform else str(operand.estimator))
+    return " × ".join(texts)
+
+
+def bare_row(base: Mapping[str, Any], role: str, decision: str, reason: str) -> Row:
+    """A row of which there is nothing to say but why; ``base`` has its layer, op and shape."""
+    empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
+    return Row(**base, **empty, role=role, decision=decision, reason=reason)
+
+
+def _weight_position(decision: Decision) -> int:
+    """Which operand is the weight; the right one of a product without."""
+    kinds = [slot.kind for slot in decision.site.slots]
+    return kinds.index("weight") if "weight" in kinds else 1
+
+
+def _needs_gradient(decision: Decision, role: str) -> bool:
+    """Whether autograd asks for dX (dgrad) or dW (wgrad): by the operand as the model has it, before what `insert` put
+    on it.
+    """
+    weight = _weight_position(decision)
+    node = decision.site.slots[weight if role == "wgrad" else 1 - weight].of(decision.site.node)
+    while KIND_KEY in (node.meta.get("custom") or {}):
+        node = node.args[0]
+    return bool(node.meta["example_value"].requires_grad)
+
+
+def _implied(decision: Decision, role: str) -> dict[str, Any]:
+    """What a product reads where the joint graph does not tell: autograd is given the decoded operands.
+
+    Products over one element become multiplications, equal products are merged, some ops have a backward of their own,
+    and a convolution reads windows that were put together again.
+    """
+    texts = [str(operand) if operand else "dense" for operand in decision.operands]
+    if role != "fprop":
+        weight = _weight_position(decision)
+        texts = ["dense", texts[weight if role == "dgrad" else 1 - weight]]
+    dtype = str(decision.site.node.meta["example_value"].dtype).removeprefix("torch.")
+    return {"operands": texts, "fused": False, "dtype": dtype, "provider": "", "reason": ""}
+
+
+def _format(text: str, dense: str) -> str:
+    if text == "dense":
+        return dense or "high precision"
+    if text.startswith(LEVELS):
+        return text.removeprefix(LEVELS)  # its scales are in the gradient
+    operand = Operand.parse(text)
+    quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
+    if not (operand.outliers and operand.outliers.compensate):
+        return quantizer
+    return quantizer + (" + residual" if operand.outliers.residual == "exact" else " + e4m3 outliers")
+
+
+def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
+    product_by = product["provider"] if product["fused"] else DECODED
+    if role != "fprop":
+        return product_by
+    value = decision.site.node.meta["example_value"]
+    quantizers = [
+        provider_of(
+            _quantize_op(operand), value.device.type, str(operand.stored), value.dtype, transform=str(operand.transform)
+        )
+        for operand in decision.operands
+        if operand
+    ]
+    names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
+    return f"{', '.join(names)} quantize; {product_by}"
+
+
+def _quantize_op(operand: Operand) -> str:
+    in_codes = operand.outliers is not None and operand.outliers.residual == "e4m3"
+    return "quantize_compensated" if in_codes else "quantize"
