@@ -480,8 +480,7 @@ class Reference(TorchFunctionMode):
                 handle.remove()
 
 
-#: What scores are handed to, as torch's Python code calls it.
-_CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss_nd")
+_CROSS_ENTROPIES = ("cross_entropy", "nll_loss")
 
 
 def _storage(x: Tensor) -> int:
