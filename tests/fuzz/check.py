@@ -139,7 +139,7 @@ def _eager_runs(program: Program) -> bool:
         with _autocast(program):
             results = program.function()(*leaves.values())
         _gradients(program, results, leaves)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         return False
     return True
 

@@ -287,9 +287,9 @@ VIEWS = (
     "{x}.narrow(-1, 0, 2)", "{x}.chunk(2, -1)[0]", "{x}.flip(-1)", "torch.cat([{x}, {x}], -1)", "{x}.diagonal()",
     "{x}.swapdims(0, -1)", "{x}.swapaxes(0, 1)", "{x}.adjoint()", "{x}.moveaxis(0, -1)", "{x}.ravel()", "{x}.mH",
     "{x}.tensor_split(2)[0]", "{x}.hsplit(1)[0]", "torch.vsplit({x}, 1)[0]", "{x}.select(0, 0)", "{x}.unbind(0)[-1]",
-    "{x}.split_with_sizes([1, {x}.shape[0] - 1])[1]", "{x}.index_select(-1, torch.tensor([1, 0]))", "{x}.roll(1, 0)",
-    "{x}.repeat(2, *[1] * ({x}.dim() - 1))", "{x}.tile(2)", "{x}.unfold(-1, 2, 1)", "{x}.view_as({x})", "{x}.data",
-    "{x}.expand_as({x})", "{x}.reshape_as({x})", "{x}[[1, 0]]", "torch.transpose({x}, 0, 1)",
+    "{x}.split_with_sizes([1, {x}.shape[0] - 1])[1]", "{x}.index_select(-1, torch.tensor([0, 0]))", "{x}.roll(1, 0)",
+    "{x}.repeat(2, *[1] * ({x}.dim() - 1))", "{x}.tile(2)", "{x}.unfold(-1, 2, 2)", "{x}.view_as({x})", "{x}.data",
+    "{x}.expand_as({x})", "{x}.reshape_as({x})", "{x}[[-1, 0]]", "torch.transpose({x}, 0, 1)",
     "torch.movedim({x}, 0, 1)", "torch.ops.aten.transpose.int({x}, 0, 1)", "{x}.repeat_interleave(2, 0)",
     "torch.ops.aten.slice.Tensor({x}, 0, 0, 2)",
 )  # fmt: skip
@@ -303,7 +303,8 @@ EXACT_WEIGHTS = (
     "{x} + torch.ones_like({x})",
 )  # fmt: skip
 ROUNDED_WEIGHTS = (
-    "{x} * 0.1", "{x} / {x}.norm(dim=-1, keepdim=True)", "torch._weight_norm({x}, {y}[..., :1], 0)", "{x}.softmax(-1)",
+    "{x} * 0.1", "{x} / {x}.norm(dim=-1, keepdim=True)", "{x}.softmax(-1)",
+    "torch._weight_norm({x}, {y}.flatten(1)[:, 0].view(-1, *[1] * ({y}.dim() - 1)), 0)",
     "F.layer_norm({x}, {x}.shape[-1:])", "({x} - {x}.mean(-1, keepdim=True)) * 0.3", "{x} * {m}", "torch.tanh({x})",
 )  # fmt: skip
 EXACT_POINTWISE = (

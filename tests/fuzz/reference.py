@@ -103,8 +103,10 @@ def _scaled(rows: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
     else:
         blocks = magnitude.split(numbers.group, -1)  # type: ignore[arg-type]
         amax = torch.cat([b.amax(-1, keepdim=True).expand(b.shape) for b in blocks], -1)
-    amax = amax.clamp(min=2.0**-100)
     largest = torch.tensor(float(MAGNITUDES[numbers.grid][-1]))
+    # No scale lies below float32's normal numbers, and no power of two below E8M0's least.
+    least = 2.0 ** (math.frexp(largest)[1] - 1 - 127) if numbers.scale == "e8m0" else max(float(largest), 1) * 2.0**-126
+    amax = amax.clamp(min=least)
     if numbers.scale == "absmax":
         return rows * (largest / amax), amax / largest
     # Powers of two: s = 2^−⌊log2(M / amax)⌋, or 2^(⌊log2 amax⌋ − ⌊log2 M⌋) (OCP MX v1.0 §6.3).

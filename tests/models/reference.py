@@ -66,7 +66,7 @@ def e2m1(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def e2m1_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x rounded to E2M1 with one scale amax / 6 a row, in float32; and x in units of the scale."""
-    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126)
     six = torch.full_like(amax, 6.0)
     y = x.float() * (six / amax)
     level, _, sign = e2m1(y)
@@ -339,6 +339,16 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def lstm_cell(
+    x: Tensor, state: list[Tensor], w_x: Tensor, w_h: Tensor, b_x: Tensor | None, b_h: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A step of torch's LSTM from its two products: hidden state and cell."""
+    hidden, cell = state
+    write, keep, value, read = (F.linear(x, w_x, b_x) + F.linear(hidden, w_h, b_h)).chunk(4, 1)
+    cell = keep.sigmoid() * cell + write.sigmoid() * value.tanh()
+    return read.sigmoid() * cell.tanh(), cell
+
+
 class Reference(TorchFunctionMode):
     """Inside it, ``model`` computes of ``inputs`` what the backend must.
 
@@ -386,6 +396,9 @@ class Reference(TorchFunctionMode):
         op = _OP_OF.get(func)
         if op is not None:
             return self._multiply(op, func, args, kwargs)
+        if func is torch.lstm_cell:
+            with self:
+                return lstm_cell(*args)
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _CROSS_ENTROPIES:
@@ -467,8 +480,7 @@ class Reference(TorchFunctionMode):
                 handle.remove()
 
 
-#: What scores are handed to, as torch's Python code calls it.
-_CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss_nd")
+_CROSS_ENTROPIES = ("cross_entropy", "nll_loss")
 
 
 def _storage(x: Tensor) -> int:

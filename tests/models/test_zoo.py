@@ -105,8 +105,9 @@ def test_zoo(name, backend):
 
 def assert_accounted_for(compiled: Compiled, plain: Expected, expected: Expected) -> None:
     """Every product that eager torch runs is a site, quantized as the reference has it or left alone with a reason;
-    and that is what runs."""
+    that is what runs; and every product of the graphs, forward and backward, belongs to a site."""
     assert not plain.forward.unknown, "the reference does not know these products"
+    assert not [product for graph in compiled.graphs for product in graph.unaccounted]
     products = expected.reference.products
     quantized = [decision.site.op for decision in compiled.decisions if decision.quantized]
     assert Counter(quantized) == Counter(product.op for product in products if product.quantized)

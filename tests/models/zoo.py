@@ -512,7 +512,7 @@ class SpeechEncoder(nn.Module):
 
 
 class Detector(nn.Module):
-    """DETR on a ResNet: image in, class logits of every query out.
+    """DETR on a ResNet: image in, class logits and a box for every query out.
 
     In training, its encoder's layers look whether everything is finite, which breaks the graph. Without dropout that is
     all that training changes of them.
@@ -545,7 +545,8 @@ class Detector(nn.Module):
         return self
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.detr(pixel_values).logits
+        found = self.detr(pixel_values)
+        return torch.cat([found.logits, found.pred_boxes], -1)
 
 
 class GeometricNetwork(nn.Module):
@@ -590,6 +591,8 @@ class CellLoop(nn.Module):
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
+
+CAPTURING = "transformers takes a lock to install the hooks that collect hidden states"
 
 ZOO: dict[str, Entry] = {
     "llama": causal("Llama"),
@@ -680,7 +683,7 @@ ZOO: dict[str, Entry] = {
             num_labels=3,
         ),
         segmentation,
-        first_call="transformers takes a lock to install the hooks that collect hidden states",
+        first_call=CAPTURING,
     ),
     "transformer_encoder": Entry(TransformerEncoder, vectors(BATCH, LENGTH, 40)),
     "transformer": Entry(
@@ -705,6 +708,7 @@ ZOO: dict[str, Entry] = {
             "input_values": torch.randn(BATCH, 230, generator=g),
             "labels": torch.randint(0, 35, (BATCH,), generator=g),
         },
+        first_call=CAPTURING,
     ),
     "nfnet": Entry(NfNet, vectors(BATCH, 3, 32, 32)),
     "wavenet": Entry(WaveNet, vectors(BATCH, 1, 29)),
