@@ -265,7 +265,9 @@ def memory_of(value: Any) -> Any:
     """What tells whether two (fake) tensors share memory; ``None`` for what has none of its own to compare."""
     if not isinstance(value, torch.Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
         return None
-    return value.untyped_storage()._cdata if value.layout is torch.strided and not value.is_nested else None
+    if torch._C._functorch.is_functorch_wrapped_tensor(value) or value.layout is not torch.strided or value.is_nested:
+        return None
+    return value.untyped_storage()._cdata
 
 
 def placeholder_value(node: Node) -> torch.Tensor | None:

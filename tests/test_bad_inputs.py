@@ -33,7 +33,7 @@ class Mlp(nn.Module):
 
 
 def eagerly(gm, inputs, **kwargs):
-    return compile_with(FP4, gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
+    return compile_with(FP4.override({"min_side": 0}), gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
 
 
 def step(options: Any) -> None:
@@ -48,7 +48,7 @@ def rule(**fields: Any) -> dict[str, Any]:
 
 
 FORMATS = r"known formats: e2m1, e1m2, e3m0, .*int8z$"
-OPTIONS = r"Known: bits, activation, weight, gradient, backward, .*, and Inductor's$"
+OPTIONS = r"Known: bits, defaults, activation, weight, gradient, backward, .*, and Inductor's$"
 QUANTIZER = r"is not '<format> \[<granularity> \[<scale rule> \[<rounding>\]\]\]'$"
 
 #: What the user does → options, and a regular expression for the whole line.

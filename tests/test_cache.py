@@ -31,8 +31,8 @@ class Layers(nn.Module):
     def __init__(self, first: str, second: str) -> None:
         super().__init__()
         self.order = (first, second)
-        self.add_module(first, nn.Linear(20, 12))
-        self.add_module(second, nn.Linear(12, 9))
+        self.add_module(first, nn.Linear(48, 40))
+        self.add_module(second, nn.Linear(40, 36))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first, second = (getattr(self, name) for name in self.order)
@@ -47,7 +47,7 @@ def plan_of(model: nn.Module, recipe=FP4) -> Plan:
         return gm.forward
 
     torch._dynamo.reset()
-    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(7, 20))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(7, 48))
     (plan,) = plans
     return plan
 
@@ -201,7 +201,7 @@ def test_a_chained_hook_counts(plan):
 
 def test_observing_never_caches():
     """A hit would skip the passes, and `explain` would report nothing."""
-    model, x = Layers("up", "down"), torch.randn(7, 20)
+    model, x = Layers("up", "down"), torch.randn(7, 48)
     for _ in range(2):
         torch._dynamo.reset()
         observed = pipeline.Observations()
@@ -221,9 +221,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 9))
+model = nn.Sequential(nn.Linear(48, 40), nn.Linear(40, 36))
 step = torch.compile(model, backend="qcompile_fp4", options=json.loads(sys.argv[1]))
-step(torch.randn(7, 20)).square().sum().backward()
+step(torch.randn(7, 48)).square().sum().backward()
 import qcompile
 print(json.dumps({
     "package": qcompile.__file__,

@@ -161,7 +161,7 @@ import torch
 from torch import nn
 
 def model():
-    return nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 24))
+    return nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 44))
 
 def with_inputs():
     return model(), (torch.randn(6, 48),)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(96, 40), nn.Linear(40, 7)
+        self.up, self.down = nn.Linear(96, 40), nn.Linear(40, 37)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))

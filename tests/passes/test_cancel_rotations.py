@@ -29,7 +29,7 @@ def run(function, *inputs: Tensor, dynamic: tuple[int, ...] = (), **options) -> 
             QUEST,
             gm,
             example_inputs,
-            options={"debug": True, **options},
+            options={"debug": True, "min_side": 0, **options},
             observe=observed,
             inner_compile=compat.eager_inner_compile,
         )

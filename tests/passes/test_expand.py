@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule
 
 from qcompile.passes.expand import expand
 from qcompile.passes.find_gemms import find_gemms
+from qcompile.passes.names import Names
 
 from .harness import ACTIVATION, DISTINCT, WEIGHT, assert_same, backward, compile_and_run, fake_quantize, leaves_of
 
@@ -155,7 +156,9 @@ def by_hand(model: Recurrence, x: Tensor) -> Tensor:
 def test_both_products_of_a_cell_are_quantized(cell, options):
     model, x = Recurrence(cell, **options), torch.randn(5, 3, 20, requires_grad=True)
     result = compile_and_run(model, x, recipe=DISTINCT)
-    assert [d.site.op for d in result.quantized] == ["linear"] * 6
+    assert [d.site.op for d in result.decisions] == ["linear"] * 6
+    # What the first step multiplies its state with are zeros that the graph makes.
+    assert [d.site.index for d in result.decisions if not d.quantized] == [1]
     assert {d.site.name for d in result.quantized} == {"cell.weight_ih", "cell.weight_hh"}
     expected = by_hand(model, x)
     assert_same(result.outputs, expected)
@@ -195,7 +198,7 @@ def test_on_cuda_the_products_of_a_cell_stand_before_its_fused_kernel():
     graph.output(tuple(graph.call_function(operator.getitem, (call, i)) for i in range(2)))
     gm = GraphModule({}, graph)
     assert expand(gm) == 1
-    sites = find_gemms(gm)
+    sites = find_gemms(gm, Names(gm, None))
     assert [site.op for site in sites] == ["matmul", "matmul"]
     assert torch.ops.aten._thnn_fused_lstm_cell.default in {node.target for node in gm.graph.nodes}
 

@@ -153,7 +153,8 @@ def test_one_quantization_serves_all_consumers(between: Callable[..., Tensor], t
     """An in-place write, or another mode, between two consumers starts afresh; sharing across it would be wrong numbers
     or wrong gradients."""
     model, x = Projections(between), torch.randn(9, 64)
-    result = compile_and_run(model, x)
+    # Products under no_grad stay wide in a training graph unless a rule speaks for them.
+    result = compile_and_run(model, x, rules=[{"name": "*", "quantize": True}])
     activations = [
         line
         for line in result.program("dynamo_insert").splitlines()

@@ -202,7 +202,11 @@ def eagerly(**options):
 
     def backend(gm, inputs):
         return compile_with(
-            QUEST, gm, inputs, options={"debug": True, **options}, inner_compile=compat.eager_inner_compile
+            QUEST,
+            gm,
+            inputs,
+            options={"debug": True, "min_side": 0, **options},
+            inner_compile=compat.eager_inner_compile,
         )
 
     return backend
@@ -310,7 +314,8 @@ def test_the_report_shows_which_rotation_was_used():
 
 
 def test_widths_by_layer():
-    options = {"bits": 4, "rules": [{"name": "0", "bits": 8}, {"name": "4", "bits": {"weight": 2}}]}
+    rules = [{"name": "0", "bits": 8}, {"name": "4", "bits": {"weight": 2}}]
+    options = {"bits": 4, "rules": rules, "min_side": 0}
     report = qcompile.explain(mlp(), torch.randn(4, 448), backend="qcompile_quest", options=options)
     formats = [row.formats for row in report.rows if row.role == "fprop"]
     assert formats == ["int8 row × int8 row", "int4 row × int4 row", "int4 row × int2 row"]
@@ -319,7 +324,7 @@ def test_widths_by_layer():
 def test_no_rotation_is_left_between_products():
     """Only gradients are rotated, once each, and every product reads codes."""
     model, x = mlp(), torch.randn(4, 448, requires_grad=True)
-    report = qcompile.explain(model, x, backend="qcompile_quest")
+    report = qcompile.explain(model, x, backend="qcompile_quest", options={"min_side": 0})
     joint = report.programs["joint_audit"]
     assert joint.count("qcompile.scaled_mm.default(") == 9
     assert joint.count("qcompile.hadamard.default(") == 2 * 2  # two of the layers are rotated
