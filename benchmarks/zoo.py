@@ -47,7 +47,8 @@ BACKENDS = ("inductor", "qcompile_fp4")
 class Counted:
     """GEMM sites, and the share of the eager model's operations of products that run quantized.
 
-    ``graph_breaks``: sub-graphs beyond the first.
+    ``graph_breaks``: sub-graphs beyond the first. ``unaccounted``: products of the graphs, forward and backward, that
+    belong to no site.
     """
 
     sites: int
@@ -55,6 +56,7 @@ class Counted:
     forward_coverage: float
     backward_coverage: float
     graph_breaks: int
+    unaccounted: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def count(name: str) -> Counted:
         forward_coverage=compiled.forward.quantized / eager.forward.count.total,
         backward_coverage=compiled.backward.quantized / eager.backward.count.total,
         graph_breaks=len(compiled.graphs) - 1,
+        unaccounted=sum(len(graph.unaccounted) for graph in compiled.graphs),
     )
 
 

@@ -445,6 +445,8 @@ class _Builder:
             template = self.pick(EXACT_WEIGHTS if self.exact else (*EXACT_WEIGHTS, *ROUNDED_WEIGHTS))
             roles = {"y": "parameter", "m": "buffer"}
             others = {n: self.leaf(shape, self.dtype, role) for n, role in roles.items() if f"{{{n}}}" in template}
+            # Of a mask that is changed after it has masked, torch's own partitioner hands the new one to the backward.
+            self.pinned.update(others.values())
             made = self.step(template, x=x, **others)
         if made:
             self.weights.append(made)
