@@ -166,6 +166,19 @@ def _matrix_vector(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
     return 2 * matrix.numel()
 
 
+_ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> int:
+    """q·kᵀ and p·v; torch 2.11's own formula refuses grouped heads."""
+    return 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _attention_backward(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *__: Any, **___: Any) -> int:
+    """q·kᵀ once more, then dP, dV, dQ and dK."""
+    return 2 * q[..., 0].numel() * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
 #: Operations from the arguments of products that torch's flop_counter has no formula for, by name.
 FORMULAS: dict[str, Callable[..., int]] = {
     "mv": _matrix_vector,
@@ -175,12 +188,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "_grouped_mm": _grouped,
     "transformers::grouped_mm_fallback": _grouped,
     "transformers::grouped_mm_fallback_backward": lambda a, b, *_, **__: 2 * _grouped(a, b),
-    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
+    **{f"_scaled_dot_product_{kind}": _attention for kind in _ATTENTIONS},
+    **{f"_scaled_dot_product_{kind}_backward": _attention_backward for kind in _ATTENTIONS},
     "_int_mm": _matrix_matrix,
     "_scaled_mm_v2": _matrix_matrix,
     "_scaled_grouped_mm": _grouped,

@@ -33,7 +33,7 @@ from qcompile.passes import pipeline
 from qcompile.passes.names import Names
 from qcompile.passes.plan import Decision
 from qcompile.recipes import FP4
-from qcompile.report import _with_own_code
+from qcompile.report.explain import _with_own_code
 from qcompile.session import UnmatchedRuleError
 
 WIDTH = 40
