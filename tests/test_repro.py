@@ -14,13 +14,13 @@ import qcompile
 
 
 def model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+    return nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 5))
 
 
 @pytest.mark.inductor
 def test_the_script_runs_and_bisects(tmp_path):
     """In a process of its own; with no fuel nothing differs."""
-    script = qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 24), options={"skip": ["2"]})
+    script = qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 48), options={"skip": ["2"]})
     assert script == tmp_path / "repro.py"
 
     def differences() -> dict[str, float]:
@@ -38,15 +38,15 @@ def test_the_script_runs_and_bisects(tmp_path):
 
 def test_what_cannot_be_compiled_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="unknown option 'skipp'; did you mean 'skip'"):
-        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 24), options={"skipp": []})
+        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 48), options={"skipp": []})
     with pytest.raises(ValueError, match="unknown backend 'inductor'; known: qcompile_fp4"):
-        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 24), backend="inductor")
+        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 48), backend="inductor")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_compiled_model_and_a_monitor_are_taken_apart(tmp_path):
     script = qcompile.save_repro(
-        tmp_path / "repro.py", torch.compile(model()), torch.randn(7, 24), options={"monitor": qcompile.Monitor()}
+        tmp_path / "repro.py", torch.compile(model()), torch.randn(7, 48), options={"monitor": qcompile.Monitor()}
     )
     assert "options = {}" in script.read_text()
     saved = torch.load(script.with_suffix(".pt"), weights_only=False)
@@ -64,7 +64,7 @@ from torch import nn
 import qcompile
 from qcompile.ir.recipe import Operand
 
-WIDTH = 24
+WIDTH = 48
 x = torch.ones(3)  # a global of a name that the class has local ones of
 
 
@@ -88,13 +88,13 @@ class Opaque(nn.Module):
         return self.made(x)
 
 
-tied = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+tied = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
 tied[1].weight = tied[0].weight
-inputs = torch.randn(7, 24)
+inputs = torch.randn(7, 48)
 folder = Path(sys.argv[1])
 rule = qcompile.Rule(name="0", weight="int8 row", gradient=Operand.parse("e5m2 tensor"), roles=("dgrad",))
 for name, model, options in (
-    ("frozen", nn.Sequential(nn.Linear(24, 24)).requires_grad_(False), {}),
+    ("frozen", nn.Sequential(nn.Linear(48, 48)).requires_grad_(False), {}),
     ("run.v2", tied.double(), {"rules": [rule], "activation": Operand.parse("e2m1 row"), "skip": ("1",)}),
     ("defined_in_main.py", Net(), {"monitor": qcompile.Monitor(), "mode": "default"}),
 ):
@@ -154,5 +154,5 @@ def test_scripts_of_every_kind_of_model_run(tmp_path):
 )
 def test_options_that_no_script_can_hold_are_refused(tmp_path, options, reason):
     with pytest.raises(ValueError, match=reason):
-        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 24), options=options)
+        qcompile.save_repro(tmp_path / "repro", model(), torch.randn(7, 48), options=options)
     assert not list(tmp_path.iterdir())

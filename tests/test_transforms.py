@@ -15,7 +15,8 @@ from torch._dynamo.exc import Unsupported
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.passes.pass_base import Observations
-from qcompile.recipes.fp4 import FP4
+
+from .passes.harness import SMALL_FP4
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -35,7 +36,9 @@ def compiled(function, **kwargs):
 
     def backend(gm, inputs, **options):
         seen.append(Observations())
-        return compile_with(FP4, gm, inputs, observe=seen[-1], inner_compile=compat.eager_inner_compile, **options)
+        return compile_with(
+            SMALL_FP4, gm, inputs, observe=seen[-1], inner_compile=compat.eager_inner_compile, **options
+        )
 
     return torch.compile(function, backend=backend, **kwargs), seen
 

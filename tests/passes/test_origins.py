@@ -135,6 +135,7 @@ NO_VIEW_OF_OURS = {
                              "_make_dual", "_unpack_dual", "_unwrap_optional", "_ncf_unsqueeze", "_ncf_view",
                              "_test_autograd_multiple_dispatch_view", "as_tensor", "lift_fresh", "matrix_H",
                              "linalg_diagonal", "_sparse_broadcast_to", "_grad_sum_to_size", "slice_inverse"},
+    "named axes": {"align_as", "align_tensors", "align_to", "refine_names", "rename"},
     "needs a GPU": {"cuda", "pin_memory"},
 }  # fmt: skip
 

@@ -302,7 +302,8 @@ def mlp() -> nn.Module:
 
 
 def test_the_report_shows_which_rotation_was_used():
-    report = qcompile.explain(mlp(), torch.randn(4, 448), backend="qcompile_quest", options={"bits": 3})
+    options = {"bits": 3, "min_side": 0}
+    report = qcompile.explain(mlp(), torch.randn(4, 448), backend="qcompile_quest", options=options)
     rows = {row.layer: row for row in report.rows if row.role == "fprop"}
     assert rows["0"].estimator == "trust of hadamard(64) × trust of hadamard(64)"
     assert rows["2"].estimator == "trust of hadamard(32) × trust of hadamard(32)"

@@ -571,7 +571,7 @@ SCRIPT = """
 import torch, qcompile
 from torch import nn
 torch.manual_seed(0)
-qcompile.explain(nn.Linear(40, 28), torch.randn(6, 40))
+qcompile.explain(nn.Linear(40, 36), torch.randn(6, 40))
 """
 
 
