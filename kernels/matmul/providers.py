@@ -277,21 +277,23 @@ def _run_triton(*arguments: Any) -> Tensor:
 
 
 def _obstacle_to_gluon(product: Product) -> str:
-    k = product.shape[2]
+    if product.dtypes != (torch.int8, torch.int8):
+        return "it is used for INT8 only"
+    return _obstacle_in_gluon(product, 16)
+
+
+def _obstacle_in_gluon(product: Product, multiple: int) -> str:
+    """Why its kernel does not multiply operands with K a multiple of ``multiple``; empty if it does."""
+    k, hopper = product.shape[2], product.capability == (9, 0)
+    error = _gluon_error() if hopper else ""
     checks = {
-        "it is used for INT8 only": product.dtypes == (torch.int8, torch.int8),
         "there is nothing to multiply": 0 not in product.shape,
-        "it needs compute capability 9.0": product.capability == (9, 0),
-        f"K = {k} is no multiple of 16": k % 16 == 0,
+        "it needs compute capability 9.0": hopper,
+        f"K = {k} is no multiple of {multiple}": k % multiple == 0,
         f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
-        **_can_be_imported(product),
+        f"its kernel cannot be imported: {error}": not error,
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
-
-
-def _can_be_imported(product: Product) -> dict[str, bool]:
-    error = _gluon_error() if product.capability == (9, 0) else ""
-    return {f"its kernel cannot be imported: {error}": not error}
 
 
 @cache
@@ -314,15 +316,7 @@ def _run_gluon(*arguments: Any) -> Tensor:
 
 
 def _obstacle_to_popcount(product: Product) -> str:
-    k = product.shape[2]
-    checks = {
-        "there is nothing to multiply": 0 not in product.shape,
-        "it needs compute capability 9.0": product.capability == (9, 0),
-        f"K = {k} is no multiple of 128": k % 128 == 0,
-        f"it writes bfloat16, float16 and float32, not {_name(product.dtype)}": product.dtype in _WRITTEN,
-        **_can_be_imported(product),
-    }
-    return next((reason for reason, passed in checks.items() if not passed), "")
+    return _obstacle_in_gluon(product, 128)
 
 
 def _run_popcount(*arguments: Any) -> Tensor:

@@ -306,6 +306,7 @@ def _write_part(
     columns,
     scale,
     gamma,
+    row,
     codes,
     stored,
     mask,
@@ -315,8 +316,14 @@ def _write_part(
     passes: tl.constexpr,
     part: tl.constexpr,
 ):
-    """What is asked for of rotated columns, elements of one row from ``start`` on; ``sizes``: see :func:`_sizes_of`."""
+    """What is asked for of rotated columns, elements of a row from ``start`` on; ``sizes``: see :func:`_sizes_of`."""
     size, stored_size, mask_size = sizes
+    if codes is not None:
+        codes += row * size
+    if stored is not None:
+        stored += row * stored_size
+    if mask is not None:
+        mask += row * mask_size
     y = columns * gamma
     # The last bytes of a row are filled with zeros.
     inside = _columns(start + runs(part.block, RUN), part.span) < size if part.ragged else None
@@ -413,13 +420,7 @@ def _write_row(
         scale, gamma = scale_pair(greater(absolute_maximum(columns, None), fmt.amax_floor), fmt)
     if scales is not None:
         tl.store(scales + row, scale)
-    if codes is not None:
-        codes += row * sizes[0]
-    if stored is not None:
-        stored += row * sizes[1]
-    if mask is not None:
-        mask += row * sizes[2]
-    _write_part(columns, scale, gamma, codes, stored, mask, 0, sizes, fmt, passes, part)
+    _write_part(columns, scale, gamma, row, codes, stored, mask, 0, sizes, fmt, passes, part)
 
 
 @triton.jit
@@ -516,15 +517,9 @@ def _quantize_long_row(
         scale, gamma = scale_pair(greater(absolute_maximum(running, None), fmt.amax_floor), fmt)
     if scales is not None:
         tl.store(scales + row, scale)
-    if codes is not None:
-        codes += row * sizes[0]
-    if stored is not None:
-        stored += row * sizes[1]
-    if mask is not None:
-        mask += row * sizes[2]
     for start in range(0, size, block):
         columns = rotated(_columns_of(x, start, size, part), part.rotation)
-        _write_part(columns, scale, gamma, codes, stored, mask, start, sizes, fmt, passes, part)
+        _write_part(columns, scale, gamma, row, codes, stored, mask, start, sizes, fmt, passes, part)
 
 
 # --- hadamard -------------------------------------------------------------------------------------------------------

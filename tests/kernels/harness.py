@@ -39,16 +39,16 @@ if INTERPRETED:
     _search_the_language_once_a_launch()
 
 
-def run_interpreted(file: str, *options: str) -> None:
+def run_interpreted(file: str) -> None:
     """Run the interpreted tests of ``file``; skips if this is that process.
 
     There are as many workers as cores already, so that process has none of its own.
     """
     if INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", "test_interpreted", "--show-capture=no"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", "test_interpreted", "--show-capture=no", file]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, *options, file], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 

@@ -88,7 +88,7 @@ def test_scales_that_no_tensor_core_takes_are_refused():
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    run_interpreted(__file__, "-n0")
+    run_interpreted(__file__)
 
 
 @pytest.fixture

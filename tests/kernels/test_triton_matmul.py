@@ -76,7 +76,7 @@ def half_integers(m: int, n: int, k: int) -> tuple[tuple[torch.Tensor, ...], ...
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    run_interpreted(__file__, "-n0")
+    run_interpreted(__file__)
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def assert_clamps(x: torch.Tensor, alpha: float, axis: int = -1) -> None:
 
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process that started with TRITON_INTERPRET=1."""
-    run_interpreted(__file__, "-n0")
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -27,6 +27,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.interpreter import TensorHandle  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from qcompile.ir.formats import FORMATS, Format  # noqa: E402
 from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
@@ -40,7 +41,7 @@ from qcompile.kernels.quantize import triton as kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing, unsupported  # noqa: E402
 from qcompile.kernels.transform import triton as transform_kernels  # noqa: E402
 
-from .harness import INTERPRETED, SM90, compiled, interpreted, run_interpreted  # noqa: E402
+from .harness import SM90, compiled, interpreted, run_interpreted  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
@@ -261,23 +262,7 @@ PTX: dict[str, Callable[..., int]] = {
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    run_interpreted(__file__, "-n0")
-
-
-@pytest.fixture(autouse=INTERPRETED)
-def quick_interpreter(monkeypatch):
-    """Device functions prepare ``triton.language`` once a module instead of at every call: five times as fast."""
-    from triton.runtime import interpreter
-
-    prepared = set()
-
-    def call(function, *arguments, **keywords):
-        if function.fn.__module__ not in prepared:
-            prepared.add(function.fn.__module__)
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*arguments, **keywords)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    run_interpreted(__file__)
 
 
 @interpreted
@@ -475,8 +460,6 @@ def launches_of(call: Callable[[], object]) -> list:
 
 def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnreg: int | None = None):
     """As a launch would specialize: None and 1 are constants, pointers and multiples of 16 are known to be such."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     names = {torch.float32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
     names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8"}
     names |= {torch.int32: "*i32", torch.int64: "*i64"}

@@ -36,7 +36,6 @@ from .harness import compiled, interpreted, run_interpreted  # noqa: E402
 from .test_triton_quantize import (  # noqa: E402
     assert_same,
     compile_for_hopper,
-    quick_interpreter,  # noqa: F401  (a fixture)
     run_ptx,
     spills,
 )
@@ -45,6 +44,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
 INT4, SPARSE = QUEST[4], "int4p row rms up; trust; hadamard(128); sparse(4:8)"
+#: Of roots and quotients in float64, which are then refined.
+APPROXIMATIONS = {"rcp.approx.ftz.f64", "rsqrt.approx.ftz.f64"}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
 
@@ -169,7 +170,7 @@ def test_ptx_of_packed_signs():
 @pytest.mark.slow
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
-    run_interpreted(__file__, "-n0")
+    run_interpreted(__file__)
 
 
 def assert_quantizes(x: torch.Tensor, operand: str, packed: bool = True) -> None:
@@ -400,6 +401,7 @@ def test_butterflies_are_additions_between_registers_and_one_exchange(size):
     assert count(r"\bmul\.(?:rn\.)?f32") == pytest.approx(1, abs=0.1)
     assert count(r"\bfma\.rn\.f32") == lanes
     assert count(r"shfl\.sync\.bfly\.b32 other") == lanes
+    assert set(re.findall(r"\S*\.ftz\S*", kernel.asm["ptx"])) == APPROXIMATIONS
 
 
 @compiled
@@ -427,10 +429,17 @@ def test_arithmetic_of_scales_in_ptx():
     """
     (kernel,) = launches_of(all_calls(64, 4096)["masked 4"])
     ptx = kernel.asm["ptx"]
-    assert set(re.findall(r"\w+\.approx\S*|\S*\.ftz\S*", ptx)) == {"rcp.approx.ftz.f64", "rsqrt.approx.ftz.f64"}
+    assert set(re.findall(r"\w+\.approx\S*|\S*\.ftz\S*", ptx)) == APPROXIMATIONS
     assert "div." not in ptx
     assert "add.rm.f32" in ptx
     assert len(re.findall(r"fma\.rn\.f32", ptx)) == len(re.findall(r"shfl\.sync\.bfly\.b32 other", ptx))
+
+
+@compiled
+def test_rows_without_descriptors_are_read_in_long_vectors():
+    (kernel,) = launches_of(all_calls(64, 4096)["sparse"])
+    assert "ld.global.v4.b32" in kernel.asm["ptx"] or "ld.global.v8.b32" in kernel.asm["ptx"]
+    assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]
 
 
 @compiled
