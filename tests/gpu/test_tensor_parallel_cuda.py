@@ -39,8 +39,8 @@ def ranks(tmp_path_factory) -> Ranks:
 def test_a_llama_on_two_gpus(cell, ranks):
     first, second = ranks(cell)
     model = split(worker.llama())
-    reference = Reference(model, REFERENCES[f"qcompile_{cell.rpartition('_')[2]}"])
-    expected = worker.train(model, reference.on)
+    operands = REFERENCES[f"qcompile_{cell.rpartition('_')[2]}"]
+    expected = worker.train(model, lambda tokens: Reference(model, tokens, operands).on())
     assert all(torch.equal(first["parameters"][name], value) for name, value in second["parameters"].items())
     found = {
         "gradient": max(error(first["gradients"][name], value) for name, value in expected["gradients"].items()),

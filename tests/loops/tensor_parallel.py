@@ -142,11 +142,11 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(model: nn.Module, under: Callable[[], Any] = contextlib.nullcontext) -> dict[str, Any]:
-    """One optimizer step a batch, forwards under ``under()``; losses, gradients of the first step, parameters."""
+def train(model: nn.Module, under: Callable[[Tensor], Any] = contextlib.nullcontext) -> dict[str, Any]:
+    """One optimizer step a batch, forwards under ``under(batch)``; losses, gradients of the first step, parameters."""
     optimizer, losses, first = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [], {}
     for tokens in batches():
-        with under():
+        with under(tokens):
             loss = loss_of(model, tokens)
         loss.backward()
         losses.append(loss.detach().cpu())

@@ -81,7 +81,7 @@ def test_products_of_dtensors(name, ranks):
 def test_an_mlp(recipe, ranks):
     """Output, all gradients; products are fused and codes saved on local tensors; layers have their names."""
     model, x = split(worker.MLP()), worker.tokens_with_outliers(6, 5, 48).requires_grad_()
-    with Reference(model, REFERENCES[f"qcompile_{recipe}"]).on():
+    with Reference(model, x, REFERENCES[f"qcompile_{recipe}"]).on():
         y = model(x)
     y.square().mean().backward()
     expected = {"y": y.detach(), "gradients": {"x": x.grad, **worker.gradients_of(model)}}
@@ -125,8 +125,8 @@ def test_the_plan_says_which_scales_are_of_one_shard(ranks):
 def test_a_llama(how, recipe, ranks):
     """Sequence-parallel norms, column- and row-wise projections; FSDP2 around that. Losses, all gradients, steps."""
     model = split(worker.llama())
-    reference = Reference(model, REFERENCES[f"qcompile_{recipe}"])
-    expected = worker.train(model, reference.on)
+    operands = REFERENCES[f"qcompile_{recipe}"]
+    expected = worker.train(model, lambda tokens: Reference(model, tokens, operands).on())
     for rank in ranks(f"{how}_{recipe}"):
         for key, tolerance in (("gradients", 2e-5), ("losses", 2e-5), ("parameters", 2e-4)):
             assert_same(rank[key], expected[key], tolerance)

@@ -30,6 +30,8 @@ from qcompile.backends import compile_with
 from qcompile.recipes import RECIPES
 
 VOCABULARY, WIDTH, LAYERS, STEPS = 57, 36, 2, 4
+#: The decoder's head is tied to its embedding and would stay wide: both uses of one weight are to be tested.
+HEADS = {"heads": True}
 
 
 class Block(nn.Module):
@@ -70,10 +72,11 @@ class Decoder(nn.Module):
 
 @functools.cache  # Dynamo shares graphs between blocks of one backend, not between backends that do the same
 def backend_of(recipe: str) -> Callable[..., Any]:
-    """A backend that runs every pass and then executes the graphs eagerly."""
+    """A backend that runs every pass and then executes the graphs eagerly; the decoder's tied head is quantized too."""
+    with_heads = RECIPES[recipe].override(HEADS)
 
     def backend(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        return compile_with(RECIPES[recipe], gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
+        return compile_with(with_heads, gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
 
     return backend
 
