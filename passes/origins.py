@@ -31,6 +31,8 @@ IN_PLACE_OPERATORS = frozenset(
 
 #: Calls that read the values of their first argument and at most the shape, dtype or device of the others.
 _FIRST_ARGUMENT_ONLY = frozenset({"view_as", "reshape_as", "expand_as", "type_as", "to"})
+#: Calls that pick parts of their first argument.
+_SELECTIONS = frozenset({"getitem", "__getitem__", "index", "index_select"})
 #: Casts and copies of the same values, whether or not they alias.
 _COPIES = frozenset(
     {"to", "_to_copy", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "reshape",
@@ -181,12 +183,22 @@ def _tensors(node: Node) -> Iterator[Node]:
 
 
 def _arguments_read(node: Node) -> Iterator[Node]:
-    """The arguments whose values a call reads; of ``zeros_like`` and ``new_zeros``, none."""
+    """The arguments whose values a call reads; of ``zeros_like`` and ``new_zeros``, none.
+
+    Whole matrices that are picked from a stack (the experts of a token) are the stack's, whatever picks them; picked rows
+    of a matrix are not (an embedding).
+    """
     name = target_name(node)
     if name.endswith("_like") or name.startswith("new_"):
         return
     tensors = _tensors(node)
-    yield from islice(tensors, 1) if name in _FIRST_ARGUMENT_ONLY else tensors
+    if name in _FIRST_ARGUMENT_ONLY:
+        tensors = islice(tensors, 1)
+    elif name in _SELECTIONS and (first := next(tensors, None)) is not None:
+        yield first
+        stacked = isinstance(value_of(first), torch.Tensor) and value_of(first).dim() > 2
+        tensors = islice(tensors, 0 if stacked else None)
+    yield from tensors
 
 
 def _is_random(node: Node) -> bool:

@@ -322,6 +322,8 @@ class Sources:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if source is None:
             read = [] if name.startswith("new_") or name.endswith("_like") else tensors
+            if name in ("__getitem__", "index_select") and tensors and tensors[0].dim() > 2:
+                read = tensors[:1]  # experts, picked by the router
             read = read[:1] if name in _READ_A_SHAPE else read
             source = reduce(operator.or_, map(self.of, read), Source())
         written = tensors[:1] if name.endswith("_") or name in _WRITE else []

@@ -197,8 +197,7 @@ def test_vit():
     [
         (None, Counter(grouped=4), {"gate_up_proj", "down_proj"}),
         ("grouped_mm", Counter(grouped=4), {"gate_up_proj", "down_proj"}),
-        # A copy of an expert for each token, picked by the router: that depends on the inputs and stays wide.
-        ("batched_mm", Counter(batched=4), set()),
+        ("batched_mm", Counter(batched=4), {"gate_up_proj", "down_proj"}),
     ],
 )
 def test_mixture_of_experts(experts, kinds, products):

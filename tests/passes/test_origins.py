@@ -214,6 +214,7 @@ FREE_WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "stack": lambda m, x: x @ torch.stack([m.w, m.v])[1],
     "where": lambda m, x: x @ torch.where(m.c > 0, m.w, 0.0),
     "indexed by a constant": lambda m, x: x @ m.w[:, torch.arange(3)],
+    "matrices that an input picks": lambda m, x: torch.bmm(x.expand(2, 6, 6), m.w.expand(3, 6, 6)[x[0, :2].long() % 3]),
     "sliced by an input's size": lambda m, x: x @ m.w[: x.shape[1]],
     "noise added": lambda m, x: x @ (m.w + 0.1 * torch.randn_like(m.v)),
     "dropped out": lambda m, x: x @ F.dropout(m.w, 0.5),
@@ -290,6 +291,7 @@ ACTIVATIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "written through a view": lambda m, x: (m.c[0].copy_(x[0]), x @ m.c)[1],
     "written by setitem": lambda m, x: (m.c.__setitem__(slice(0, 2), x[:2]), x @ m.c)[1],
     "a parameter times an input": lambda m, x: x @ (m.w * x),
+    "rows that an input picks": lambda m, x: x @ m.w[x.argmax(0)],
     "an embedding": lambda m, x: x @ F.embedding(x.argmax(0), m.w),
 }
 
