@@ -11,7 +11,8 @@ After::
 
 The GEMM stays what it was, so a spelling that later passes cannot fuse is still right, only slower. One quantization
 serves all consumers of an operand (q, k, v) as long as nothing between them can change its value or its meaning:
-an in-place op, or a boundary of no_grad, autocast or torch.func, starts afresh.
+an in-place op, or a boundary of no_grad, autocast or torch.func, starts afresh. An operand that is written into later
+is quantized from a copy where its estimator reads it again in the backward.
 
 Under autocast the graph shows float32 operands for a GEMM that runs in 16 bits; the cast is made explicit first, so
 that what is quantized is what the GEMM really reads.
@@ -28,7 +29,7 @@ from qcompile import compat
 from qcompile.ir.recipe import Operand
 
 from .graph import graph_modules, value_of
-from .origins import IN_PLACE_OPERATORS
+from .origins import target_name, written_by
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
 from .quantize_gradients import quantize_gradients
 from .spellings import Frame, Slot
@@ -53,12 +54,15 @@ def stamp(plan: Plan) -> None:
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
     shared: dict[Any, Node] = {}
+    nodes = list(gm.graph.nodes)
+    last_write = {compat.memory_of(value_of(x)): place for place, node in enumerate(nodes) for x in written_by(node)}
     wrapped = 0
-    for node in list(gm.graph.nodes):
+    for place, node in enumerate(nodes):
         if decision := by_node.get(node):
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
-                    slot.put(node, _wrap(gm.graph, node, slot, operand, shared))
+                    changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
+                    slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared))
                     wrapped += 1
             quantize_gradients(gm.graph, decision)
         if _is_barrier(node):
@@ -68,15 +72,21 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
     return wrapped
 
 
-def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, shared: dict[Any, Node]) -> Node:
-    """The quantized operand, made once per (source, dtype, frame, axis, kind, operand)."""
+def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, changes: bool, shared: dict[Any, Node]) -> Node:
+    """The quantized operand, made once per (source, dtype, frame, axis, kind, operand). ``changes``: whether something
+    writes into the source's memory later.
+    """
     source = slot.of(gemm)
     dtype = _gemm_dtype(gemm, source)
     axis = slot.axis if slot.axis < 0 or slot.frame else slot.axis - value_of(source).dim()
     key = (source, dtype, slot.frame, axis, slot.kind, str(operand))
     if key not in shared:
         with graph.inserting_before(gemm):
-            shared[key] = _build(_Builder(graph, gemm, slot.kind), source, dtype, slot.frame, axis, operand)
+            build = _Builder(graph, gemm, slot.kind)
+            # An estimator with a slope saves its input, where the product alone would not: it must not see the change.
+            saved = changes and operand.estimator.kind.slope is not None and value_of(source).requires_grad
+            x = build(torch.clone, source) if saved else source
+            shared[key] = _build(build, x, dtype, slot.frame, axis, operand)
     return shared[key]
 
 
@@ -142,19 +152,9 @@ def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
 
 def _is_barrier(node: Node) -> bool:
     """Whether a quantized operand from before this node must not be reused after it."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    target = node.target
-    name = getattr(target, "__name__", str(target))
-    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS:
+    if any(written_by(node)):
         return True
-    # F.relu(x, inplace=True), or positionally; taking another flag for it costs no more than one quantization.
-    flags = node.args if getattr(target, "__module__", "") == "torch.nn.functional" else ()
-    if node.kwargs.get("inplace") or any(flag is True for flag in flags) or "out" in node.kwargs:
-        return True
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        return True
-    return any(mark in name for mark in _BOUNDARIES)
+    return node.op == "call_function" and any(mark in target_name(node) for mark in _BOUNDARIES)
 
 
 #: Parts of the names of nodes that change how what follows is computed, or write where a schema does not show it.

@@ -7,6 +7,7 @@ a table is needed for is short: arguments of which only the shape is read, and c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -21,10 +22,10 @@ from qcompile import compat
 
 from .graph import value_of
 
-__all__ = ["IN_PLACE_OPERATORS", "NOTHING", "Origin", "Origins", "Source", "target_name", "written_by"]
+__all__ = ["NOTHING", "Origin", "Origins", "Source", "target_name", "written_by"]
 
 #: Python's in-place operators, by name.
-IN_PLACE_OPERATORS = frozenset(
+_IN_PLACE_OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift",
      "irshift", "setitem"}
 )  # fmt: skip
@@ -206,12 +207,25 @@ def _is_random(node: Node) -> bool:
 
 
 def written_by(node: Node) -> Iterator[Node]:
-    """The arguments that a call writes into."""
-    name = target_name(node)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in IN_PLACE_OPERATORS
+    """The tensors that a call writes into."""
+    if node.op not in ("call_function", "call_method"):
+        return
     schema = getattr(node.target, "_schema", None)
-    in_place = in_place or node.kwargs.get("inplace") is True or bool(schema is not None and schema.is_mutable)
-    if in_place and node.args and isinstance(node.args[0], Node):
-        yield node.args[0]
-    if isinstance(out := node.kwargs.get("out"), Node):
-        yield out
+    written = [node.kwargs.get("out")]
+    if schema is not None and schema.is_mutable:
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+        written += [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    elif _is_in_place(node):
+        written += node.args[:1] or [node.kwargs.get("input")]
+    yield from dict.fromkeys(leaf for leaf in tree_leaves(written) if isinstance(leaf, Node))
+
+
+def _is_in_place(node: Node) -> bool:
+    """Whether a call that has no schema changes its first argument, by its name or by its flag."""
+    name = target_name(node)
+    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE_OPERATORS:
+        return True
+    if getattr(node.target, "__module__", "") == "torch.nn.functional" and any(flag is True for flag in node.args):
+        # F.relu(x, True)
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace") is True  # type: ignore[arg-type]
+    return node.kwargs.get("inplace") is True

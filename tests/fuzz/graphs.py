@@ -307,6 +307,8 @@ ROUNDED_WEIGHTS = (
     "torch._weight_norm({x}, {y}.flatten(1)[:, 0].view(-1, *[1] * ({y}.dim() - 1)), 0)",
     "F.layer_norm({x}, {x}.shape[-1:])", "({x} - {x}.mean(-1, keepdim=True)) * 0.3", "{x} * {m}", "torch.tanh({x})",
 )  # fmt: skip
+#: Of float16, plain ``aot_eager_decomp_partition`` fails on a CPU: its backward wants float32 norms.
+_NOT_IN_FLOAT16 = "torch._weight_norm"
 EXACT_POINTWISE = (
     "torch.relu({x})", "{x} * 2", "{x} * 0.5", "{x}.abs()", "{x} + {x}", "torch.maximum({x}, {x} * 0.5)",
     "torch.where({x} > 0, {x}, {x} * 0.25)", "{x}.clamp(-2, 2)", "{x} + 1", "torch.ones_like({x})",
@@ -442,7 +444,10 @@ class _Builder:
             update = self.step("{a} @ {b}", product=True, a=a, b=b)
             made = update and self.step("{x} + {y}", x=x, y=update)
         else:
-            template = self.pick(EXACT_WEIGHTS if self.exact else (*EXACT_WEIGHTS, *ROUNDED_WEIGHTS))
+            rounded = () if self.exact else ROUNDED_WEIGHTS
+            if self.dtype == torch.float16:
+                rounded = tuple(t for t in rounded if not t.startswith(_NOT_IN_FLOAT16))
+            template = self.pick((*EXACT_WEIGHTS, *rounded))
             roles = {"y": "parameter", "m": "buffer"}
             others = {n: self.leaf(shape, self.dtype, role) for n, role in roles.items() if f"{{{n}}}" in template}
             # Of a mask that is changed after it has masked, torch's own partitioner hands the new one to the backward.

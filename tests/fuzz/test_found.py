@@ -125,6 +125,13 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
         assert attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
 
 
+def test_a_slope_reads_a_weight_as_it_was_multiplied():
+    """Without a gradient of x eager torch saves no weight, so that a computed one may change; DGE reads it again."""
+    changed = program((weight((7, 8)), X_FIXED), "w = p0 * 0.5", "v3 = F.linear(i1, w)", "w.fill_(0.25)")
+    for module in (True, False):
+        assert check(replace(changed, as_module=module), Setting(*EXACT[2])).quantized == 1
+
+
 def test_an_infinity_in_a_row_too_short_for_outliers():
     """Nothing lies beyond its quantiles, so there is no residual, and no ∞ − ∞ either."""
     leaves = (

@@ -76,3 +76,59 @@ def test_a_reader_in_between_does_not_end_the_sharing(read):
     count, actual, expected = quantized_activations(read)
     assert count == 1
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+DGE = FP4.override({"weight": "e2m1 row absmax even; dge"})
+WRITES = {
+    "into it": lambda w: w.fill_(0.25),
+    "by a positional flag": lambda w: F.silu(w, True),
+    "through a view": lambda w: w.t().add_(1),
+    "into a row": lambda w: w.__setitem__(0, 2.0),
+    "as out": lambda w: torch.add(w.detach(), 1, out=w.detach()),
+}
+
+
+def compiled_with_dge(program, *arguments) -> tuple[tuple, Observations]:
+    torch._dynamo.reset()
+    observed = Observations()
+
+    def backend(gm, inputs):
+        return compile_with(DGE, gm, inputs, observe=observed, inner_compile=compat.eager_inner_compile)
+
+    return torch.compile(program, backend=backend, fullgraph=True)(*arguments), observed
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("computed", [lambda p: p * 0.5, lambda p: (p * 0.5)[2:]], ids=["all", "part"])
+def test_a_weight_with_a_slope_may_change_after_its_product(write, computed):
+    """Where x has no gradient, eager torch saves nothing of the weight. The estimator does: the value multiplied."""
+    torch.manual_seed(0)
+    x, parameter = torch.randn(5, 24), nn.Parameter(torch.randn(8, 24))
+
+    def product(x, p):
+        w = computed(p)
+        y = F.linear(x, w)
+        write(w)
+        return y, w
+
+    def quantized(x, w):
+        fake = torch.ops.qcompile.fake_quantize
+        return F.linear(fake(x, str(DGE.activation), -1), fake(w, str(DGE.weight), -1))
+
+    def gradient(y):
+        return torch.autograd.grad(y.square().sum(), parameter)[0]
+
+    product(x, parameter)[0].sum().backward()  # eager torch takes it
+    (y, changed), observed = compiled_with_dge(product, x, parameter)
+    assert len(observed.plan.quantized) == 1
+    torch.testing.assert_close(changed, product(x, parameter)[1])
+    torch.testing.assert_close(gradient(y), gradient(quantized(x, computed(parameter))), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_nothing_changes_later_is_not_copied():
+    def product(x, p):
+        return F.linear(x, (p * 0.5).mul_(2))
+
+    _, observed = compiled_with_dge(product, torch.randn(5, 24), nn.Parameter(torch.randn(8, 24)))
+    assert len(observed.plan.quantized) == 1
+    assert "clone" not in observed.programs["dynamo_insert"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT, CONSTANT_WEIGHT, IS_CONSTANT, UNDER_NO_GRAD, Site, find_gemms
 from qcompile.passes.names import Names
-from qcompile.passes.origins import Origin, Origins
+from qcompile.passes.origins import Origin, Origins, written_by
 
 from .harness import DISTINCT, assert_same, backward, compile_and_run, compiler, fake_quantize, leaf
 
@@ -368,3 +369,34 @@ def test_static_and_dynamic_sizes_are_decided_alike() -> None:
         static, dynamic = (compiler(module, DISTINCT, dynamic=dynamic)[0] for dynamic in (False, True))
         for x in inputs:
             assert torch.equal(static(x), dynamic(x))
+
+
+#: A call of tensors a and b → what it writes into.
+WRITERS: dict[str, tuple[Callable[[Graph, Node, Node], Node], str]] = {
+    "a method": (lambda g, a, b: g.call_method("mul_", (a, b)), "a"),
+    "an operator": (lambda g, a, b: g.call_function(operator.iadd, (a, b)), "a"),
+    "an item": (lambda g, a, b: g.call_function(operator.setitem, (a, 0, b)), "a"),
+    "a flag": (lambda g, a, b: g.call_function(F.relu, (a,), {"inplace": True}), "a"),
+    "a positional flag": (lambda g, a, b: g.call_function(F.silu, (a, True)), "a"),
+    "another positional flag": (lambda g, a, b: g.call_function(F.dropout, (a, 0.5, True)), ""),
+    "by keyword": (lambda g, a, b: g.call_function(torch.relu_, (), {"input": a}), "a"),
+    "out": (lambda g, a, b: g.call_function(torch.add, (a, a), {"out": b}), "b"),
+    "several outs": (lambda g, a, b: g.call_function(torch.aminmax, (a,), {"out": (a, b)}), "ab"),
+    "several tensors": (lambda g, a, b: g.call_function(torch._foreach_mul_, ([a, b], 2.0)), "ab"),
+    "a schema": (lambda g, a, b: g.call_function(torch.ops.aten.add_.Tensor, (a, b)), "a"),
+    "a schema that writes elsewhere": (
+        lambda g, a, b: g.call_function(
+            torch.ops.aten._native_batch_norm_legit.default, (a, None, None, b, None, True, 0.1, 0.1)
+        ),
+        "b",
+    ),
+    "none": (lambda g, a, b: g.call_method("__add__", (a, b)), ""),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_a_call_writes_into(name: str) -> None:
+    call, written = WRITERS[name]
+    graph = Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    assert [node.name for node in written_by(call(graph, a, b))] == list(written)
