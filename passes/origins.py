@@ -186,8 +186,8 @@ def _tensors(node: Node) -> Iterator[Node]:
 def _arguments_read(node: Node) -> Iterator[Node]:
     """The arguments whose values a call reads; of ``zeros_like`` and ``new_zeros``, none.
 
-    Whole matrices that are picked from a stack (the experts of a token) are the stack's, whatever picks them; picked rows
-    of a matrix are not (an embedding).
+    Whole matrices that are picked from a stack (the experts of a token) are the stack's, whatever picks them; rows that
+    are picked from a matrix are not (an embedding).
     """
     name = target_name(node)
     if name.endswith("_like") or name.startswith("new_"):
