@@ -239,8 +239,8 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
         if slot.kind == "weight":
             site.weight_size = value.numel()
             site.sides = max(_sides(value, slot, slot.size(node)), _sides_of_parameter(origin), key=min)
-            if len(origin.roots) == 1:
-                _name(site, names, *origin.roots)
+            if parameter := _parameter_behind(origin, body):
+                _name(site, names, parameter)
     if site.obstacle:
         return site
     if not all(v.dtype.is_floating_point for v in values):
@@ -254,6 +254,15 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
 
 #: Beginnings of the names of products that have a slot for the weight, the second.
 _LAYERS = ("linear", "conv", "grouped")
+
+
+def _parameter_behind(origin: Origin, body: _Body) -> Node | None:
+    """The one parameter that a weight derives from; in a body that has several callers, the placeholder that stands for
+    one of each.
+    """
+    if len(origin.roots) == 1:
+        return next(iter(origin.roots))
+    return next((p for p, given in body.given.items() if origin.roots and given.roots == origin.roots), None)
 
 
 def _name(site: Site, names: Names, weight: Node | None = None) -> None:
