@@ -150,8 +150,9 @@ class OutsideGraphs(compat.TorchDispatchMode):
         """A row for each product that ran."""
         return [
             bare_row(
-                {"layer": product.layer, "op": product.op, "shape": product.shape},
-                "-",
+                product.layer,
+                product.op,
+                product.shape,
                 NOT_CAPTURED,
                 f"{product.of}ran in Python, no graph has it" + (f" ({count} times)" if count > 1 else ""),
             )
