@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from . import compat
 from .demo import Experiment, batches, build_model, configure, loss_of, require
 from .recipes import RECIPES
 from .report import saved_bytes
@@ -154,8 +155,7 @@ def measure(backend: str, cache: str, repeats: int, device: str, sizes: Mapping[
     del saved
     step()
     median = statistics.median(step() for _ in range(repeats))
-    counters = torch._dynamo.utils.counters
-    graphs, autograd = counters["inductor"], counters["aot_autograd"]
+    graphs, autograd = compat.cache_counters()
     return Measurement(
         backend,
         cache,

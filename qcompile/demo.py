@@ -337,7 +337,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def compile_arm(arm: str, model: nn.Module) -> Any:
     """The one line in which the arms differ."""
-    torch._dynamo.reset()  # the arms share one model class, and Dynamo caches by class
+    torch.compiler.reset()  # the arms share one model class, and Dynamo caches by class
     return torch.compile(model, backend=ARMS[arm].backend, options=ARMS[arm].options)
 
 
@@ -426,7 +426,7 @@ def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> s
     The window has one fixed shape ``[1, sequence]``, filled from the left, so that it compiles once;
     causal attention hides the positions after the last byte.
     """
-    torch._dynamo.reset()  # beside the training shape, a single window would compile as a dynamic batch
+    torch.compiler.reset()  # beside the training shape, a single window would compile as a dynamic batch
     config = experiment.config
     generator = torch.Generator().manual_seed(config.seed)
     prompt = bytes(experiment.validation[: config.sequence // 4].tolist())
@@ -577,7 +577,7 @@ def plot(experiment: Experiment, results: list[ArmResult], path: Path) -> None:
 def explain_arm(arm: str, model: nn.Module, experiment: Experiment) -> Report:
     """The report of one 4-bit arm, under the same autocast as its training."""
     inputs, _ = next(batches(experiment))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.autocast(experiment.device.type, torch.bfloat16):
         return explain(model, input_ids=inputs, backend=ARMS[arm].backend, options=ARMS[arm].options)
 

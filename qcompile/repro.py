@@ -40,9 +40,9 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 import qcompile
+from qcompile.compat import tree_leaves
 
 sys.path += {folders!r}
 {definitions}
@@ -51,7 +51,7 @@ options = {options!r}
 
 def run(model, args, kwargs, options):
     """Mean square of the floating-point results, and its gradient for every parameter."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     results = torch.compile(model, backend={backend!r}, options=options)(*args, **kwargs)
     wide = [t.float() for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point()]

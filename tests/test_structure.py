@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,78 @@ def test_mypy_sees_through_every_folder_and_lazy_name(tmp_path):
         assert re.search(r"Revealed type is .*\w", said.get(str(line), "")), run.stdout
         assert '"Any"' not in said.pop(str(line)), f"type checkers do not know qcompile.{name}"
     assert not said, run.stdout
+
+
+# --- private torch API ----------------------------------------------------------------------------------------------
+
+#: The modules that may use private torch API, and what for. A new release of torch can break these alone.
+PRIVATE_API = {
+    "qcompile/compat.py": "gives it a name and a docstring for everything else",
+    "kernels/choices.py": "overrides one of Inductor's choices: rows that stay in registers",
+    "kernels/cpp.py": "builds C++ with Inductor's search for a compiler, its locks and its cache",
+    "kernels/lowerings.py": "registers the lowerings below with Inductor",
+    "kernels/quantize/inductor.py": "loop bodies, which Inductor fuses with their neighbours",
+    "kernels/estimate/inductor.py": "loop bodies",
+    "kernels/outliers/inductor.py": "loop bodies",
+    "kernels/matmul/inductor.py": "Triton templates and extern kernels, between which Inductor's autotuning chooses",
+    "kernels/matmul/providers.py": "torch._scaled_mm is cuBLASLt's FP8 product; compat would import Inductor with it",
+}
+
+
+def is_private(name: str) -> bool:
+    """``torch._inductor.ir`` and ``torch.fx.experimental`` are; operators (``torch.ops.aten._to_copy``) are not: a
+    graph has them whoever asks.
+    """
+    first, *parts = name.split(".")
+    private = any(part == "experimental" or (part[0] == "_" and not part.startswith("__")) for part in parts)
+    return first == "torch" and parts[:1] != ["ops"] and private
+
+
+def torch_names(tree: ast.AST) -> Iterator[str]:
+    """Full names of all that a module imports, and of attributes of what it has imported."""
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                top = alias.name.partition(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            path, _, attributes = ast.unparse(node).partition(".")
+            if path in bound:
+                yield f"{bound[path]}.{attributes}"
+
+
+@pytest.mark.parametrize(
+    ("code", "private"),
+    [
+        ("import torch._dynamo", True),
+        ("from torch import _inductor", True),
+        ("def f():\n    from torch._inductor.lowering import lowerings", True),
+        ("from torch.fx.experimental.proxy_tensor import make_fx", True),
+        ("import torch\ntorch._C._nn.linear(x)", True),
+        ("import torch as t\nt._scaled_mm", True),
+        ("from torch.utils import checkpoint as c\nc._infer_device_type(1)", True),
+        ("import torch\ntorch.ops.aten._to_copy(x); torch.__version__; torch.fx.Graph", False),
+        ("from ._private import x; from qcompile import _own; import triton.experimental", False),
+    ],
+)
+def test_the_walk_below_knows_private_api(code, private):
+    assert any(map(is_private, torch_names(ast.parse(code)))) == private
+
+
+def test_private_torch_api_is_used_where_it_is_declared_and_nowhere_else():
+    users = {
+        str(path.relative_to(ROOT)): names
+        for room in ("qcompile", "passes", "kernels", "examples")
+        for path in (ROOT / room).rglob("*.py")
+        if (names := sorted(set(filter(is_private, torch_names(ast.parse(path.read_text(encoding="utf-8")))))))
+    }
+    strays = {file: names for file, names in users.items() if file not in PRIVATE_API}
+    assert not strays, "give it a name in qcompile/compat.py"
+    assert set(users) == set(PRIVATE_API), "a module that needs no private API any more leaves the list"
