@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from qcompile import demo
+from qcompile.apps import demo
 
 PUBLISHED = Path(__file__).parent / "data" / "quest_losses.csv"
 

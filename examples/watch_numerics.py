@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qcompile import Monitor, demo
+from qcompile import Monitor
+from qcompile.apps import demo
 
 ARMS: dict[str, dict[str, Any]] = {"occ": {}, "no_occ": {"activation": {"outliers": None}}}
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
+    from qcompile.apps.repro import save_repro as save_repro
     from qcompile.ir.recipe import Recipe as Recipe
     from qcompile.ir.recipe import Rule as Rule
     from qcompile.numerics import Monitor as Monitor
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.explain import explain as explain
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
-    from qcompile.repro import save_repro as save_repro
 
 _EXPORTS = {
     "explain": "qcompile.report",
@@ -28,7 +28,7 @@ _EXPORTS = {
     "Monitor": "qcompile.numerics",
     "monitor": "qcompile.numerics",
     "gradient_cosine": "qcompile.numerics",
-    "save_repro": "qcompile.repro",
+    "save_repro": "qcompile.apps.repro",
     "RECIPES": "qcompile.recipes",
 }
 

@@ -53,7 +53,7 @@ def test_the_backend_imports_only_what_a_compilation_needs():
     loaded = modules_after("import qcompile.backends")
     third_party = {"transformers", "torchao", "matplotlib", "rich", "hypothesis", "datasets", "torchvision"}
     assert not third_party & {name.split(".")[0] for name in loaded}
-    assert not {"qcompile.report", "qcompile.cli"} & loaded
+    assert not {"qcompile.report", "qcompile.apps"} & loaded
 
 
 def test_in_a_checkout_the_folder_kernels_may_be_taken_for_hugging_faces():

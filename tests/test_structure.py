@@ -124,3 +124,40 @@ def test_private_torch_api_is_used_where_it_is_declared_and_nowhere_else():
     strays = {file: names for file, names in users.items() if file not in PRIVATE_API}
     assert not strays, "give it a name in qcompile/compat.py"
     assert set(users) == set(PRIVATE_API), "a module that needs no private API any more leaves the list"
+
+
+# --- which room may import which ------------------------------------------------------------------------------------
+
+#: Each imports what stands before it, at any level of a function. ``qcompile/__init__.py`` loads names on first use.
+ROOMS = ("ir", "compat", "recipes", "kernels", "passes", "session", "backends", "numerics", "report", "apps")
+#: ``options={"monitor": True}`` makes a monitor, which itself reads a backend's options.
+EXCEPTIONS = {("backends", "numerics")}
+
+
+def imported(module: str, is_package: bool, tree: ast.AST) -> Iterator[str]:
+    """Full names of all that a module imports, relative imports included."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def test_rooms_import_one_way():
+    """Who reads a room need not know those above it; a cycle would also make the order of imports matter."""
+    wrong = set()
+    for folder in ("qcompile", "passes", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / "qcompile" if folder == "qcompile" else ROOT).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            module = ".".join(["qcompile", *(parts[:-1] if is_package else parts)])
+            for name in imported(module, is_package, ast.parse(path.read_text(encoding="utf-8"))):
+                here, there = (*module.split("."), "")[1], (*name.split("."), "")[1]
+                if here and name.startswith("qcompile.") and there not in (here, "__version__"):
+                    assert here in ROOMS, f"which rooms may {here!r} import? ROOMS does not say"
+                    if there not in ROOMS[: ROOMS.index(here)] and (here, there) not in EXCEPTIONS:
+                        wrong.add(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import check_passes, plain_model, split_options
-from .ir.recipe import Operand, Rule
-from .recipes import RECIPES
+from qcompile.backends import check_passes, plain_model, split_options
+from qcompile.ir.recipe import Operand, Rule
+from qcompile.recipes import RECIPES
 
 __all__ = ["save_repro"]
 
@@ -106,7 +106,7 @@ def save_repro(
         raise ValueError(msg)
     given = {key: value for key, value in (options or {}).items() if key != "monitor"}
     check_passes(RECIPES[backend].override(split_options(None, given)[0]))
-    from . import __version__
+    from qcompile import __version__
 
     model = plain_model(model, "save_repro")
     data = _pickled({"model": model, "args": args, "kwargs": kwargs})

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from .report import Report, explain, saved_bytes
+from qcompile.report import Report, explain, saved_bytes
 
 __all__ = [
     "ARMS",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile import cli, demo
+from qcompile.apps import cli, demo
 
 TEXT = b"To be, or not to be, that is the question:\n" * 40
 
@@ -35,7 +35,7 @@ def fail(capsys, *argv: object) -> str:
 def test_version_and_help_do_not_import_torch():
     """They would take seconds."""
     program = (
-        "import sys; from qcompile.cli import build_parser; build_parser().format_help(); "
+        "import sys; from qcompile.apps.cli import build_parser; build_parser().format_help(); "
         "assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

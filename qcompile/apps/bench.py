@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import compat
+from qcompile import compat
+from qcompile.recipes import RECIPES
+from qcompile.report import saved_bytes
+
 from .demo import Experiment, batches, build_model, configure, loss_of, require
-from .recipes import RECIPES
-from .report import saved_bytes
 
 __all__ = ["BenchPlan", "Measurement", "measure", "prepare", "run"]
 
@@ -69,7 +70,7 @@ def prepare(
     sizes: Mapping[str, int | None],
     csv_file: Path | None,
 ) -> BenchPlan:
-    """Check a request. Raises as :func:`qcompile.demo.prepare` does."""
+    """Check a request. Raises as :func:`qcompile.apps.demo.prepare` does."""
     require("transformers")
     known = ("inductor", *RECIPES)
     for name in backends or ():
@@ -114,7 +115,7 @@ def in_own_process(plan: BenchPlan, backend: str, state: str, cache: str) -> Mea
         "sizes": plan.sizes,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "qcompile.bench", json.dumps(request)],
+        [sys.executable, "-m", "qcompile.apps.bench", json.dumps(request)],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
         capture_output=True,
         text=True,
