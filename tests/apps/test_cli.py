@@ -74,7 +74,7 @@ def test_demo_keeps_former_files_when_the_folder_is_a_file(capsys, text_file, tm
 
 
 def test_demo_names_the_pip_command_for_a_missing_package(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr(demo.settings, "find_spec", lambda name: None if name == "matplotlib" else object())
     complaint = fail(capsys, "demo", "--out", tmp_path / "out")
     assert "matplotlib" in complaint
     assert "pip install 'qcompile[demo]'" in complaint
