@@ -31,7 +31,6 @@ from qcompile.ir.recipe import Operand
 from .graph import graph_modules, value_of
 from .origins import target_name, written_by
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
-from .quantize_gradients import quantize_gradients
 from .spellings import Frame, Slot
 
 __all__ = ["insert", "stamp"]
@@ -64,11 +63,11 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
                     changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
                     slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared))
                     wrapped += 1
-            quantize_gradients(gm.graph, decision)
         if _is_barrier(node):
             shared.clear()
-    gm.graph.lint()
-    gm.recompile()
+    if wrapped:
+        gm.graph.lint()
+        gm.recompile()
     return wrapped
 
 

@@ -151,11 +151,9 @@ def test_the_source_digest_sees_a_file_move(tmp_path, monkeypatch):
 
 
 def copy_package(site: Path) -> None:
-    """``site/qcompile`` as a wheel installs it."""
+    """``site/qcompile`` as a wheel installs it: plain folders in place of links."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "qcompile", site / "qcompile", ignore=unwanted)
-    for folder in ("passes", "kernels"):
-        shutil.copytree(ROOT / folder, site / "qcompile" / folder, ignore=unwanted)
 
 
 def digest_of(site: Path, monkeypatch) -> str:
