@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
     from qcompile.apps.repro import save_repro as save_repro
     from qcompile.ir.recipe import Recipe as Recipe
-    from qcompile.ir.recipe import Rule as Rule
+    from qcompile.ir.rules import Rule as Rule
     from qcompile.numerics import Monitor as Monitor
     from qcompile.numerics import gradient_cosine as gradient_cosine
     from qcompile.numerics import monitor as monitor
@@ -24,7 +24,7 @@ _EXPORTS = {
     "Report": "qcompile.report",
     "saved_bytes": "qcompile.report",
     "Recipe": "qcompile.ir.recipe",
-    "Rule": "qcompile.ir.recipe",
+    "Rule": "qcompile.ir.rules",
     "Monitor": "qcompile.numerics",
     "monitor": "qcompile.numerics",
     "gradient_cosine": "qcompile.numerics",

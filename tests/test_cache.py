@@ -16,7 +16,8 @@ from torch import nn
 
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.ir.recipe import Operand, Rule
+from qcompile.ir.operand import Operand
+from qcompile.ir.rules import Rule
 from qcompile.passes import pipeline
 from qcompile.passes.pipeline import cache_identity, hooks, source_digest
 from qcompile.passes.plan import Plan

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from qcompile.backends import check_passes, plain_model, split_options
-from qcompile.ir.recipe import Operand, Rule
+from qcompile.ir.operand import Operand
+from qcompile.ir.rules import Rule
 from qcompile.recipes import RECIPES
 
 __all__ = ["save_repro"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
 from qcompile.passes.lower import DECODED

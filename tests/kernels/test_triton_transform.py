@@ -21,8 +21,8 @@ triton = pytest.importorskip("triton")
 
 from qcompile.ir.estimators import Estimator  # noqa: E402
 from qcompile.ir.formats import FORMATS, get_format  # noqa: E402
+from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
-from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E402
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
