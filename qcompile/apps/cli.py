@@ -65,8 +65,8 @@ def unusable(command: str, error: BaseException | str) -> int:
 # --- demo ---------------------------------------------------------------------------------------------------
 
 MODEL_FLAGS = {
-    "batch": "sequences a step",
-    "sequence": "bytes a sequence",
+    "batch": "sequences per step",
+    "sequence": "bytes per sequence",
     "hidden": "width of the model",
     "layers": "decoder layers",
     "heads": "attention heads",

@@ -71,7 +71,7 @@ def split_windows(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def unigram_entropy(data: Tensor) -> float:
-    """Nats a byte of a model that knows only how often each byte occurs."""
+    """Nats per byte of a model that knows only how often each byte occurs."""
     counts = torch.bincount(data, minlength=VOCABULARY)
     return float(torch.special.entr(counts / counts.sum()).sum())
 

@@ -25,7 +25,7 @@ WARM_UP_STEPS = 3  # left out of tokens/s: the first compiles, the second is mea
 
 @dataclass
 class ArmResult:
-    """What one arm produced: losses in nats a byte, bytes kept for the backward of one step, seconds."""
+    """What one arm produced: losses in nats per byte, bytes kept for the backward of one step, seconds."""
 
     arm: str
     losses: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ def validate(compiled: Any, experiment: Experiment) -> float:
 
 
 class ArmProgress:
-    """A progress bar an arm on a terminal, a line every tenth of the steps elsewhere."""
+    """A progress bar per arm on a terminal, a line every tenth of the steps elsewhere."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
