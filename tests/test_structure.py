@@ -34,6 +34,7 @@ def test_mypy_sees_through_every_folder_and_lazy_name(tmp_path):
 
     The cache is the one of a plain ``mypy``, so that whichever runs first in CI pays for both.
     """
+    pytest.importorskip("mypy")
     imports = [f"import {call.rpartition('.')[0]}" for call in (c.partition("(")[0] for c in PLANTED)]
     reveals = [f"reveal_type(qcompile.{name})" for name in qcompile.__all__]
     head = [*imports, "from torch.fx import GraphModule", "from qcompile.recipes import FP4", "gm: GraphModule"]
