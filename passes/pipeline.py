@@ -141,7 +141,7 @@ POST_GRAD = PipelineStage(
 )
 PIPELINE: tuple[PipelineStage[Any], ...] = (DYNAMO, JOINT, PARTITION, POST_GRAD)
 
-#: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
+#: Names that ``disable_passes`` takes. Without `lower`, ``quantized_mm`` runs as its own reference.
 PASS_NAMES = tuple(p.name for stage in PIPELINE for p in stage.passes if p.optional)
 
 
