@@ -40,7 +40,7 @@ GRAIN_SIZE = 32768
 #: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of
 #: refusing value-changing float optimizations brings back trapping math, which keeps comparisons scalar, and
 #: leaves the sign of a zero in doubt. A later flag wins.
-COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros")
+COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros", "--param=max-tree-if-conversion-phi-args=64")
 
 #: Element types as bits with conversions from and to float32 that vectorize, and rounding to small
 #: floating-point formats.
@@ -55,6 +55,22 @@ template <class To, class From> static inline To bits_as(From from) {
   static_assert(sizeof(to) == sizeof(from));
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// condition ? a : b by bits: compilers see no branch, which they would thread with others until nothing vectorizes.
+static inline int32_t select(bool condition, int32_t a, int32_t b) { return b ^ ((a ^ b) & -int32_t(condition)); }
+static inline float select(bool condition, float a, float b) {
+  return bits_as<float>(select(condition, bits_as<int32_t>(a), bits_as<int32_t>(b)));
+}
+static inline double select(bool condition, double a, double b) { return condition ? a : b; }
+
+// a · b + c of a product that does not round.
+static inline float exact_fma(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
 static constexpr uint32_t MAGNITUDE = 0x7fffffff;
@@ -76,8 +92,8 @@ template <int mantissa, int min_exponent> static inline uint32_t round_to_minifl
   return bits < (uint32_t(min_exponent + 127) << 23) ? subnormal : normal;
 }
 
-// base^exponent in float64, rounded once, by 2^(exponent · log2 base): log2 m = 2 artanh((m − 1)/(m + 1)) / ln 2 with m in
-// [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12. Vectorizes, which the C library's powf does not.
+// base^exponent in float64, rounded once, by 2^(exponent · log2 base): log2 m = 2 artanh((m − 1)/(m + 1)) / ln 2 with m
+// in [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12. Vectorizes, which the C library's powf does not.
 static inline float power(float base, double exponent) {
   const uint32_t all = bits_as<uint32_t>(base);
   const bool small = all < 0x00800000;  // subnormal numbers are scaled by 2^24

@@ -20,7 +20,7 @@ _OPS = {
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
     "exact_mul": "{0} * {1}",
-    "exact_fma": "{0} * {1} + {2}",
+    "exact_fma": "exact_fma({0}, {1}, {2})",
     "div": "{0} / {1}",
     "neg": "-{0}",
     "abs": "std::fabs({0})",
@@ -40,7 +40,7 @@ _OPS = {
     "not": "!{0}",
     "shift_left": "int32_t(uint32_t({0}) << {1})",
     "shift_right": "{0} >> {1}",
-    "where": "{0} ? {1} : {2}",
+    "where": "select({0}, {1}, {2})",
     "to": "{type}({0})",
     "bits": "bits_as<{type}>({0})",
 }

@@ -42,7 +42,7 @@ def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:
     if offset is not None:
         level, index = _uniform(y, negative, grid, offset, ties_up)
     elif layout is not None and layout[0] > 0:
-        level, index = _minifloat(y, layout, ties_up)
+        level, index = _minifloat(y, negative, layout, ties_up)
     else:  # without mantissa bits the even index is not the even multiple of a unit in the last place
         level, index = _thresholds(y, negative, grid, ties_up)
     # The sign goes in as a bit, which keeps −0 where 0 is a level.
@@ -62,24 +62,34 @@ def _uniform(y: Value, negative: Value, fmt: Format, offset: float, ties_up: boo
         rest = position - (raised - _ROUNDER)
         up = (rest == 0.5) & (y > 0.0)
         down = (rest == -0.5) & negative & (raised > _ROUNDER)
-        raised = where(up, raised + 1.0, where(down, raised - 1.0, raised))
+        raised = raised + where(up, 1.0, 0.0) - where(down, 1.0, 0.0)
     level = (raised - _ROUNDER + offset).exact_product(fmt.step)
     return level, raised.view(INT) & 2 ** (fmt.bits - 1) - 1
 
 
-def _minifloat(y: Value, layout: tuple[int, float], ties_up: bool) -> tuple[Value, Value]:
-    """Magnitude (with a sign) and index: y rounded to the mantissa bits of its binade, or of the smallest one."""
+def _minifloat(y: Value, negative: Value, layout: tuple[int, float], ties_up: bool) -> tuple[Value, Value]:
+    """Magnitude and index: |y| rounded to the mantissa bits of its binade, or of the smallest one.
+
+    The rounded number stands in the low bits as a count of units in the last place; an index is that count and 2^m for
+    every binade above the smallest.
+    """
     mantissa_bits, factor = layout
     smallest_normal = factor * 2.0**-126
     size = abs(y)
-    binade = (where(size < smallest_normal, smallest_normal, size).view(INT) & _EXPONENT).view(FLOAT)
-    rounder = 1.5 * 2.0 ** (MANTISSA_BITS - mantissa_bits)
-    level = y.plus_exact_product(binade, rounder).plus_exact_product(binade, -rounder)
+    binade = where(size < smallest_normal, smallest_normal, size).view(INT) & _EXPONENT
+    unit = 2.0**-mantissa_bits
+    rounder = 1.5 * 2.0**MANTISSA_BITS * unit
+    raised = size.plus_exact_product(binade.view(FLOAT), rounder)
+    level = raised.plus_exact_product(binade.view(FLOAT), -rounder)
+    count = raised.view(INT) & 2 ** (mantissa_bits + 2) - 1
     if ties_up:
-        half = binade.exact_product(2.0 ** (-mantissa_bits - 1))
-        level = where(y - level == half, level + half.exact_product(2.0), level)
-    fields = abs(level).exact_product(1 / factor).view(INT)
-    return level, fields >> (MANTISSA_BITS - mantissa_bits)
+        half = binade.view(FLOAT).exact_product(unit / 2)
+        rest = size - level
+        up, down = (rest == half) & (y > 0.0), (rest == -half) & negative
+        steps = up.int() - down.int()
+        level = level.plus_exact_product(steps.float(), half.exact_product(2.0))
+        count = count + steps
+    return level, count + ((binade - bits_of(smallest_normal)) >> (MANTISSA_BITS - mantissa_bits))
 
 
 def _thresholds(y: Value, negative: Value, fmt: Format, ties_up: bool) -> tuple[Value, Value]:

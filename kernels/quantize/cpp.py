@@ -1,7 +1,8 @@
 """C++ quantize and dequantize around printed formulas; bit for bit equal to the references.
 
 A row is read twice while it is in cache: once for the absolute maximum (or the sum of squares), once for the codes; a
-rotated row is kept in a buffer between the two. Scales and rounding are the formulas of :mod:`qcompile.kernels.formula`.
+rotated row is kept in a buffer between the two. Scales and rounding are the formulas of
+:mod:`qcompile.kernels.formula`.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* codes,
 # A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look
 # levels up.
 _DEQUANTIZE = r"""
-extern "C" void run(const uint8_t* codes, const Stored* scales, const float* global_scale, ELEMENT* out, int64_t matrices, int64_t rows,
-                    int64_t size, int64_t threads) {
+extern "C" void run(const uint8_t* codes, const Stored* scales, const float* global_scale, ELEMENT* out,
+                    int64_t matrices, int64_t rows, int64_t size, int64_t threads) {
   constexpr int width = 8 / CODES_PER_BYTE, mask = (1 << width) - 1;
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;

@@ -18,7 +18,7 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 
 
 def power_of_two(exponent: Scalar) -> Scalar:
-    """Exact float32 2^exponent from int32, clamped to the exponents of normal numbers and −127, the smallest of E8M0."""
+    """Exact float32 2^exponent of an int32 exponent, clamped to −127 … 127: normal numbers, and E8M0's smallest."""
     bits = (exponent.clamp(-_EXPONENT_BIAS, 127) + _EXPONENT_BIAS) << _MANTISSA_BITS
     return torch.where(bits == 0, 1 << (_MANTISSA_BITS - 1), bits).to(torch.int32).view(torch.float32)
 
