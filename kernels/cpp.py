@@ -40,7 +40,12 @@ GRAIN_SIZE = 32768
 #: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of
 #: refusing value-changing float optimizations brings back trapping math, which keeps comparisons scalar, and
 #: leaves the sign of a zero in doubt. A later flag wins.
-COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros", "--param=max-tree-if-conversion-phi-args=64")
+COMPILER_FLAGS = (
+    "-ftree-loop-vectorize",
+    "-fno-trapping-math",
+    "-fsigned-zeros",
+    "--param=max-tree-if-conversion-phi-args=64",
+)
 
 #: Element types as bits with conversions from and to float32 that vectorize, and rounding to small
 #: floating-point formats.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .formats import Format
-from .formulas import Scalar
+from .formulas import Scalar, float32
 
 __all__ = ["ESTIMATORS", "Estimator"]
 
@@ -65,8 +65,16 @@ def _trust_bound(fmt: Format, t: float | None) -> float | None:
     """Within the grid |y − level| is at most half the widest gap, so a threshold T not below it decides outside only,
     where y ∓ max is exact: |y| ≤ max + T.
     """
-    threshold = trust_threshold(fmt, t)
+    threshold = float32(trust_threshold(fmt, t))
     return fmt.max + threshold if trust_threshold(fmt) <= threshold <= fmt.max else None
+
+
+def _trust_bound_at_zero(fmt: Format, t: float | None) -> float:
+    return float32(trust_threshold(fmt, t))
+
+
+def _clip_bound(fmt: Format, s: float) -> float:
+    return float32(clip_limit(fmt, s))
 
 
 def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
@@ -130,8 +138,8 @@ class EstimatorKind:
 
 ESTIMATORS: dict[str, EstimatorKind] = {
     "ste": EstimatorKind(),
-    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask, bound=clip_limit, bound_at_zero=clip_limit),
-    "trust": EstimatorKind({"t": None}, mask=_trust_mask, bound=_trust_bound, bound_at_zero=trust_threshold),
+    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask, bound=_clip_bound, bound_at_zero=_clip_bound),
+    "trust": EstimatorKind({"t": None}, mask=_trust_mask, bound=_trust_bound, bound_at_zero=_trust_bound_at_zero),
     "dge": EstimatorKind({"k": 5.0, "cap": 3.0}, slope=_dge_slope, continuous=True),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Scalar", "floor_log2", "power_of_two"]
+__all__ = ["Scalar", "float32", "floor_log2", "power_of_two"]
 
 #: A tensor, or a scalar of a formula.
 Scalar = Any
@@ -26,3 +26,8 @@ def power_of_two(exponent: Scalar) -> Scalar:
 def floor_log2(value: Scalar) -> Scalar:
     """Int32 ⌊log2⌋ of a positive normal float32; −127 of a subnormal one, 128 of infinity and NaN."""
     return (value.view(torch.int32) >> _MANTISSA_BITS) - _EXPONENT_BIAS
+
+
+def float32(number: float) -> float:
+    """The float32 number nearest to ``number``: what a formula compares with."""
+    return torch.tensor(number, dtype=torch.float32).item()
