@@ -36,7 +36,7 @@ def saturate_value(y: Value, fmt: Format) -> Value:
 def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:
     """The level nearest to y (saturated, no NaN) and its code; ties to the even index, or toward +∞ (``half_up``)."""
     grid = fmt.grid
-    ties_up = rounding == "up"
+    ties_up = rounding == "half_up"
     negative = y < 0.0
     layout, offset = minifloat(grid), uniform_offset(grid)
     if offset is not None:

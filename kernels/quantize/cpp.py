@@ -273,7 +273,7 @@ def _geometry(q: Quantizer, rotation: int = 1) -> str:
             f"static constexpr bool OF_UNROTATED = {int(of_unrotated)};",
             f"using Stored = {_STORED_TYPES[storage_dtype(q).itemsize]};",
             f"static constexpr bool WHOLE = {int(kind == 'tensor')};",
-            f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'tile' else 1};",
+            f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'square' else 1};",
             f"static constexpr int CODES_PER_BYTE = {q.format.codes_per_byte};",
             f"static constexpr float AMAX_FLOOR = {float_literal(q.amax_floor)};",
         )

@@ -96,7 +96,7 @@ lop3.b32 far, {word}, near, far, {function:#04x};
 lop3.b32 {halves}, {word}, far, {kept:#010x}, 0xe4;
 """
 
-#: 8-bit codes of eight neighbours ($0, $1) and stored codes, two a byte ($2), from scaled values ($3 … $10) whose ⌊y⌋
+#: 8-bit codes of eight neighbours ($0, $1) and stored codes, two per byte ($2), from scaled values ($3 … $10) whose ⌊y⌋
 #: fits 16 bits. ⌊y⌋ + {sign} is clamped and converted in pairs; then four even and four odd ones are put together.
 _EIGHT = """
 {{
@@ -151,7 +151,7 @@ class Constants:
 
 @dataclass(frozen=True, eq=False)
 class Grid(Constants):
-    """A quantizer with one scale a row, as constants for its kernels to be specialized by.
+    """A quantizer with one scale per row, as constants for its kernels to be specialized by.
 
     There is one of each (:func:`grid_of`), told apart by identity: Triton looks constants up at every launch.
 
@@ -363,7 +363,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         factor=fmt.tensor_core_factor,
         target_offset=fmt.tensor_core_offset,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
-        floors=q.rounding == "up" and (fmt.grid.step, uniform_offset(fmt.grid)) == (1.0, 0.5),
+        floors=q.rounding == "half_up" and (fmt.grid.step, uniform_offset(fmt.grid)) == (1.0, 0.5),
         pruned=fmt.pruned is not None,
         table=_table(fmt, dtype) if dtype and fmt.bits <= 4 else (),
         formulas=tuple(formula.digest for formula in formulas),

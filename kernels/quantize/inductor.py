@@ -199,7 +199,7 @@ def group_of(index: Index, q: Quantizer, byte=None, per_byte: int = 1) -> list:
     # can cancel.
     in_bytes = byte is not None and n % per_byte == 0
     block = FloorDiv(byte, n // per_byte) if in_bytes else FloorDiv(index[-1], n)
-    if q.granularity.kind == "tile":
+    if q.granularity.kind == "square":
         lead[-1] = FloorDiv(lead[-1], n)
     return [*lead, block]
 
@@ -293,7 +293,7 @@ class GridUnits:
         self._load_global = global_scale.make_loader() if global_scale is not None else None
         flat = None if fold is None else lowerings[torch.ops.aten.reshape.default](fold, [-1])
         self._load_fold = flat.make_loader() if flat is not None else None
-        # Buffers, so that a reader in another kernel does not divide once an element; inside one kernel they
+        # Buffers, so that a reader in another kernel does not divide once per element; inside one kernel they
         # are registers.
         self._load_amax = self._reduce_amax().make_loader()
         self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
@@ -329,13 +329,13 @@ class GridUnits:
         kind, n, size = self.q.granularity.kind, self.q.granularity.size, self.shape[-1]
         step = self.per_byte if kind in ("tensor", "row") or n % self.per_byte == 0 else 1
         along_k = CeilDiv(size, step) if kind in ("tensor", "row") else sympy.Integer(n // step)
-        rows = {"tensor": self.shape[:-1], "tile": [sympy.Integer(n)]}.get(kind, [])
+        rows = {"tensor": self.shape[:-1], "square": [sympy.Integer(n)]}.get(kind, [])
 
         def element(group: Index, inner: Index) -> Value:
             *row, j = inner
             lead = row if kind == "tensor" else list(group[:-1])
             bounds = []
-            if kind == "tile":
+            if kind == "square":
                 lead[-1] = n * lead[-1] + row[0]
                 if not _divides(n, self.shape[-2]):
                     bounds.append((lead[-1], self.shape[-2]))
