@@ -86,7 +86,7 @@ _LOAD_SCALE = r"""
 static inline float scale_from(Stored stored, float global_scale) { return load_scale(storedWHOLE); }
 """
 
-# The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers
+# The band of rows that shares scales is one row, or n rows of one matrix (square); along a row a scale covers
 # SEGMENT elements.
 _ROWS = r"""
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
