@@ -21,6 +21,7 @@ _OPS = {
     "mul": "{0} * {1}",
     "exact_mul": "{0} * {1}",
     "exact_fma": "exact_fma({0}, {1}, {2})",
+    "at_least": "select({0} < {1}, {1}, {0})",
     "div": "{0} / {1}",
     "neg": "-{0}",
     "abs": "std::fabs({0})",

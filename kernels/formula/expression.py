@@ -129,6 +129,10 @@ class Value:
         """−1, 0 or 1; NaN of NaN."""
         return where(self > 0, 1.0, where(self < 0, -1.0, self))
 
+    def at_least(self, least: Number) -> Value:
+        """The greater of the two, of a value that is not NaN."""
+        return self._with("at_least", least)
+
     def clamp(self, min: Value | Number | None = None, max: Value | Number | None = None) -> Value:
         """Between the bounds that are given; NaN stays."""
         value = self if max is None else where(self > max, max, self)

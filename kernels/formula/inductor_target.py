@@ -87,6 +87,7 @@ _OPS: dict[str, Callable[..., Body]] = {
     **{name: partial(_same_named, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "where")},
     "exact_mul": partial(_same_named, "mul"),
     "exact_fma": lambda a, b, c: ops.add(ops.mul(a, b), c),
+    "at_least": lambda a, b: ops.where(ops.lt(a, b), b, a),  # without the instructions that pass on NaN
     "div": exact_div,
     "power": _power,
     "and": partial(_same_named, "bitwise_and"),

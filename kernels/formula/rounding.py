@@ -68,27 +68,28 @@ def _uniform(y: Value, negative: Value, fmt: Format, offset: float, ties_up: boo
 
 
 def _minifloat(y: Value, negative: Value, layout: tuple[int, float], ties_up: bool) -> tuple[Value, Value]:
-    """Magnitude and index: |y| rounded to the mantissa bits of its binade, or of the smallest one.
+    """Magnitude, with a sign, and index: y rounded to the mantissa bits of its binade, or of the smallest one.
 
     The rounded number stands in the low bits as a count of units in the last place; an index is that count and 2^m for
     every binade above the smallest.
     """
     mantissa_bits, factor = layout
     smallest_normal = factor * 2.0**-126
-    size = abs(y)
-    binade = where(size < smallest_normal, smallest_normal, size).view(INT) & _EXPONENT
-    unit = 2.0**-mantissa_bits
+    size, unit = abs(y), 2.0**-mantissa_bits
+    binade = size.at_least(smallest_normal).view(INT) & _EXPONENT
     rounder = 1.5 * 2.0**MANTISSA_BITS * unit
     raised = size.plus_exact_product(binade.view(FLOAT), rounder)
-    level = raised.plus_exact_product(binade.view(FLOAT), -rounder)
     count = raised.view(INT) & 2 ** (mantissa_bits + 2) - 1
     if ties_up:
+        level = raised.plus_exact_product(binade.view(FLOAT), -rounder)
         half = binade.view(FLOAT).exact_product(unit / 2)
         rest = size - level
         up, down = (rest == half) & (y > 0.0), (rest == -half) & negative
         steps = up.int() - down.int()
         level = level.plus_exact_product(steps.float(), half.exact_product(2.0))
         count = count + steps
+    else:  # of y, not |y|, whose sign takes an instruction: where no index is wanted, the sum above is not computed
+        level = y.plus_exact_product(binade.view(FLOAT), rounder).plus_exact_product(binade.view(FLOAT), -rounder)
     return level, count + ((binade - bits_of(smallest_normal)) >> (MANTISSA_BITS - mantissa_bits))
 
 

@@ -18,6 +18,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "mul": torch.mul,
     "exact_mul": torch.mul,
     "exact_fma": lambda a, b, c: a * b + c,
+    "at_least": torch.maximum,
     "div": torch.div,
     "neg": torch.neg,
     "abs": torch.abs,

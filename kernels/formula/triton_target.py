@@ -24,6 +24,7 @@ _OPS = {
     "mul": "{0} * {1}",
     "exact_mul": "{0} * {1}",
     "exact_fma": "tl.fma({0}, {1}, {2})",
+    "at_least": "tl.maximum({0}, {1})",
     "div": "tl.math.div_rn({0}, {1})",
     "neg": "-{0}",
     "abs": "tl.abs({0})",

@@ -250,7 +250,7 @@ def test_every_op_with_a_lowering_is_reported():
     assert cuda_provider("quantized_mm")[0] == "reference"
     assert cuda_provider("scale_gradient", "e4m3", "dge") == (
         "reference",
-        "its slope takes 261 operations, more than 128",
+        "its slope takes 371 operations, more than 128",
     )
 
 
