@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch._inductor.lowering import lowerings, register_lowering
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.quantizer import Quantizer
 
 from .estimate import inductor as estimate
@@ -67,10 +67,10 @@ def cuda_provider(
         return "reference", f"{op} has no lowering"
     if transform:
         return "reference", f"{transform} is not generated"
-    texts: list[Quantizer | Estimator] = []
+    texts: list[Quantizer | EstimatorSpec] = []
     if quantizer is not None:
         texts.append(Quantizer.parse(quantizer))
     if estimator is not None:
-        texts.append(Estimator.parse(estimator))
+        texts.append(EstimatorSpec.parse(estimator))
     supported, reason = LOWERINGS[op].supports(*texts[: LOWERINGS[op].texts])
     return ("triton (inductor)", "") if supported else ("reference", reason)

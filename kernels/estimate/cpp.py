@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 from qcompile.kernels.formula import estimators as formulas
@@ -83,7 +83,7 @@ extern "C" void run(const ELEMENT* x, const float* global_scale, const GRADIENT*
 
 def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str, transform: str = "") -> Support:
     """Whether :func:`estimator_mask` handles the arguments, and if not, why."""
-    reason = formulas.why_no_mask(Estimator.parse(estimator), Quantizer.parse(quantizer).format)
+    reason = formulas.why_no_mask(EstimatorSpec.parse(estimator), Quantizer.parse(quantizer).format)
     if reason:
         return False, reason
     return supports_quantize(dtypes, quantizer, transform)
@@ -96,7 +96,7 @@ def supports_mask_gradient(dtypes: tuple[torch.dtype, ...]) -> Support:
 
 def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str) -> Support:
     """Whether :func:`scale_gradient` handles the arguments, and if not, why."""
-    reason = formulas.why_no_slope(Estimator.parse(estimator), Quantizer.parse(quantizer).format)
+    reason = formulas.why_no_slope(EstimatorSpec.parse(estimator), Quantizer.parse(quantizer).format)
     if reason:
         return False, reason
     return supports_quantize(dtypes, quantizer)
@@ -107,7 +107,7 @@ def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: s
 
 @cache
 def _mask_kernel(quantizer: str, estimator: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
-    q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     keeps = cpp_function(formulas.mask_of_input(spec, q.format, q.rounding))
     source = scaled_rows_source(q, transform) + keeps + _ESTIMATOR_MASK
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
@@ -121,7 +121,7 @@ def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
 @cache
 def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    slope = cpp_function(formulas.slope(Estimator.parse(estimator), q.format))
+    slope = cpp_function(formulas.slope(EstimatorSpec.parse(estimator), q.format))
     source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
     return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=4, integers=4)
 

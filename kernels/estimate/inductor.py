@@ -11,7 +11,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import ops
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
@@ -42,7 +42,7 @@ _MASK_BITS_PER_BYTE = 8
 # --- what is supported --------------------------------------------------------------------------------------
 
 
-def supports_estimator_mask(q: Quantizer, estimator: Estimator, device: torch.device | None = None) -> tuple[bool, str]:
+def supports_estimator_mask(q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
     if reason := formulas.why_no_mask(estimator, q.format):
         return False, reason
@@ -51,7 +51,7 @@ def supports_estimator_mask(q: Quantizer, estimator: Estimator, device: torch.de
     return supports_scales(q, device)  # rounding takes no part in it
 
 
-def supports_scale_gradient(q: Quantizer, estimator: Estimator, device: torch.device | None = None) -> tuple[bool, str]:
+def supports_scale_gradient(q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_scale_gradient` generates code, and if not, why."""
     if reason := formulas.why_no_slope(estimator, q.format):
         return False, reason
@@ -70,7 +70,7 @@ def supports_mask_gradient() -> tuple[bool, str]:
 
 def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, global_scale=None, transform: str = ""):
     """``qcompile::estimator_mask``: one bit per element, packed in the kernel that finds the scales again."""
-    q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     supported = not transform and supports_estimator_mask(q, spec, x.get_device())[0]
     if not ir.is_triton(x) or is_empty(x) or not supported:
         op = torch.ops.qcompile.estimator_mask.default
@@ -110,7 +110,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
     Of a continuous slope y is x over the stored scale, which saves the search for the absolute maximum: it can be two
     units in the last place from what the quantizer rounded. Other slopes get the y that was rounded.
     """
-    q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     if not ir.is_triton(grad) or is_empty(grad) or not supports_scale_gradient(q, spec, grad.get_device())[0]:
         op = torch.ops.qcompile.scale_gradient.default
         return run_reference(op, grad, x, scales, quantizer, estimator, axis, global_scale)

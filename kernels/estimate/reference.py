@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
+from qcompile.ir.estimators import EstimatorSpec, clip_limit, trust_threshold
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.reference import pack, scaled_input, unpack
@@ -28,11 +28,11 @@ def estimator_mask(
 ) -> Tensor:
     """Uint8 ``[..., R, ⌈K/8⌉]``: bit i of byte j is set where element 8j + i lets its gradient pass."""
     y, level = scaled_input(x, scales, quantizer, axis, global_scale, transform)
-    mask = mask_of(Estimator.parse(estimator), y, level, Quantizer.parse(quantizer).format)
+    mask = mask_of(EstimatorSpec.parse(estimator), y, level, Quantizer.parse(quantizer).format)
     return pack(mask.to(torch.uint8), bits=1)
 
 
-def mask_of(estimator: Estimator, y: Tensor, level: Tensor, fmt: Format) -> Tensor:
+def mask_of(estimator: EstimatorSpec, y: Tensor, level: Tensor, fmt: Format) -> Tensor:
     """Bool: the masks of the papers in plain torch, an outsider's by its own formula."""
     parameters = dict(estimator.parameters)
     match estimator.name:
@@ -43,7 +43,7 @@ def mask_of(estimator: Estimator, y: Tensor, level: Tensor, fmt: Format) -> Tens
     return estimator.mask(y, level, fmt)
 
 
-def slope_of(estimator: Estimator, y: Tensor, fmt: Format) -> Tensor:
+def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
     """Float32: the slope of arXiv 2501.17116 eq. 8 in plain torch, an outsider's by its own formula."""
     if estimator.name != "dge":
         return estimator.slope(y, fmt)
@@ -73,5 +73,5 @@ def scale_gradient(
 ) -> Tensor:
     """``grad ⊙ slope(x / s)`` in the dtype of ``grad``; the product is taken in float32."""
     y, _ = scaled_input(x, scales, quantizer, axis, global_scale)
-    slope = slope_of(Estimator.parse(estimator), y, Quantizer.parse(quantizer).format)
+    slope = slope_of(EstimatorSpec.parse(estimator), y, Quantizer.parse(quantizer).format)
     return torch.empty_like(grad).copy_(grad.float() * slope.movedim(-1, axis))

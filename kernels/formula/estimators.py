@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import Format
 
 from .expression import FLOAT, Formula
@@ -17,13 +17,13 @@ MOST_STEPS = 128
 
 
 @cache
-def mask(estimator: Estimator, fmt: Format) -> Formula:
+def mask(estimator: EstimatorSpec, fmt: Format) -> Formula:
     """``(y, level) → bool``: whether an element whose scaled input is y lets its gradient pass."""
     return Formula.record("keeps", lambda y, level: estimator.mask(y, level, fmt), y=FLOAT, level=FLOAT)
 
 
 @cache
-def mask_of_input(estimator: Estimator, fmt: Format, rounding: str) -> Formula:
+def mask_of_input(estimator: EstimatorSpec, fmt: Format, rounding: str) -> Formula:
     """``(y) → bool``, the level being the nearest one."""
 
     def keeps(y):
@@ -33,19 +33,19 @@ def mask_of_input(estimator: Estimator, fmt: Format, rounding: str) -> Formula:
 
 
 @cache
-def slope(estimator: Estimator, fmt: Format) -> Formula:
+def slope(estimator: EstimatorSpec, fmt: Format) -> Formula:
     """``(y) → factor on the gradient``, float32."""
     return Formula.record("slope", lambda y: estimator.slope(y, fmt), y=FLOAT)
 
 
-def why_no_mask(estimator: Estimator, fmt: Format) -> str:
+def why_no_mask(estimator: EstimatorSpec, fmt: Format) -> str:
     """Why kernels have no mask of ``estimator``; empty if they have."""
     if estimator.kind.mask is None:
         return f"estimator {estimator} has no mask"
     return why_not_rounded(fmt) or _too_long(mask(estimator, fmt))
 
 
-def why_no_slope(estimator: Estimator, fmt: Format) -> str:
+def why_no_slope(estimator: EstimatorSpec, fmt: Format) -> str:
     """Why kernels have no slope of ``estimator``; empty if they have."""
     if estimator.kind.slope is None:
         return f"estimator {estimator} has no slope"

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import Format
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.quantizer import Quantizer
@@ -313,7 +313,7 @@ class Passing(Constants):
 @cache
 def passing(estimator: str, fmt: Format) -> Passing | None:
     """The constants of an estimator with a mask; ``None`` for one without."""
-    spec = Estimator.parse(estimator)
+    spec = EstimatorSpec.parse(estimator)
     if spec.kind.mask is None:
         return None
     limit, limit_at_zero = (_largest_float32(spec.bound(fmt, at_zero) or 0.0) for at_zero in (False, True))

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
@@ -674,7 +674,7 @@ def _by_rows(
     x: Tensor,
     q: Quantizer,
     transform: Transform,
-    estimator: Estimator | None = None,
+    estimator: EstimatorSpec | None = None,
     eight_bit: bool = False,
     stored: bool = False,
     scaled: bool = True,
@@ -786,7 +786,7 @@ def estimator_mask(
     if x.numel() == 0:
         return estimate_reference.estimator_mask(x, scales, quantizer, estimator, axis, None, transform)
     rows, shape = as_rows(x, axis)
-    q, rule = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    q, rule = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     mask = _by_rows(rows, q, Transform.parse(transform), rule, scaled=False)[3]
     return mask.reshape(*shape[:-1], -1)
 

@@ -19,7 +19,7 @@ What an estimator needs kept for the backward decides how it is lowered: nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -27,10 +27,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .definitions import Registry, short_name
 from .formats import Format
 from .formulas import Scalar, float32
 
-__all__ = ["ESTIMATORS", "Estimator"]
+__all__ = ["ESTIMATORS", "Estimator", "EstimatorSpec"]
 
 
 # The formulas take tensors, or the scalars of qcompile.kernels.formula, from which kernels are printed.
@@ -110,17 +111,18 @@ def _plain(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class EstimatorKind:
-    """One row of the table: the parameters an estimator takes, and its formula.
+class Estimator:
+    """The definition of an estimator: the parameters it takes, and its formula.
 
-    Exactly one of ``mask`` (needs one bit per element) and ``slope`` (needs the input) is set, or neither (needs
-    nothing). A parameter is a positive number; one whose default is ``None`` follows from the format.
+    At most one of ``mask`` (needs one bit per element) and ``slope`` (needs the input) is set; with neither, gradients
+    pass as they are. A parameter is a positive number; one whose default is ``None`` follows from the format.
 
     Attributes:
-        parameters: name -> default.
+        name: what texts call it, followed by parameters in parentheses.
         mask: ``(y, level, format, **parameters) → bool``, y the scaled input and level what it was rounded to, float32
             in grid units. Operators and torch's elementwise functions.
-        slope: ``(y, format, **parameters) → float32``.
+        slope: ``(y, format, **parameters) → float32``, the factor on the gradient.
+        parameters: name -> default.
         bound: ``(format, **parameters) → b`` where the mask is |y| ≤ b; ``None`` from it where it is not that. Kernels
             then need no level.
         bound_at_zero: the same where the level is 0, which it is of elements that sparsity drops.
@@ -128,24 +130,30 @@ class EstimatorKind:
             scale instead of searching the row for its maximum again.
     """
 
-    parameters: dict[str, float | None] = field(default_factory=dict)
-    mask: Callable[..., Scalar] | None = None
-    slope: Callable[..., Scalar] | None = None
-    bound: Callable[..., float | None] | None = None
-    bound_at_zero: Callable[..., float | None] | None = None
+    name: str
+    mask: Callable[..., Scalar] | None = field(default=None, repr=False)
+    slope: Callable[..., Scalar] | None = field(default=None, repr=False)
+    parameters: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    bound: Callable[..., float | None] | None = field(default=None, repr=False)
+    bound_at_zero: Callable[..., float | None] | None = field(default=None, repr=False)
     continuous: bool = False
 
 
-ESTIMATORS: dict[str, EstimatorKind] = {
-    "ste": EstimatorKind(),
-    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask, bound=_clip_bound, bound_at_zero=_clip_bound),
-    "trust": EstimatorKind({"t": None}, mask=_trust_mask, bound=_trust_bound, bound_at_zero=_trust_bound_at_zero),
-    "dge": EstimatorKind({"k": 5.0, "cap": 3.0}, slope=_dge_slope, continuous=True),
-}
+ESTIMATORS: Registry[Estimator] = Registry(
+    "estimator",
+    (
+        Estimator("ste"),
+        Estimator("clip", mask=_clip_mask, parameters={"s": 1.0}, bound=_clip_bound, bound_at_zero=_clip_bound),
+        Estimator(
+            "trust", mask=_trust_mask, parameters={"t": None}, bound=_trust_bound, bound_at_zero=_trust_bound_at_zero
+        ),
+        Estimator("dge", slope=_dge_slope, parameters={"k": 5.0, "cap": 3.0}, continuous=True),
+    ),
+)
 
 
 @dataclass(frozen=True)
-class Estimator:
+class EstimatorSpec:
     """An estimator with its parameters; ``str()`` and :meth:`parse` are inverse, e.g. ``"dge(k=5,cap=3)"``.
 
     The text of a mask estimator leaves out what is as the table has it: ``"clip"``.
@@ -155,7 +163,8 @@ class Estimator:
     parameters: tuple[tuple[str, float | None], ...] = ()
 
     @property
-    def kind(self) -> EstimatorKind:
+    def kind(self) -> Estimator:
+        """The definition."""
         return ESTIMATORS[self.name]
 
     def __str__(self) -> str:
@@ -168,12 +177,22 @@ class Estimator:
         return f"{self.name}({arguments})" if arguments else self.name
 
     @staticmethod
-    @cache
-    def parse(text: str) -> Estimator:
+    def resolve(text: str) -> str:
+        """``text`` with the full name of a user's estimator."""
+        name, parenthesis, parameters = text.strip().partition("(")
+        return ESTIMATORS.resolve(name.strip()) + parenthesis + parameters
+
+    @staticmethod
+    def parse(text: str) -> EstimatorSpec:
         """Raises ``ValueError`` for an unknown estimator or parameter, or a non-positive value."""
-        match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text.replace(" ", ""))
+        return EstimatorSpec._parsed(EstimatorSpec.resolve(text))
+
+    @staticmethod
+    @cache
+    def _parsed(text: str) -> EstimatorSpec:
+        match = re.fullmatch(r"([\w@]+)(?:\(([^()]*)\))?", text.replace(" ", ""))
         if match is None or match[1] not in ESTIMATORS:
-            msg = f"unknown estimator {text!r}; known: {', '.join(ESTIMATORS)}"
+            msg = f"unknown estimator {text!r}; known: {', '.join(ESTIMATORS.known)}"
             raise ValueError(msg)
         values = dict(ESTIMATORS[match[1]].parameters)
         parts = [part.partition("=") for part in filter(None, (match[2] or "").split(","))]
@@ -183,18 +202,18 @@ class Estimator:
         for key, _, value in parts:
             if key not in values:
                 known = ", ".join(values) or "none"
-                msg = f"estimator {match[1]!r} has no parameter {key!r}; its parameters: {known}"
+                msg = f"estimator {short_name(match[1])!r} has no parameter {key!r}; its parameters: {known}"
                 raise ValueError(msg)
             try:
                 number = float(value)
             except ValueError:
-                msg = f"estimator {match[1]!r}: {key}={value!r} is not a number"
+                msg = f"estimator {short_name(match[1])!r}: {key}={value!r} is not a number"
                 raise ValueError(msg) from None
             if not 0 < number < float("inf"):
-                msg = f"estimator {match[1]!r}: {key} must be positive and finite, got {value}"
+                msg = f"estimator {short_name(match[1])!r}: {key} must be positive and finite, got {value}"
                 raise ValueError(msg)
             values[key] = number
-        return Estimator(match[1], tuple(values.items()))
+        return EstimatorSpec(match[1], tuple(values.items()))
 
     def mask(self, y: Scalar, level: Scalar, fmt: Format) -> Scalar:
         """Bool, of the shape of ``y``: which elements let their gradient pass."""

@@ -30,7 +30,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["FORMATS", "Format", "codes_per_byte", "get_format"]
+from .definitions import Registry
+
+__all__ = ["FORMATS", "Format", "codes_per_byte", "get_format", "is_format"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ _ALL = (
     ),
 )
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
+FORMATS: Registry[Format] = Registry("format", _ALL)
 
 #: Former names: ``int1`` … ``int8`` were the mid-rise grids, so that ``int2`` … ``int8`` now mean other values.
 _RENAMED = {
@@ -199,15 +201,20 @@ _RENAMED = {
 }
 
 
+def is_format(name: str) -> bool:
+    """Whether a format is called so, or was."""
+    return FORMATS.resolve(name) in FORMATS or name in _RENAMED
+
+
 def get_format(name: str) -> Format:
     """Look a format up by name. Raises ``ValueError`` listing the known names, or with the new one of a former name."""
     try:
-        return FORMATS[name]
+        return FORMATS[FORMATS.resolve(name)]
     except KeyError:
         if name in _RENAMED:
             msg = f"unknown format {name!r}: {name} is now {_RENAMED[name]}"
             raise ValueError(msg) from None
-        known = [fmt.name for fmt in _ALL if not fmt.pruned]  # sparsity finds those by itself
+        known = [name for name in FORMATS.known if not FORMATS[FORMATS.resolve(name)].pruned]  # sparsity finds those
         hint = f"did you mean {name.lower()!r}? " if isinstance(name, str) and name.lower() in FORMATS else ""
         msg = f"unknown format {name!r}; {hint}known formats: {', '.join(known)}"
         raise ValueError(msg) from None

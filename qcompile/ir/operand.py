@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from .estimators import Estimator
-from .formats import get_format
+from .definitions import short_names
+from .estimators import EstimatorSpec
+from .formats import FORMATS, get_format
 from .options import reject_unknown
 from .outliers import OutlierClamp
-from .quantizer import SCALE_RULES, Granularity, Quantizer
+from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
 from .transforms import Transform
 
-__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "override_operand"]
+__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "override_operand", "resolve_override"]
 
-STE = Estimator("ste")
+STE = EstimatorSpec("ste")
 NO_TRANSFORM = Transform()
 
 
@@ -26,7 +27,7 @@ class Operand:
     """How one operand of a GEMM is quantized: transforms (optional) → quantizer → estimator for the way back."""
 
     quantizer: Quantizer
-    estimator: Estimator = STE
+    estimator: EstimatorSpec = STE
     outliers: OutlierClamp | None = None
     transform: Transform = NO_TRANSFORM
 
@@ -73,21 +74,31 @@ class Operand:
         return "; ".join([str(self.quantizer), str(self.estimator), *optional])
 
     @staticmethod
-    @cache
+    def resolve(text: str) -> str:
+        """``text`` with the full names of users' definitions."""
+        head, *rest = text.split(";")
+        return "; ".join([Quantizer.resolve(head), *map(EstimatorSpec.resolve, rest)])
+
+    @staticmethod
     def parse(text: str) -> Operand:
         """``"<quantizer>[; <estimator>][; occ(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse of
-        ``str()``.
+        ``str()``. The quantizer comes first.
         """
+        return Operand._parsed(Operand.resolve(text))
+
+    @staticmethod
+    @cache
+    def _parsed(text: str) -> Operand:
         head, *rest = (part.strip() for part in text.split(";"))
         parts: dict[str, list[str]] = {"occ": [], "hadamard": [], "sparse": [], "": []}
         for part in rest:
             parts[next(kind for kind in parts if part.startswith(kind))].append(part)
         if any(len(found) > 1 for found in parts.values()):
-            msg = f"operand {text!r} names more than one estimator, outlier clamp, rotation or sparsity"
+            msg = f"operand {short_names(text)!r} names more than one estimator, outlier clamp, rotation or sparsity"
             raise ValueError(msg)
         return Operand(
             Quantizer.parse(head),
-            Estimator.parse(parts[""][0]) if parts[""] else STE,
+            EstimatorSpec.parse(parts[""][0]) if parts[""] else STE,
             OutlierClamp.parse(parts["occ"][0]) if parts["occ"] else None,
             Transform.parse("; ".join([*parts["hadamard"], *parts["sparse"]])),
         )
@@ -109,13 +120,10 @@ class Operand:
         if "granularity" in changes:
             quantizer = replace(quantizer, granularity=Granularity.parse(changes["granularity"]))
         if "scale" in changes:
-            if changes["scale"] not in SCALE_RULES:
-                msg = f"unknown scale rule {changes['scale']!r}; known: {', '.join(SCALE_RULES)}"
-                raise ValueError(msg)
-            quantizer = replace(quantizer, scale=SCALE_RULES[changes["scale"]])
+            quantizer = replace(quantizer, scale=get_scale_rule(changes["scale"]))
         if "rounding" in changes:
             quantizer = replace(quantizer, rounding=changes["rounding"])
-        estimator = Estimator.parse(changes["estimator"]) if "estimator" in changes else self.estimator
+        estimator = EstimatorSpec.parse(changes["estimator"]) if "estimator" in changes else self.estimator
         outliers = self.outliers
         if "outliers" in changes:
             outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
@@ -162,6 +170,16 @@ def check_override(value: Any, name: str) -> None:
     for key, part in value.items():
         granularity = Granularity("block", 16) if key == "scale" else Granularity("row")
         override_operand(Operand(Quantizer(get_format("e2m1"), granularity)), {key: part}, name)
+
+
+def resolve_override(value: Any) -> Any:
+    """An operand option with the full names of users' definitions, so that it keeps its meaning."""
+    if isinstance(value, str):
+        return Operand.resolve(value)
+    if isinstance(value, Mapping):
+        resolve = {"format": FORMATS.resolve, "scale": SCALE_RULES.resolve, "estimator": EstimatorSpec.resolve}
+        return {key: resolve.get(key, lambda part: part)(part) for key, part in value.items()}
+    return value
 
 
 def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 
-from .formats import Format, get_format
+from .definitions import Registry, short_name, short_names
+from .formats import FORMATS, Format, get_format, is_format
 from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
 
-__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule"]
+__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule", "get_scale_rule"]
 
 #: The exponents that a byte of E8M0 can stand for begin here, and those of normal float32 numbers.
 SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
@@ -86,13 +87,13 @@ class ScaleRule:
     """How a scale s (x̂ = s · level) follows from the elements that share it.
 
     Attributes:
-        name: key in :data:`SCALE_RULES`.
-        store: what the scale is stored as, a key of :data:`SCALE_STORES`.
-        statistic: what it is derived from: ``"amax"``, their absolute maximum, float32 and never below
+        name: what texts call it, a key of :data:`SCALE_RULES`.
+        statistic: what a scale is derived from: ``"amax"``, their absolute maximum, float32 and never below
             :attr:`Quantizer.amax_floor`, or ``"rms"``, their root mean square, float64.
         scale: the formula, ``(statistic, format) → scale`` before it is stored.
         reciprocal: the formula of γ, the factor from x to grid units, ``(statistic, format) → γ``. ``None``: 1 over the
             scale that is stored, and 0 where that is 0.
+        store: what the scale is stored as, a key of :data:`SCALE_STORES`.
         two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
         covers: whether no element leaves the grid by more than rounding takes back, as long as γ is a normal number.
             Kernels then clamp only where it is not.
@@ -100,9 +101,9 @@ class ScaleRule:
     """
 
     name: str
-    store: str
-    scale: Callable[[Scalar, Format], Scalar]
-    reciprocal: Callable[[Scalar, Format], Scalar] | None = None
+    scale: Callable[[Scalar, Format], Scalar] = field(repr=False)
+    reciprocal: Callable[[Scalar, Format], Scalar] | None = field(default=None, repr=False)
+    store: str = "fp32"
     statistic: str = "amax"
     two_level: bool = False
     covers: bool = False
@@ -162,15 +163,12 @@ def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
     return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
-SCALE_RULES: dict[str, ScaleRule] = {
-    rule.name: rule
-    for rule in (
-        ScaleRule(
-            "absmax", "fp32", _absmax, _inverse_absmax, covers=True, source="s = amax / max; arXiv 2501.17116 eq. 1"
-        ),
+SCALE_RULES: Registry[ScaleRule] = Registry(
+    "scale rule",
+    (
+        ScaleRule("absmax", _absmax, _inverse_absmax, covers=True, source="s = amax / max; arXiv 2501.17116 eq. 1"),
         ScaleRule(
             "absmax_pow2",
-            "fp32",
             _absmax_pow2,
             _inverse_absmax_pow2,
             covers=True,
@@ -178,28 +176,77 @@ SCALE_RULES: dict[str, ScaleRule] = {
         ),
         ScaleRule(
             "e8m0",
-            "e8m0",
             _e8m0,
             _inverse_e8m0,
+            store="e8m0",
             source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3",
         ),
         ScaleRule(
             "rms",
-            "fp32",
             _rms,
             _inverse_rms,
             statistic="rms",
             source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
-        ScaleRule("e4m3", "e4m3", _absmax, two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
-    )
-}
+        ScaleRule(
+            "e4m3", _absmax, store="e4m3", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"
+        ),
+    ),
+)
+
+def get_scale_rule(name: str) -> ScaleRule:
+    """Look a scale rule up by name. Raises ``ValueError`` listing the known names."""
+    rule = SCALE_RULES.get(SCALE_RULES.resolve(name))
+    if rule is None:
+        msg = f"unknown scale rule {name!r}; known: {', '.join(SCALE_RULES.known)}"
+        raise ValueError(msg)
+    return rule
+
 
 ROUNDINGS: dict[str, str] = {
     "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
     "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on mid-rise grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
 }
+#: Former name -> what it is now.
+_RENAMED_ROUNDINGS = {"up": "half_up"}
+
+#: The sets that the words of a quantizer's text are taken from, in the order of ``str()``, and what stands for a word
+#: that is left out.
+_DEFAULTS = {"format": "", "granularity": "row", "scale rule": "absmax", "rounding": "even"}
+
+
+_FORM = "quantizer {!r} is not '<format> [<granularity>] [<scale rule>] [<rounding>]', in any order"
+
+
+def _sets_of(word: str) -> list[str]:
+    """The sets that ``word`` belongs to, or did under a former name. Only ``e4m3`` is in two, format and scale rule."""
+    belongs = {
+        "format": is_format(word),
+        "granularity": re.fullmatch(r"tensor|row|(block|tile)\d.*", word) is not None,
+        "scale rule": word in SCALE_RULES,
+        "rounding": word in ROUNDINGS or word in _RENAMED_ROUNDINGS,
+    }
+    return [name for name, is_member in belongs.items() if is_member]
+
+
+def _assigned(text: str) -> dict[str, str]:
+    """The words of a quantizer's text by the set each is of. A word of no set takes the first place that is left, where
+    reading it says what is wrong with it.
+    """
+    words, found = text.split(), dict[str, str]()
+    sets = {word: _sets_of(word) for word in words}
+    for word in sorted(words, key=lambda word: len(sets[word]) or len(_DEFAULTS)):  # stable: the certain ones first
+        candidates = sets[word] or list(_DEFAULTS)
+        free = [name for name in candidates if name not in found]
+        if not free and sets[word]:
+            taken = candidates[0]
+            msg = f"quantizer {text!r}: {found[taken]!r} and {word!r} each name a {taken}; give one"
+            raise ValueError(short_names(msg))
+        if not free:
+            raise ValueError(_FORM.format(short_names(text)))
+        found[free[0]] = word
+    return found
 
 
 @dataclass(frozen=True)
@@ -212,20 +259,20 @@ class Quantizer:
     rounding: str = "even"
 
     def __post_init__(self) -> None:
-        if self.rounding == "up":
-            msg = "unknown rounding 'up': up is now half_up"
+        if self.rounding in _RENAMED_ROUNDINGS:
+            msg = f"unknown rounding {self.rounding!r}: {self.rounding} is now {_RENAMED_ROUNDINGS[self.rounding]}"
             raise ValueError(msg)
         if self.rounding not in ROUNDINGS:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
         if self.format.torch_dtype and self.rounding == "half_up":
-            msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
+            msg = f"{short_name(self.format.name)} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
-            msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"
+            msg = f"stochastic rounding on {short_name(self.format.name)}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
-            msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
+            msg = f"scale rule {short_name(self.scale.name)} needs blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
 
     @property
@@ -244,22 +291,31 @@ class Quantizer:
         return f"{self.format.name} {self.granularity} {self.scale.name} {self.rounding}"
 
     @staticmethod
-    @cache
-    def parse(text: str) -> Quantizer:
-        """Inverse of ``str()``; the granularity, scale rule and rounding may be left out from the right.
+    def resolve(text: str) -> str:
+        """``text`` with the full names of users' formats and scale rules."""
+        return " ".join(SCALE_RULES.resolve(FORMATS.resolve(word)) for word in text.split())
 
-        Raises ``ValueError`` naming the part that is not understood.
+    @staticmethod
+    def parse(text: str) -> Quantizer:
+        """Inverse of ``str()``. Words may come in any order, and all but the format be left out.
+
+        Raises ``ValueError`` naming the word that is not understood, or two that say the same.
         """
-        parts = text.split()
-        if not 1 <= len(parts) <= 4:
-            msg = f"quantizer {text!r} is not '<format> [<granularity> [<scale rule> [<rounding>]]]'"
+        return Quantizer._parsed(Quantizer.resolve(text))
+
+    @staticmethod
+    @cache
+    def _parsed(text: str) -> Quantizer:
+        if not text:
+            raise ValueError(_FORM.format(text))
+        words = _DEFAULTS | _assigned(text)
+        if not words["format"]:
+            msg = f"quantizer {short_names(text)!r} names no format; for example 'e2m1 {short_names(text)}'"
             raise ValueError(msg)
-        parts += ["row", "absmax", "even"][len(parts) - 1 :]
-        name, granularity, scale, rounding = parts
-        if scale not in SCALE_RULES:
-            msg = f"unknown scale rule {scale!r}; known: {', '.join(SCALE_RULES)}"
-            raise ValueError(msg)
-        return Quantizer(get_format(name), Granularity.parse(granularity), SCALE_RULES[scale], rounding)
+        granularity = Granularity.parse(words["granularity"])
+        return Quantizer(
+            get_format(words["format"]), granularity, get_scale_rule(words["scale rule"]), words["rounding"]
+        )
 
     def packed_size(self, size: int) -> int:
         """Bytes that hold ``size`` codes of one row."""

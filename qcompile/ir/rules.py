@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .operand import check_override
+from .operand import check_override, resolve_override
 from .options import reject_unknown
 
 __all__ = ["Rule", "matches_name"]
@@ -58,6 +58,7 @@ class Rule:
             except ValueError as error:
                 msg = f"rule {self.name!r}: {error}"
                 raise ValueError(msg) from None
+            object.__setattr__(self, key, resolve_override(getattr(self, key)))
 
     def matches(self, name: str, op: str, size: int | None) -> bool:
         """Whether a site with this layer name, op kind and weight size (``None`` if unknown) falls under the rule."""

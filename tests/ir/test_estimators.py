@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.ir.estimators import ESTIMATORS, Estimator, dge_surrogate, trust_threshold
+from qcompile.ir.estimators import ESTIMATORS, EstimatorSpec, dge_surrogate, trust_threshold
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.reference import decode, encode
 
 E2M1 = FORMATS["e2m1"]
-DGE = Estimator.parse("dge")
+DGE = EstimatorSpec.parse("dge")
 
 # --- DGE
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_dge_slope_is_the_derivative_of_its_surrogate(name, k):
     y = torch.cat([y, -y])
     step = 1e-6 * y.abs()
     difference = (dge_surrogate(y + step, fmt, k) - dge_surrogate(y - step, fmt, k)) / (2 * step)
-    slope = Estimator.parse(f"dge(k={k:g},cap=1000)").slope(y, fmt)
+    slope = EstimatorSpec.parse(f"dge(k={k:g},cap=1000)").slope(y, fmt)
     torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-9)
 
 
@@ -95,7 +95,7 @@ def test_dge_cap_holds_where_the_paper_says(cap):
     """The cap is reached exactly for |v| < (k·cap)^(−k/(k−1)) (0.0339 at k = 5, cap 3), and at thresholds,
     where f' is infinite.
     """
-    estimator = Estimator.parse(f"dge(k=5,cap={cap:g})")
+    estimator = EstimatorSpec.parse(f"dge(k=5,cap={cap:g})")
     edge = (5 * cap) ** (-5 / 4)
     v = torch.tensor([0.0, 0.5 * edge, 0.99 * edge, 1.01 * edge, 2 * edge], dtype=torch.float64)
     slope = estimator.slope(5.0 + v, E2M1)  # the bin [4, 6] is centred on 5 and has half width 1
@@ -111,7 +111,7 @@ def test_dge_mean_slope(k, mean):
     gradient.
     """
     y = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 100_000 + 4  # the bin [4, 6]
-    assert Estimator.parse(f"dge(k={k},cap=3)").slope(y, E2M1).mean().item() == pytest.approx(mean, abs=5e-4)
+    assert EstimatorSpec.parse(f"dge(k={k},cap=3)").slope(y, E2M1).mean().item() == pytest.approx(mean, abs=5e-4)
 
 
 def test_dge_beyond_the_last_level_keeps_the_last_slope():
@@ -145,10 +145,10 @@ def test_masks_by_definition(name):
     ]
     y = torch.tensor(points + [-p for p in points], dtype=torch.float64)
     q = decode(encode(y.float(), Quantizer(fmt)), fmt).double()
-    clip, trust = (Estimator.parse(text).mask(y, q, fmt) for text in ("clip", "trust"))
+    clip, trust = (EstimatorSpec.parse(text).mask(y, q, fmt) for text in ("clip", "trust"))
     assert clip.tolist() == [True, True, True, False, False, False, False] * 2
     assert trust.tolist() == [True, True, True, True, True, False, False] * 2
-    wider, narrower = (Estimator.parse(text).mask(y, q, fmt) for text in ("clip(s=1.5)", f"trust(t={half / 2})"))
+    wider, narrower = (EstimatorSpec.parse(text).mask(y, q, fmt) for text in ("clip(s=1.5)", f"trust(t={half / 2})"))
     assert torch.equal(wider, y.abs() <= 1.5 * fmt.max * (1 + 2.0**-22))
     assert torch.equal(narrower, (y - q).abs() <= half / 2)
 
@@ -163,7 +163,7 @@ def test_trust_mask_equals_unclamped_floor(bits, rng):
     k = y.double().floor()
     inside = (k >= -(2 ** (bits - 1))) & (k <= 2 ** (bits - 1) - 1)
     q = decode(encode(y, Quantizer(fmt, rounding="half_up")), fmt)
-    assert torch.equal(Estimator.parse("trust").mask(y, q, fmt), inside)
+    assert torch.equal(EstimatorSpec.parse("trust").mask(y, q, fmt), inside)
 
 
 # --- QuEST's row (notes/quest.md §3)
@@ -212,7 +212,7 @@ def test_quest_reference_row(bits):
     q = decode(encode(y, Quantizer(fmt, rounding="half_up")), fmt)
     assert (q - 0.5).sum().item() == sum_k
     assert q.abs().sum().item() == sum_abs
-    assert (~Estimator.parse("trust").mask(y, q, fmt)).sum().item() == masked
+    assert (~EstimatorSpec.parse("trust").mask(y, q, fmt)).sum().item() == masked
     assert np.mean((q.double().numpy() * step - x) ** 2) / rms**2 == pytest.approx(mse, abs=2e-6)
 
 
@@ -225,7 +225,7 @@ def test_quest_reference_row_in_fp4():
     y = torch.from_numpy((x / unit).astype(np.float32))
     q = decode(encode(y, Quantizer(E2M1)), E2M1)
     assert q[:16].tolist() == [1.5, 0.5, 0.5, -1, -0.5, 1, -0.5, 0.5, -0.5, -1, 1, 0, -0.5, 1, 0.5, -1]
-    assert (~Estimator.parse("trust").mask(y, q, E2M1)).sum().item() == 3
+    assert (~EstimatorSpec.parse("trust").mask(y, q, E2M1)).sum().item() == 3
     assert np.mean((q.double().numpy() * unit - x) ** 2) / rms**2 == pytest.approx(0.057396, abs=2e-6)
 
 
@@ -236,7 +236,7 @@ def test_quest_reference_row_in_fp4():
 def test_every_estimator_is_a_mask_or_a_slope_or_nothing():
     for name, kind in ESTIMATORS.items():
         assert not (kind.mask and kind.slope), name
-        assert str(Estimator.parse(name)).startswith(name)
+        assert str(EstimatorSpec.parse(name)).startswith(name)
 
 
 @pytest.mark.parametrize(
@@ -252,17 +252,17 @@ def test_every_estimator_is_a_mask_or_a_slope_or_nothing():
     ],
 )
 def test_text_has_one_canonical_form(text, canonical):
-    assert str(Estimator.parse(text)) == canonical
-    assert Estimator.parse(canonical) == Estimator.parse(text)
+    assert str(EstimatorSpec.parse(text)) == canonical
+    assert EstimatorSpec.parse(canonical) == EstimatorSpec.parse(text)
 
 
 @given(k=st.floats(0.01, 1e4), cap=st.floats(0.01, 1e4))
 @settings(max_examples=60, deadline=None)
 def test_parse_is_the_inverse_of_str(k, cap):
     """To the last bit: the text is what travels through graphs and cache keys."""
-    estimator = Estimator.parse(f"dge(k={k!r},cap={cap!r})")
+    estimator = EstimatorSpec.parse(f"dge(k={k!r},cap={cap!r})")
     assert dict(estimator.parameters) == {"k": k, "cap": cap}
-    assert Estimator.parse(str(estimator)) == estimator
+    assert EstimatorSpec.parse(str(estimator)) == estimator
 
 
 @pytest.mark.parametrize(
@@ -282,4 +282,4 @@ def test_parse_is_the_inverse_of_str(k, cap):
 )
 def test_errors_name_the_value_and_what_is_accepted(text, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        Estimator.parse(text)
+        EstimatorSpec.parse(text)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of, index_dtype
 from qcompile.ir.quantizer import Quantizer
@@ -77,7 +77,7 @@ def test_gradient_is_the_closed_form(quantizer, estimator, axis, generator):
     x = torch.randn(21, 35, generator=generator).requires_grad_()
     grad = torch.randn(21, 35, generator=generator)
     OPS.fake_quantize(x, f"{quantizer}; {estimator}", axis).backward(grad)
-    q, e = Quantizer.parse(quantizer), Estimator.parse(estimator)
+    q, e = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     y, level = scaled(x.detach(), q, axis)
     if e.kind.slope:
         factor, sure = e.slope(y, q.format), torch.ones_like(y, dtype=torch.bool)

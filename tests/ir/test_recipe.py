@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.operand import Operand
 from qcompile.ir.outliers import OutlierClamp
@@ -41,8 +41,8 @@ def test_fp4_is_what_the_paper_prints():
     assert FP4.activation is not None
     assert FP4.weight is not None
     exact = Quantizer(FORMATS["e2m1"], Granularity("row"), SCALE_RULES["absmax"], "even")
-    assert FP4.activation == Operand(exact, Estimator("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True))
-    assert FP4.weight == Operand(exact, Estimator("dge", (("k", 5.0), ("cap", 3.0))))
+    assert FP4.activation == Operand(exact, EstimatorSpec("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True))
+    assert FP4.weight == Operand(exact, EstimatorSpec("dge", (("k", 5.0), ("cap", 3.0))))
     assert FP4.gradient is None
     assert FP4.skip == LEFT_WIDE
     assert (FP4.heads, FP4.min_side) == (False, 32)
@@ -401,14 +401,14 @@ def test_outlier_clamp_parse_is_the_inverse_of_str(clamp):
 @settings(max_examples=60, deadline=None)
 def test_operand_parse_is_the_inverse_of_str(quantizer, estimator, alpha, compensate):
     outliers = OutlierClamp(alpha, "row", compensate) if alpha and not estimator.startswith("dge") else None
-    operand = Operand(Quantizer.parse(quantizer), Estimator.parse(estimator), outliers)
+    operand = Operand(Quantizer.parse(quantizer), EstimatorSpec.parse(estimator), outliers)
     assert Operand.parse(str(operand)) == operand
 
 
 def test_parts_of_an_operand_may_come_in_any_order_and_be_left_out():
     full = Operand.parse("e2m1 row absmax even; clip; occ(alpha=0.99,per=row,compensate=1)")
     assert Operand.parse(" e2m1 ;occ; clip") == full
-    assert Operand.parse("e2m1") == replace(full, estimator=Estimator("ste"), outliers=None)
+    assert Operand.parse("e2m1") == replace(full, estimator=EstimatorSpec("ste"), outliers=None)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from qcompile.ir.estimators import Estimator  # noqa: E402
+from qcompile.ir.estimators import EstimatorSpec  # noqa: E402
 from qcompile.ir.formats import FORMATS, get_format  # noqa: E402
 from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
@@ -79,7 +79,7 @@ def test_limits_decide_as_estimators_do(name):
     """A limit one float off would mask or trust an element on the edge."""
     fmt = get_format(name)
     for text in ("clip", "clip(s=1.3)", "clip(s=1.25)", "trust", "trust(t=0.6541)", "trust(t=3.3)", "trust(t=0.1)"):
-        rule, estimator = passing(text, fmt), Estimator.parse(text)
+        rule, estimator = passing(text, fmt), EstimatorSpec.parse(text)
         assert rule is not None
         edges = {0.0, *fmt.magnitudes, *fmt.thresholds, rule.limit, rule.limit_at_zero}
         edges |= {m + s * rule.limit_at_zero for m in fmt.grid.magnitudes for s in (-1, 1)}
