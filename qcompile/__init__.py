@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
     from qcompile.apps.repro import save_repro as save_repro
+    from qcompile.backends import backend as backend
+    from qcompile.backends import register as register
+    from qcompile.definitions import Estimator as Estimator
+    from qcompile.definitions import Format as Format
+    from qcompile.definitions import ScaleRule as ScaleRule
+    from qcompile.functional import Quantized as Quantized
+    from qcompile.functional import dequantize as dequantize
+    from qcompile.functional import fake_quantize as fake_quantize
+    from qcompile.functional import quantize as quantize
     from qcompile.ir.recipe import Recipe as Recipe
     from qcompile.ir.rules import Rule as Rule
     from qcompile.numerics import Monitor as Monitor
@@ -23,8 +32,17 @@ _EXPORTS = {
     "explain": "qcompile.report",
     "Report": "qcompile.report",
     "saved_bytes": "qcompile.report",
+    "Format": "qcompile.definitions",
+    "Estimator": "qcompile.definitions",
+    "ScaleRule": "qcompile.definitions",
     "Recipe": "qcompile.ir.recipe",
     "Rule": "qcompile.ir.rules",
+    "backend": "qcompile.backends",
+    "register": "qcompile.backends",
+    "Quantized": "qcompile.functional",
+    "fake_quantize": "qcompile.functional",
+    "quantize": "qcompile.functional",
+    "dequantize": "qcompile.functional",
     "Monitor": "qcompile.numerics",
     "monitor": "qcompile.numerics",
     "gradient_cosine": "qcompile.numerics",

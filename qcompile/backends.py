@@ -27,7 +27,17 @@ from .ir.recipe import Recipe
 from .recipes import RECIPES
 from .session import session_of
 
-__all__ = ["check_passes", "compile_with", "plain_model", "qcompile_fp4", "qcompile_quest", "split_options"]
+__all__ = [
+    "backend",
+    "check_passes",
+    "compile_with",
+    "plain_model",
+    "qcompile_fp4",
+    "qcompile_quest",
+    "recipe_of",
+    "register",
+    "split_options",
+]
 
 Compiled = Callable[..., Any]
 
@@ -40,6 +50,57 @@ def qcompile_fp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -
 def qcompile_quest(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
     """``torch.compile(model, backend="qcompile_quest", options={"bits": 4})``: :mod:`qcompile.recipes.quest`."""
     return compile_with(RECIPES["qcompile_quest"], gm, example_inputs, **kwargs)
+
+
+def backend(recipe: Recipe) -> Compiled:
+    """The backend of a recipe: ``torch.compile(model, backend=qcompile.backend(recipe), options={…})``.
+
+    ``options`` override fields of the recipe, as they do those of ``"qcompile_fp4"``. Two calls give two backends, which
+    share no compiled code within a process. Raises ``TypeError`` for what is no :class:`Recipe`, ``ValueError`` for a
+    pass in ``disable_passes`` that does not exist.
+    """
+    if not isinstance(recipe, Recipe):
+        msg = f"backend: takes a qcompile.Recipe, got {type(recipe).__name__}; for a name, write backend={recipe!r}"
+        raise TypeError(msg)
+    check_passes(recipe)
+
+    def compile_graph(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+        return compile_with(recipe, gm, example_inputs, **kwargs)
+
+    compile_graph.__name__ = recipe.name
+    return compile_graph
+
+
+def register(recipe: Recipe) -> str:
+    """Make the recipe's name one that ``torch.compile(model, backend=name)``, ``explain`` and ``save_repro`` take.
+
+    Returns the name. Registering another recipe of the same name replaces it for later compilations. Raises
+    ``ValueError`` for the name of a backend that is not a recipe registered so, and whatever :func:`backend` raises.
+    """
+    function = backend(recipe)
+    if recipe.name not in _REGISTERED and recipe.name in torch.compiler.list_backends(exclude_tags=()):
+        msg = f"register: there is a backend {recipe.name!r} already; give the recipe another name"
+        raise ValueError(msg)
+    compat.register_backend(recipe.name, function)
+    _REGISTERED.add(recipe.name)
+    RECIPES[recipe.name] = recipe
+    return recipe.name
+
+
+#: Names of recipes that users have registered.
+_REGISTERED: set[str] = set()
+
+
+def recipe_of(backend: str | Recipe) -> Recipe:
+    """The recipe that ``backend=`` of `explain` and `save_repro` stands for. Raises ``ValueError`` for an unknown
+    name.
+    """
+    if isinstance(backend, Recipe):
+        return backend
+    if backend not in RECIPES:
+        msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
+        raise ValueError(msg)
+    return RECIPES[backend]
 
 
 def compile_with(

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch._dynamo.backends.registry
 import torch._dynamo.compiled_autograd
 import torch._dynamo.convert_frame
 import torch._dynamo.eval_frame
@@ -82,6 +83,7 @@ __all__ = [
     "nll_loss_nd",
     "placeholder_value",
     "recompile_limits",
+    "register_backend",
     "set_grad_enabled",
     "size_hint",
     "source_line",
@@ -148,6 +150,12 @@ def is_inductor_option(name: str) -> bool:
 def unlimited_recompiles() -> AbstractContextManager[Any]:
     """Within it, Dynamo compiles a code object however many compiled versions it has already."""
     return torch._dynamo.config.patch(dict.fromkeys(recompile_limits(), sys.maxsize))
+
+
+def register_backend(name: str, function: Callable[..., Any]) -> None:
+    """Make ``name`` a name for ``torch.compile(backend=…)``; in place of the function it stood for, if any."""
+    torch._dynamo.backends.registry._COMPILER_FNS.pop(name, None)
+    torch._dynamo.backends.registry.register_backend(function, name)
 
 
 def recompile_limits() -> dict[str, int]:

@@ -23,10 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile.backends import check_passes, plain_model, split_options
+from qcompile.backends import check_passes, plain_model, recipe_of, split_options
+from qcompile.ir.definitions import named_definitions, short_name
+from qcompile.ir.estimators import ESTIMATORS
+from qcompile.ir.formats import FORMATS
 from qcompile.ir.operand import Operand
+from qcompile.ir.quantizer import SCALE_RULES
+from qcompile.ir.recipe import Recipe
 from qcompile.ir.rules import Rule
-from qcompile.recipes import RECIPES
+from qcompile.recipes import FP4, QUEST
 
 __all__ = ["save_repro"]
 
@@ -47,6 +52,7 @@ from qcompile.compat import tree_leaves
 
 sys.path += {folders!r}
 {definitions}
+recipe = {recipe}
 options = {options!r}
 
 
@@ -54,7 +60,7 @@ def run(model, args, kwargs, options):
     """Mean square of the floating-point results, and its gradient for every parameter."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    results = torch.compile(model, backend={backend!r}, options=options)(*args, **kwargs)
+    results = torch.compile(model, backend=qcompile.backend(recipe), options=options)(*args, **kwargs)
     wide = [t.float() for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     loss = sum((t.square().mean() for t in wide), torch.zeros(()))
     named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
@@ -69,7 +75,7 @@ if __name__ == "__main__":
     device = None if torch.cuda.is_available() else "cpu"
     saved = torch.load(Path(__file__).with_suffix(".pt"), map_location=device, weights_only=False)
     model, args, kwargs = saved["model"], saved["args"], saved["kwargs"]
-    print(qcompile.explain(model, *args, backend={backend!r}, options=options, **kwargs))
+    print(qcompile.explain(model, *args, backend=recipe, options=options, **kwargs))
     loss, gradients = run(model, args, kwargs, options)
     plain_loss, plain = run(model, args, kwargs, {{**options, "enabled": False}})
     print(f"mean square of the results: {{loss:.6g}} quantized, {{plain_loss:.6g}} not")
@@ -84,7 +90,7 @@ def save_repro(
     path: str | Path,
     model: nn.Module,
     *args: Any,
-    backend: str = "qcompile_fp4",
+    backend: str | Recipe = "qcompile_fp4",
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Path:
@@ -96,30 +102,33 @@ def save_repro(
         path: where to write, with or without ``.py``; the folder must exist.
         model: the module (or function), compiled or not. It is pickled. Modules that are not installed are imported
             from the folder they are in now; what is defined in ``__main__`` is copied into the script.
-        args, kwargs: inputs of the forward. backend, options: as for ``torch.compile``; a monitor is left out.
+        args, kwargs: inputs of the forward. backend: a recipe or its name. options: as for ``torch.compile``; a monitor
+            is left out. Formats, estimators and scale rules of the user's are written into the script; their functions
+            are imported or copied as the model's code is.
 
     Returns the path of the script. Raises ``ValueError``, before anything is written, for an unknown backend or option,
     an option that has no text, a class in place of a model, a model or input that cannot be pickled, and code of
-    ``__main__`` that cannot be copied.
+    ``__main__`` that cannot be copied, a lambda above all.
     """
-    if backend not in RECIPES:
-        msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
-        raise ValueError(msg)
+    recipe = recipe_of(backend)
     given = {key: value for key, value in (options or {}).items() if key != "monitor"}
-    check_passes(RECIPES[backend].override(split_options(None, given)[0]))
+    changed = recipe.override(split_options(None, given)[0])
+    check_passes(changed)
     from qcompile import __version__
 
     model = plain_model(model, "save_repro")
     data = _pickled({"model": model, "args": args, "kwargs": kwargs})
-    used = sorted(set(_globals_of(data)))
+    definitions, functions = _user_definitions(repr([recipe, recipe.widths, changed]))
+    used = sorted({*_globals_of(data), *functions})
     path = Path(path)
     script = path if path.suffix == ".py" else path.with_name(f"{path.name}.py")
     text = _SCRIPT.format(
-        backend=backend,
+        backend=recipe.name,
+        recipe=_recipe_source(recipe),
         model=getattr(model, "__name__", type(model).__name__),
         options={key: _plain(value, f"option {key!r}") for key, value in given.items()},
         folders=sorted({folder for module, _ in used if (folder := _folder_of(module))}),
-        definitions=_definitions([name for module, name in used if module == "__main__"]),
+        definitions=_definitions([name for module, name in used if module == "__main__"]) + definitions,
         qcompile=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
@@ -185,6 +194,55 @@ def _folder_of(module: str) -> str:
     folder = folder.parent if hasattr(top, "__path__") else folder
     installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
     return "" if installed & {folder, *folder.parents} else str(folder)
+
+
+# --- the recipe and what users define of it -------------------------------------------------------------------------
+
+
+def _recipe_source(recipe: Recipe) -> str:
+    """An expression for the recipe."""
+    if recipe is FP4 or recipe is QUEST:
+        return f"qcompile.RECIPES[{recipe.name!r}]"
+    default = Recipe(recipe.name)
+    arguments = [repr(recipe.name)]
+    for field in dataclasses.fields(Recipe):
+        value = getattr(recipe, field.name)
+        if field.name not in ("name", "monitor") and value != getattr(default, field.name):
+            arguments.append(f"{field.name}={_plain(value, f'recipe {recipe.name!r}: {field.name}')!r}")
+    return f"qcompile.Recipe({', '.join(arguments)})"
+
+
+def _user_definitions(text: str) -> tuple[str, set[tuple[str, str]]]:
+    """Statements that make the users' definitions that ``text`` names, and (module, name) of the functions they need.
+
+    A definition is made from its data and named functions. One of a lambda is made by importing the lambda's module.
+    """
+    imports: set[str] = set()
+    statements: list[str] = []
+    used: set[tuple[str, str]] = set()
+    for name in named_definitions(text):
+        definition = next(table[name] for table in (FORMATS, SCALE_RULES, ESTIMATORS) if name in table)
+        kind = type(definition).__name__
+        where = f"save_repro: {kind} {short_name(name)!r}"
+        arguments, by_import = [repr(short_name(name))], False
+        for field in dataclasses.fields(definition):
+            value = getattr(definition, field.name)
+            if field.name == "name" or value in (None, {}, field.default):
+                continue
+            if not callable(value):
+                arguments.append(f"{field.name}={_plain(value, f'{where}: {field.name}')!r}")
+                continue
+            module, function = value.__module__, getattr(value, "__qualname__", "<object>")
+            by_import |= function == "<lambda>" and module != "__main__"
+            if not function.isidentifier() and not by_import:
+                msg = f"{where}: {field.name} is {function} of {module}, which a script cannot import; write it with def"
+                raise ValueError(msg)
+            used.add((module, function))
+            imports |= {module} - {"__main__"}
+            arguments.append(f"{field.name}={function if module == '__main__' else f'{module}.{function}'}")
+        if not by_import:
+            statements.append(f"qcompile.{kind}({', '.join(arguments)})")
+    return "\n".join([*(f"import {module}" for module in sorted(imports)), *statements, ""]), used
 
 
 # --- code of __main__ -----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from .definitions import Registry
 
@@ -59,6 +60,16 @@ class Format:
     step: float | None = None
     torch_dtype: str | None = None
     pruned: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "magnitudes", tuple(map(float, self.magnitudes)))
+        if not 1 <= len(self.magnitudes) <= 2 ** (self.bits - 1):
+            fits = 2 ** (self.bits - 1)
+            msg = f"format {self.name!r}: {self.bits} bits number 1 to {fits} magnitudes, got {len(self.magnitudes)}"
+            raise ValueError(msg)
+        if self.magnitudes[0] < 0 or any(high <= low for low, high in pairwise(self.magnitudes)):
+            msg = f"format {self.name!r}: magnitudes are not ascending from 0 or above: {self.magnitudes}"
+            raise ValueError(msg)
 
     @property
     def grid(self) -> Format:

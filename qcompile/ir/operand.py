@@ -16,7 +16,7 @@ from .outliers import OutlierClamp
 from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
 from .transforms import Transform
 
-__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "override_operand", "resolve_override"]
+__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "operand_from", "override_operand", "resolve_override"]
 
 STE = EstimatorSpec("ste")
 NO_TRANSFORM = Transform()
@@ -149,16 +149,21 @@ WIDE_GRADIENTS = ("off", *(name for name, text in GRADIENT_ALIASES.items() if te
 
 def override_operand(base: Operand | None, value: Any, name: str) -> Operand | None:
     """Apply an operand option: ``None``/"off", a whole operand as text, or a dictionary of changed fields."""
-    if value is None or value == "off":
-        return None
     try:
-        operand = _operand_from(base, value, name)
-        if name == "gradient" and operand and operand != Operand(operand.quantizer):
-            msg = f"{operand}: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
-            raise ValueError(msg)
+        return operand_from(base, value, name)
     except ValueError as error:
         msg = f"option {name!r}: {error}"
         raise ValueError(msg) from None
+
+
+def operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:
+    """:func:`override_operand`, with errors that do not name the option."""
+    if value is None or value == "off":
+        return None
+    operand = _operand_from(base, value, name)
+    if name == "gradient" and operand and operand != Operand(operand.quantizer):
+        msg = f"{operand}: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
+        raise ValueError(msg)
     return operand
 
 

@@ -19,10 +19,12 @@ def reject_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> Non
             raise ValueError(msg)
 
 
-def names_of(key: str, value: Any) -> tuple[str, ...]:
+def names_of(key: str, value: Any, where: str = "") -> tuple[str, ...]:
+    """A list of names as a tuple. Raises ``ValueError``, of the option ``key`` or the field of ``where``."""
     names = () if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     listed = isinstance(value, Iterable) and not isinstance(value, str)
     if not listed or not all(isinstance(name, str) and name for name in names):
-        msg = f"option {key!r} takes a list of names, got {value!r}"
+        msg = f"{where}: {key}" if where else f"option {key!r}"
+        msg = f"{msg} takes a list of names, got {value!r}"
         raise ValueError(msg)
     return names

@@ -22,7 +22,7 @@ from .formats import FORMATS, Format, get_format, is_format
 from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
 
-__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule", "get_scale_rule"]
+__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule", "get_scale_rule", "is_granularity"]
 
 #: The exponents that a byte of E8M0 can stand for begin here, and those of normal float32 numbers.
 SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
@@ -219,11 +219,16 @@ _DEFAULTS = {"format": "", "granularity": "row", "scale rule": "absmax", "roundi
 _FORM = "quantizer {!r} is not '<format> [<granularity>] [<scale rule>] [<rounding>]', in any order"
 
 
+def is_granularity(word: str) -> bool:
+    """Whether ``word`` can only be meant as one."""
+    return re.fullmatch(r"tensor|row|(block|tile)\d.*", word) is not None
+
+
 def _sets_of(word: str) -> list[str]:
     """The sets that ``word`` belongs to, or did under a former name. Only ``e4m3`` is in two, format and scale rule."""
     belongs = {
         "format": is_format(word),
-        "granularity": re.fullmatch(r"tensor|row|(block|tile)\d.*", word) is not None,
+        "granularity": is_granularity(word),
         "scale rule": word in SCALE_RULES,
         "rounding": word in ROUNDINGS or word in _RENAMED_ROUNDINGS,
     }

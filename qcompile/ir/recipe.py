@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .formats import get_format
-from .operand import WIDE_GRADIENTS, Operand, override_operand
+from .operand import WIDE_GRADIENTS, Operand, operand_from, override_operand
 from .options import names_of, reject_unknown
 from .quantizer import Quantizer
 from .rules import Rule
@@ -32,9 +32,33 @@ FOLDED_GRADIENT = Operand(Quantizer(get_format("e4m3")))
 LEFT_WIDE = ("lm_head", "lora_*", "hada_*", "lokr_*", "vera_*")
 
 
+class OperandField:
+    """A field that takes an operand as text too, and holds it parsed; by the protocol of dataclass descriptors."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, recipe: Recipe | None, owner: type) -> Operand | None:
+        return None if recipe is None else vars(recipe)[self.name]  # of the class: the default
+
+    def __set__(self, recipe: Recipe, value: Operand | str | None) -> None:
+        if isinstance(value, Mapping):
+            msg = f"recipe {recipe.name!r}: {self.name}={value!r} changes nothing; give the whole operand as text"
+            raise ValueError(msg)
+        try:
+            vars(recipe)[self.name] = operand_from(None, value, self.name)
+        except ValueError as error:
+            msg = f"recipe {recipe.name!r}: {self.name}={value!r}: {error}"
+            raise ValueError(msg) from None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the numbers a compiled model produces, and the switches around it.
+
+    A recipe of your own, whose operands may be text: ``Recipe("mine", weight="int4 block32; ste")``. Compile with it by
+    ``torch.compile(model, backend=qcompile.backend(recipe))``. Raises ``ValueError`` naming the recipe, the field, its
+    value and what would be accepted.
 
     Attributes:
         name, source: the backend's name, and where the recipe is published.
@@ -73,10 +97,10 @@ class Recipe:
 
     name: str
     source: str = ""
-    widths: Mapping[Any, Operand | None] = field(default_factory=dict, repr=False, compare=False)
-    activation: Operand | None = None
-    weight: Operand | None = None
-    gradient: Operand | None = None
+    widths: Mapping[Any, Operand | str | None] = field(default_factory=dict, repr=False, compare=False)
+    activation: OperandField = OperandField()
+    weight: OperandField = OperandField()
+    gradient: OperandField = OperandField()
     backward: str = "bf16"
     skip: tuple[str, ...] = LEFT_WIDE
     rules: tuple[Rule, ...] = ()
@@ -92,6 +116,24 @@ class Recipe:
     monitor: Any = field(default=False, repr=False, compare=False)
     debug: bool = False
     user_patterns: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            msg = f"recipe {self.name!r}: its name is not text"
+            raise ValueError(msg)
+        where = f"recipe {self.name!r}"
+        for key in ("skip", "disable_passes", "user_patterns"):
+            object.__setattr__(self, key, names_of(key, getattr(self, key), where))
+        for key in _ACCEPTED:
+            _checked(key, getattr(self, key), where)
+        try:
+            rules = tuple(Rule.from_data(rule) for rule in self.rules)
+            widths = {width: operand_from(None, operand, "widths") for width, operand in self.widths.items()}
+        except ValueError as error:
+            msg = f"{where}: {error}"
+            raise ValueError(msg) from None
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "widths", widths)
 
     @staticmethod
     def option_names() -> list[str]:
@@ -166,9 +208,12 @@ class Recipe:
                 known = ", ".join(map(str, self.widths)) or f"none; {self.name} is not a family of widths"
                 msg = f"{where}: {width!r} is not one of the widths of {self.name}: {known}"
                 raise ValueError(msg)
-        return {name: self.widths[width] for name, width in chosen.items()}
+        return {name: operand_from(None, self.widths[width], name) for name, width in chosen.items()}
 
 
+_SWITCH = ("True or False", lambda value: isinstance(value, bool))
+
+#: Field → what it takes, and the test.
 _ACCEPTED: dict[str, tuple[str, Any]] = {
     "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
     "monitor": ("True, False or a qcompile.Monitor", lambda v: isinstance(v, bool) or hasattr(v, "attach")),
@@ -176,12 +221,13 @@ _ACCEPTED: dict[str, tuple[str, Any]] = {
     "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),
     "saved_weights": ("one of recompute, codes", lambda v: v in ("recompute", "codes")),
     "save": ("one of exact, 8bit, 4bit", lambda v: v in ("exact", "8bit", "4bit")),
+    **dict.fromkeys(("heads", "attention", "enabled", "strict", "debug"), _SWITCH),
 }
 
 
-def _checked(key: str, value: Any) -> Any:
-    accepted, test = _ACCEPTED.get(key, ("True or False", lambda v: isinstance(v, bool)))
+def _checked(key: str, value: Any, where: str = "") -> Any:
+    accepted, test = _ACCEPTED.get(key, _SWITCH)
     if not test(value):
-        msg = f"option {key!r}: {value!r} is not {accepted}"
+        msg = f"{where}: {key}={value!r} is not {accepted}" if where else f"option {key!r}: {value!r} is not {accepted}"
         raise ValueError(msg)
     return value

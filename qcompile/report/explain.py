@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import compat
-from qcompile.backends import compile_with, plain_model, split_options
+from qcompile.backends import compile_with, plain_model, recipe_of, split_options
+from qcompile.ir.recipe import Recipe
 from qcompile.passes.account import remark as unaccounted
 from qcompile.passes.pass_base import Observations
-from qcompile.recipes import RECIPES
 from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 
 from .model import Report
@@ -30,7 +30,7 @@ __all__ = ["explain"]
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    backend: str = "qcompile_fp4",
+    backend: str | Recipe = "qcompile_fp4",
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -39,14 +39,12 @@ def explain(
     Args:
         model: module or function, compiled or not. Its forward runs once, on the device and in the mode it is in.
         args, kwargs: inputs of the forward.
-        backend: name of a recipe. options: as for ``torch.compile``.
+        backend: a recipe or its name. options: as for ``torch.compile``.
 
     Raises ``ValueError`` for an unknown backend or option and for a class in place of a model,
     :class:`UnmatchedRuleError` (a ``ValueError``) for a rule of the user's that matches no GEMM of the model.
     """
-    if backend not in RECIPES:
-        msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
-        raise ValueError(msg)
+    recipe = recipe_of(backend)
     model = plain_model(model, "explain")
     options = dict(options or {})
     graphs: list[Graph] = []
@@ -60,7 +58,7 @@ def explain(
     def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:
         observed = Observations()
         compiled = compile_with(
-            RECIPES[backend],
+            recipe,
             gm,
             example_inputs,
             options=options,
@@ -86,7 +84,7 @@ def explain(
 
     with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
         _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs, outside)
-    report = _make_report(backend, graphs)
+    report = _make_report(recipe.name, graphs)
     report.rows += outside.rows()
     report.remarks += [
         *_not_captured(model, outside, captured),
@@ -94,7 +92,7 @@ def explain(
         *filter(None, [unaccounted([graph.observed for graph in graphs])]),
     ]
     ours, _ = split_options(None, options)
-    session = Session(RECIPES[backend].override(ours))
+    session = Session(recipe.override(ours))
     for graph in graphs:
         if graph.observed.plan is not None:
             session.add(graph.observed.plan)
