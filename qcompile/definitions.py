@@ -12,7 +12,9 @@ record kernels are printed in C++ and Triton, so a formula that has no such reco
 
 The object's ``name`` is the full one, ``quad@1a2b3c4d``, with a digest of the data and of the recorded formulas. In
 texts the short name stands for the latest definition; what was made before keeps the one it was made with. An f-string
-of the object (``f"{grid} row"``) names exactly that object. Compiled code is never reused for another definition.
+of the object (``f"{grid} row"``) names exactly that object. Code on disk is never reused for another definition, nor is
+that of another :func:`qcompile.backend`. What Dynamo keeps for two equal calls of ``torch.compile``, with the name of a
+backend and equal ``options``, it takes for the same call: there ``torch.compiler.reset()`` comes between.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from .ir.definitions import Registry, full_name, short_name
 from .ir.estimators import ESTIMATORS
 from .ir.formats import FORMATS
 from .ir.quantizer import ROUNDINGS, SCALE_RULES, SCALE_STORES
-from .kernels.formula.expression import Formula
+from .kernels.formula.expression import Formula, Value
 
 __all__ = ["Estimator", "Format", "ScaleRule"]
 
@@ -80,20 +83,13 @@ class Estimator(estimators.Estimator):
                 raise ValueError(msg)
         defaults = dict(self.parameters)
         if self.mask is not None:
-            mask = self.mask
-            recorded = _recorded(
-                f"{where}: mask",
-                lambda fmt: lambda y, level: mask(y, level, fmt, **defaults),
-                torch.bool,
-                y=_FLOAT,
-                level=_FLOAT,
-            )
+            mask = partial(self.mask, **defaults)
+            recorded = _recorded(f"{where}: mask", mask, torch.bool, y=_FLOAT, level=_FLOAT)
         else:
-            slope = self.slope
-            assert slope is not None
-            recorded = _recorded(f"{where}: slope", lambda fmt: lambda y: slope(y, fmt, **defaults), _FLOAT, y=_FLOAT)
+            assert self.slope is not None
+            recorded = _recorded(f"{where}: slope", partial(self.slope, **defaults), _FLOAT, y=_FLOAT)
         bounds = [
-            _tried(lambda fmt=fmt, bound=bound: bound(fmt, **defaults))
+            _tried(partial(bound, fmt, **defaults))
             for bound in (self.bound, self.bound_at_zero)
             if bound is not None
             for fmt in FORMATS.values()
@@ -131,7 +127,7 @@ class ScaleRule(quantizer.ScaleRule):
                 raise ValueError(msg)
         statistic = {"statistic": torch.float64 if self.statistic == "rms" else _FLOAT}
         recorded = [
-            _recorded(f"{where}: {key}", lambda fmt, f=function: lambda value: f(value, fmt), _FLOAT, **statistic)
+            _recorded(f"{where}: {key}", function, _FLOAT, **statistic)
             for key, function in (("scale", self.scale), ("reciprocal", self.reciprocal))
             if function is not None
         ]
@@ -162,24 +158,30 @@ def _define(registry: Registry[Any], definition: Any, name: str, *content: objec
     registry.define(definition)
 
 
-def _recorded(where: str, of_format: Callable[[Any], Any], dtype: torch.dtype, **inputs: torch.dtype) -> list[str]:
-    """What a formula does on every format of this package, as text. Raises ``ValueError`` if it works on none."""
+def _recorded(where: str, formula: Callable[..., Any], dtype: torch.dtype, **inputs: torch.dtype) -> list[str]:
+    """What ``formula(*inputs, format)`` does on every format of this package, as text. Raises ``ValueError`` if it works
+    on none, or returns no value of ``dtype``.
+    """
     built_in = [fmt for name, fmt in FORMATS.items() if short_name(name) == name]
-    formulas = [_tried(lambda fmt=fmt: Formula.record(where.split()[-1], of_format(fmt), **inputs)) for fmt in built_in]
-    works = [formula for formula in formulas if isinstance(formula, Formula)]
+    formulas = [_tried(partial(_record, where.split()[-1], formula, fmt, inputs)) for fmt in built_in]
+    works = [recorded for recorded in formulas if isinstance(recorded, Formula)]
     if not works:
         error = formulas[0]
-        missing = isinstance(error, AttributeError) and error.name is not None and not hasattr(built_in[0], error.name)
+        missing = isinstance(error, AttributeError) and isinstance(error.obj, Value)
         why = f"values of a formula have no operation {error.name!r}" if missing else str(error)
         msg = f"{where} cannot be printed as a kernel: {why}"
         raise ValueError(msg)
-    for formula in works:
-        (output, *others) = formula.outputs
+    for recorded in works:
+        output, *others = recorded.outputs
         if others or output.dtype != dtype:
             returned = "several values" if others else str(output.dtype).removeprefix("torch.")
             msg = f"{where} returns {returned}, not {str(dtype).removeprefix('torch.')}"
             raise ValueError(msg)
-    return [formula.text if isinstance(formula, Formula) else repr(formula) for formula in formulas]
+    return [recorded.text if isinstance(recorded, Formula) else repr(recorded) for recorded in formulas]
+
+
+def _record(name: str, formula: Callable[..., Any], fmt: formats.Format, inputs: dict[str, torch.dtype]) -> Formula:
+    return Formula.record(name, lambda *values: formula(*values, fmt), **inputs)
 
 
 def _tried(compute: Callable[[], Any]) -> Any:

@@ -130,7 +130,20 @@ def test_private_torch_api_is_used_where_it_is_declared_and_nowhere_else():
 # --- which room may import which ------------------------------------------------------------------------------------
 
 #: Each imports what stands before it, at any level of a function. ``qcompile/__init__.py`` loads names on first use.
-ROOMS = ("ir", "compat", "recipes", "kernels", "definitions", "functional", "passes", "session", "backends", "numerics", "report", "apps")
+ROOMS = (
+    "ir",
+    "compat",
+    "recipes",
+    "kernels",
+    "definitions",
+    "functional",
+    "passes",
+    "session",
+    "backends",
+    "numerics",
+    "report",
+    "apps",
+)
 #: ``options={"monitor": True}`` makes a monitor, which itself reads a backend's options.
 EXCEPTIONS = {("backends", "numerics")}
 

@@ -42,7 +42,9 @@ _MASK_BITS_PER_BYTE = 8
 # --- what is supported --------------------------------------------------------------------------------------
 
 
-def supports_estimator_mask(q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None) -> tuple[bool, str]:
+def supports_estimator_mask(
+    q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None
+) -> tuple[bool, str]:
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
     if reason := formulas.why_no_mask(estimator, q.format):
         return False, reason
@@ -51,7 +53,9 @@ def supports_estimator_mask(q: Quantizer, estimator: EstimatorSpec, device: torc
     return supports_scales(q, device)  # rounding takes no part in it
 
 
-def supports_scale_gradient(q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None) -> tuple[bool, str]:
+def supports_scale_gradient(
+    q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None
+) -> tuple[bool, str]:
     """Whether :func:`lower_scale_gradient` generates code, and if not, why."""
     if reason := formulas.why_no_slope(estimator, q.format):
         return False, reason

@@ -235,7 +235,9 @@ def _user_definitions(text: str) -> tuple[str, set[tuple[str, str]]]:
             module, function = value.__module__, getattr(value, "__qualname__", "<object>")
             by_import |= function == "<lambda>" and module != "__main__"
             if not function.isidentifier() and not by_import:
-                msg = f"{where}: {field.name} is {function} of {module}, which a script cannot import; write it with def"
+                msg = (
+                    f"{where}: {field.name} is {function} of {module}, which a script cannot import; write it with def"
+                )
                 raise ValueError(msg)
             used.add((module, function))
             imports |= {module} - {"__main__"}

@@ -22,7 +22,16 @@ from .formats import FORMATS, Format, get_format, is_format
 from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
 
-__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule", "get_scale_rule", "is_granularity"]
+__all__ = [
+    "ROUNDINGS",
+    "SCALE_RULES",
+    "SCALE_STORES",
+    "Granularity",
+    "Quantizer",
+    "ScaleRule",
+    "get_scale_rule",
+    "is_granularity",
+]
 
 #: The exponents that a byte of E8M0 can stand for begin here, and those of normal float32 numbers.
 SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
@@ -188,11 +197,10 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             statistic="rms",
             source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
-        ScaleRule(
-            "e4m3", _absmax, store="e4m3", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"
-        ),
+        ScaleRule("e4m3", _absmax, store="e4m3", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
     ),
 )
+
 
 def get_scale_rule(name: str) -> ScaleRule:
     """Look a scale rule up by name. Raises ``ValueError`` listing the known names."""
@@ -274,7 +282,8 @@ class Quantizer:
             msg = f"{short_name(self.format.name)} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
-            msg = f"stochastic rounding on {short_name(self.format.name)}: its codes keep the sign, which biases values around zero"
+            name = short_name(self.format.name)
+            msg = f"stochastic rounding on {name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {short_name(self.scale.name)} needs blocks, for example block16; got {self.granularity}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcompile.ir.definitions import short_name
+from qcompile.ir.definitions import short_names
 from qcompile.ir.operand import Operand
 from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
@@ -50,6 +50,8 @@ class Row:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))  # JSON has lists alone
+        for name in ("formats", "estimator", "provider", "reason"):
+            object.__setattr__(self, name, short_names(getattr(self, name)))
 
 
 def shape_text(operands: Iterable[Iterable[Any]]) -> str:
@@ -155,9 +157,9 @@ def _format(text: str, dense: str) -> str:
     if text == "dense":
         return dense or "high precision"
     if text.startswith(LEVELS):
-        return short_name(text.removeprefix(LEVELS))  # its scales are in the gradient
+        return text.removeprefix(LEVELS)  # its scales are in the gradient
     operand = Operand.parse(text)
-    quantizer = f"{short_name(operand.quantizer.format.name)} {operand.quantizer.granularity}"
+    quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
     if not (operand.outliers and operand.outliers.compensate):
         return quantizer
     return quantizer + (" + residual" if operand.outliers.residual == "exact" else " + e4m3 outliers")
