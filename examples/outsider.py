@@ -8,11 +8,11 @@ import torch
 
 import qcompile
 
-quad = qcompile.Format("quad", bits=4, magnitudes=(0.0, 0.25, 1.0, 2.25, 4.0, 6.25, 9.0, 12.25))
+curve = qcompile.Format("curve", bits=4, magnitudes=(0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0))
 soft = qcompile.Estimator("soft", slope=lambda y, fmt: 1 / (1 + (y / fmt.max).square()))
 rising = qcompile.Estimator("rising", mask=lambda y, level, fmt: (y > level) | (y.abs() < fmt.max / 2))
 tight = qcompile.ScaleRule("tight", scale=lambda amax, fmt: amax / fmt.max * 0.9)
-recipe = qcompile.Recipe("outsider", activation="quad row tight; rising", weight="quad row tight; soft", min_side=8)
+recipe = qcompile.Recipe("outsider", activation="curve row tight; rising", weight="curve row tight; soft", min_side=8)
 
 if __name__ == "__main__":
     model = torch.compile(torch.nn.Linear(48, 24), backend=qcompile.backend(recipe))

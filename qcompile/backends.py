@@ -55,7 +55,7 @@ def qcompile_quest(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any)
 def backend(recipe: Recipe) -> Compiled:
     """The backend of a recipe: ``torch.compile(model, backend=qcompile.backend(recipe), options={…})``.
 
-    ``options`` override fields of the recipe, as they do those of ``"qcompile_fp4"``. Two calls give two backends, which
+    ``options`` override fields of the recipe, as they do those of ``"qcompile_fp4"``. Two calls give two backends that
     share no compiled code within a process. Raises ``TypeError`` for what is no :class:`Recipe`, ``ValueError`` for a
     pass in ``disable_passes`` that does not exist.
     """

@@ -2,15 +2,15 @@
 
 Making one defines its name for the texts of recipes and options::
 
-    qcompile.Format("quad", 4, (0.0, 0.25, 1.0, 2.25, 4.0, 6.25, 9.0, 12.25))
+    qcompile.Format("curve", 4, (0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0))
     qcompile.Estimator("soft", slope=lambda y, fmt: 1 / (1 + y.square()))
-    recipe = qcompile.Recipe("mine", weight="quad row; soft")
+    recipe = qcompile.Recipe("mine", weight="curve row; soft")
 
 Formulas are ordinary functions of values that behave like float32 tensors: operators, methods such as ``abs`` and
 ``clamp``, and torch's elementwise functions (``torch.where`` instead of ``if``). They are recorded once, here. From the
 record kernels are printed in C++ and Triton, so a formula that has no such record is refused at once.
 
-The object's ``name`` is the full one, ``quad@1a2b3c4d``, with a digest of the data and of the recorded formulas. In
+The object's ``name`` is the full one, ``curve@1a2b3c4d``, with a digest of the data and of the recorded formulas. In
 texts the short name stands for the latest definition; what was made before keeps the one it was made with. An f-string
 of the object (``f"{grid} row"``) names exactly that object. Code on disk is never reused for another definition, nor is
 that of another :func:`qcompile.backend`. What Dynamo keeps for two equal calls of ``torch.compile``, with the name of a
@@ -41,7 +41,7 @@ _FLOAT = torch.float32
 
 @dataclass(frozen=True)
 class Format(formats.Format):
-    """A grid of your own, as text calls it: ``Format("quad", 4, (0, 0.25, 1, …))``; see :mod:`qcompile.definitions`.
+    """A grid of your own, as text calls it: ``Format("curve", 4, (0, 0.5, 1, …))``; see :mod:`qcompile.definitions`.
 
     Arguments are the attributes of :class:`qcompile.ir.formats.Format`. Raises ``ValueError`` for a name that texts
     could not tell from another word, and for levels that ``bits`` bits cannot number.
@@ -159,8 +159,8 @@ def _define(registry: Registry[Any], definition: Any, name: str, *content: objec
 
 
 def _recorded(where: str, formula: Callable[..., Any], dtype: torch.dtype, **inputs: torch.dtype) -> list[str]:
-    """What ``formula(*inputs, format)`` does on every format of this package, as text. Raises ``ValueError`` if it works
-    on none, or returns no value of ``dtype``.
+    """What ``formula(*inputs, format)`` does on every format of this package, as text. Raises ``ValueError`` if it
+    works on none, or returns no value of ``dtype``.
     """
     built_in = [fmt for name, fmt in FORMATS.items() if short_name(name) == name]
     formulas = [_tried(partial(_record, where.split()[-1], formula, fmt, inputs)) for fmt in built_in]

@@ -1,4 +1,4 @@
-"""What users define: an outsider's file trains, kernels are its formulas bit for bit, and caches tell definitions apart.
+"""What users define: an outsider's file trains, kernels are its formulas bit for bit, caches tell definitions apart.
 
 ``examples/outsider.py`` is that file.
 """
@@ -34,7 +34,7 @@ from qcompile.passes import pipeline
 from qcompile.passes.pipeline import cache_identity
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "outsider.py"
-QUAD = (0.0, 0.25, 1.0, 2.25, 4.0, 6.25, 9.0, 12.25)
+CURVE = (0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_report_names_it_as_people_do(outsider):
     """Digests are for caches."""
     report = qcompile.explain(nn.Linear(48, 24), torch.randn(37, 48), backend=outsider.recipe)
     (row, *_) = report.rows
-    assert (row.formats, row.estimator) == ("quad row × quad row", "rising × soft")
+    assert (row.formats, row.estimator) == ("curve row × curve row", "rising × soft")
     assert "cpp quantize" in row.provider
     assert "@" not in str(report)
 
@@ -112,7 +112,7 @@ def test_the_report_names_it_as_people_do(outsider):
 def test_kernels_in_cpp_are_the_formulas(outsider, shape, dtype):
     """Codes, scales, mask and slope, bit for bit; and compiled kernels run, not the reference."""
     ops, x = torch.ops.qcompile, rows(*shape).to(dtype)
-    q = Quantizer.parse("quad row tight")
+    q = Quantizer.parse("curve row tight")
     text, grad = str(q), torch.randn(shape).to(dtype)
     mask, slope = EstimatorSpec.parse("rising"), EstimatorSpec.parse("soft")
     for op, estimator in (("quantize", None), ("estimator_mask", mask), ("scale_gradient", slope)):
@@ -146,7 +146,7 @@ def test_a_registered_recipe_is_a_backend_by_name(monkeypatch):
         weight = qcompile.fake_quantize(linear.weight, text)
         torch.testing.assert_close(result, nn.functional.linear(x, weight, linear.bias))
     assert not torch.equal(four, two)
-    assert qcompile.explain(linear, x, backend="door_by_name").rows[0].formats == "high precision × int2 row"
+    assert qcompile.explain(linear, x, backend="door_by_name").rows[0].formats == "float32 × int2 row"
     for taken in ("inductor", "qcompile_fp4"):
         with pytest.raises(ValueError, match=f"there is a backend '{taken}' already"):
             qcompile.register(qcompile.Recipe(taken))
@@ -226,10 +226,10 @@ def test_two_words_of_one_set(text, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: qcompile.Format("e2m1", 4, QUAD), "format 'e2m1' is defined by qcompile; take another name"),
-        (lambda: qcompile.Format("row", 4, QUAD), "format 'row': texts use this word for something else"),
-        (lambda: qcompile.Format("block7", 4, QUAD), "format 'block7': texts use this word"),
-        (lambda: qcompile.Format("a b", 4, QUAD), "format 'a b': a name is letters, digits and underscores"),
+        (lambda: qcompile.Format("e2m1", 4, CURVE), "format 'e2m1' is defined by qcompile; take another name"),
+        (lambda: qcompile.Format("row", 4, CURVE), "format 'row': texts use this word for something else"),
+        (lambda: qcompile.Format("block7", 4, CURVE), "format 'block7': texts use this word"),
+        (lambda: qcompile.Format("a b", 4, CURVE), "format 'a b': a name is letters, digits and underscores"),
         (lambda: qcompile.ScaleRule("even", lambda a, f: a), "scale rule 'even': texts use this word"),
         (
             lambda: qcompile.ScaleRule("r", lambda a, f: a, store="fp9"),

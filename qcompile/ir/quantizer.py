@@ -279,7 +279,8 @@ class Quantizer:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
         if self.format.torch_dtype and self.rounding == "half_up":
-            msg = f"{short_name(self.format.name)} rounds to even or stochastically; ties toward +∞ exist for other grids only"
+            name = short_name(self.format.name)
+            msg = f"{name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
             name = short_name(self.format.name)
