@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from qcompile.kernels.statistics import STATISTICS
 
 from .backends import plain_model
+from .ir.definitions import short_names
 
 __all__ = ["Monitor", "gradient_cosine", "monitor"]
 
@@ -118,7 +119,9 @@ class Monitor:
         for (layer, kind, text), row in zip(self.layers, means, strict=True):
             signal, noise, *shares = row.tolist()
             ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.nan
-            table.add_row(layer, kind, text.split(";")[0], f"{ratio:.2f}", *(f"{100 * s:.3f}" for s in shares))
+            table.add_row(
+                layer, kind, short_names(text.split(";")[0]), f"{ratio:.2f}", *(f"{100 * s:.3f}" for s in shares)
+            )
         return table
 
     def __rich__(self) -> Table:

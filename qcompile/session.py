@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from qcompile.passes.plan import Plan, user_rules
 
 from . import compat
+from .ir.definitions import short_names
 from .ir.recipe import Recipe
 
 __all__ = ["Session", "UnmatchedRuleError", "session_of", "unmatched_message"]
@@ -34,7 +35,7 @@ def unmatched_message(rules: list[str], layers: list[str]) -> str:
     patterns = [pattern for rule in rules for pattern in re.findall(r"'([^']+)'", rule)[:1]]
     close = [match for p in patterns if (match := next(iter(difflib.get_close_matches(p, parts, 1)), ""))]
     hint = f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
-    return f"{', '.join(rules)} matched no GEMM of the model{hint}; its layers: {known}"
+    return f"{short_names(', '.join(rules))} matched no GEMM of the model{hint}; its layers: {known}"
 
 
 class Session:

@@ -10,6 +10,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import compat
-from qcompile.ir.estimators import EstimatorSpec
-from qcompile.ir.formats import get_format
+from qcompile import backends, compat
+from qcompile.ir.estimators import ESTIMATORS, EstimatorSpec
+from qcompile.ir.formats import FORMATS, get_format
 from qcompile.ir.operand import Operand
-from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.quantizer import SCALE_RULES, Quantizer
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.torch_target import evaluate
@@ -35,6 +36,17 @@ from qcompile.passes.pipeline import cache_identity
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "outsider.py"
 CURVE = (0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _definitions() -> Iterator[None]:
+    """What is defined here is forgotten afterwards: other tests know by name all that there is."""
+    before = [(table, dict(table), dict(table._latest)) for table in (FORMATS, SCALE_RULES, ESTIMATORS)]
+    yield
+    for table, content, latest in before:
+        table.clear()
+        table.update(content)
+        table._latest = latest
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +147,7 @@ def test_kernels_in_cpp_are_the_formulas(outsider, shape, dtype):
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_registered_recipe_is_a_backend_by_name(monkeypatch):
     """Registered again, the name stands for the new recipe; names of others are refused."""
+    monkeypatch.setattr(backends, "RECIPES", dict(backends.RECIPES))
     monkeypatch.setattr(compat, "compile_fx", lambda gm, inputs, **_: gm.forward)
     linear, x = nn.Linear(48, 40), torch.randn(7, 48)
     first = qcompile.Recipe("door_by_name", weight="int4")
