@@ -60,9 +60,9 @@ def fake_quantize(x: Tensor, operand: str, axis: int = -1, *, seed: Tensor | Non
     Raises ``ValueError`` for a text that is not understood and an axis that x does not have, ``TypeError`` for an x
     that is not floating point.
     """
-    spec = Operand.parse(operand)
+    spec = _operand(operand)
     axis = _checked_axis(x, axis, "fake_quantize")
-    return torch.ops.qcompile.fake_quantize(x, str(spec), axis, _seed(x, spec.quantizer, seed))
+    return torch.ops.qcompile.fake_quantize(x, _operand_text(operand), axis, _seed(x, spec.quantizer, seed))
 
 
 def quantize(x: Tensor, quantizer: str, axis: int = -1, *, seed: Tensor | None = None) -> Quantized:
@@ -76,15 +76,15 @@ def quantize(x: Tensor, quantizer: str, axis: int = -1, *, seed: Tensor | None =
     Raises ``ValueError`` for a text that is not understood and an axis that x does not have, ``TypeError`` for an x
     that is not floating point.
     """
-    q = Quantizer.parse(quantizer)
+    q = _quantizer(quantizer)
     axis = _checked_axis(x, axis, "quantize")
     if q.granularity.kind == "square" and x.dim() < 2:
         msg = f"quantize: granularity {q.granularity} needs a matrix, got shape {tuple(x.shape)}"
         raise ValueError(msg)
     x = x.detach()
     whole = global_scale_of(x, q)
-    codes, scales = torch.ops.qcompile.quantize(x, str(q), axis, whole, _seed(x, q, seed))
-    return Quantized(codes, scales, whole, str(q), axis, x.shape[axis], x.dtype)
+    codes, scales = torch.ops.qcompile.quantize(x, _quantizer_text(quantizer), axis, whole, _seed(x, q, seed))
+    return Quantized(codes, scales, whole, _quantizer_text(quantizer), axis, x.shape[axis], x.dtype)
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor:
@@ -93,6 +93,29 @@ def dequantize(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor
     return torch.ops.qcompile.dequantize(
         q.codes, q.scales, q.quantizer, q.axis, q.size, dtype or q.dtype, q.global_scale
     )
+
+
+# Dynamo need not look into what texts mean: that is known when it compiles.
+
+
+@torch.compiler.assume_constant_result
+def _operand(text: str) -> Operand:
+    return Operand.parse(text)
+
+
+@torch.compiler.assume_constant_result
+def _quantizer(text: str) -> Quantizer:
+    return Quantizer.parse(text)
+
+
+@torch.compiler.assume_constant_result
+def _operand_text(text: str) -> str:
+    return str(Operand.parse(text))
+
+
+@torch.compiler.assume_constant_result
+def _quantizer_text(text: str) -> str:
+    return str(Quantizer.parse(text))
 
 
 def _checked_axis(x: Tensor, axis: int, caller: str) -> int:

@@ -49,7 +49,7 @@ def rule(**fields: Any) -> dict[str, Any]:
 
 FORMATS = r"known formats: e2m1, e1m2, e3m0, .*int8$"
 OPTIONS = r"Known: bits, defaults, activation, weight, gradient, backward, .*, and Inductor's$"
-QUANTIZER = r"is not '<format> \[<granularity> \[<scale rule> \[<rounding>\]\]\]'$"
+QUANTIZER = r"is not '<format> \[<granularity>\] \[<scale rule>\] \[<rounding>\]', in any order$"
 
 #: What the user does → options, and a regular expression for the whole line.
 BAD: dict[str, tuple[Any, str]] = {

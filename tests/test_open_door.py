@@ -180,6 +180,17 @@ def test_quantize_and_dequantize_are_fake_quantize(text, axis):
     assert qcompile.dequantize(quantized, torch.float32).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_functions_trace_without_graph_breaks():
+    x = torch.randn(5, 64)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return qcompile.fake_quantize(x, "even e2m1; dge"), qcompile.dequantize(qcompile.quantize(x, "int4 block16"))
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(x), both(x)))
+
+
 def test_fake_quantize_is_differentiable():
     x = torch.tensor([[6.5, 1.0, -0.1, 12.0]], requires_grad=True)
     qcompile.fake_quantize(x, "e2m1 row; clip(s=0.5)").sum().backward()
