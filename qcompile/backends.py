@@ -97,6 +97,9 @@ def recipe_of(backend: str | Recipe) -> Recipe:
     """
     if isinstance(backend, Recipe):
         return backend
+    if not isinstance(backend, str):
+        msg = f"backend= takes a qcompile.Recipe or its name, got {type(backend).__name__}"
+        raise ValueError(msg)
     if backend not in RECIPES:
         msg = f"unknown backend {backend!r}; known: {', '.join(RECIPES)}"
         raise ValueError(msg)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile import backends, compat
+from qcompile.ir.definitions import short_names
 from qcompile.ir.estimators import ESTIMATORS, EstimatorSpec
 from qcompile.ir.formats import FORMATS, get_format
 from qcompile.ir.operand import Operand
@@ -210,6 +211,20 @@ def test_fake_quantize_is_differentiable():
 def test_errors_of_functions(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(torch.ones(3, 4))
+
+
+def test_parameters_of_an_estimator_are_words_of_its_text():
+    """Full names, digits and underscores included, come back from ``str()`` and are cut in messages."""
+    qcompile.Estimator("_door4", mask=lambda y, level, fmt, t: y.abs() <= t, parameters={"t": 1.0})
+    spec = Operand.parse("e2m1 row; _door4(t=2.5)")
+    assert Operand.parse(str(spec)) == spec
+    assert short_names(str(spec)) == "e2m1 row absmax even; _door4(t=2.5)"
+    for text, passing in (("e2m1; _door4", [0.0, 1.0, 0.0]), ("e2m1; _door4(t=2.5)", [0.0, 1.0, 1.0])):
+        x = torch.tensor([[6.0, 1.0, -2.0]], requires_grad=True)
+        qcompile.fake_quantize(x, text).sum().backward()
+        assert x.grad.tolist() == [passing]
+    with pytest.raises(ValueError, match="estimator '_door4' has no parameter 's'; its parameters: t"):
+        Operand.parse("e2m1; _door4(s=1)")
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------

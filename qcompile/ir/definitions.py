@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 __all__ = ["Registry", "full_name", "named_definitions", "short_name", "short_names"]
 
-_FULL_NAME = re.compile(r"\b([A-Za-z]\w*)@[0-9a-f]{8}\b")
+_FULL_NAME = re.compile(r"\b([^\W\d]\w*)@[0-9a-f]{8}\b")
 
 
 class Named(Protocol):
