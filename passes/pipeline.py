@@ -7,15 +7,18 @@ dynamo         Dynamo FX graph, one a sub-graph                  expand         
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
 dynamo                                                           quantize_gradients      **yes, if gradient= is set**
+dynamo                                                           watch                   no (only if monitor= is set)
 joint          forward and backward in ATen, before partitioning account                 no (counts products)
 joint                                                            cancel_rotations        no
 joint                                                            fuse                    no
 joint                                                            fold                    **yes, if backward= is set**
 joint                                                            hints                   no
+joint                                                            choose_providers        no (what runs each product)
 joint                                                            audit                   no (records what is left)
 joint                                                            lower_frozen            no (inference with freezing)
 partition      joint → forward, backward                         narrow_saved            **yes, if save= is set**
 post_grad      forward, then backward                            lower → merge_quantize  no
+post_grad                                                        audit_encoders          no (records what quantizes)
 ============== ================================================= ======================= =============================
 """
 
@@ -33,8 +36,9 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .account import account
-from .audit import audit
+from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
+from .choose_providers import choose_providers
 from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
@@ -46,9 +50,12 @@ from .names import Names
 from .partition import Partitioner, hints
 from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
 from .pin import pin
-from .plan import Plan, all_rules, make_plan
+from .plan import all_rules, make_plan
+from .quantize_gradients import quantize_gradients
+from .record import Plan
+from .watch import watch
 
-__all__ = ["PASS_NAMES", "hooks", "rewrite"]
+__all__ = ["PASSES", "PASS_NAMES", "hooks", "rewrite", "watch"]
 
 ACCOUNT, AUDIT = GraphPass("account", account, dumped=False), GraphPass("audit", audit)
 JOINT = (
@@ -57,13 +64,26 @@ JOINT = (
     GraphPass("fuse", fuse),
     GraphPass("fold", fold),
     GraphPass("hints", hints),
+    GraphPass("choose_providers", choose_providers, dumped=False, optional=False),
     AUDIT,
     GraphPass("lower_frozen", lower_frozen),
 )
-POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
+POST_GRAD = (
+    GraphPass("lower", lower),
+    GraphPass("merge_quantize", merge_quantize),
+    GraphPass("audit_encoders", audit_encoders, dumped=False),
+)
+
+#: Everything that looks at graphs or rewrites them, in order. Nothing else in this folder imports one of these.
+PASSES = (
+    *(expand, find_gemms, make_plan, pin, insert, quantize_gradients, watch),
+    *(graph_pass.run for graph_pass in JOINT),
+    Partitioner,
+    *(graph_pass.run for graph_pass in POST_GRAD),
+)
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
-PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD)))
+PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD) if p.optional))
 
 
 def rewrite(
@@ -87,6 +107,8 @@ def rewrite(
     if plan.quantized:
         wrapped = insert(gm, plan)
         log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))
+        split = quantize_gradients(gm, plan)
+        log.debug("dynamo/quantize_gradients: %d sites", split)
         dump("dynamo_insert", gm.graph, context)
     return context
 

@@ -17,7 +17,7 @@ from torch.fx import Node
 from qcompile import compat
 from qcompile.ir.sharding import local_tensor
 
-from .graph import static_size, value_of
+from .graph import argument_of, static_size, target_name, value_of
 
 __all__ = [
     "ATTENTION", "HIGHER_ORDER_ATTENTION", "OUT_OF_SCOPE", "SPELLINGS", "TRANSFORM", "Frame", "Recognized", "Slot",
@@ -193,20 +193,17 @@ def _conv(groups_at: int, transposed_at: int | None = None) -> Locate:
     since an element that several windows read cannot carry the scale of each."""
 
     def locate(node: Node) -> tuple[Slot, Slot]:
-        def argument(index: int, name: str, default: Any) -> Any:
-            return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
-
         def per_axis(value: Any) -> tuple[int, ...]:
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
             return value * dims if len(value) == 1 else value
 
-        if transposed_at is not None and argument(transposed_at, "transposed", False):
+        if transposed_at is not None and argument_of(node, transposed_at, "transposed", False):
             raise Unsupported(_OVERLAP)
         x_slot, weight_slot = Slot(0, "input", -1), Slot(1, "weight", -1, Frame(flatten=1))
         x, weight = (value_of(slot.of(node)) for slot in (x_slot, weight_slot))
         dims = weight.dim() - 2
-        stride, padding = argument(3, "stride", 1), argument(4, "padding", 0)
-        dilation, groups = per_axis(argument(5, "dilation", 1)), argument(groups_at, "groups", 1)
+        stride, padding = argument_of(node, 3, "stride", 1), argument_of(node, 4, "padding", 0)
+        dilation, groups = per_axis(argument_of(node, 5, "dilation", 1)), argument_of(node, groups_at, "groups", 1)
         kernel = tuple(int(k) for k in weight.shape[2:])
         unpadded = padding == "valid" or (not isinstance(padding, str) and not any(per_axis(padding)))
         channels = x.dim() - dims - 1
@@ -401,24 +398,18 @@ def name_of(node: Node) -> str:
     operator of Python's, or as an ATen op. Ops of other libraries have their namespace before them; "" for a function
     that is not torch's.
     """
-    target: Any = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif node.op != "call_function":
+    if node.op == "call_function" and not (_is_op(node.target) or _is_torch(node.target)):
         return ""
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target.name().partition(".")[0].removeprefix("aten::")
-    elif isinstance(target, torch._ops.OpOverloadPacket):
-        name = target._qualified_op_name.removeprefix("aten::")
-    elif isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
-    elif _is_torch(target):
-        name = target.__name__
-    else:
+    if node.op not in ("call_function", "call_method"):
         return ""
+    name = target_name(node)
     if name in ("__matmul__", "__imatmul__", "imatmul"):
         return "matmul"
     return name if name.endswith("__") else name.removesuffix("_")
+
+
+def _is_op(target: Any) -> bool:
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator))
 
 
 def _is_torch(function: Any) -> bool:

@@ -20,8 +20,7 @@ import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile.kernels.choices import quantize_choices
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.passes.pass_base import Observations, log
-from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
-from qcompile.passes.watch import watch
+from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite, watch
 
 from . import compat
 from .ir.recipe import Recipe
