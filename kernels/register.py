@@ -312,8 +312,9 @@ def provider_of(
             name, generated = cuda_provider(op_name, quantizer_text, estimator, transform)
             if name != "reference":
                 return name, generated
-        elif providers[0].texts is None:
-            return providers[0].name, ""  # extents decide about a second choice
+        by_extents = bool(providers) and providers[0].texts is None  # which a report does not know
+        if by_extents and (op_name not in LOWERINGS or len(providers) == 1):
+            return providers[0].name, ""
     elif not providers:
         return "reference", f"no other provider of {op_name} on {device_type}"
     texts = {"quantizer": quantizer_text, "estimator": estimator, "transform": transform}

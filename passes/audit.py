@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from qcompile.ir.recipe import STE
 from qcompile.kernels.register import provider_of
 
 from .dialect import GEMMS, decode_root, gemm_operands, stored_operand
@@ -125,8 +126,9 @@ def _record(encoder: Any, encoders: dict[EncoderKey, list[Provision]]) -> None:
     operand = getattr(encoder, "operand", None)
     quantizer = operand.stored if operand is not None else encoder.quantizer
     transform = str(operand.transform if operand is not None else getattr(encoder, "transform", ""))
+    estimator = str(operand.estimator if operand is not None else STE)
     name = encoder.op.name().removeprefix("qcompile::").partition(".")[0]
-    found = Provision(*provider_of(name, value.device.type, str(quantizer), value.dtype, transform=transform))
+    found = Provision(*provider_of(name, value.device.type, str(quantizer), value.dtype, estimator, transform))
     known = encoders.setdefault(EncoderKey(str(quantizer), transform, value.dtype), [])
     if found not in known:
         known.append(found)

@@ -398,9 +398,8 @@ def name_of(node: Node) -> str:
     operator of Python's, or as an ATen op. Ops of other libraries have their namespace before them; "" for a function
     that is not torch's.
     """
-    if node.op == "call_function" and not (_is_op(node.target) or _is_torch(node.target)):
-        return ""
-    if node.op not in ("call_function", "call_method"):
+    is_torch = node.op == "call_function" and (_is_op(node.target) or _is_torch(node.target))
+    if not (is_torch or node.op == "call_method"):
         return ""
     name = target_name(node)
     if name in ("__matmul__", "__imatmul__", "imatmul"):
