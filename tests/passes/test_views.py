@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
-from qcompile.ir.encoding import DENSE, Encoding
-from qcompile.ir.formats import get_format
-from qcompile.ir.recipe import Operand
+from qcompile.ir.encoding import Encoding
 from qcompile.passes import views
 from qcompile.passes.views import VIEW_OF, ProductOperand, Quantize, QuantizedMM, View
 
@@ -102,19 +100,3 @@ def test_another_node_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Quantize.of takes a call of qcompile.quantize.default; got neg_?\w*, a call"):
         Quantize.of(negated)
     assert Quantize.match(x) is None
-
-
-def test_encodings_are_their_text() -> None:
-    e2m1 = get_format("e2m1")
-    operands = ["e2m1 row absmax even; ste", "e2m1 block16 e4m3 even; ste", "e2m1 row absmax even; ste; occ(alpha=0.9)"]
-    texts = ["dense", "levels e2m1", *(str(Operand.parse(text)) for text in operands)]
-    assert [str(Encoding.parse(text)) for text in texts] == texts
-    assert Encoding.parse("dense") is DENSE
-    assert Encoding.parse("levels e2m1").format is Encoding.parse(operands[0]).format is e2m1
-    sizes = [len([part for part in Encoding.parse(text).parts(range(n)) if part is not None])
-             for text, n in zip(texts[1:], (1, 2, 3, 4), strict=True)]  # fmt: skip
-    assert sizes == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match=r"consists of codes and scales and global_scale, got 2 tensors"):
-        Encoding.parse(operands[1]).parts([0, 1])
-    with pytest.raises(ValueError, match="a dense operand has no format"):
-        _ = DENSE.format
