@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ STAGES: dict[str, Stage] = {
     "audit_encoders": Stage(_MERGED),
 }
 
+#: What runs before nodes are marked with what runs them.
+_BEFORE_CHOICE = tuple(takewhile(lambda name: name != "choose_providers", STAGES))
+
 
 def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
     """Raises :class:`VerificationError` naming the stage, the node and the broken invariant.
@@ -114,7 +118,7 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
     ``stage``: a pass, with the hook that ran it before it (``"joint/fuse"``); any other name allows all that passes
     make. ``disabled``: passes that did not run.
     """
-    spec = STAGES.get(stage.rpartition("/")[2], Stage(_FUSED | _MERGED))
+    spec = _spec(graph, stage)
     kept = frozenset(view for name in disabled if name in STAGES for view in STAGES[name].takes_out)
     for node in graph.nodes:
         cls = VIEW_OF.get(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
@@ -130,6 +134,14 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
                 _fail(stage, node, wrong)
         if check := _CHECKS.get(cls):
             check(stage, node, view)
+
+
+def _spec(graph: Graph, stage: str) -> Stage:
+    hook, _, name = stage.rpartition("/")
+    # The body of a nested region comes to the joint hook a second time, with the graph that calls it.
+    if hook == "joint" and name in _BEFORE_CHOICE and any(mark_of(node, PROVIDER_KEY) for node in graph.nodes):
+        name = "lower_frozen"
+    return STAGES.get(name, Stage(_FUSED | _MERGED))
 
 
 # --- single ops -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from qcompile import compat
 from qcompile.passes import pipeline
 from qcompile.passes.graph import is_call
 from qcompile.passes.pass_base import Context, GraphPass
-from qcompile.passes.record import DECODED, PROVIDER_KEY, REFERENCE, mark_of, site_index
+from qcompile.passes.record import DECODED, PROVIDER_KEY, REFERENCE, Provision, mark_of, marked, site_index
 from qcompile.passes.verify import STAGES, VerificationError, verify
 from qcompile.passes.views import Quantize, QuantizedMM, Recode
 
@@ -98,6 +98,16 @@ def test_stages(graph: Graph, before: str, after: str, why: str) -> None:
     verify(graph, f"joint/{before}")
     with pytest.raises(VerificationError, match=f"after joint/{after}: .*{why}"):
         verify(graph, f"joint/{after}")
+
+
+def test_a_body_may_come_a_second_time() -> None:
+    """Torch runs the joint hook on the body of a nested region, and again with the graph that calls it."""
+    graph = product()
+    (node,) = QuantizedMM.calls(graph)
+    marked(node, **{PROVIDER_KEY: Provision(DECODED)})
+    verify(graph, "joint/account")
+    with pytest.raises(VerificationError, match=r"after post_grad/lower: .* does not stand in a graph at this stage"):
+        verify(graph, "post_grad/lower")
 
 
 def test_what_a_disabled_pass_would_take_out_stays() -> None:
