@@ -34,7 +34,7 @@ __all__ = ["audit", "audit_encoders"]
 
 
 def audit(graph: Graph, context: Context) -> int:
-    """Records one row a product in the context's observations; returns 0, since nothing is rewritten."""
+    """Records one row per product in the context's observations; returns 0, since nothing is rewritten."""
     if context.observe is None:
         return 0
     backward = depends_on_tangents(graph)

@@ -36,7 +36,7 @@ _BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values
 
 
 def choose_providers(graph: Graph, context: Context) -> int:
-    """Marks every ``scaled_mm``; returns 0, since nothing is rewritten."""
+    """Marks every ``quantized_mm``; returns 0, since nothing is rewritten."""
     left_alone = "lower" in context.recipe.disable_passes
     for node in QuantizedMM.calls(graph):
         provision = Provision(REFERENCE, "the pass lower is disabled") if left_alone else _provision(node)

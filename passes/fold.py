@@ -5,7 +5,7 @@ dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY
 
     dX = dY · (s_w ⊙ Wq) = (dY ⊙ s_w) · Wq            dW = dYᵀ · (s_x ⊙ Xq) = (dY ⊙ s_x)ᵀ · Xq
 
-    scaled_mm(dy, [codes_w, s_w])   ─►   scaled_mm(quantize(dy, fold=s_w), levels [codes_w])
+    quantized_mm(dy, [codes_w, s_w])   ─►   quantized_mm(quantize(dy, fold=s_w), levels [codes_w])
 
 A dY that `quantize_gradients` has quantized without them is quantized anew, with them.
 
@@ -82,7 +82,7 @@ def _why_not(node: Node, codes: ProductOperand) -> str:
     if node.meta["val"].dim() != 2:
         return "a product of batches"
     if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
-        return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor a row"
+        return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor per row"
     if spec.outliers:
         return "the exact residual of the outliers is no code; occ(residual=e4m3) is"
     if quantizer.format.tensor_core_type not in ("e4m3", "e5m2"):

@@ -3,10 +3,10 @@
 ::
 
     mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))
-        ─►   scaled_mm([codes_x, s_x], [codes_w, s_w])
+        ─►   quantized_mm([codes_x, s_x], [codes_w, s_w])
 
 Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and
-saves codes, without being told. Numbers do not change: ``scaled_mm`` is defined as decode, then multiply.
+saves codes, without being told. Numbers do not change: ``quantized_mm`` is defined as decode, then multiply.
 
 A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
 keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
@@ -61,7 +61,7 @@ def _plain(node: Node) -> bool:
 
 
 def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOperand | None:
-    """An operand of ``gemm`` as ``scaled_mm`` reads it; ``None`` if it cannot be read from codes."""
+    """An operand of ``gemm`` as ``quantized_mm`` reads it; ``None`` if it cannot be read from codes."""
     root = decode_root(seen)
     if root is None:
         return ProductOperand((seen,), DENSE, contracts_rows=not is_left)
@@ -73,11 +73,11 @@ def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOper
         return None
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
-    if kind == "tile" and not same_sizes(parts.codes.meta["val"].shape[:-1], lead):
+    if kind == "square" and not same_sizes(parts.codes.meta["val"].shape[:-1], lead):
         return None  # tiles span rows, so rows may not be regrouped
-    if kind in ("tensor", "tile"):
+    if kind in ("tensor", "square"):
         parts = parts._replace(scales=_shared_scale(graph, gemm, parts.scales, len(lead) + 1))
-    one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "tile")))
+    one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "square")))
     views = [
         stored_view(graph, gemm, tensor, lead) if name in one_per_row else tensor
         for name, tensor in parts._asdict().items()

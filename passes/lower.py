@@ -1,20 +1,20 @@
-"""Post-grad graphs: put in the place of every ``scaled_mm`` what `choose_providers` has chosen for it.
+"""Post-grad graphs: put in the place of every ``quantized_mm`` what `choose_providers` has chosen for it.
 
 Where 8-bit tensor cores hold both operands exactly, they read the codes::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
 with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). `merge_quantize` then
 joins ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
 they multiply FP4::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
 Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
 fusion) apply to it; one decoded operand serves all products of the graph that read it::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
 
 ``quantize``, ``dequantize`` and the estimators stay: they have kernels and Inductor lowerings of their own
 (kernels/lowerings.py).

@@ -1,7 +1,7 @@
 """Invariants of a graph in the dialect, checked after every pass in tests and under ``debug=True``.
 
 1. After a stage only such ops stand in the graph as :data:`STAGES` lists for it, in the forms it lists.
-2. The codes of every quantize reach a dequantize, a scaled_mm, an output, or nothing at all (dead code).
+2. The codes of every quantize reach a dequantize, a quantized_mm, an output, or nothing at all (dead code).
 3. Scales have the shape their granularity says.
 4. Every decoder reads codes of the width its quantizer packs.
 5. No product reads 8-bit codes that lie beside their levels (:attr:`Format.tensor_core_offset`) as levels.
@@ -156,7 +156,7 @@ def _check_quantize(stage: str, node: Node, view: Quantize) -> None:
         if item is None:
             _fail(stage, node, f"its tuple is read by {user.name}")
         elif item[1] == 0 and user.users and not any(_consumes_codes(reader) for reader in _readers(user)):
-            _fail(stage, node, "its codes reach neither a dequantize nor a scaled_mm")
+            _fail(stage, node, "its codes reach neither a dequantize nor a quantized_mm")
 
 
 def _check_dequantize(stage: str, node: Node, view: Dequantize) -> None:

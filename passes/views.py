@@ -281,7 +281,7 @@ class ProductOperand:
 class QuantizedMM(View):
     """In the schema an operand is four arguments: tensors, text, size, and whether it is read transposed."""
 
-    op = ops.scaled_mm.default
+    op = ops.quantized_mm.default
     a: ProductOperand
     b: ProductOperand
     dtype: torch.dtype

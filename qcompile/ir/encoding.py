@@ -1,6 +1,6 @@
 """What the tensors of a product's operand are, and how its elements follow from them.
 
-The text of an :class:`Encoding` travels in the nodes of ``scaled_mm``:
+The text of an :class:`Encoding` travels in the nodes of ``quantized_mm``:
 
 ======================= ============================================================================================
 text                    tensors

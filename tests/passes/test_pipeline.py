@@ -141,7 +141,7 @@ class Layers(nn.Module):
         (None, {}, DECODED, "cpp"),
         (None, {"disable_passes": ["lower"]}, REFERENCE, "cpp"),
         ((9, 0), {"backward": "fp8", "activation": {"outliers": None}}, "triton", "other provider of quantize_8bit on"),
-        ((9, 0), {"activation": "int1 row absmax up", "weight": "int1 row absmax up"}, "popcount", "cpp"),
+        ((9, 0), {"activation": "midrise1 row absmax half_up", "weight": "midrise1 row absmax half_up"}, "popcount", "cpp"),
         ((10, 0), {"activation": "e2m1 block32 e8m0", "weight": "e2m1 block32 e8m0"}, "dot_scaled", "cpp"),
     ],
     ids=["decoded", "as they are", "8-bit", "1-bit", "fp4"],
