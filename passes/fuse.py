@@ -74,7 +74,7 @@ def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOper
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
     if kind == "square" and not same_sizes(parts.codes.meta["val"].shape[:-1], lead):
-        return None  # tiles span rows, so rows may not be regrouped
+        return None  # square blocks span rows, so rows may not be regrouped
     if kind in ("tensor", "square"):
         parts = parts._replace(scales=_shared_scale(graph, gemm, parts.scales, len(lead) + 1))
     one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "square")))
