@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from qcompile.ir.recipe import STE
+from qcompile.ir.operand import STE
 from qcompile.kernels.register import provider_of
 
 from .dialect import GEMMS, decode_root, gemm_operands, stored_operand

@@ -55,11 +55,12 @@ def _provision(node: Node) -> Provision:
     bias = None if product.bias is None else product.bias.meta["val"]
     if bias is not None and not same_sizes(bias.shape, value.shape[1:]):
         return Provision(DECODED, "a bias that is broadcast over the columns")
-    extents = (*(static_size(n) for n in value.shape), _contraction(product.a))
+    extents = (static_size(value.shape[0]), static_size(value.shape[1]), _contraction(product.a))
+    m, n, k = (_ALIGNED if extent is None else extent for extent in extents)
     reasons: list[str] = []
     for dtypes in readings:
         described = providers.Product(
-            shape=tuple(_ALIGNED if n is None else n for n in extents),
+            shape=(m, n, k),
             dtypes=dtypes,
             dtype=value.dtype,
             capability=capability,

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import Encoding
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
 from .graph import aten, emit, input_of, is_call, same_size, same_sizes, static_size, through_views
 from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers

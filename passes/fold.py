@@ -22,8 +22,8 @@ import torch
 from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import Encoding
+from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand
 
 from .gradient_axes import ROLE_OF_OPERAND
 from .graph import aten, emit, input_of, is_call, size_along, through_views

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
 from .graph import argument_of
 from .origins import written_by

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from qcompile import compat
 
@@ -64,7 +63,7 @@ def bodies_called(call: Node) -> Iterator[tuple[Node, GraphModule, dict[Node, No
     Such an op takes what its bodies read last, and in their order. What else it takes (a predicate) stands before, and
     placeholders that it fills itself (the score of an attention) come first.
     """
-    arguments = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
+    arguments = [leaf for leaf in compat.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
     bodies = {a: m for a in arguments if a.op == "get_attr" and isinstance(m := attribute_of(a), GraphModule)}
     values = [a for a in arguments if a not in bodies]
     for attribute, module in bodies.items():
@@ -77,9 +76,9 @@ def target_name(node: Node) -> str:
     their namespace before it.
     """
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, compat.OpOverload):
         return str(target.name().partition(".")[0].removeprefix("aten::"))
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, compat.OpOverloadPacket):
         return str(target._qualified_op_name.removeprefix("aten::"))
     return str(getattr(target, "__name__", target)).partition(".")[0]
 

@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from qcompile import compat
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
 from .graph import graph_modules, target_name, value_of
 from .origins import written_by
@@ -42,7 +42,7 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    return sum(_insert_in(module, by_node) for module in graph_modules(gm))
+    return sum(_insert_in(module, by_node) for module in graph_modules(gm)) if by_node else 0
 
 
 def stamp(plan: Plan) -> None:

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
-from qcompile.ir.recipe import STE, Operand
+from qcompile import compat
+from qcompile.ir.operand import STE, Operand
 
 from .graph import (
     aten,
@@ -126,7 +126,7 @@ def merge_quantize(graph: Graph, context: Context) -> int:
         _replace_pair(graph, rows, columns)
     singles = [use for use in uses if id(use) not in paired and use.along_rows and _replace_single(graph, use)]
     if pairs:
-        stable_topological_sort(graph)
+        compat.stable_topological_sort(graph)
     return 2 * len(pairs) + len(singles)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qcompile import compat
-from qcompile.ir.recipe import Rule
+from qcompile.ir.rules import Rule
 
 from .names import Names
 from .reachable import join

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from qcompile.ir.operand import Operand, override_operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
+from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
+from qcompile.ir.rules import Rule
 from qcompile.ir.transforms import Transform
 
 from .gradient_axes import role_of_slot, why_gradient_stays_wide

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
 from .spellings import Slot
 

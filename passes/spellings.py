@@ -75,9 +75,9 @@ class Slot:
     def keyword_in(self, node: Node) -> str:
         """The operand's keyword as this call spells it: what torch's functions call ``input`` is ``self`` in ATen."""
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverloadPacket):
+        if isinstance(target, compat.OpOverloadPacket):
             target = getattr(target, target.overloads()[0])
-        aten = isinstance(target, torch._ops.OpOverload)
+        aten = isinstance(target, compat.OpOverload)
         return str(target._schema.arguments[self.position].name) if aten else self.keyword
 
     def size(self, node: Node) -> Any:
@@ -408,7 +408,7 @@ def name_of(node: Node) -> str:
 
 
 def _is_op(target: Any) -> bool:
-    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator))
+    return isinstance(target, (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator))
 
 
 def _is_torch(function: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qcompile import compat
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
@@ -121,7 +122,7 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
     spec = _spec(graph, stage)
     kept = frozenset(view for name in disabled if name in STAGES for view in STAGES[name].takes_out)
     for node in graph.nodes:
-        cls = VIEW_OF.get(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
+        cls = VIEW_OF.get(node.target) if isinstance(node.target, compat.OpOverload) else None
         if cls is None:
             continue
         if cls is FakeQuantize:

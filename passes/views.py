@@ -23,8 +23,9 @@ from torch.fx import Graph, Node
 import qcompile.ir.tensor_core_ops  # noqa: F401  (defines the ops, with qcompile.ir.ops)
 from qcompile.ir.encoding import Encoding, Parts
 from qcompile.ir.estimators import Estimator
+from qcompile.ir.operand import Operand
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand, OutlierClamp
 from qcompile.ir.transforms import Transform
 
 from .graph import emit, is_call, item_of

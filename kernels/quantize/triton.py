@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompile.ir.formats import Format
+from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
-from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.formula.layout import MANTISSA_BITS, why_not_rounded
 from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants

@@ -34,8 +34,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompile.ir.estimators import Estimator
+from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import SPARSITIES, Transform
 from qcompile.kernels.estimate import reference as estimate_reference

@@ -20,8 +20,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .formats import Format, get_format
+from .operand import Operand
 from .quantizer import Quantizer
-from .recipe import Operand
 
 __all__ = ["DENSE", "Encoding", "Parts"]
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from .encoding import Encoding
+from .operand import Operand
+from .outliers import OutlierClamp
 from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
-from .recipe import Operand, OutlierClamp
 from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
 

@@ -21,8 +21,8 @@ triton = pytest.importorskip("triton")
 
 from qcompile.ir.estimators import Estimator  # noqa: E402
 from qcompile.ir.formats import FORMATS, get_format  # noqa: E402
+from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
-from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.estimate.reference import mask_of  # noqa: E402
 from qcompile.kernels.formula import estimators as estimator_formulas  # noqa: E402

@@ -1,10 +1,11 @@
-"""How the passes hang together. What would break: a helper that two passes share is looked for in a pass, a stage that
-the verifier knows nothing of, a provider that the report names and nothing runs.
+"""How the passes hang together. What would break: a table that does not say what runs, a helper that two passes share
+is looked for in a pass, a stage that the verifier knows nothing of, a provider that the report names and nothing runs.
 """
 
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,18 +20,51 @@ from qcompile import compat
 from qcompile.passes import pipeline
 from qcompile.passes.graph import is_call
 from qcompile.passes.pass_base import Context, GraphPass
+from qcompile.passes.pipeline import PASS_NAMES, PIPELINE, table
 from qcompile.passes.record import DECODED, PROVIDER_KEY, REFERENCE, Provision, mark_of, marked, site_index
 from qcompile.passes.verify import STAGES, VerificationError, verify
 from qcompile.passes.views import Quantize, QuantizedMM, Recode
 
+from .harness import DISTINCT, compile_and_run
+
 FOLDER = Path(pipeline.__file__).parent
-PASSES = {function.__module__.rpartition(".")[2] for function in pipeline.PASSES}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_programs_are_recorded_in_the_order_of_the_table() -> None:
+    """One program after each pass that rewrites: a pass that ran elsewhere, or in another order, would show here."""
+    listed = [f"{stage.name}_{p.name}" for stage in PIPELINE for p in stage.passes]
+    result = compile_and_run(nn.Linear(32, 24), torch.randn(16, 32), recipe=DISTINCT, gradient="fp8")
+    (observed,) = result.observations
+    recorded = [name for name in observed.programs if not name.endswith(("_2", "captured"))]
+    assert recorded == [name for name in listed if name in recorded]
+    assert set(listed) - set(recorded) == {
+        "dynamo_expand", "dynamo_find_gemms", "dynamo_plan", "dynamo_watch", "joint_account", "joint_choose_providers",
+        "partition_narrow_saved", "post_grad_audit_encoders",
+    }  # fmt: skip
+
+
+def test_the_table_has_a_line_for_every_pass() -> None:
+    _, _, *lines = table().splitlines()
+    names = [line.split(" | ")[2] for line in lines]
+    assert names == [p.name for stage in PIPELINE for p in stage.passes]
+    assert len(set(names)) == len(names)
+    assert set(PASS_NAMES) < set(names)
+
+
+# --- who imports whom -----------------------------------------------------------------------------------------------
 
 
 def imports(module: Path) -> set[str]:
     """Names of the modules of this folder that a module imports, anywhere in it."""
     found = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.ImportFrom)]
     return {str(node.module) for node in found if node.level == 1 or str(node.module).startswith("qcompile.passes.")}
+
+
+#: All that the pipeline imports, except for what passes share.
+PASSES = imports(FOLDER / "pipeline.py") - {"names", "pass_base", "record"}
 
 
 def test_what_the_passes_are() -> None:
@@ -55,7 +89,7 @@ def test_only_the_views_name_the_ops() -> None:
 
 
 def test_every_graph_pass_has_a_stage() -> None:
-    assert list(STAGES) == [graph_pass.name for graph_pass in (*pipeline.JOINT, *pipeline.POST_GRAD)]
+    assert list(STAGES) == [p.name for p in (*pipeline.JOINT.passes, *pipeline.POST_GRAD.passes)]
 
 
 def product(levels: bool = False) -> Graph:
@@ -116,6 +150,8 @@ def test_what_a_disabled_pass_would_take_out_stays() -> None:
 
 # --- providers ------------------------------------------------------------------------------------------------------
 
+SIGNS = "midrise1 row absmax half_up"
+
 #: Provider → what stands for a product that it runs.
 EMITTED: dict[str, tuple[Any, ...]] = {
     DECODED: (torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
@@ -141,7 +177,7 @@ class Layers(nn.Module):
         (None, {}, DECODED, "cpp"),
         (None, {"disable_passes": ["lower"]}, REFERENCE, "cpp"),
         ((9, 0), {"backward": "fp8", "activation": {"outliers": None}}, "triton", "other provider of quantize_8bit on"),
-        ((9, 0), {"activation": "midrise1 row absmax half_up", "weight": "midrise1 row absmax half_up"}, "popcount", "cpp"),
+        ((9, 0), {"activation": SIGNS, "weight": SIGNS}, "popcount", "cpp"),
         ((10, 0), {"activation": "e2m1 block32 e8m0", "weight": "e2m1 block32 e8m0"}, "dot_scaled", "cpp"),
     ],
     ids=["decoded", "as they are", "8-bit", "1-bit", "fp4"],
@@ -160,10 +196,10 @@ def test_the_report_names_what_was_emitted(
                 emitted.append((context.plan.decisions[site_index(node)].site.name, provision.provider))  # type: ignore
         return 0
 
-    stages = (*pipeline.POST_GRAD, GraphPass("collect", collect, dumped=False))
+    passes = (*pipeline.POST_GRAD.passes, GraphPass("collect", collect, dumped=False))
     with (
         mock.patch.object(compat, "tensor_core_capability", return_value=capability),
-        mock.patch.object(pipeline, "POST_GRAD", stages),
+        mock.patch.object(pipeline, "POST_GRAD", replace(pipeline.POST_GRAD, passes=passes)),
     ):
         x = torch.randn(16, 128, requires_grad=True)
         report = qcompile.explain(Layers(), x, options={"min_side": 0, "defaults": False, "debug": True, **options})
