@@ -41,7 +41,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "where": torch.where,
 }
 #: What names the type of its result.
-_CONVERSIONS = {"to": Tensor.to, "bits": Tensor.view}
+_CONVERSIONS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {"to": Tensor.to, "bits": Tensor.view}
 
 
 def evaluate(formula: Formula, *inputs: Tensor) -> Any:

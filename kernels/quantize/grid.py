@@ -316,9 +316,9 @@ def passing(estimator: str, fmt: Format) -> Passing | None:
     spec = Estimator.parse(estimator)
     if spec.kind.mask is None:
         return None
-    limits = [_largest_float32(spec.bound(fmt, at_zero) or 0.0) for at_zero in (False, True)]
+    limit, limit_at_zero = (_largest_float32(spec.bound(fmt, at_zero) or 0.0) for at_zero in (False, True))
     formula = estimator_formulas.mask(spec, fmt)
-    return Passing(*limits, formula.digest, device_function(formula))
+    return Passing(limit, limit_at_zero, formula.digest, device_function(formula))
 
 
 def _largest_float32(bound: float) -> float:
