@@ -60,6 +60,7 @@ PRIVATE_API = {
     "kernels/choices.py": "overrides one of Inductor's choices: rows that stay in registers",
     "kernels/cpp.py": "builds C++ with Inductor's search for a compiler, its locks and its cache",
     "kernels/lowerings.py": "registers the lowerings below with Inductor",
+    "kernels/formula/inductor_target.py": "formulas as parts of the loop bodies below",
     "kernels/quantize/inductor.py": "loop bodies, which Inductor fuses with their neighbours",
     "kernels/estimate/inductor.py": "loop bodies",
     "kernels/outliers/inductor.py": "loop bodies",

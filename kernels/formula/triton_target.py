@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qcompile import compat
+
 from .expression import Formula, Value
 
 __all__ = ["device_function", "triton_source"]
@@ -71,10 +73,7 @@ def triton_source(formula: Formula) -> str:
 def device_function(formula: Formula) -> Any:
     """``formula`` as a function that Triton kernels call; in the interpreter, an interpreted one."""
     source = _HEAD + triton_source(formula)
-    # Private torch API (2.11 … 2.15): writes modules to Inductor's cache directory, as it does for its own kernels.
-    from torch._inductor.codecache import PyCodeCache
-
-    return getattr(PyCodeCache.load(source), formula.name)
+    return getattr(compat.module_from_source(source), formula.name)
 
 
 def _step(step: Value, arguments: Sequence[str]) -> str:
