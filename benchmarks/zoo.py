@@ -1,6 +1,6 @@
 """Every model of the test zoo through real Inductor: what is quantized, and what that costs in compile time.
 
-One row a model, written as soon as it is known: first what is counted, of all models, then the times. What the file
+One row per model, written as soon as it is known: first what is counted, of all models, then the times. What the file
 has already is kept, so that an interrupted run can be continued; to have a row counted again, blank its ``sites``.
 Sites and the share of the products' operations that run quantized are counted while the graphs execute eagerly
 (``tests/models``). Compile time is that of the first forward and backward less a later one, in a process of its own
