@@ -75,9 +75,9 @@ class Slot:
     def keyword_in(self, node: Node) -> str:
         """The operand's keyword as this call spells it: what torch's functions call ``input`` is ``self`` in ATen."""
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverloadPacket):
+        if isinstance(target, compat.OpOverloadPacket):
             target = getattr(target, target.overloads()[0])
-        aten = isinstance(target, torch._ops.OpOverload)
+        aten = isinstance(target, compat.OpOverload)
         return str(target._schema.arguments[self.position].name) if aten else self.keyword
 
     def size(self, node: Node) -> Any:
@@ -407,11 +407,11 @@ def name_of(node: Node) -> str:
         name = str(target)
     elif node.op != "call_function":
         return ""
-    elif isinstance(target, torch._ops.OpOverload):
+    elif isinstance(target, compat.OpOverload):
         name = target.name().partition(".")[0].removeprefix("aten::")
-    elif isinstance(target, torch._ops.OpOverloadPacket):
+    elif isinstance(target, compat.OpOverloadPacket):
         name = target._qualified_op_name.removeprefix("aten::")
-    elif isinstance(target, torch._ops.HigherOrderOperator):
+    elif isinstance(target, compat.HigherOrderOperator):
         return target.name()
     elif _is_torch(target):
         name = target.__name__

@@ -21,7 +21,6 @@ from qcompile.kernels.choices import quantize_choices
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.passes.pass_base import Observations, log
 from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
-from qcompile.passes.watch import watch
 
 from . import compat
 from .ir.recipe import Recipe
@@ -79,8 +78,7 @@ def compile_with(
         session.add(context.plan)
         session.remark(context.plan)
         log.info("%s", context.plan.summary(recipe.name))
-        if recipe.monitor and observe is None:
-            watched = watch(gm, context.plan)
+        watched = context.watched
         if context.plan.quantized or observe is not None:
             register_lowerings()
             patches.update(hooks(context, patches))

@@ -12,7 +12,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings, pointwise_cat
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.quantize.inductor import axis_last, is_empty, run_reference
 
 __all__ = [

@@ -378,7 +378,7 @@ def test_what_one_graph_computes_and_the_next_one_saves_counts_once(enabled, act
 
 def test_there_is_a_program_after_every_pass_for_both_directions(report):
     assert list(report.programs) == [
-        "dynamo_captured", "dynamo_insert",
+        "dynamo_captured", "dynamo_insert", "dynamo_quantize_gradients",
         "joint_cancel_rotations", "joint_fuse", "joint_fold", "joint_hints", "joint_audit",
         "joint_lower_frozen",
         "post_grad_lower", "post_grad_merge_quantize", "post_grad_lower_2", "post_grad_merge_quantize_2",
