@@ -79,7 +79,6 @@ __all__ = [
     "make_fx",
     "memory_of",
     "min_cut_partition",
-    "module_from_source",
     "nll_loss_nd",
     "placeholder_value",
     "recompile_limits",
@@ -173,13 +172,6 @@ def use_torchs_ptxas() -> None:
     from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
     _set_triton_ptxas_path()
-
-
-def module_from_source(source: str) -> Any:
-    """A module with this Python text, which stays in Inductor's cache directory, as those of its own kernels do."""
-    from torch._inductor.codecache import PyCodeCache
-
-    return PyCodeCache.load(source)
 
 
 def current_frame() -> tuple[Any, int]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from qcompile import compat
-
 from .expression import Formula, Value
 
 __all__ = ["device_function", "triton_source"]
@@ -30,7 +28,7 @@ _OPS = {
     "div": "tl.math.div_rn({0}, {1})",
     "neg": "-{0}",
     "abs": "tl.abs({0})",
-    "sqrt": "tl.sqrt({0})",
+    "sqrt": "tl.sqrt_rn({0})",
     "floor": "tl.floor({0})",
     "exp2": "tl.exp2({0})",
     "log2": "tl.log2({0})",
@@ -50,6 +48,8 @@ _OPS = {
     "to": "{0}.to({type})",
     "bits": "{0}.to({type}, bitcast=True)",
 }
+#: Where float32 needs a function that rounds correctly, the operator of float64 does.
+_OPS_OF_DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})"}
 _HEAD = '''"""Printed by qcompile.kernels.formula.triton_target."""
 import triton
 import triton.language as tl
@@ -73,13 +73,15 @@ def triton_source(formula: Formula) -> str:
 def device_function(formula: Formula) -> Any:
     """``formula`` as a function that Triton kernels call; in the interpreter, an interpreted one."""
     source = _HEAD + triton_source(formula)
-    return getattr(compat.module_from_source(source), formula.name)
+    # Private torch API (2.11 … 2.15): writes modules to Inductor's cache directory, as it does for its own kernels.
+    from torch._inductor.codecache import PyCodeCache
+
+    return getattr(PyCodeCache.load(source), formula.name)
 
 
 def _step(step: Value, arguments: Sequence[str]) -> str:
-    if step.op == "div" and step.dtype == torch.float64:
-        return "{} / {}".format(*arguments)
-    return _OPS[step.op].format(*arguments, type=_TYPES[step.dtype])
+    template = _OPS_OF_DOUBLES.get(step.op, _OPS[step.op]) if step.dtype == torch.float64 else _OPS[step.op]
+    return template.format(*arguments, type=_TYPES[step.dtype])
 
 
 def _literal(value: Value) -> str:
