@@ -53,9 +53,9 @@ BF16 = torch.bfloat16
 #: What the operands of each kind are quantized to.
 QUANTIZERS = {
     "fp8": "e2m1 row absmax even",
-    "int8": "int4z row absmax even",
-    "int8_offset": "int8 row absmax up",
-    "int1": "int1 row absmax up",
+    "int8": "int4 row absmax even",
+    "int8_offset": "midrise8 row absmax half_up",
+    "int1": "midrise1 row absmax half_up",
 }
 #: What figures are compared with: the same product in BF16, and a library's in the same type.
 BASELINE = "bf16 mm"

@@ -195,7 +195,7 @@ def plot(path: Path, curves: Sequence[Curve], title: str) -> None:
         axes.plot(steps, smooth, arm.style, color=arm.color, linewidth=1.4, label=arm.label)
         inset.plot(steps[-ZOOM:], smooth[-ZOOM:], arm.style, color=arm.color, linewidth=1.4)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats a byte)")
+    axes.set_ylabel("training loss (nats per byte)")
     axes.set_title(title, fontsize=9, loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.16), ncols=2, frameon=False, fontsize=8)
     inset.set_title(f"last {ZOOM} steps", fontsize=8)
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         plot(
             given.out.with_suffix(".png"),
             done,
-            f"Llama, {size.parameters / 1e6:.0f} M parameters, {size.tokens} bytes a step; {where['card']},"
+            f"Llama, {size.parameters / 1e6:.0f} M parameters, {size.tokens} bytes per step; {where['card']},"
             f" torch {where['torch']}, {where['date']}",
         )
     print(f"\n{table(curves)}")

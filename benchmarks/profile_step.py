@@ -107,7 +107,7 @@ def class_of(launch: Launch, size: Size) -> str:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates: bytes a second of a copy (read plus written), operations a second of products."""
+    """Measured rates: bytes per second of a copy (read plus written), operations per second of products."""
 
     copy: float
     bf16: float
@@ -138,7 +138,7 @@ class Floor:
     how: str
 
 
-#: Bytes an element that casts read and write, by who casts what: for the forward product, and in the backward for the
+#: Bytes per element that casts read and write, by who casts what: for the forward product, and in the backward for the
 #: product of the second role if it runs in 8 bits and if it does not. Ours saves packed codes (half a byte) of
 #: activations, whole ones where they hold outliers, and decodes them to BF16 for a wide product.
 CAST_BYTES: dict[str, tuple[str, float, float, float]] = {
@@ -148,7 +148,7 @@ CAST_BYTES: dict[str, tuple[str, float, float, float]] = {
     "torchao, activation": ("wgrad", 2 + 1, 2 + 1, 0),
     "torchao, weight": ("dgrad", 2 + 1, 2 + 1, 0),
 }
-#: Bytes an element of dY by the roles that read it in 8 bits: one read serves both.
+#: Bytes per element of dY by the roles that read it in 8 bits: one read serves both.
 GRADIENT_BYTES = {frozenset(): 0, frozenset({"dgrad"}): 2 + 1, frozenset({"dgrad", "wgrad"}): 2 + 1 + 1}
 
 

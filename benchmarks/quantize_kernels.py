@@ -76,7 +76,7 @@ def with_folds(rows: int, columns: int, device: str) -> tuple[Tensor, ...]:
 
 
 def packed_codes(rows: int, columns: int, device: str) -> tuple[Tensor, ...]:
-    """Packed FP4 codes of ``columns`` elements a row."""
+    """Packed FP4 codes of ``columns`` elements per row."""
     return (torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device),)
 
 
@@ -240,7 +240,7 @@ def measure_case(name: str, case: Case, run: Callable[..., Any], shape: tuple[in
 
 
 def measure_all(cases: Mapping[str, Case], scale: int, device: str, log: Path) -> Iterator[Row]:
-    """A row a case and shape, shapes divided by ``scale``; a failing one is one line, and the others go on."""
+    """A row per case and shape, shapes divided by ``scale``; a failing one is one line, and the others go on."""
     register_lowerings()
     for name, case in cases.items():
         run = case.runner()

@@ -30,7 +30,7 @@ __all__ = ["CASES", "Case", "Row", "main", "measure_all"]
 
 ACTIVATIONS = [(16384, 4096), (16384, 14336), (16384, 2048)]
 WEIGHTS = [(14336, 4096)]
-INT4 = str(WIDTHS[4])
+MIDRISE4 = str(WIDTHS[4])
 OPS: Any = torch.ops.qcompile
 
 
@@ -66,22 +66,22 @@ def masked(bits: Any, packed: bool, rotated: bool, **options: Any) -> Case:
     return Case("quantize_8bit_masked", (operand if rotated else plain(operand), packed), ACTIVATIONS, **options)
 
 
-SPARSE = INT4.replace("int4", "int4p") + "; sparse(4:8)"
+SPARSE = MIDRISE4.replace("midrise4", "midrise4p") + "; sparse(4:8)"
 CASES: dict[str, Case] = {
-    "int4 + mask": masked(4, False, False),
-    "rotate + int4 + mask": masked(4, False, True, plain="int4 + mask"),
-    "rotate + int4 + mask, unfused": masked(4, False, True, plain="int4 + mask", unfused=True),
-    "int4 + packed + mask": masked(4, True, False),
-    "rotate + int4 + packed + mask": masked(4, True, True, plain="int4 + packed + mask"),
+    "midrise4 + mask": masked(4, False, False),
+    "rotate + midrise4 + mask": masked(4, False, True, plain="midrise4 + mask"),
+    "rotate + midrise4 + mask, unfused": masked(4, False, True, plain="midrise4 + mask", unfused=True),
+    "midrise4 + packed + mask": masked(4, True, False),
+    "rotate + midrise4 + packed + mask": masked(4, True, True, plain="midrise4 + packed + mask"),
     "e2m1 + packed + mask": masked("fp4", True, False),
     "rotate + e2m1 + packed + mask": masked("fp4", True, True, plain="e2m1 + packed + mask"),
-    "int1 + packed + mask": masked(1, True, False),
-    "rotate + int1 + packed + mask": masked(1, True, True, plain="int1 + packed + mask"),
-    "int7 + mask": masked(7, False, False),
-    "rotate + int7 + mask": masked(7, False, True, plain="int7 + mask"),
-    "quantize_8bit int4 absmax": Case("quantize_8bit", ("int4 row absmax up", False), ACTIVATIONS),
-    "weight: rotate + int4 transposed": Case("quantize_8bit_transposed", ("int4 row rms up", ROTATION), WEIGHTS),
-    "weight: rotate + int4 4:8 + mask": Case("quantize_8bit_masked", (SPARSE, False), WEIGHTS),
+    "midrise1 + packed + mask": masked(1, True, False),
+    "rotate + midrise1 + packed + mask": masked(1, True, True, plain="midrise1 + packed + mask"),
+    "midrise7 + mask": masked(7, False, False),
+    "rotate + midrise7 + mask": masked(7, False, True, plain="midrise7 + mask"),
+    "quantize_8bit midrise4 absmax": Case("quantize_8bit", ("midrise4 row absmax half_up", False), ACTIVATIONS),
+    "weight: rotate + midrise4 transposed": Case("quantize_8bit_transposed", ("midrise4 row rms half_up", ROTATION), WEIGHTS),
+    "weight: rotate + midrise4 4:8 + mask": Case("quantize_8bit_masked", (SPARSE, False), WEIGHTS),
     "hadamard": Case("hadamard", (128, -1), ACTIVATIONS),
     "hadamard masked": Case("hadamard", (128, -1), ACTIVATIONS, plain="hadamard", masked=True),
 }
@@ -138,7 +138,7 @@ def measure_case(name: str, case: Case, shape: tuple[int, int], device: str) -> 
 
 
 def measure_all(scale: int, device: str, log: Path) -> Iterator[Row]:
-    """A row a case and shape, shapes divided by ``scale``; a failing one is one line, and the others go on."""
+    """A row per case and shape, shapes divided by ``scale``; a failing one is one line, and the others go on."""
     times: dict[tuple[str, int, int], float] = {}
     for name, case in CASES.items():
         for rows, columns in case.shapes:

@@ -49,7 +49,7 @@ def kernel_table(backend: str, steps: int = 3) -> str:
     ]
     total = sum(e.device_time_total for e in events) / steps
     head = (
-        f"### {backend}: {total / 1e3:.2f} ms of kernels a step\n\n| kernel | launches | µs a step |\n|---|---:|---:|\n"
+        f"### {backend}: {total / 1e3:.2f} ms of kernels per step\n\n| kernel | launches | µs per step |\n|---|---:|---:|\n"
     )
     return head + "\n".join(rows) + "\n"
 

@@ -440,7 +440,7 @@ def label_of(arm: str) -> str:
 
 
 def plot(path: Path, results: list[Result]) -> None:
-    """Bars of time and peak memory, a row of the figure a size."""
+    """Bars of time and peak memory, a row of the figure per size."""
     from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(r.size for r in results))
@@ -466,7 +466,7 @@ def plot(path: Path, results: list[Result]) -> None:
             axes.tick_params(labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
         memory.set_yticklabels([])
-        times.set_title(f"{size}: milliseconds a step (median)", fontsize=9, loc="left")
+        times.set_title(f"{size}: milliseconds per step (median)", fontsize=9, loc="left")
         memory.set_title("peak memory", fontsize=9, loc="left")
     where = environment()
     figure.suptitle(f"{where['card']}, torch {where['torch']}, {where['date']}", fontsize=9)
@@ -505,7 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", type=lambda s: names_from(ARMS, s), default=list(DEFAULT_ARMS), help=", ".join(ARMS))
     parser.add_argument("--sizes", type=lambda s: names_from(SIZES, s), default=["d4096", "d2048"])
-    parser.add_argument("--steps", type=int, default=15, help="measured steps an arm")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps per arm")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them, the first one not counted")
     parser.add_argument("--cudagraphs", action="store_true")
     parser.add_argument("--device", default="cuda")

@@ -18,7 +18,7 @@ BATCH, SEQUENCE, STEPS = 16, 128, 300
 
 
 def main(path: str, steps: int = STEPS) -> float:
-    """Train on the bytes of ``path``; returns the last loss in nats a byte."""
+    """Train on the bytes of ``path``; returns the last loss in nats per byte."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8).long()
     if len(text) <= SEQUENCE + 1:

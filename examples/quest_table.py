@@ -2,9 +2,9 @@
 
     python examples/quest_table.py --text my_text.txt --out results    # resumable: runs in the file are skipped
 
-Writes ``quest_table.csv`` (one row a run), ``quest_curves.csv`` (validation loss over steps) and ``quest_table.png``.
+Writes ``quest_table.csv`` (one row per run), ``quest_curves.csv`` (validation loss over steps) and ``quest_table.png``.
 Absolute losses depend on text and tokens, so what is compared with the paper (arXiv 2502.05003, a Llama of 30M
-parameters on C4, 100 tokens a parameter) is the gap to BF16 as a share of the gap of W2A2.
+parameters on C4, 100 tokens per parameter) is the gap to BF16 as a share of the gap of W2A2.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def run(given: argparse.Namespace) -> None:
         loss = train_one(experiment, backend, {**(options or {}), **inductor} or None, watch)
         append(table, setting, size.parameters, tokens, f"{loss:.5f}")
         minutes = (time.perf_counter() - start) / 60
-        print(f"{setting}: {loss:.4f} nats a byte, {minutes:.1f} minutes", flush=True)
+        print(f"{setting}: {loss:.4f} nats per byte, {minutes:.1f} minutes", flush=True)
     console = Console(highlight=False)
     console.print(summary(rows_of(table, TABLE)))
     plot(rows_of(table, TABLE), rows_of(curves, CURVES), given.out / "quest_table.png")
@@ -152,7 +152,7 @@ def plot(rows: list[dict[str, str]], curves: list[dict[str, str]], path: Path) -
         points = [(int(row["step"]), float(row["loss"])) for row in curves if row["setting"] == name]
         color = colormaps["turbo"](0.05 + 0.9 * place / max(1, len(found) - 1))
         left.plot([step for step, _ in points], [loss for _, loss in points], color=color, linewidth=1.2, label=name)
-    left.set(xlabel="step", ylabel="validation loss (nats a byte)", yscale="log")
+    left.set(xlabel="step", ylabel="validation loss (nats per byte)", yscale="log")
     left.legend(frameon=False, fontsize=7)
     unit, published_unit = found.get("W2A2", math.nan), ARMS["W2A2"].published or math.nan
     compared = [(name, gap / unit, ARMS[name].published) for name, gap in found.items() if ARMS[name].published]

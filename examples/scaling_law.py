@@ -4,7 +4,7 @@
     python examples/scaling_law.py fit runs.csv                               # default: the runs QuEST published
 
 The law is L(N, D, P) = A / (N·eff(P))^a + B / D^b + E (QuEST, arXiv 2502.05003): N parameters outside embedding and
-head, D training tokens, loss L in nats a token, and one factor eff for every way to train, 1 for 16 bits by
+head, D training tokens, loss L in nats per token, and one factor eff for every way to train, 1 for 16 bits by
 definition. A model's weights take N·P bits, so eff(P)/P is what a bit is worth; 16·eff(P)/P compares it with BF16.
 
 A few dozen runs determine ``eff`` and the predicted losses. They do not determine the constants: A, a and E trade
@@ -216,7 +216,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def rows_of(problem: Problem, law: Law, replicates: list[Law]) -> list[dict[str, Any]]:
-    """One row a setting: P, its runs, eff with its 95 % interval, 16·eff/P, the largest residual in nats."""
+    """One row per setting: P, its runs, eff with its 95 % interval, 16·eff/P, the largest residual in nats."""
     rows = []
     for setting, eff in law.eff.items():
         runs = sorted((run for run in problem.runs if run.setting == setting), key=lambda run: run.parameters)
@@ -248,7 +248,7 @@ def report(console: Console, problem: Problem, law: Law, replicates: list[Law]) 
 
 
 def plot(problem: Problem, law: Law, replicates: list[Law], path: Path) -> None:
-    """Loss over N, one curve a setting and D/N; beside it 16·eff/P over P, whose maximum is the best use of bits."""
+    """Loss over N, one curve per setting and D/N; beside it 16·eff/P over P, whose maximum is the best use of bits."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -269,7 +269,7 @@ def plot(problem: Problem, law: Law, replicates: list[Law], path: Path) -> None:
             worth, reach = row["worth"], [abs(row["eff"] - row[end]) * 16 / row["bits"] for end in ("low", "high")]
             right.errorbar(row["bits"], worth, [[reach[0]], [reach[1]]], fmt="o", color=color, capsize=3)
             right.annotate(row["setting"], (row["bits"], worth), (6, 3), textcoords="offset points", fontsize=7)
-    left.set(xscale="log", xlabel="parameters N (millions)", ylabel="loss (nats a token)")
+    left.set(xscale="log", xlabel="parameters N (millions)", ylabel="loss (nats per token)")
     sizes = sorted({run.parameters for run in problem.runs})
     left.set_xticks(sizes, [f"{size / 1e6:.3g}" for size in sizes])
     left.set_title(f"runs (points) and law (lines); D/N = {longest:.0f}, fainter for every halving", fontsize=9)
@@ -349,7 +349,7 @@ def train(given: argparse.Namespace) -> None:
         if tokens > 4 * len(experiment.train):
             print(f"{tokens / len(experiment.train):.0f} passes over the text; the law is about 1", file=sys.stderr)
         loss = train_one(experiment, backend, options)
-        print(f"{name} {setting}: {loss:.4f} nats a byte after {tokens:,} bytes", flush=True)
+        print(f"{name} {setting}: {loss:.4f} nats per byte after {tokens:,} bytes", flush=True)
         if math.isfinite(loss):  # a run that diverged is no run of the law
             with given.out.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(asdict(Run(setting, bits, size.parameters, tokens, loss)).values())
@@ -414,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     fitting.add_argument("--replicates", type=int, default=100, help="of the bootstrap, a third of a second each")
     fitting.add_argument("--seed", type=int, default=0)
     fitting.set_defaults(command=fit)
-    training = commands.add_parser("train", help="train sizes × tokens × bits, one appended CSV row a run")
+    training = commands.add_parser("train", help="train sizes × tokens × bits, one appended CSV row per run")
     training.add_argument("--out", type=Path, required=True, help="CSV file; one file, one set of hyperparameters")
     training.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     training.add_argument("--bits", nargs="+", choices=ARMS, default=["16", "4", "2", "1"])

@@ -3,7 +3,7 @@
     python examples/watch_numerics.py --out numerics            # Shakespeare; --text FILE for a text of yours
 
 Trains twice with the same seed and batches, under ``options={"monitor": qcompile.Monitor()}``, and writes for each run
-``<arm>.csv`` (a line an operand and step), ``<arm>_activation.png`` and ``<arm>_weight.png``: signal-to-quantization-
+``<arm>.csv`` (a line per operand and step), ``<arm>_activation.png`` and ``<arm>_weight.png``: signal-to-quantization-
 noise ratio in dB, layers × steps.
 """
 

@@ -1,4 +1,4 @@
-"""Kernels of the ``qcompile::`` ops: one folder an op, its plain-torch reference beside its providers."""
+"""Kernels of the ``qcompile::`` ops: one folder per op, its plain-torch reference beside its providers."""
 
 # Hugging Face has a package `kernels`, which transformers looks for; started in a checkout it finds this folder under
 # that name, and must not register everything once more.

@@ -18,7 +18,7 @@ from torch._inductor.virtualized import V
 
 __all__ = ["QuantizeChoices", "quantize_choices"]
 
-#: Longest row that is kept: 32 float32 numbers a thread at the 512 threads Inductor gives it.
+#: Longest row that is kept: 32 float32 numbers per thread at the 512 threads Inductor gives it.
 LONGEST_ROW = 16384
 
 _QUANTIZERS = (torch.ops.qcompile.quantize.default, torch.ops.qcompile.quantize_8bit.default)
@@ -45,7 +45,7 @@ def quantize_choices() -> AbstractContextManager[Any]:
 
     A backward that AOTAutograd compiles at its first call comes after it and keeps Inductor's choices.
 
-    Not set through ``config.inductor_choices_class``: Inductor reads that once a thread, so it would stay for other
+    Not set through ``config.inductor_choices_class``: Inductor reads that once per thread, so it would stay for other
     backends.
     """
     return nullcontext() if config.inductor_choices_class else V.set_choices_handler(QuantizeChoices())

@@ -46,7 +46,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "estimator_mask": estimate.estimator_mask,
     "mask_gradient": estimate.mask_gradient,
     "scale_gradient": estimate.scale_gradient,
-    "scaled_mm": matmul.scaled_mm,
+    "quantized_mm": matmul.quantized_mm,
     "mm_8bit": matmul.mm_8bit,
     "mm_1bit": matmul.mm_1bit,
     "count_bits": matmul.count_bits,

@@ -22,14 +22,14 @@ aten, ops = torch.ops.aten, torch.ops.qcompile
 
 
 def audit(graph: Graph, context: Context) -> int:
-    """Records one row a product in the context's observations; returns 0, since nothing is rewritten."""
+    """Records one row per product in the context's observations; returns 0, since nothing is rewritten."""
     if context.observe is None:
         return 0
     backward = depends_on_tangents(graph)
     decisions = {decision.site.index: decision for decision in context.plan.quantized}
     for node in graph.nodes:
         provider, reason = "", ""
-        if is_call(node, ops.scaled_mm.default):
+        if is_call(node, ops.quantized_mm.default):
             operands, fused = [_text(node.args[i], node.args[i + 1]) for i in (0, 4)], True
             role = "fprop" if node not in backward else _fused_role(node, backward)
             provider, reason = product_provider(node)
@@ -69,7 +69,7 @@ def _fused_role(node: Node, backward: set[Node]) -> str:
 
 
 def _text(tensors: Any, text: Any) -> str:
-    """How an operand of ``scaled_mm`` was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
+    """How an operand of ``quantized_mm`` was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
     codes = through_views(tensors[0])
     source: Any = codes.args[0] if is_call(codes, operator.getitem) else None
     return str(source.args[1] if is_call(source, ops.quantize_compensated.default) else text)

@@ -85,7 +85,7 @@ def decode_root(node: Node, rotated: bool = False) -> Node | None:
 class QuantizedOperand:
     """A decoded tensor taken apart: the tensors it is decoded from, and how.
 
-    ``tensors`` are in the order ``scaled_mm`` reads them; ``size`` is the length of the quantization axis.
+    ``tensors`` are in the order ``quantized_mm`` reads them; ``size`` is the length of the quantization axis.
     """
 
     root: Node

@@ -5,7 +5,7 @@ dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY
 
     dX = dY · (s_w ⊙ Wq) = (dY ⊙ s_w) · Wq            dW = dYᵀ · (s_x ⊙ Xq) = (dY ⊙ s_x)ᵀ · Xq
 
-    scaled_mm(dy, [codes_w, s_w])   ─►   scaled_mm(quantize(dy, fold=s_w), levels [codes_w])
+    quantized_mm(dy, [codes_w, s_w])   ─►   quantized_mm(quantize(dy, fold=s_w), levels [codes_w])
 
 A dY that `quantize_gradients` has quantized without them is quantized anew, with them.
 
@@ -42,7 +42,7 @@ def fold(graph: Graph, context: Context) -> int:
     backward, count = depends_on_tangents(graph), 0
     for node in list(graph.nodes):
         decision = decisions.get(site_index(node))  # type: ignore[arg-type]
-        if decision is None or node not in backward or not is_call(node, ops.scaled_mm.default):
+        if decision is None or node not in backward or not is_call(node, ops.quantized_mm.default):
             continue
         sides = _gradient_and_codes(node, backward)
         if sides is None or why_not_folded(node, sides[1]):
@@ -59,7 +59,7 @@ def fold(graph: Graph, context: Context) -> int:
 
 
 def _gradient_and_codes(node: Node, backward: set[Node]) -> tuple[int, int] | None:
-    """Positions, among the arguments of a ``scaled_mm``, of the gradient and of the operand that is codes."""
+    """Positions, among the arguments of a ``quantized_mm``, of the gradient and of the operand that is codes."""
     for gradient, codes in ((0, 4), (4, 0)):
         first, second = (node.args[position][0] for position in (gradient, codes))  # type: ignore[index]
         if first in backward and second not in backward and node.args[codes + 1] != "dense":
@@ -75,7 +75,7 @@ def why_not_folded(node: Node, position: int) -> str:
     if node.meta["val"].dim() != 2:
         return "a product of batches"
     if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
-        return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor a row"
+        return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor per row"
     if len(tensors) != 2:  # type: ignore[arg-type]
         return "the exact residual of the outliers is no code; occ(residual=e4m3) is"
     if quantizer.format.tensor_core_type not in ("e4m3", "e5m2"):
@@ -95,7 +95,7 @@ def _fold_into_gradient(graph: Graph, gemm: Node, gradient: int, codes: int, qua
     arguments[gradient : gradient + 4] = [encoded, its_scales], str(Operand(quantizer)), size, gradient == 4
     levels = Operand.parse(arguments[codes + 1]).quantizer.format.name
     arguments[codes : codes + 2] = [stored], LEVELS + levels
-    fused = emit(graph, gemm, ops.scaled_mm.default, *arguments)
+    fused = emit(graph, gemm, ops.quantized_mm.default, *arguments)
     gemm.replace_all_uses_with(fused)
     graph.erase_node(gemm)
 

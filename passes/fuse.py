@@ -3,10 +3,10 @@
 ::
 
     mm(view(dequantize(codes_x, s_x)), permute(dequantize(codes_w, s_w)))
-        ─►   scaled_mm([codes_x, s_x], [codes_w, s_w])
+        ─►   quantized_mm([codes_x, s_x], [codes_w, s_w])
 
 Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and
-saves codes, without being told. Numbers do not change: ``scaled_mm`` is defined as decode, then multiply.
+saves codes, without being told. Numbers do not change: ``quantized_mm`` is defined as decode, then multiply.
 
 A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
 keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
@@ -44,7 +44,7 @@ def fuse(graph: Graph, context: Context) -> int:
                 continue
             bias = node.args[0] if is_call(node, aten.addmm.default) else None
             arguments = [argument for side in sides for argument in side]  # type: ignore[union-attr]
-            fused = emit(graph, node, ops.scaled_mm.default, *arguments, node.meta["val"].dtype, bias)
+            fused = emit(graph, node, ops.quantized_mm.default, *arguments, node.meta["val"].dtype, bias)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         count += 1
@@ -62,7 +62,7 @@ def _plain(node: Node) -> bool:
 
 
 def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any, bool] | None:
-    """``(tensors, text, size, transposed)`` of one operand of ``scaled_mm``, or ``None`` if it cannot be read from
+    """``(tensors, text, size, transposed)`` of one operand of ``quantized_mm``, or ``None`` if it cannot be read from
     codes.
     """
     root = decode_root(operand)
@@ -75,11 +75,11 @@ def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any
         return None
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
-    if kind == "tile" and not same_sizes(quantized.codes.meta["val"].shape[:-1], lead):
+    if kind == "square" and not same_sizes(quantized.codes.meta["val"].shape[:-1], lead):
         return None  # tiles span rows, so rows may not be regrouped
     tensors = []
     for i, tensor in enumerate(quantized.tensors):
-        shared = (i == 1 and kind in ("tensor", "tile")) or (i == 2 and spec.quantizer.scale.two_level)
+        shared = (i == 1 and kind in ("tensor", "square")) or (i == 2 and spec.quantizer.scale.two_level)
         view = (
             _shared_scale(graph, gemm, tensor, len(lead) + 1, i)
             if shared

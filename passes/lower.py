@@ -1,20 +1,20 @@
-"""Post-grad graphs: give every ``scaled_mm`` the product that runs it.
+"""Post-grad graphs: give every ``quantized_mm`` the product that runs it.
 
 Where 8-bit tensor cores hold both operands exactly, they read the codes::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
 with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). `merge_quantize` then
 joins ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
 they multiply FP4::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
 Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
 fusion) apply to it; one decoded operand serves all products of the graph that read it::
 
-    scaled_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
+    quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm(dequantize(codes_x, s_x), permute(dequantize(codes_w, s_w)))
 
 ``quantize``, ``dequantize`` and the estimators stay: they have kernels and Inductor lowerings of their own
 (kernels/lowerings.py).
@@ -56,7 +56,7 @@ _BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values
 
 @dataclass(frozen=True)
 class Side:
-    """One operand of a ``scaled_mm``: its tensors and text, and how the product reads what is stored."""
+    """One operand of a ``quantized_mm``: its tensors and text, and how the product reads what is stored."""
 
     tensors: tuple[Node, ...]
     text: str
@@ -112,7 +112,7 @@ class Side:
 
 
 def product_provider(node: Node) -> tuple[str, str]:
-    """What runs a ``scaled_mm``, and why not something faster; the report prints it."""
+    """What runs a ``quantized_mm``, and why not something faster; the report prints it."""
     left, right, value = Side.of(node, 0), Side.of(node, 4), node.meta["val"]
     capability = compat.tensor_core_capability(value.device)
     if capability is None:
@@ -188,7 +188,7 @@ def lower_frozen(graph: Graph, context: Context) -> int:
 def _lower(graph: Graph, decoded: bool) -> int:
     made: dict[Any, Node] = {}
     count = 0
-    for node in graph.find_nodes(op="call_function", target=ops.scaled_mm.default):
+    for node in graph.find_nodes(op="call_function", target=ops.quantized_mm.default):
         lowering = _LOWERINGS.get(product_provider(node)[0], _tensor_core_product)
         if lowering is _decoded_product and not decoded:
             continue

@@ -125,7 +125,7 @@ def dump(name: str, graph: Graph, context: Context) -> None:
     compat.log_artifact(name, text)
     if context.observe is not None:
         key, n = name, 1
-        while key in context.observe.programs:  # one joint graph a sub-graph module, two post-grad graphs
+        while key in context.observe.programs:  # one joint graph per sub-graph module, two post-grad graphs
             n += 1
             key = f"{name}_{n}"
         context.observe.programs[key] = text()
@@ -144,7 +144,7 @@ def count_ops(graph: Graph) -> Counter[str]:
 
 
 def op_diff(before: Counter[str], after: Counter[str]) -> str:
-    """Text like ``; aten.mm.default 5 → 0, qcompile.scaled_mm.default 0 → 5``; empty if nothing changed."""
+    """Text like ``; aten.mm.default 5 → 0, qcompile.quantized_mm.default 0 → 5``; empty if nothing changed."""
     changed = [op for op in sorted({*before, *after}) if before[op] != after[op]]
     return "".join(f"{', ' if i else '; '}{op} {before[op]} → {after[op]}" for i, op in enumerate(changed))
 

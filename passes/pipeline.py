@@ -3,7 +3,7 @@
 ============== ================================================= ======================= =============================
 stage          graph                                             pass                    changes numbers?
 ============== ================================================= ======================= =============================
-dynamo         Dynamo FX graph, one a sub-graph                  expand                  no
+dynamo         Dynamo FX graph, one per sub-graph                  expand                  no
 dynamo                                                           find_gemms → plan       no
 dynamo                                                           insert                  **yes, by the recipe**
 dynamo                                                           quantize_gradients      **yes, if gradient= is set**
@@ -62,7 +62,7 @@ JOINT = (
 )
 POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
 
-#: Names that ``disable_passes`` takes. Without `lower`, ``scaled_mm`` runs as its own reference.
+#: Names that ``disable_passes`` takes. Without `lower`, ``quantized_mm`` runs as its own reference.
 PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD)))
 
 

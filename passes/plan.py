@@ -89,7 +89,7 @@ def site_index(node: Node) -> int | None:
 
 
 def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
-    """One decision a site. Skips come first, then rules in order (later ones win), then fuel."""
+    """One decision per site. Skips come first, then rules in order (later ones win), then fuel."""
     matched: Counter[str] = Counter({describe(rule): 0 for rule in user_rules(recipe)})
     decisions = []
     fuel = recipe.fuel
@@ -224,7 +224,7 @@ def _misfit(site: Site, operands: tuple[Operand | None, ...]) -> str:
     """Why the granularity of an operand does not fit its shape; "" if it does."""
     for slot, operand, shape in zip(site.slots, operands, site.shape, strict=False):
         rank = slot.frame.flatten + 1 if slot.frame and slot.frame.flatten is not None else len(shape)
-        if operand is not None and operand.quantizer.granularity.kind == "tile" and rank < 2:
+        if operand is not None and operand.quantizer.granularity.kind == "square" and rank < 2:
             return f"granularity {operand.quantizer.granularity} needs a matrix, but the {slot.kind} is one row"
     return ""
 
@@ -235,7 +235,7 @@ def _check_folded(site: Site, quantizer: Quantizer) -> None:
     if not (rows and quantizer.format.tensor_core_type in ("e4m3", "e5m2")):
         msg = (
             f"layer {site.name!r}: option 'backward' needs a gradient exact in 8-bit floating point, with one float32 "
-            f"scale a row or tensor, for example 'e4m3 row'; got '{quantizer}'"
+            f"scale per row or tensor, for example 'e4m3 row'; got '{quantizer}'"
         )
         raise ValueError(msg)
 

@@ -189,7 +189,7 @@ def _divides(kernel: tuple[int, ...], extents: Sequence[Any]) -> bool:
 
 def _conv(groups_at: int, transposed_at: int | None = None) -> Locate:
     """Convolutions contract channels × window. The weight's rows are its output channels. The input's rows depend on
-    how windows overlap: per position for 1×1, per window where the windows tile the input, else one scale a sample,
+    how windows overlap: per position for 1×1, per window where the windows tile the input, else one scale per sample,
     since an element that several windows read cannot carry the scale of each."""
 
     def locate(node: Node) -> tuple[Slot, Slot]:

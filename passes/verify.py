@@ -1,6 +1,6 @@
 """Invariants of a graph in the dialect, checked after every pass in tests and under ``debug=True``.
 
-1. The codes of every quantize reach a dequantize, a scaled_mm, an output, or nothing at all (dead code).
+1. The codes of every quantize reach a dequantize, a quantized_mm, an output, or nothing at all (dead code).
 2. Scales have the shape their granularity says.
 3. Every decoder reads codes of the width its quantizer packs.
 4. No fake_quantize is left once autograd has been traced.
@@ -55,7 +55,7 @@ def _check_quantize(stage: str, node: Node) -> None:
         if not is_call(user, operator.getitem):
             _fail(stage, node, f"its tuple is read by {user.name}")
         if user.args[1] == 0 and user.users and not any(_consumes_codes(reader) for reader in _readers(user)):
-            _fail(stage, node, "its codes reach neither a dequantize nor a scaled_mm")
+            _fail(stage, node, "its codes reach neither a dequantize nor a quantized_mm")
 
 
 def _check_dequantize(stage: str, node: Node) -> None:
@@ -105,7 +105,7 @@ _MAKE_8BIT_CODES = (
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
     ops.dequantize.default,
-    ops.scaled_mm.default,
+    ops.quantized_mm.default,
     ops.recode.default,
     ops.mm_8bit.default,
     ops.mm_1bit.default,

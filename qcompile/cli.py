@@ -65,7 +65,7 @@ def unusable(command: str, error: BaseException | str) -> int:
 # --- demo ---------------------------------------------------------------------------------------------------
 
 MODEL_FLAGS = {
-    "batch": "sequences a step",
+    "batch": "sequences per step",
     "sequence": "bytes a sequence",
     "hidden": "width of the model",
     "layers": "decoder layers",

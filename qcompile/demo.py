@@ -312,7 +312,7 @@ def split_windows(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def unigram_entropy(data: Tensor) -> float:
-    """Nats a byte of a model that knows only how often each byte occurs."""
+    """Nats per byte of a model that knows only how often each byte occurs."""
     counts = torch.bincount(data, minlength=VOCABULARY)
     return float(torch.special.entr(counts / counts.sum()).sum())
 
@@ -377,7 +377,7 @@ def validate(compiled: Any, experiment: Experiment) -> float:
 
 
 class ArmProgress:
-    """A progress bar an arm on a terminal, a line every tenth of the steps elsewhere."""
+    """A progress bar per arm on a terminal, a line every tenth of the steps elsewhere."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
@@ -446,7 +446,7 @@ def sample(compiled: Any, experiment: Experiment, temperature: float = 0.7) -> s
 
 
 def summary_rows(results: list[ArmResult]) -> list[dict[str, Any]]:
-    """One dictionary an arm; gaps and ratios are against the arm ``bf16`` and ``None`` without it."""
+    """One dictionary per arm; gaps and ratios are against the arm ``bf16`` and ``None`` without it."""
     base = next((r for r in results if r.arm == "bf16"), None)
     return [
         {
@@ -493,7 +493,7 @@ def summary_table(results: list[ArmResult]) -> Table:
 
 
 def write_results(experiment: Experiment, results: list[ArmResult]) -> None:
-    """``results.json`` (settings, summary), ``summary.csv`` and ``losses.csv`` (one column an arm)."""
+    """``results.json`` (settings, summary), ``summary.csv`` and ``losses.csv`` (one column per arm)."""
     out = experiment.config.out
     rows = summary_rows(results)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment.config).items()}
@@ -558,7 +558,7 @@ def plot(experiment: Experiment, results: list[ArmResult], path: Path) -> None:
     axes[0].legend(loc="upper right", frameon=False)
     config = experiment.config
     axes[0].set_title(
-        f"Llama, {config.layers} layers of {config.hidden}; {config.batch} × {config.sequence} bytes a step; "
+        f"Llama, {config.layers} layers of {config.hidden}; {config.batch} × {config.sequence} bytes per step; "
         f"seed {config.seed}"
     )
     for result in others:
@@ -624,7 +624,7 @@ def final_line(results: list[ArmResult]) -> str:
         f"{ARMS[row['arm']].label} {row['gap_to_bf16']:+.3f}" for row in summary_rows(results) if row["gap_to_bf16"]
     ]
     return (
-        f"Validation loss against BF16 (nats a byte, one seed; repeats differ by about 0.03): {'; '.join(gaps)}"
+        f"Validation loss against BF16 (nats per byte, one seed; repeats differ by about 0.03): {'; '.join(gaps)}"
         if gaps
         else "No gap to state: one arm only."
     )

@@ -130,7 +130,7 @@ class Monitor:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     def to_csv(self, path: str | Path) -> None:
-        """One line an operand and step: step, layer, operand, sqnr_db and the shares."""
+        """One line per operand and step: step, layer, operand, sqnr_db and the shares."""
         history = self.history
         sqnr = _sqnr(history)
         with Path(path).open("w", newline="", encoding="utf-8") as file:

@@ -332,7 +332,7 @@ class Recording(compat.CustomGraphPass):
         self.seen: list[bool] = []
 
     def __call__(self, graph) -> None:
-        self.seen.append(any("scaled_mm" in str(node.target) for node in graph.nodes))
+        self.seen.append(any("quantized_mm" in str(node.target) for node in graph.nodes))
 
     def uuid(self) -> str:
         return "recording"
@@ -566,7 +566,7 @@ def mlp_and_input():
 
 
 def test_saved_bytes_of_an_mlp_are_what_the_formats_say():
-    """Codes at half a byte, a float32 scale a row, the residual of two outliers a side, and the GELU's input.
+    """Codes at half a byte, a float32 scale per row, the residual of two outliers per side, and the GELU's input.
 
     Neither the input nor the parameters count; min-cut alone keeps both 16-bit operands of the second layer.
     """

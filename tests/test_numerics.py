@@ -46,9 +46,9 @@ OPERANDS = [
     "e2m1 block16 e8m0 even; clip",
     "e2m1 tensor absmax even",
     "e2m1 block16 e4m3 even",
-    "int4 row rms up; trust; hadamard(32)",
-    "int4 row rms up; trust; hadamard(32); sparse(4:8)",
-    "int1 row rms up; clip(s=1.3); hadamard(32)",
+    "midrise4 row rms half_up; trust; hadamard(32)",
+    "midrise4 row rms half_up; trust; hadamard(32); sparse(4:8)",
+    "midrise1 row rms half_up; clip(s=1.3); hadamard(32)",
 ]
 
 

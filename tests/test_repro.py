@@ -92,7 +92,7 @@ tied = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
 tied[1].weight = tied[0].weight
 inputs = torch.randn(7, 48)
 folder = Path(sys.argv[1])
-rule = qcompile.Rule(name="0", weight="int8 row", gradient=Operand.parse("e5m2 tensor"), roles=("dgrad",))
+rule = qcompile.Rule(name="0", weight="midrise8 row", gradient=Operand.parse("e5m2 tensor"), roles=("dgrad",))
 for name, model, options in (
     ("frozen", nn.Sequential(nn.Linear(48, 48)).requires_grad_(False), {}),
     ("run.v2", tied.double(), {"rules": [rule], "activation": Operand.parse("e2m1 row"), "skip": ("1",)}),

@@ -31,7 +31,7 @@ class Mlp(nn.Module):
 
 
 def compiled(function, **kwargs):
-    """``function`` compiled, and the list that one plan a sub-graph arrives in."""
+    """``function`` compiled, and the list that one plan per sub-graph arrives in."""
     seen: list[Observations] = []
 
     def backend(gm, inputs, **options):

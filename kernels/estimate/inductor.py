@@ -123,7 +123,7 @@ def supports_mask_gradient() -> tuple[bool, str]:
 
 
 def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, global_scale=None, transform: str = ""):
-    """``qcompile::estimator_mask``: one bit an element, packed in the kernel that finds the scales again."""
+    """``qcompile::estimator_mask``: one bit per element, packed in the kernel that finds the scales again."""
     q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
     supported = not transform and supports_estimator_mask(q, spec, x.get_device())[0]
     if not ir.is_triton(x) or is_empty(x) or not supported:

@@ -1,7 +1,7 @@
 """Matrix products for Hopper in Gluon, Triton's language of explicit layouts: FP8, INT8 or single bits, scaled in the
 epilogue.
 
-One persistent program a processor, its warps specialized:
+One persistent program per processor, its warps specialized:
 
 * a warp that loads: TMA copies of both operands into a ring of stages in shared memory;
 * two warp groups that multiply: each owns the upper or the lower half of the tile's rows, and both read the same stage
@@ -69,7 +69,7 @@ SHARED_MEMORY = 227 * 1024
 #: Bytes of K in a stage: one row of the swizzled shared memory.
 BLOCK_K = gl.constexpr(128)
 #: Warp groups that multiply, and the registers of a thread: of the second of them, and of the warp that loads. The
-#: first gets what is left of 168 a thread.
+#: first gets what is left of 168 per thread.
 CONSUMERS = gl.constexpr(2)
 _REGISTERS = gl.constexpr((232, 24))
 
@@ -417,7 +417,7 @@ def mm_8bit(
     a ``[M, K]`` and b ``[N, K]`` both int8, or each float8_e4m3fn or float8_e5m2; M, N ≥ 1, K ≥ 16 a multiple of 16;
     copied if they are not contiguous or not aligned to 16 bytes. scale_a ``[M, 1]`` or ``[1, 1]`` and scale_b
     ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point; offset_a ``[M, 1]`` and offset_b ``[N, 1]`` float32.
-    ``config`` fixes how the kernel is cut up; ``tune`` measures which is fastest, once a process. Raises ``ValueError``
+    ``config`` fixes how the kernel is cut up; ``tune`` measures which is fastest, once per process. Raises ``ValueError``
     for other dtypes and other K.
     """
     accumulator_of(a, b)  # raises for what tensor cores do not multiply
@@ -443,7 +443,7 @@ def mm_1bit(
     dtypes and other K.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.uint8:
-        msg = f"mm_1bit takes eight codes a byte, uint8; got {a.dtype} with {b.dtype}"
+        msg = f"mm_1bit takes eight codes per byte, uint8; got {a.dtype} with {b.dtype}"
         raise ValueError(msg)
     if a.shape[1] % TMA_ALIGNMENT:
         msg = f"mm_1bit needs K to be a multiple of {8 * TMA_ALIGNMENT}, got {8 * a.shape[1]}"

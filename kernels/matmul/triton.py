@@ -6,7 +6,7 @@ Two kernels compute ``(a @ bᵀ + offset_a + offset_bᵀ) · scale_a · scale_b�
   processors, tiles in groups that share operands in L2. The loop over tiles is flattened into the loop over K, so
   that the operands of the next tile are on their way while the epilogue of this one runs.
 * **Pointers** (everything else, down to compute capability 8.0 for INT8 and 8.9 for FP8, any M, N, K ≥ 1): one
-  masked tile a program.
+  masked tile per program.
 
 Both sum in the accumulator of the tensor cores over all of K. For INT8 that is int32, exact, to which offsets are added
 in float32: those of half-integers are multiples of ¼, so that nothing is rounded below 2^22. For FP8 on Hopper it keeps

@@ -11,7 +11,7 @@ thresholds, and the search ends after one read; three bits more of a float16 num
 five. After that each read takes four bits off at least, so the number of launches is fixed: those that find the search
 ended return at once, and nothing waits for the host.
 
-The elements of a tensor are parted into ranges, one a program. The counts of the last read also say how many of each
+The elements of a tensor are parted into ranges, one per program. The counts of the last read also say how many of each
 range lie beyond the bounds, and with that where in a list of them each range begins.
 """
 

@@ -230,7 +230,7 @@ def _clamp_range(
 
 
 def supports_clamp_outliers(dtypes: tuple[torch.dtype, ...], clamp: str, size: int) -> tuple[bool, str]:
-    """Whether :func:`clamp_outliers` handles tensors of ``dtypes``, with ``size`` elements a row, and if not, why."""
+    """Whether :func:`clamp_outliers` handles tensors of ``dtypes``, with ``size`` elements per row, and if not, why."""
     supported, reason = supports_dtypes(dtypes)
     if OutlierClamp.parse(clamp).per == "tensor" or not supported:
         return supported, reason

@@ -318,7 +318,7 @@ def _geometry(q: Quantizer, rotation: int = 1) -> str:
             f"static constexpr double CLIP = {clip_of(q.format.name).hex()}, RMS_FLOOR = {RMS_FLOOR.hex()};",
             f"using Stored = {_STORED_TYPES[q.scale.storage]};",
             f"static constexpr bool WHOLE = {int(kind == 'tensor')};",
-            f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'tile' else 1};",
+            f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'square' else 1};",
             f"static constexpr int CODES_PER_BYTE = {q.format.codes_per_byte}, BITS = {q.format.bits};",
             f"static constexpr bool HAS_ZERO = {int(q.format.has_zero)};",
             f"static constexpr int MAX_EXPONENT = {q.format.max_exponent};",
@@ -367,7 +367,7 @@ def rounding_source(fmt: Format, rounding: str) -> str | None:
 def _threshold_rounding(fmt: Format, rounding: str) -> str:
     """Counts thresholds below the magnitude. Ties count where they lead to an even code, or toward +∞."""
     lines = ["  uint32_t index = 0;"]
-    if rounding == "up":
+    if rounding == "half_up":
         lines.append("  magnitude += !negative;  // a tie counts where up is away from zero")
     for i, threshold in enumerate(fmt.thresholds):
         bits = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32))
@@ -382,7 +382,7 @@ def _uniform_rounding(fmt: Format, rounding: str) -> str:
     assert fmt.step is not None
     rounded = {
         "even": "std::rint(position)",
-        "up": "below + ((fraction > 0.5f) | ((fraction == 0.5f) & !negative))",
+        "half_up": "below + ((fraction > 0.5f) | ((fraction == 0.5f) & !negative))",
     }
     return f"""
   const float size = magnitude > {_bits(fmt.max)}u ? LARGEST : bits_as<float>(magnitude);

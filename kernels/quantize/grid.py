@@ -104,7 +104,7 @@ lop3.b32 far, {word}, near, far, {function:#04x};
 lop3.b32 {halves}, {word}, far, {kept:#010x}, 0xe4;
 """
 
-#: 8-bit codes of eight neighbours ($0, $1) and stored codes, two a byte ($2), from scaled values ($3 … $10) whose ⌊y⌋
+#: 8-bit codes of eight neighbours ($0, $1) and stored codes, two per byte ($2), from scaled values ($3 … $10) whose ⌊y⌋
 #: fits 16 bits. ⌊y⌋ + {sign} is clamped and converted in pairs; then four even and four odd ones are put together.
 _EIGHT = """
 {{
@@ -159,7 +159,7 @@ class Constants:
 
 @dataclass(frozen=True, eq=False)
 class Grid(Constants):
-    """A quantizer with one scale a row, as constants for its kernels to be specialized by.
+    """A quantizer with one scale per row, as constants for its kernels to be specialized by.
 
     There is one of each (:func:`grid_of`), told apart by identity: Triton looks constants up at every launch.
 
@@ -383,7 +383,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         codes_per_byte=fmt.codes_per_byte,
         largest=fmt.max,
         has_zero=fmt.has_zero,
-        ties_up=q.rounding == "up",
+        ties_up=q.rounding == "half_up",
         power_of_two=q.scale.name == "absmax_pow2",
         amax_floor=q.amax_floor,
         clip=clip_of(fmt.name) if q.scale.statistic == "rms" else 0.0,
@@ -393,7 +393,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         target_offset=fmt.tensor_core_offset,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
         rounding=kind,
-        floors=q.rounding == "up" and (constants.get("step"), constants.get("offset")) == (1.0, 0.5),
+        floors=q.rounding == "half_up" and (constants.get("step"), constants.get("offset")) == (1.0, 0.5),
         pruned=fmt.pruned is not None,
         table=_table(fmt, dtype) if dtype and fmt.bits <= 4 else (),
         **constants,

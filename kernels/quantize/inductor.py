@@ -215,7 +215,7 @@ def group_of(index: Index, q: Quantizer, byte=None, per_byte: int = 1) -> list:
     # can cancel.
     in_bytes = byte is not None and n % per_byte == 0
     block = FloorDiv(byte, n // per_byte) if in_bytes else FloorDiv(index[-1], n)
-    if q.granularity.kind == "tile":
+    if q.granularity.kind == "square":
         lead[-1] = FloorDiv(lead[-1], n)
     return [*lead, block]
 
@@ -309,7 +309,7 @@ class GridUnits:
         self._load_global = global_scale.make_loader() if global_scale is not None else None
         flat = None if fold is None else lowerings[torch.ops.aten.reshape.default](fold, [-1])
         self._load_fold = flat.make_loader() if flat is not None else None
-        # Buffers, so that a reader in another kernel does not divide once an element; inside one kernel they
+        # Buffers, so that a reader in another kernel does not divide once per element; inside one kernel they
         # are registers.
         self._load_amax = self._reduce_amax().make_loader()
         self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
@@ -345,13 +345,13 @@ class GridUnits:
         kind, n, size = self.q.granularity.kind, self.q.granularity.size, self.shape[-1]
         step = self.per_byte if kind in ("tensor", "row") or n % self.per_byte == 0 else 1
         along_k = CeilDiv(size, step) if kind in ("tensor", "row") else sympy.Integer(n // step)
-        rows = {"tensor": self.shape[:-1], "tile": [sympy.Integer(n)]}.get(kind, [])
+        rows = {"tensor": self.shape[:-1], "square": [sympy.Integer(n)]}.get(kind, [])
 
         def element(group: Index, inner: Index) -> Value:
             *row, j = inner
             lead = row if kind == "tensor" else list(group[:-1])
             bounds = []
-            if kind == "tile":
+            if kind == "square":
                 lead[-1] = n * lead[-1] + row[0]
                 if not _divides(n, self.shape[-2]):
                     bounds.append((lead[-1], self.shape[-2]))
@@ -575,7 +575,7 @@ def _index_by_rounding(magnitude: Value, negative: Value, fmt: Format, offset: f
 
 def _index_by_search(magnitude: Value, negative: Value, fmt: Format, rounding: str) -> Value:
     def reached(threshold: Value, odd: bool) -> Value:
-        if rounding == "up":
+        if rounding == "half_up":
             tie = ops.logical_and(ops.eq(magnitude, threshold), ops.logical_not(negative))
             return ops.logical_or(ops.gt(magnitude, threshold), tie)
         # Threshold i separates index i from i + 1; a tie there goes to the even one.

@@ -229,9 +229,9 @@ def _blocks(x: Tensor, dim: int, n: int) -> Tensor:
 def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
     """Expand per-group ``values`` so that they broadcast against a tensor of ``shape``."""
     n = q.granularity.size
-    if q.granularity.kind in ("block", "tile"):
+    if q.granularity.kind in ("block", "square"):
         values = values.repeat_interleave(n, -1)[..., : shape[-1]]
-    if q.granularity.kind == "tile":
+    if q.granularity.kind == "square":
         values = values.repeat_interleave(n, -2)[..., : shape[-2], :]
     return values
 
@@ -329,7 +329,7 @@ def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: s
     thresholds = torch.tensor(fmt.thresholds, device=magnitude.device)
     below = torch.bucketize(magnitude, thresholds, right=False).to(torch.int32)  # ties down
     above = torch.bucketize(magnitude, thresholds, right=True).to(torch.int32)  # ties up
-    if rounding == "up":
+    if rounding == "half_up":
         return torch.where(negative, below, above)
     return torch.where(below % 2 == 0, below, above)
 
@@ -377,7 +377,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
-    """Inverse of :func:`pack` for ``size`` codes a row."""
+    """Inverse of :func:`pack` for ``size`` codes per row."""
     per_byte = codes_per_byte(bits)
     if per_byte == 1:
         return packed

@@ -1,7 +1,7 @@
 """Quantize kernels for tensor cores in Triton, equal to :mod:`qcompile.kernels.quantize.reference` bit for bit.
 
 Every kernel is specialized by a :class:`Grid`, the constants of a quantizer's format; none knows a format by name. What
-they read from device memory, in bytes an element of a 16-bit x, and how:
+they read from device memory, in bytes per element of a 16-bit x, and how:
 
 * **by rows** (2 in; 1 out, ½ more for packed codes): a program keeps its row in registers between absolute maximum and
   codes. Rows longer than ``LONGEST_ROW`` are read twice.
@@ -333,7 +333,7 @@ def pack_levels(level, fmt: tl.constexpr):
 def _sign_magnitude(codes, fmt: tl.constexpr):
     """Bytes of stored codes from bytes of ⌊y⌋ + bias: four at once where a thread has as many.
 
-    It has if a warp does: programs of several warps have 32 elements a thread or more.
+    It has if a warp does: programs of several warps have 32 elements per thread or more.
     """
     if INTERPRETED or codes.shape[0] * codes.shape[1] < 4 * WARP:
         number = codes.to(tl.int32) ^ fmt.in_every_code(fmt.bias)

@@ -8,7 +8,7 @@ long code is fetched no faster than it runs.)
 
 How elements come to their threads: rows that a tensor descriptor can address, of half-integers, are fetched into
 swizzled shared memory two rows ahead by programs that stay on their processor, and read from there as columns. Other
-rows are read 16 neighbours a thread, a program a row, and exchanged through shared memory while they have 16 bits.
+rows are read 16 neighbours per thread, a program per row, and exchanged through shared memory while they have 16 bits.
 
 Triton chooses layouts, so what runs where follows from shapes: *columns* [span, n] are blocks of ``span`` neighbours
 below each other. Its default for such shapes gives every thread whole columns, as long as there are 32 of them.
@@ -244,7 +244,7 @@ def _columns_of(x, start, size, part: tl.constexpr):
 
 @triton.jit
 def _widened(columns):
-    """Columns in float32; long ones of bfloat16 in pairs, at an instruction an element instead of one and a half."""
+    """Columns in float32; long ones of bfloat16 in pairs, at an instruction per element instead of one and a half."""
     if INTERPRETED or columns.dtype != tl.bfloat16 or columns.shape[0] == RUN:
         wide = columns.to(tl.float32)
     else:
@@ -449,7 +449,7 @@ def _quantize_row(
     passes: tl.constexpr,
     part: tl.constexpr,
 ):
-    """A row a program."""
+    """A row per program."""
     row = tl.program_id(0).to(tl.int64)
     sizes = _sizes_of(size, stored_size, mask_size, fmt, part)
     columns = _columns_of(x + row * row_stride, 0, sizes[0], part)
@@ -499,7 +499,7 @@ def _quantize_long_row(
     passes: tl.constexpr,
     part: tl.constexpr,
 ):
-    """A row a program, in parts, read twice."""
+    """A row per program, in parts, read twice."""
     span: tl.constexpr = part.span
     block: tl.constexpr = part.block
     row = tl.program_id(0).to(tl.int64)

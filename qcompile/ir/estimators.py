@@ -90,7 +90,7 @@ def _plain(value: float) -> str:
 class EstimatorKind:
     """One row of the table: the parameters an estimator takes, and its formula.
 
-    Exactly one of ``mask`` (needs one bit an element) and ``slope`` (needs the input) is set, or neither (needs
+    Exactly one of ``mask`` (needs one bit per element) and ``slope`` (needs the input) is set, or neither (needs
     nothing). Formulas take float32 tensors in grid units. A parameter is a positive number; one whose default is
     ``None`` follows from the format.
     """

@@ -15,14 +15,14 @@ e1m2     0 .5 1 1.5 2 2.5 3 3.5                               arXiv 2501.17116 T
 e3m0     0 .25 .5 1 2 4 8 16                                  arXiv 2501.17116 Table 4
 e4m3     2**-9 … 448 (the ``fn`` variant: no infinities)      OCP FP8 v1.0
 e5m2     2**-16 … 57344                                       OCP FP8 v1.0
-int1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count    arXiv 2502.05003 §3 (QuEST)
-int2z…8z 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid; int2z is
+midrise1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count    arXiv 2502.05003 §3 (QuEST)
+int2…8 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid; int2 is
                                                               ternary
-int1p…7p those of int1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
+midrise1p…7p those of midrise1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
 ======== ==================================================== ======================================
 
 Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
-bits. int5…7 are 2v in INT8, since halves are no integers, and int8, whose doubles reach ±255, is v − ½ in INT8.
+bits. midrise5…7 are 2v in INT8, since halves are no integers, and midrise8, whose doubles reach ±255, is v − ½ in INT8.
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ _ALL = (
     Format("e3m0", 4, _float_magnitudes(3, 0)),
     Format("e4m3", 8, _float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
     Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
-    *(Format(f"int{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0) for b in range(1, 9)),
-    *(Format(f"int{b}z", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
+    *(Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0) for b in range(1, 9)),
+    *(Format(f"int{b}", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
     *(
-        Format(f"int{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"int{b}")
+        Format(f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"midrise{b}")
         for b in range(1, 8)
     ),
 )

@@ -21,15 +21,15 @@ __all__ = ["clip_of", "mean_squared_error"]
 #: α by format, as the authors' released code has them. Their minimizer stopped a little early: α is 0.04 %, 0.28 % and
 #: 0.95 % too small for 6, 7 and 8 bits, which costs 0.15 % of the error at 8 bits and nothing that shows below.
 PUBLISHED_CLIPS = {
-    "int1": 0.7978845587140913,
-    "int2": 1.4935346200015913,
-    "int3": 2.051068354131873,
-    "int4": 2.513930578568423,
-    "int5": 2.9160938834961225,
-    "int6": 3.276597282593217,
-    "int7": 3.6010497188221655,
-    "int8": 3.884938678807525,
-    "int2z": 1.2240089519030855,
+    "midrise1": 0.7978845587140913,
+    "midrise2": 1.4935346200015913,
+    "midrise3": 2.051068354131873,
+    "midrise4": 2.513930578568423,
+    "midrise5": 2.9160938834961225,
+    "midrise6": 3.276597282593217,
+    "midrise7": 3.6010497188221655,
+    "midrise8": 3.884938678807525,
+    "int2": 1.2240089519030855,
     "e2m1": 6 * 0.48707976,
 }
 

@@ -76,7 +76,7 @@ _SCHEMAS = (
     "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
     # a @ b (+ bias) on quantized operands, see kernels/matmul/reference.py for the operands' tensors and text.
-    "scaled_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
+    "quantized_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
     "bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -182,7 +182,7 @@ def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
     return torch.empty_like(grad)
 
 
-@register_fake("scaled_mm")
+@register_fake("quantized_mm")
 def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape

@@ -47,7 +47,7 @@ class Granularity:
     def parse(text: str) -> Granularity:
         match = re.fullmatch(r"(tensor|row)|(block|tile)([1-9]\d*)", text)
         if match is None:
-            msg = f"unknown granularity {text!r}; use tensor, row, block<n> or tile<n>, for example block16"
+            msg = f"unknown granularity {text!r}; use tensor, row, block<n> or block<n>x<n>, for example block16"
             raise ValueError(msg)
         return Granularity(match[1]) if match[1] else Granularity(match[2], int(match[3]))
 
@@ -91,7 +91,7 @@ SCALE_RULES: dict[str, ScaleRule] = {
 
 ROUNDINGS: dict[str, str] = {
     "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
-    "up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on half-integer grids)",
+    "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on half-integer grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
 }
 
@@ -109,13 +109,13 @@ class Quantizer:
         if self.rounding not in ROUNDINGS:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
-        if self.format.torch_dtype and self.rounding == "up":
+        if self.format.torch_dtype and self.rounding == "half_up":
             msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
         if self.rounding == "stochastic" and not self.format.has_zero:
             msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
-        if self.scale.two_level and self.granularity.kind not in ("block", "tile"):
+        if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
 

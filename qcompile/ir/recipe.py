@@ -362,7 +362,7 @@ class Recipe:
             low-rank adapters, convolutions of few inputs.
         attention: quantize products without a weight too (q·kᵀ, p·v); off as in every published recipe.
         saved_weights: ``"recompute"`` quantizes a weight again in the backward, from the parameter that is resident
-            anyway; ``"codes"`` saves its codes (½ byte an element) instead of the work.
+            anyway; ``"codes"`` saves its codes (½ byte per element) instead of the work.
         save: what the other activations kept for the backward are stored as: ``"exact"``, ``"8bit"`` (E4M3, one scale
             a row) or ``"4bit"`` (E2M1, one scale per 32 elements). Lossy; off by default.
         enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.

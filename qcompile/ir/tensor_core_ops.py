@@ -13,7 +13,7 @@ lacks what lies between it and that of the levels, times their factors. With cod
 
     Σ (p + c)(q + d)  =  Σ p q  +  d Σ (p + c)  +  c Σ q
 
-Whoever emits the product adds the last two as ``offset_a`` (one a row of a) and ``offset_b`` (one a row of b), as
+Whoever emits the product adds the last two as ``offset_a`` (one per row of a) and ``offset_b`` (one per row of b), as
 zero points of quantized networks are handled (Jacob et al., arXiv 1712.05877, §2.3).
 
 Tensor cores for single bits count those that are set in both of two stored rows. With levels ±½, of which −½ is a set
@@ -21,7 +21,7 @@ bit, that lacks counts of the bits of each row, which are added as offsets in th
 
     Σ x y  =  Σ bit_x bit_y  −  ½ Σ bit_x  −  ½ Σ bit_y  +  K/4
 
-Tensor cores for FP4 take E2M1 codes as they are stored, two a byte, and a scale for every block along K
+Tensor cores for FP4 take E2M1 codes as they are stored, two per byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
 
 None of these ops is differentiable, and none is saved for the backward: packed codes are.

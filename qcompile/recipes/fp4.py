@@ -1,7 +1,7 @@
 """``qcompile_fp4``: *Optimizing Large Language Model Training Using FP4 Quantization*, arXiv 2501.17116 (ICML 2025).
 
-As the paper prints it: activations E2M1, one scale a token, after clamping the outliers beyond the 1 % and 99 %
-quantiles of the token and compensating them by an exact residual; weights E2M1, one scale an output channel, with the
+As the paper prints it: activations E2M1, one scale per token, after clamping the outliers beyond the 1 % and 99 %
+quantiles of the token and compensating them by an exact residual; weights E2M1, one scale per output channel, with the
 differentiable gradient estimator (k = 5, factor capped at 3); exact 6/amax scales; dY in high precision
 (``gradient="fp8"`` for the paper's per-tensor E5M2). Head, embeddings, norms and attention stay as they are.
 
@@ -15,7 +15,7 @@ no compensation of the residual     ``{"activation": {"outliers": "occ(compensat
 residual on 8-bit tensor cores      ``{"activation": {"outliers": "occ(residual=e4m3)"}}`` (ours, not the authors')
 quantile over the whole tensor      ``{"activation": {"outliers": "occ(per=tensor)"}}``
 E1M2 activations (fork ``pai``)     ``{"activation": {"format": "e1m2", "outliers": "occ(alpha=0.97)"}}``
-ties toward +∞ (look-up kernel)     ``{"activation": {"rounding": "up"}, "weight": {"rounding": "up"}}``
+ties toward +∞ (look-up kernel)     ``{"activation": {"rounding": "half_up"}, "weight": {"rounding": "half_up"}}``
 tensor-wise scales (ablations)      ``{"activation": {"granularity": "tensor"}, "weight": {"granularity": "tensor"}}``
 DGE off                             ``{"weight": {"estimator": "ste"}}``
 OCC off                             ``{"activation": {"outliers": None}}``

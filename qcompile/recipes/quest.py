@@ -49,10 +49,10 @@ ROTATION = "hadamard(128)"
 
 #: ``bits=`` → operand.
 WIDTHS: dict[Any, Operand | None] = {
-    1: Operand.parse(f"int1 row rms up; clip(s=1.3); {ROTATION}"),
-    **{bits: Operand.parse(f"int{bits} row rms up; trust; {ROTATION}") for bits in range(2, 9)},
+    1: Operand.parse(f"midrise1 row rms half_up; clip(s=1.3); {ROTATION}"),
+    **{bits: Operand.parse(f"midrise{bits} row rms half_up; trust; {ROTATION}") for bits in range(2, 9)},
     16: None,
-    "ternary": Operand.parse(f"int2z row rms even; trust; {ROTATION}"),
+    "ternary": Operand.parse(f"int2 row rms even; trust; {ROTATION}"),
     "fp4": Operand.parse(f"e2m1 row rms even; trust; {ROTATION}"),
 }
 

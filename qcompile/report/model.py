@@ -65,7 +65,7 @@ class Report:
         """
         ranks = tuple(range(len(reports)) if ranks is None else ranks)
         if not reports or len(ranks) != len(reports) or any(report.ranks for report in reports):
-            msg = f"merging takes one report of one process a rank, got {len(reports)} for ranks {list(ranks)}"
+            msg = f"merging takes one report of one process per rank, got {len(reports)} for ranks {list(ranks)}"
             raise ValueError(msg)
         variants: dict[tuple[Any, ...], dict[tuple[Row, ...], list[int]]] = {}  # sites in order, and what each became
         for rank, report in zip(ranks, reports, strict=True):

@@ -1,7 +1,7 @@
 """Run a program compiled and by the reference, and compare: every result, gradient, changed input, and decision.
 
 Tolerances. *Exact* programs hold quarters of integers, their recipes have power-of-two scales, and what is computed
-between products is exact: a sum of K products of two 4-bit levels with one scale a row takes at most 2·4 + log2 K bits,
+between products is exact: a sum of K products of two 4-bit levels with one scale per row takes at most 2·4 + log2 K bits,
 so every forward value is one float32 number, whatever the order of accumulation, and must agree **bitwise** (but where
 a 16-bit product adds a bias, which rounds once or twice as the kernel pleases).
 Elsewhere a float32 result may differ by 2⁻¹⁶ of the tensor's largest element: 256 roundings of 2⁻²⁴, four products in a
@@ -54,13 +54,13 @@ class Setting:
 EXACT = (
     (Numbers(scale="absmax_pow2"), Numbers(scale="absmax_pow2", estimator="clip")),
     (Numbers(scale="e8m0", group=16), Numbers(grid="e1m2", scale="e8m0", estimator="trust")),
-    (Numbers(grid="int4", scale="absmax_pow2", group="tensor"), Numbers(scale="e8m0", estimator="dge")),
+    (Numbers(grid="midrise4", scale="absmax_pow2", group="tensor"), Numbers(scale="e8m0", estimator="dge")),
 )
 #: Operands as published, and combinations of the rest.
 ROUNDED = (
     (Numbers(alpha=0.9), Numbers(estimator="dge")),
     (Numbers(alpha=0.8, per="tensor"), Numbers(group="tensor", estimator="dge")),
-    (Numbers(grid="int4z", group=8, estimator="clip"), Numbers(grid="int4", estimator="trust")),
+    (Numbers(grid="int4", group=8, estimator="clip"), Numbers(grid="midrise4", estimator="trust")),
     (Numbers(), Numbers(grid="e1m2", group=16)),
 )
 

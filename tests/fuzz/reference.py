@@ -27,8 +27,8 @@ __all__ = ["Numbers", "QuantizedProducts", "quantize"]
 MAGNITUDES = {
     "e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6),
     "e1m2": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5),
-    "int4": tuple(i + 0.5 for i in range(8)),
-    "int4z": tuple(float(i) for i in range(8)),
+    "midrise4": tuple(i + 0.5 for i in range(8)),
+    "int4": tuple(float(i) for i in range(8)),
 }
 
 

@@ -112,7 +112,7 @@ def test_first_layer_is_exact_because_nothing_rounds_before_it():
         {"save": "8bit"},
         {"save": "4bit"},
         {"saved_weights": "codes"},
-        {"weight": {"format": "int4", "rounding": "up", "estimator": "trust"}},
+        {"weight": {"format": "midrise4", "rounding": "half_up", "estimator": "trust"}},
         {"activation": {"outliers": "occ(per=tensor)"}},
         {
             "activation": {"granularity": "block32", "scale": "e8m0"},

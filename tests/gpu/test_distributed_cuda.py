@@ -3,7 +3,7 @@
 Activations are quantized row by row and weights are whole wherever they are multiplied, so splitting a batch between
 GPUs changes no code by definition. What it changes is the order in which a matrix product of another size, and the
 gradients over tokens, are summed: 2⁻²⁴ relative in float32. That can carry an element over a rounding boundary, with a
-probability of about 1e-6 for each of a million elements a step. Another code is a step of the grid in one element:
+probability of about 1e-6 for each of a million elements per step. Another code is a step of the grid in one element:
 0.5 / (2 · √256) ≈ 1.5 % of the row of one token, which is one of the 512 that a gradient is summed over, that is
 1.5 % / √512 ≈ 7e-4 of it. The limit of 1e-2 is some two hundred such tokens. A scale that depends on the batch would
 change all codes (10 %), a missing or doubled reduction the gradient itself (100 %). Over several steps a code that went

@@ -74,7 +74,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [E4M3, INT8], ids=str)
 def test_every_config_is_exact(config, dtype):
-    """Tiles that hang over all three ends, several a program: the ring goes round across tiles."""
+    """Tiles that hang over all three ends, several per program: the ring goes round across tiles."""
     a, b = codes(5000, 2064, dtype), codes(6152, 2064, dtype)
     scales = powers_of_two(5000, 1), powers_of_two(6152, 1)
     assert_equal(gluon.mm_8bit(a, b, *scales, BF16, config=config), exact(a, b, *scales))

@@ -36,7 +36,7 @@ def test_eight_bits_run_forward_as_int8():
     rows = qcompile.explain(layer, x, backend="qcompile_quest", options=options).rows
     assert {row.role: row.provider.split("; ")[-1] for row in rows}["fprop"] == "gluon"
     assert {row.reason for row in rows if row.role != "fprop"} == {
-        "int8 is not exact in 8-bit floating point, which gradients need"
+        "midrise8 is not exact in 8-bit floating point, which gradients need"
     }
     outputs = []
     for disabled in ([], ["lower", "merge_quantize"]):

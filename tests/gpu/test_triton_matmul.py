@@ -76,7 +76,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("config", gemm.CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [E4M3, INT8], ids=str)
 def test_every_config_is_exact(config, dtype):
-    """Tiles that hang over all three ends, several a program."""
+    """Tiles that hang over all three ends, several per program."""
     if not gemm.fits(config, gemm.Problem(1, 1, 1, dtype, dtype, BF16, this_card())):
         pytest.skip("not enough shared memory")
     check(2000, 2056, 2064, (dtype, dtype), config)
@@ -110,7 +110,7 @@ def test_any_extents_are_exact(shape, dtypes):
         assert_equal(gemm.mm_8bit(a, b, *scales, dtype), exact(a, b, *scales))
 
 
-@pytest.mark.parametrize("quantizer", ["e2m1 row absmax even", "int4 row absmax even"])
+@pytest.mark.parametrize("quantizer", ["e2m1 row absmax even", "midrise4 row absmax even"])
 def test_quantized_rows_of_a_model_are_exact(quantizer):
     """K of the widest layers: sums of codes quantized with the absolute maximum of a row stay in the accumulator."""
     (a, _, _), (b, _, _) = (
@@ -326,7 +326,7 @@ def test_the_template_takes_the_epilogue(monkeypatch, dtype, n):
 
 @pytest.mark.parametrize("place", [0, 2, 3, 5, 7, 9])
 def test_configs_of_the_template_are_exact(monkeypatch, place):
-    """Tiles that max-autotune may choose, the best first; several a processor, with row scales and bias."""
+    """Tiles that max-autotune may choose, the best first; several per processor, with row scales and bias."""
     configs = inductor._template_configs(gemm.Problem(4000, 2064, 528, INT8, INT8, FP32, this_card()))
     if place >= len(configs):
         pytest.skip("there are fewer")

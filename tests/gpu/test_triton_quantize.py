@@ -89,7 +89,7 @@ def assert_same(actual, expected, what: object = "") -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_formats(name):
     """Every format with every rounding and scale rule, packed and not."""
-    for rounding in ("even",) if FORMATS[name].torch_dtype else ("even", "up"):
+    for rounding in ("even",) if FORMATS[name].torch_dtype else ("even", "half_up"):
         for rule in ("absmax", "absmax_pow2"):
             text = f"{name} row {rule} {rounding}"
             for shape in ((37, 129), (130, 34), (300, 512)):
@@ -104,7 +104,7 @@ def test_formats(name):
 def test_rows(dtype, shape):
     """Block sizes, warps, alignment and long rows; with factors to fold."""
     fold = torch.rand(1, shape[1], device="cuda") + 0.5
-    for text in (E2M1, E4M3, "int4 row absmax_pow2 up"):
+    for text in (E2M1, E4M3, "midrise4 row absmax_pow2 half_up"):
         x = rows_of_everything(*shape, text, dtype)
         assert_same(kernels.quantize_8bit(x, text, True), reference.quantize_8bit(x, text, True), text)
         folded = kernels.quantize_8bit(x, text, False, fold)
@@ -114,7 +114,7 @@ def test_rows(dtype, shape):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transposed(dtype, shape):
-    for text in (E2M1, E4M3, "int8z row absmax_pow2 up"):
+    for text in (E2M1, E4M3, "int8 row absmax_pow2 half_up"):
         x = rows_of_everything(*shape, text, dtype)
         assert_same(kernels.quantize_8bit_transposed(x, text), reference.quantize_8bit_transposed(x, text), text)
 
@@ -158,7 +158,7 @@ def test_recode(name):
 def test_compensated(dtype, size, alpha):
     """Order statistics of easy and hard rows, and the codes that follow."""
     x = rows_with_outliers(44, size, dtype)
-    for grid in ("e2m1", "int4 row absmax up", "e3m0"):
+    for grid in ("e2m1", "midrise4 row absmax half_up", "e3m0"):
         operand = f"{grid}; ste; occ(alpha={alpha},residual=e4m3)"
         actual = kernels.quantize_compensated(x, operand, -1)
         assert_same(actual, reference.quantize_compensated(x, operand, -1), operand)

@@ -25,7 +25,7 @@ from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
-INT4 = QUEST[4]
+MIDRISE4 = QUEST[4]
 #: Rows of one block, of whole and of half-filled warps, as long as registers hold, and longer.
 SHAPES = [(1, 128), (37, 384), (130, 1152), (300, 2048), (64, 4096), (9, 14336), (7, 16384), (3, 20096)]
 
@@ -75,7 +75,7 @@ def test_widths(bits, dtype):
         assert_quantizes(x[:, :-3], QUEST[bits].replace("; hadamard(128)", ""))
 
 
-@pytest.mark.parametrize("text", [INT4, QUEST[1], QUEST[3], QUEST[7], "int4 row absmax up; trust; hadamard(128)"])
+@pytest.mark.parametrize("text", [MIDRISE4, QUEST[1], QUEST[3], QUEST[7], "midrise4 row absmax half_up; trust; hadamard(128)"])
 def test_more_rows_than_programs(text):
     """Programs that stay: what is left of one row must not reach the next; some take a row less than others."""
     for shape in ((5000, 2048), (2500, 4096), (600, 14336)):
@@ -89,7 +89,7 @@ def test_rotations(block):
         for dtype in (BF16, FP32):
             x = rows_to_rotate(19, size, dtype)
             if size <= 16384:
-                assert_quantizes(x, f"int4 row rms up; trust; hadamard({block})")
+                assert_quantizes(x, f"midrise4 row rms half_up; trust; hadamard({block})")
                 assert_quantizes(x, f"e2m1 row absmax even; clip; hadamard({block})", packed=False)
             assert_same([kernels.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], (block, size))
 
@@ -98,17 +98,17 @@ def test_rotations(block):
     "text",
     [
         "e2m1 row rms even; trust(t=0.6541); hadamard(128)",
-        "int4 row rms up; trust(t=0.25); hadamard(32)",
-        "int2 row rms up; clip(s=1.25)",
-        "int4 row absmax even; trust; hadamard(64)",
-        "e3m0 row absmax_pow2 up; clip; hadamard(128)",
+        "midrise4 row rms half_up; trust(t=0.25); hadamard(32)",
+        "midrise2 row rms half_up; clip(s=1.25)",
+        "midrise4 row absmax even; trust; hadamard(64)",
+        "e3m0 row absmax_pow2 half_up; clip; hadamard(128)",
         "e4m3 row rms even; trust; hadamard(128)",
         "e5m2 row absmax even; ste; hadamard(128)",
-        "int4 row rms up; ste; hadamard(16)",
-        "int4p row rms up; trust; hadamard(128); sparse(4:8)",
-        "int3p row rms up; trust; hadamard(128); sparse(2:4)",
-        "int1p row rms up; clip; sparse(4:8)",
-        "int7p row rms up; trust; hadamard(128); sparse(4:8)",
+        "midrise4 row rms half_up; ste; hadamard(16)",
+        "midrise4p row rms half_up; trust; hadamard(128); sparse(4:8)",
+        "midrise3p row rms half_up; trust; hadamard(128); sparse(2:4)",
+        "midrise1p row rms half_up; clip; sparse(4:8)",
+        "midrise7p row rms half_up; trust; hadamard(128); sparse(4:8)",
         "e2m1 row rms even; trust; hadamard(128); sparse(2:4)",
     ],
 )
@@ -125,7 +125,7 @@ def test_strided_inputs():
     whole = torch.randn(256, 2304, device="cuda", dtype=BF16)
     views = [whole[:, :256], whole[::2, 3:643], whole[:1, :2048].expand(50, -1), whole[:128].t(), whole[1:, 1:129]]
     for x in (*views, whole[:, 8:2056], whole[:, 128:2176], whole[:, 1:2049], whole[3:4, :2048]):
-        assert_quantizes(x, INT4)
+        assert_quantizes(x, MIDRISE4)
         rotated = kernels.hadamard(x, 128, -1)
         assert_same([rotated], [reference.hadamard(x, 128, -1)])
 
@@ -133,14 +133,14 @@ def test_strided_inputs():
 def test_ops():
     """Stored codes, other axes, factors to fold, transposed codes, masks alone."""
     x = rows_to_rotate(384, 1152, BF16)
-    for text in ("int8 row rms up", "int2 row rms up", "e2m1 row absmax even"):
+    for text in ("midrise8 row rms half_up", "midrise2 row rms half_up", "e2m1 row absmax even"):
         for axis in (-1, 0):
             expected = quantize_reference.quantize(x, text, axis, transform="hadamard(128)")
             actual = kernels.quantize(x, text, axis, None, None, None, "hadamard(128)")
             assert_same(actual, expected, (text, axis))
     fold = torch.rand(1152, device="cuda") + 0.5
-    expected = quantize_reference.quantize(x, "int4 row rms up", -1, fold=fold, transform="hadamard(128)")
-    assert_same(kernels.quantize(x, "int4 row rms up", -1, None, None, fold, "hadamard(128)"), expected)
+    expected = quantize_reference.quantize(x, "midrise4 row rms half_up", -1, fold=fold, transform="hadamard(128)")
+    assert_same(kernels.quantize(x, "midrise4 row rms half_up", -1, None, None, fold, "hadamard(128)"), expected)
     for bits, operand in QUEST.items():
         text, transform = str(Operand.parse(operand).quantizer), "hadamard(128)"
         expected = quantize_reference.quantize_8bit_transposed(x, text, transform)
@@ -175,7 +175,7 @@ def test_hadamard(dtype):
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.pruned and fmt.tensor_core_type])
 def test_recode_of_pruned_formats(name):
     codes, _ = quantize_reference.quantize(
-        torch.randn(130, 1152, device="cuda"), f"{name} row rms up", -1, transform="sparse(4:8)"
+        torch.randn(130, 1152, device="cuda"), f"{name} row rms half_up", -1, transform="sparse(4:8)"
     )
     for transposed in (False, True):
         expected = [quantize_reference.recode(codes, name, 1152, transposed)]
@@ -187,12 +187,12 @@ def test_dispatch():
     from qcompile.kernels.register import provider_of
 
     for op in ("quantize", "quantize_8bit_masked", "quantize_8bit_transposed", "hadamard"):
-        assert provider_of(op, "cuda", "int4 row rms up", BF16, "trust", "hadamard(128)")[0] == "triton"
+        assert provider_of(op, "cuda", "midrise4 row rms half_up", BF16, "trust", "hadamard(128)")[0] == "triton"
     x = rows_to_rotate(37, 384, BF16)
-    actual = torch.ops.qcompile.quantize_8bit_masked(x, INT4, True)
-    assert_same(actual, quantize_reference.quantize_8bit_masked(x, INT4, True))
-    actual = torch.ops.qcompile.quantize_8bit_transposed(x, "int4 row rms up", "hadamard(128)")
-    assert_same(actual, quantize_reference.quantize_8bit_transposed(x, "int4 row rms up", "hadamard(128)"))
+    actual = torch.ops.qcompile.quantize_8bit_masked(x, MIDRISE4, True)
+    assert_same(actual, quantize_reference.quantize_8bit_masked(x, MIDRISE4, True))
+    actual = torch.ops.qcompile.quantize_8bit_transposed(x, "midrise4 row rms half_up", "hadamard(128)")
+    assert_same(actual, quantize_reference.quantize_8bit_transposed(x, "midrise4 row rms half_up", "hadamard(128)"))
 
 
 def test_cuda_graph():
@@ -202,8 +202,8 @@ def test_cuda_graph():
 
     def everything(rows, rotations):
         return [
-            *rows.quantize_8bit_masked(x, INT4, True),
-            *rows.quantize_8bit_transposed(x, "int4 row rms up", "hadamard(128)"),
+            *rows.quantize_8bit_masked(x, MIDRISE4, True),
+            *rows.quantize_8bit_transposed(x, "midrise4 row rms half_up", "hadamard(128)"),
             rotations.hadamard(x, 128, -1, mask),
         ]
 
@@ -224,9 +224,9 @@ def test_offsets_beyond_32_bits():
     rows, size = 2**31 // 4096 + 8, 4096
     x = torch.randn(16, size, device="cuda", dtype=BF16).repeat(rows // 16 + 1, 1)[:rows]
     x[-8:].normal_()
-    outputs = kernels.quantize_8bit_masked(x, INT4, True)
+    outputs = kernels.quantize_8bit_masked(x, MIDRISE4, True)
     for part in (slice(0, 8), slice(-8, None)):
-        expected = quantize_reference.quantize_8bit_masked(x[part], INT4, True)
+        expected = quantize_reference.quantize_8bit_masked(x[part], MIDRISE4, True)
         assert_same([output[part] for output in outputs], expected)
     mask = outputs[3]
     del outputs

@@ -20,13 +20,13 @@ PUBLISHED = {
     "e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6),
     "e1m2": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5),
     "e3m0": (0, 0.25, 0.5, 1, 2, 4, 8, 16),
-    "int1": (0.5,),
-    "int2": (0.5, 1.5),
-    "int3": (0.5, 1.5, 2.5, 3.5),
-    "int4": (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5),
-    "int2z": (0, 1),
-    "int3z": (0, 1, 2, 3),
-    "int4z": (0, 1, 2, 3, 4, 5, 6, 7),
+    "midrise1": (0.5,),
+    "midrise2": (0.5, 1.5),
+    "midrise3": (0.5, 1.5, 2.5, 3.5),
+    "midrise4": (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5),
+    "int2": (0, 1),
+    "int3": (0, 1, 2, 3),
+    "int4": (0, 1, 2, 3, 4, 5, 6, 7),
 }
 ML_DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn,
@@ -60,10 +60,10 @@ def test_every_code_means_what_ml_dtypes_says(name):
 
 
 def test_int4_grids_against_ml_dtypes_int4():
-    """int4 is (k + ½) for every two's-complement k; int4z is the symmetric part, without −8."""
+    """midrise4 is (k + ½) for every two's-complement k; int4 is the symmetric part, without −8."""
     k = np.arange(16, dtype=np.uint8).view(ml_dtypes.int4).astype(np.float64)
-    half = decode(every_code(FORMATS["int4"]), FORMATS["int4"]).numpy()
-    centred = decode(every_code(FORMATS["int4z"]), FORMATS["int4z"]).numpy()
+    half = decode(every_code(FORMATS["midrise4"]), FORMATS["midrise4"]).numpy()
+    centred = decode(every_code(FORMATS["int4"]), FORMATS["int4"]).numpy()
     assert set(half) == set(k + 0.5)
     assert set(centred) == set(k) - {-8.0}
 
@@ -124,17 +124,17 @@ def test_tensor_core_type_by_brute_force(fmt):
 
 def test_only_eight_bits_of_half_integers_need_an_offset():
     """An offset costs sums of codes: no format may get one that does without."""
-    assert [(fmt.name, fmt.tensor_core_offset) for fmt in FORMATS.values() if fmt.tensor_core_offset] == [("int8", 0.5)]
+    assert [(fmt.name, fmt.tensor_core_offset) for fmt in FORMATS.values() if fmt.tensor_core_offset] == [("midrise8", 0.5)]
     assert {fmt.name for fmt in FORMATS.values() if fmt.tensor_core_factor == 2} == {
-        f"int{bits}{kind}" for bits in (5, 6, 7) for kind in ("", "p")
+        f"midrise{bits}{kind}" for bits in (5, 6, 7) for kind in ("", "p")
     }
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     {
-        **dict.fromkeys(("e2m1", "e1m2", "e3m0", "int4", "int4z", "e4m3"), "e4m3"),
-        **dict.fromkeys(("int5", "int7", "int8", "int8z"), "int8"),
+        **dict.fromkeys(("e2m1", "e1m2", "e3m0", "midrise4", "int4", "e4m3"), "e4m3"),
+        **dict.fromkeys(("midrise5", "midrise7", "midrise8", "int8"), "int8"),
         "e5m2": "e5m2",
     }.items(),
 )
@@ -171,7 +171,7 @@ def test_pruned_formats_give_zero_to_what_is_dropped_only(fmt):
 
 
 def test_unknown_format_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown format 'e2m2'.*e2m1, e1m2, e3m0, e4m3, e5m2, int1"):
+    with pytest.raises(ValueError, match=r"unknown format 'e2m2'.*e2m1, e1m2, e3m0, e4m3, e5m2, midrise1"):
         get_format("e2m2")
 
 

@@ -24,15 +24,15 @@ OPS = torch.ops.qcompile
 ESTIMATORS = ["ste", "clip", "trust", "dge(k=5,cap=3)", "dge(k=3,cap=2)"]
 QUANTIZERS = [
     "e2m1 row absmax even",
-    "e2m1 row absmax_pow2 up",
-    "int4 block16 absmax up",
+    "e2m1 row absmax_pow2 half_up",
+    "midrise4 block16 absmax half_up",
     "e2m1 block16 e4m3 even",
 ]
 QUANTIZERS += [
     "e2m1 block32 e8m0 even",
-    "e1m2 tile4 absmax even",
+    "e1m2 block4x4 absmax even",
     "e4m3 tensor absmax even",
-    "int1 row absmax even",
+    "midrise1 row absmax even",
 ]
 OCC = "occ(alpha=0.9,per=row,compensate=1)"
 
@@ -117,7 +117,7 @@ def test_a_scale_that_covers_the_row_masks_nothing(estimator, rule, generator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("text", ["e2m1 row absmax stochastic", "int4z row absmax stochastic"])
+@pytest.mark.parametrize("text", ["e2m1 row absmax stochastic", "int4 row absmax stochastic"])
 def test_stochastic_rounding_has_a_backward(text, estimator, generator):
     """The estimator is a function of y (and of the level taken), so it needs no new draw."""
     x = torch.randn(4, 24, generator=generator).requires_grad_()
@@ -280,14 +280,14 @@ def samples() -> dict[str, list[tuple]]:
         )
         a, b = (list(OPS.quantize(t, "e2m1 row absmax even", -1)) for t in (x, w))
         for dtype in (torch.float32, torch.bfloat16):
-            cases["scaled_mm"].append((a, "e2m1", 16, False, b, "e2m1", 16, True, dtype))
-        cases["scaled_mm"].append(([x], "dense", 16, False, b, "e2m1", 16, True, torch.float32))
-        cases["scaled_mm"].append((a, "e2m1", 16, True, [x], "dense", 16, False, torch.float32))
+            cases["quantized_mm"].append((a, "e2m1", 16, False, b, "e2m1", 16, True, dtype))
+        cases["quantized_mm"].append(([x], "dense", 16, False, b, "e2m1", 16, True, torch.float32))
+        cases["quantized_mm"].append((a, "e2m1", 16, True, [x], "dense", 16, False, torch.float32))
     return cases
 
 
 TABLE = ["quantize", "dequantize", "clamp_outliers", "restore_outliers", "estimator_mask", "mask_gradient"]
-TABLE += ["scale_gradient", "scaled_mm"]
+TABLE += ["scale_gradient", "quantized_mm"]
 
 
 @pytest.mark.parametrize("op", TABLE)
@@ -337,7 +337,7 @@ def test_opcheck_static(op):
         opcheck(getattr(OPS, op).default, args, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("op", [op for op in TABLE if op != "scaled_mm"])
+@pytest.mark.parametrize("op", [op for op in TABLE if op != "quantized_mm"])
 def test_opcheck_dynamic_shapes(op):
     """Traced with symbolic sizes and run with real ones: the results must have the dtype and shape the trace
     said.
@@ -406,5 +406,5 @@ def test_group_amax_sees_nan_beside_larger_values():
     """max must propagate NaN in every granularity: a maximum that drops it would hide an overflow."""
     x = torch.ones(8, 8)
     x[3, 5] = float("nan")
-    for text in ("e2m1 tensor", "e2m1 row", "e2m1 block4", "e2m1 tile4"):
+    for text in ("e2m1 tensor", "e2m1 row", "e2m1 block4", "e2m1 block4x4"):
         assert group_statistic(x, x, Quantizer.parse(text)).isnan().sum() == 1, text

@@ -70,10 +70,10 @@ DEPARTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"activation": "e1m2 row absmax even; ste; occ(alpha=0.97,per=row,compensate=1)"},
     ),
     "ties toward +∞ (look-up kernel)": (
-        {"activation": {"rounding": "up"}, "weight": {"rounding": "up"}},
+        {"activation": {"rounding": "half_up"}, "weight": {"rounding": "half_up"}},
         {
-            "activation": "e2m1 row absmax up; ste; occ(alpha=0.99,per=row,compensate=1)",
-            "weight": "e2m1 row absmax up; dge(k=5,cap=3)",
+            "activation": "e2m1 row absmax half_up; ste; occ(alpha=0.99,per=row,compensate=1)",
+            "weight": "e2m1 row absmax half_up; dge(k=5,cap=3)",
         },
     ),
     "tensor-wise scales (ablations)": (
@@ -114,8 +114,8 @@ def test_no_options_change_nothing():
 
 
 def test_whole_operand_as_text_replaces_all_of_it():
-    recipe = FP4.override({"activation": "int4 tensor absmax even; clip"})
-    assert recipe.activation == Operand.parse("int4 tensor absmax even; clip")
+    recipe = FP4.override({"activation": "midrise4 tensor absmax even; clip"})
+    assert recipe.activation == Operand.parse("midrise4 tensor absmax even; clip")
     assert changed(FP4, recipe) == {"activation"}
 
 
@@ -145,10 +145,10 @@ def test_an_operand_object_is_taken_as_it_is():
 
 def test_overrides_compose():
     """Later options build on earlier ones; the field each names is the only one that moves."""
-    recipe = FP4.override({"weight": {"format": "int4"}}).override(
-        {"weight": {"rounding": "up", "granularity": "block32"}}
+    recipe = FP4.override({"weight": {"format": "midrise4"}}).override(
+        {"weight": {"rounding": "half_up", "granularity": "block32"}}
     )
-    assert str(recipe.weight) == "int4 block32 absmax up; dge(k=5,cap=3)"
+    assert str(recipe.weight) == "midrise4 block32 absmax half_up; dge(k=5,cap=3)"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_rules_from_plain_data():
         ({"weight": {"scale": "max"}}, "option 'weight': unknown scale rule 'max'; known: absmax, "),
         (
             {"weight": {"rounding": "down"}},
-            "option 'weight': unknown rounding 'down'; known: even, up, stochastic",
+            "option 'weight': unknown rounding 'down'; known: even, half_up, stochastic",
         ),
         (
             {"weight": {"estimator": "sto"}},
@@ -388,7 +388,7 @@ def test_outlier_clamp_parse_is_the_inverse_of_str(clamp):
 
 
 @given(
-    quantizer=st.sampled_from(["e2m1 row absmax even", "int4 block16 e8m0 up", "e2m1 tile16 e4m3 stochastic"]),
+    quantizer=st.sampled_from(["e2m1 row absmax even", "midrise4 block16 e8m0 half_up", "e2m1 block16x16 e4m3 stochastic"]),
     estimator=st.sampled_from(["ste", "clip", "trust", "dge(k=5,cap=3)", "dge(k=2.5,cap=1)"]),
     alpha=st.sampled_from([None, 0.9, 0.97, 0.99, 0.999]),
     compensate=st.booleans(),

@@ -23,7 +23,7 @@ SM90 = GPUTarget("cuda", 90, 32)
 
 def _search_the_language_once_a_launch() -> None:
     """Make the interpreter look for what it replaces in ``triton.language`` when a kernel is launched, not again at
-    every call of a function within, where all of it has been replaced: a reduction calls its function once an element.
+    every call of a function within, where all of it has been replaced: a reduction calls its function once per element.
     """
     search, languages = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
 

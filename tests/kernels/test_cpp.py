@@ -23,27 +23,27 @@ from qcompile.kernels.quantize import reference as quantize
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Of each way to round ties toward +∞, with and without a zero, with one magnitude and with 128.
-UP_FORMATS = ("e2m1", "e1m2", "e3m0", "int1", "int4", "int5", "int8", "int8z")
+UP_FORMATS = ("e2m1", "e1m2", "e3m0", "midrise1", "midrise4", "midrise5", "midrise8", "int8")
 
 #: Every format and rounding, every scale rule and granularity, and the 16-bit dtypes, each combined with a
 #: few of the others: a kernel takes half a second to build.
 CASES = [
     *((f"{name} row absmax even", torch.float32) for name, fmt in FORMATS.items() if not fmt.pruned),
     *(
-        (f"{name} {g} rms up", torch.bfloat16)
-        for name in ("int1", "int4", "int8")
+        (f"{name} {g} rms half_up", torch.bfloat16)
+        for name in ("midrise1", "midrise4", "midrise8")
         for g in ("row", "tensor", "block16")
     ),
-    ("e2m1 tile3 rms even", torch.float32),
+    ("e2m1 block3x3 rms even", torch.float32),
     *(
-        (f"{fmt} row absmax up", torch.float32)
-        for fmt in ["e2m1", "e1m2", "e3m0", "int1", "int4", "int5", "int8", "int8z"]
+        (f"{fmt} row absmax half_up", torch.float32)
+        for fmt in ["e2m1", "e1m2", "e3m0", "midrise1", "midrise4", "midrise5", "midrise8", "int8"]
     ),
     *((f"e2m1 {g} absmax even", torch.bfloat16) for g in ("row", "tensor")),
     *((f"e2m1 {g} absmax_pow2 even", torch.bfloat16) for g in ("row", "tensor")),
-    *((f"e2m1 {granularity} e8m0 even", torch.float32) for granularity in ("block16", "block5", "tile3")),
+    *((f"e2m1 {granularity} e8m0 even", torch.float32) for granularity in ("block16", "block5", "block3x3")),
     ("e2m1 row absmax_pow2 even", torch.float16),
-    ("int5z row absmax even", torch.float16),
+    ("int5 row absmax even", torch.float16),
     ("e4m3 row absmax even", torch.float16),
     ("e5m2 tensor absmax even", torch.bfloat16),
 ]
@@ -116,7 +116,7 @@ def test_quantize_and_dequantize_equal_the_reference(quantizer: str, dtype: torc
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("quantizer", ["e2m1 row absmax even", "e2m1 tile3 e8m0 even"])
+@pytest.mark.parametrize("quantizer", ["e2m1 row absmax even", "e2m1 block3x3 e8m0 even"])
 def test_any_axis_and_strides(axis: int, quantizer: str):
     """Codes follow the moved axis, also of inputs with gaps; dequantized tensors have the strides the fake op
     announces."""
@@ -171,8 +171,8 @@ def test_dequantize_rejects_codes_of_another_size():
     ("quantizer", "estimator"),
     [
         ("e2m1 row absmax_pow2 even", "clip"),
-        ("int4 row absmax up", "trust"),
-        ("int8 row absmax even", "trust"),
+        ("midrise4 row absmax half_up", "trust"),
+        ("midrise8 row absmax even", "trust"),
     ],
 )
 def test_masks_equal_the_reference(quantizer: str, estimator: str, dtype: torch.dtype):
@@ -195,7 +195,7 @@ def test_masks_equal_the_reference(quantizer: str, estimator: str, dtype: torch.
 def test_slope_is_within_two_units_of_the_last_place(estimator: str, axis: int):
     """Neighbouring float32 powers (see the module), a division and a product: 2 units. NaN, cap and the bins'
     ends are exact."""
-    for quantizer in ("e2m1 row absmax even", "int3 row absmax even"):
+    for quantizer in ("e2m1 row absmax even", "midrise3 row absmax even"):
         x = special(43, torch.float32)
         grad = torch.ones_like(x)
         arguments = x, torch.ones(13, 1), quantizer, estimator, axis
@@ -269,9 +269,9 @@ def test_restore_rejects_positions_outside():
         ("quantize", "e2m1 row absmax stochastic", torch.float32, "ste", "stochastic rounding"),
         ("quantize", "e2m1 row absmax even", torch.float64, "ste", "the tensor is float64"),
         ("quantize", "e2m1 block16 e4m3 even", torch.float32, "ste", "scale rule e4m3"),
-        ("scale_gradient", "int8 row absmax even", torch.float32, "dge", "more than 16 bins"),
+        ("scale_gradient", "midrise8 row absmax even", torch.float32, "dge", "more than 16 bins"),
         ("estimator_mask", "e2m1 row absmax even", torch.float32, "ste", "no C\\+\\+ mask"),
-        ("scaled_mm", "e2m1 row absmax even", torch.float32, "ste", "no other provider of scaled_mm on cpu"),
+        ("quantized_mm", "e2m1 row absmax even", torch.float32, "ste", "no other provider of quantized_mm on cpu"),
     ],
 )
 def test_reference_is_chosen_for_a_stated_reason(op, quantizer, dtype, estimator, reason):
@@ -283,7 +283,7 @@ def test_reference_is_chosen_for_a_stated_reason(op, quantizer, dtype, estimator
 def test_cpp_is_chosen_without_a_reason():
     assert register.provider_of("quantize", "cpu", "e2m1 row absmax even", torch.bfloat16) == ("cpp", "")
     assert register.provider_of("quantize", "cuda", "e2m1 row absmax even", torch.bfloat16) == ("triton (inductor)", "")
-    rotated = register.provider_of("quantize", "cuda", "int4 row rms up", torch.bfloat16, transform="hadamard(64)")
+    rotated = register.provider_of("quantize", "cuda", "midrise4 row rms half_up", torch.bfloat16, transform="hadamard(64)")
     assert rotated == ("triton", "")
     with pytest.raises(KeyError, match="unknown op"):
         register.provider_of("quantise", "cpu", "e2m1", torch.float32)

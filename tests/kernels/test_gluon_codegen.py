@@ -150,7 +150,7 @@ def test_what_1bit_products_refuse():
     one, bits = torch.ones(1, 1), torch.zeros(8, 40, dtype=BITS)
     with pytest.raises(ValueError, match="multiple of 128, got 320"):
         gluon.mm_1bit(bits, bits, one, one, BF16)
-    with pytest.raises(ValueError, match="eight codes a byte"):
+    with pytest.raises(ValueError, match="eight codes per byte"):
         gluon.mm_1bit(bits.view(INT8), bits, one, one, BF16)
 
 

@@ -1,4 +1,4 @@
-"""Reference kernels of outlier clamping and of ``scaled_mm``, against sorted rows and exact integers."""
+"""Reference kernels of outlier clamping and of ``quantized_mm``, against sorted rows and exact integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import clamped_counts
 from qcompile.ir.recipe import OutlierClamp
-from qcompile.kernels.matmul.reference import count_bits, mm_1bit, mm_8bit, scaled_mm
+from qcompile.kernels.matmul.reference import count_bits, mm_1bit, mm_8bit, quantized_mm
 from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 from qcompile.kernels.quantize.reference import pack, recode
 
@@ -228,7 +228,7 @@ def test_signal_to_noise_with_and_without_compensation(kind, compensate, rng):
         assert measured[3] < measured[0], "at α = .97 clamping alone hurts"
 
 
-# --- scaled_mm
+# --- quantized_mm
 # ------------------------------------------------------------------------------------------------------
 
 SIZE = 24
@@ -237,7 +237,7 @@ SIZE = 24
 def operand(rng: np.random.Generator, shape: tuple[int, ...], text: str):
     """Tensors of a quantized operand whose values are exact small integers, and those values in float64.
 
-    Levels are integers (int4z, or E2M1 × 2) times a power-of-two scale a row: products and sums are exact.
+    Levels are integers (int4, or E2M1 × 2) times a power-of-two scale per row: products and sums are exact.
     """
     magnitudes = np.array([0, 1, 2, 3, 4, 6, 8, 12] if text.startswith("e2m1") else range(8))
     codes = rng.integers(0, 16, shape).astype(np.uint8)
@@ -262,14 +262,14 @@ def operand(rng: np.random.Generator, shape: tuple[int, ...], text: str):
     return tensors, torch.from_numpy(dense)
 
 
-OPERANDS = ["e2m1 row absmax even", "int4z row absmax even", "e2m1 row absmax even; ste; occ(alpha=0.9)"]
+OPERANDS = ["e2m1 row absmax even", "int4 row absmax even", "e2m1 row absmax even; ste; occ(alpha=0.9)"]
 
 
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize(("a_text", "b_text"), list(itertools.product(OPERANDS, OPERANDS)))
-def test_scaled_mm_in_exact_integers(a_text, b_text, batch, a_transposed, b_transposed, rng):
+def test_quantized_mm_in_exact_integers(a_text, b_text, batch, a_transposed, b_transposed, rng):
     """All four layouts, batches and residuals, equal to decode-then-matmul in float64 without any rounding at
     all.
     """
@@ -281,7 +281,7 @@ def test_scaled_mm_in_exact_integers(a_text, b_text, batch, a_transposed, b_tran
     expected = (a_dense.mT if a_transposed else a_dense) @ (b_dense.mT if b_transposed else b_dense)
     args = (a, a_text, a_shape[-1], a_transposed, b, b_text, b_shape[-1], b_transposed)
     for dtype in (torch.float32, torch.float64):
-        out = scaled_mm(*args, dtype)
+        out = quantized_mm(*args, dtype)
         assert out.dtype == dtype
         assert torch.equal(out.double(), expected)
 
@@ -325,24 +325,24 @@ def test_products_of_signs_in_exact_integers(rng):
 
 
 @pytest.mark.parametrize("dense", ["a", "b", "both"])
-def test_scaled_mm_with_dense_operands(dense, rng):
+def test_quantized_mm_with_dense_operands(dense, rng):
     a, a_dense = operand(rng, (5, SIZE), OPERANDS[0])
     b, b_dense = operand(rng, (7, SIZE), OPERANDS[0])
     left = ([a_dense.float()], "dense") if dense in ("a", "both") else (a, OPERANDS[0])
     right = ([b_dense.float()], "dense") if dense in ("b", "both") else (b, OPERANDS[0])
-    out = scaled_mm(*left, SIZE, False, *right, SIZE, True, torch.float32)
+    out = quantized_mm(*left, SIZE, False, *right, SIZE, True, torch.float32)
     assert torch.equal(out.double(), a_dense @ b_dense.T)
 
 
-def test_scaled_mm_is_the_matmul_of_fake_quantized_operands(rng):
+def test_quantized_mm_is_the_matmul_of_fake_quantized_operands(rng):
     """The three roles of one GEMM from one set of codes: fprop X·Wᵀ, dgrad dY·W, wgrad dYᵀ·X; bitwise."""
     x, w, g = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((9, 20), (11, 20), (9, 11)))
     text = "e2m1 row absmax even"
     xq, wq = (list(OPS.quantize(t, text, -1)) for t in (x, w))
     xd, wd = (OPS.fake_quantize(t, text, -1) for t in (x, w))
-    assert torch.equal(scaled_mm(xq, text, 20, False, wq, text, 20, True, torch.float32), xd @ wd.mT)
-    assert torch.equal(scaled_mm([g], "dense", 11, False, wq, text, 20, False, torch.float32), g @ wd)
-    assert torch.equal(scaled_mm([g], "dense", 11, True, xq, text, 20, False, torch.float32), g.mT @ xd)
+    assert torch.equal(quantized_mm(xq, text, 20, False, wq, text, 20, True, torch.float32), xd @ wd.mT)
+    assert torch.equal(quantized_mm([g], "dense", 11, False, wq, text, 20, False, torch.float32), g @ wd)
+    assert torch.equal(quantized_mm([g], "dense", 11, True, xq, text, 20, False, torch.float32), g.mT @ xd)
 
 
 def test_two_level_scales_are_not_decoded_without_their_tensor_scale(rng):
@@ -353,4 +353,4 @@ def test_two_level_scales_are_not_decoded_without_their_tensor_scale(rng):
     with pytest.raises((ValueError, RuntimeError), match=r"two-level|global"):
         OPS.dequantize(codes, scales, text, -1, 32, torch.float32)
     with pytest.raises((ValueError, RuntimeError), match=r"two-level|global"):
-        scaled_mm([codes, scales], text, 32, False, [x], "dense", 32, True, torch.float32)
+        quantized_mm([codes, scales], text, 32, False, [x], "dense", 32, True, torch.float32)

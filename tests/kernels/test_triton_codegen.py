@@ -150,7 +150,7 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 
 @compiled
-@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "int4 block32 absmax even", "e2m1 row absmax_pow2 up"])
+@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "midrise4 block32 absmax even", "e2m1 row absmax_pow2 half_up"])
 def test_one_kernel_for_other_scales(generate, text):
     """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
     scale = torch.ones(()) if "e4m3" in text else None
@@ -241,11 +241,11 @@ def test_the_cpu_calls_the_ops_own_kernel():
 
 def test_every_op_with_a_lowering_is_reported():
     """The report's question has an answer for each op, and an unknown one is not claimed."""
-    arguments = {"estimator_mask": ("int4", "trust"), "scale_gradient": ("e2m1", "dge")}
+    arguments = {"estimator_mask": ("midrise4", "trust"), "scale_gradient": ("e2m1", "dge")}
     for name in LOWERINGS:
         default = (None,) if "outliers" in name or name in ("mask_gradient", "mm_8bit") else ("e2m1",)
         assert cuda_provider(name, *arguments.get(name, default)) == ("triton (inductor)", "")
-    assert cuda_provider("scaled_mm")[0] == "reference"
+    assert cuda_provider("quantized_mm")[0] == "reference"
     assert cuda_provider("scale_gradient", "e4m3", "dge") == (
         "reference",
         "e4m3 has too many levels for comparisons",
@@ -275,8 +275,8 @@ def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
 
 #: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, 1, 2, 4 and 8 bits a
 #: code.
-FORMATS = ["e2m1", "e3m0", "int4", "int8z", "int2", "int1", "int3z"]
-GRANULARITIES = ["tensor", "block16", "block5", "tile3"]
+FORMATS = ["e2m1", "e3m0", "midrise4", "int8", "midrise2", "midrise1", "int3"]
+GRANULARITIES = ["tensor", "block16", "block5", "block3x3"]
 
 
 @pytest.mark.slow
@@ -304,15 +304,15 @@ def test_interpreted_8bit_codes(generate):
     """Every way to round to a level: arithmetic with and without subnormals, uniform grids, by code; sign of zero."""
     texts = [
         "e2m1",
+        "midrise4",
         "int4",
-        "int4z",
         "e3m0",
         "e1m2",
-        "e2m1 row absmax up",
-        "int2",
-        "int7",
-        "int8",
-        "int8 row absmax up",
+        "e2m1 row absmax half_up",
+        "midrise2",
+        "midrise7",
+        "midrise8",
+        "midrise8 row absmax half_up",
     ]
     xs = [rows_of_everything(19, 40, Quantizer.parse(text).format) for text in texts]
     quantize_8bit = torch.ops.qcompile.quantize_8bit
@@ -340,7 +340,7 @@ def test_interpreted_counts_of_bits(generate, size):
 
 
 @interpreted
-@pytest.mark.parametrize("rounding", ["even", "up"])
+@pytest.mark.parametrize("rounding", ["even", "half_up"])
 def test_interpreted_formats(generate, rounding):
     """Threshold, tie, sign, saturation or padding arithmetic that is off by one bit in any grid; odd K."""
     texts = [f"{name} row absmax {rounding}" for name in FORMATS]
@@ -353,7 +353,7 @@ def test_interpreted_formats(generate, rounding):
 def test_interpreted_granularities_and_scale_rules(generate, axis):
     """Group indices, short last blocks and tiles, and the integer arithmetic of power-of-two scales."""
     texts = [f"{name} {kind} absmax" for kind in GRANULARITIES for name in ("e2m1",)]
-    texts += ["e2m1 row absmax_pow2", "int4 block4 absmax_pow2 up", "e2m1 block16 e8m0", "e3m0 tile5 e8m0"]
+    texts += ["e2m1 row absmax_pow2", "midrise4 block4 absmax_pow2 half_up", "e2m1 block16 e8m0", "e3m0 block5x5 e8m0"]
     xs = [rows_of_everything(19, 38, Quantizer.parse(text).format) for text in texts]
     assert_quantizes_as_the_reference(generate, texts, xs, axis)
 
@@ -391,7 +391,7 @@ def test_interpreted_dequantize(generate):
     """Every code of every format, −0 and NaN scales included, every granularity, and the axis put back."""
     cases = [(f"{name} row absmax", -1) for name in FORMATS]
     cases += [(f"e2m1 {kind} absmax", axis) for kind in GRANULARITIES for axis in (0, -1)]
-    cases += [("int4 block4 absmax_pow2", 0), ("e2m1 block16 e8m0", -1)]
+    cases += [("midrise4 block4 absmax_pow2", 0), ("e2m1 block16 e8m0", -1)]
     shape, stored = (19, 37), []
     for text, axis in cases:
         x = rows_of_everything(*shape, Quantizer.parse(text).format)
@@ -414,11 +414,11 @@ def test_interpreted_estimators(generate):
     ops = torch.ops.qcompile
     cases = [
         (f"{name} row {rule}", mask)
-        for name in ("e2m1", "int4", "e3m0")
+        for name in ("e2m1", "midrise4", "e3m0")
         for rule in ("absmax", "e8m0")
         for mask in ("clip", "trust")
     ]
-    slopes = ["e2m1 row absmax", "int4 tensor absmax", "e1m2 row e8m0"]
+    slopes = ["e2m1 row absmax", "midrise4 tensor absmax", "e1m2 row e8m0"]
     x = torch.randn(19, 37) * torch.logspace(-3, 3, 19)[:, None]
     finite = x.clone()
     x[3, 5] = float("nan")

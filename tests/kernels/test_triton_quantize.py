@@ -54,8 +54,8 @@ def quantizers() -> list[str]:
     """Every format for tensor cores with every rounding and scale rule of the kernels."""
     texts = []
     for fmt in FORMATS.values():
-        for rounding in ("even", "up"):
-            if fmt.tensor_core_type and not (fmt.pruned or (fmt.torch_dtype and rounding == "up")):
+        for rounding in ("even", "half_up"):
+            if fmt.tensor_core_type and not (fmt.pruned or (fmt.torch_dtype and rounding == "half_up")):
                 texts += [f"{fmt.name} row {rule} {rounding}" for rule in ("absmax", "absmax_pow2")]
     return texts
 
@@ -124,7 +124,7 @@ def test_what_is_supported():
     assert outliers.supports_clamp_outliers(bf16, "occ(per=tensor)", 2**31) == (True, "")
 
 
-@pytest.mark.parametrize("name", ["e2m1", "int4", "e3m0", "int3z"])
+@pytest.mark.parametrize("name", ["e2m1", "midrise4", "e3m0", "int3"])
 def test_ptx_of_the_look_up(name):
     """Every byte in every place, through the PTX text: a wrong selector would swap or negate levels."""
     fmt = FORMATS[name]
@@ -162,10 +162,10 @@ def test_only_small_floats_are_packed_from_8bit_codes():
     assert packed == {"e2m1", "e3m0"}
 
 
-@pytest.mark.parametrize("name", ["int1", "int2", "int3", "int4", "int7"])
+@pytest.mark.parametrize("name", ["midrise1", "midrise2", "midrise3", "midrise4", "midrise7"])
 def test_ptx_of_sign_and_magnitude(name):
     """Every byte of ⌊y⌋ + bias, against ⌊y⌋ itself: index and sign of the half-integer above it."""
-    grid = grid_of(f"{name} row absmax up")
+    grid = grid_of(f"{name} row absmax half_up")
     width = 8 // grid.codes_per_byte
     codes = torch.arange(256)[:, None] >> torch.arange(0, 8, width) & 2**width - 1
     floors = (codes - grid.bias).clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1)  # beyond, y was saturated
@@ -291,7 +291,7 @@ def test_interpreted_rows(dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("text", [E2M1, E4M3, "int4 row absmax_pow2 up", "int8z", "e5m2"])
+@pytest.mark.parametrize("text", [E2M1, E4M3, "midrise4 row absmax_pow2 half_up", "int8", "e5m2"])
 def test_interpreted_transposed(text):
     """Both edges of tiles, strides, and rows that are not finite, each with scales of its own."""
     for shape in ((1, 1), (19, 37), (131, 70)):
@@ -302,7 +302,7 @@ def test_interpreted_transposed(text):
 
 
 @interpreted
-@pytest.mark.parametrize("text", [E4M3, "e5m2", "e2m1 row absmax_pow2 up"])
+@pytest.mark.parametrize("text", [E4M3, "e5m2", "e2m1 row absmax_pow2 half_up"])
 def test_interpreted_pair(text):
     """Rows and columns of one matrix: running maxima, both folds, columns that are not finite, more rows than
     programs.
@@ -372,7 +372,7 @@ def test_interpreted_compensated(dtype):
     """Order statistics with ties and NaN, what is raised above the grid, and rows without a finite code."""
     for size, grid, alpha in (
         (1, "e2m1", 0.9),
-        (37, "int4 row absmax up", 0.6),
+        (37, "midrise4 row absmax half_up", 0.6),
         (37, "e3m0", 0.9),
         (600, "e2m1", 0.99),
     ):
@@ -414,7 +414,7 @@ def test_interpreted_pairs(dtype, monkeypatch):
 @interpreted
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_interpreted_clamp(dtype):
-    """The clamped tensor bit for bit, and the residual wherever its entries stand; one position a value."""
+    """The clamped tensor bit for bit, and the residual wherever its entries stand; one position per value."""
     for size, alpha in ((1, 0.9), (5, 0.6), (37, 0.6), (300, 0.9)):
         assert_clamps(rows_with_outliers(size, dtype)[:10], f"occ(alpha={alpha})", -1)
     assert_clamps(torch.randn(2, 33, 2).to(dtype), "occ(alpha=0.9)", 1)
@@ -493,7 +493,7 @@ def test_cached_kernels_depend_on_what_follows_from_a_format(monkeypatch):
         return ASTSource(kernel, {name: "constexpr"}, {name: constants}).hash()
 
     def keys() -> list[str]:
-        operand = Operand.parse("int4 row rms up; trust")
+        operand = Operand.parse("midrise4 row rms half_up; trust")
         passes = passing(str(operand.estimator), operand.stored.format)
         return [key(kernels._recode, "fmt", grid_of(E2M1)), key(transform_kernels._write_part, "passes", passes)]
 
@@ -524,7 +524,7 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16) -> dict[str, Call
     occ = "occ(alpha=0.99,residual=e4m3)"
     return {
         "rows e2m1": lambda: kernels.quantize_8bit(x, E2M1, True),
-        "rows int4": lambda: kernels.quantize_8bit(x, "int4 row absmax up", True),
+        "rows midrise4": lambda: kernels.quantize_8bit(x, "midrise4 row absmax half_up", True),
         "rows e4m3": lambda: kernels.quantize_8bit(x, E4M3, False, fold),
         "transposed e2m1": lambda: kernels.quantize_8bit_transposed(x, E2M1),
         "pair e4m3": lambda: kernels.quantize_8bit_pair(x, E4M3, fold, fold_rows),

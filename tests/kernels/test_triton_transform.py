@@ -43,7 +43,7 @@ from .test_triton_quantize import (  # noqa: E402
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
 QUEST = {bits: str(operand) for bits, operand in WIDTHS.items() if operand is not None}
-INT4, SPARSE = QUEST[4], "int4p row rms up; trust; hadamard(128); sparse(4:8)"
+MIDRISE4, SPARSE = QUEST[4], "midrise4p row rms half_up; trust; hadamard(128); sparse(4:8)"
 #: Of roots and quotients in float64, which are then refined.
 APPROXIMATIONS = {"rcp.approx.ftz.f64", "rsqrt.approx.ftz.f64"}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
@@ -102,7 +102,7 @@ def test_limits_decide_as_estimators_do(name):
 def test_what_is_supported():
     """A kernel that is asked for what it cannot do has no other way to refuse."""
     bf16 = (BF16,)
-    for text in (*QUEST.values(), SPARSE, "e2m1 row absmax even; trust; sparse(2:4)", "int4; clip"):
+    for text in (*QUEST.values(), SPARSE, "e2m1 row absmax even; trust; sparse(2:4)", "midrise4; clip"):
         spec = Operand.parse(text)
         quantizer, transform = str(spec.stored), str(spec.transform)
         assert kernels.supports_quantize_8bit_masked(bf16, text) == (True, "")
@@ -110,27 +110,27 @@ def test_what_is_supported():
         assert kernels.supports_quantize_8bit_transposed(bf16, quantizer, transform) == (True, "")
         assert kernels.supports_estimator_mask(bf16, quantizer, "trust", transform) == (True, "")
     for refused, reason in (
-        (kernels.supports_quantize_8bit_masked((torch.float64,), INT4), "float64"),
-        (kernels.supports_quantize_8bit_masked(bf16, "int4; ste; occ(alpha=0.99)"), "outliers"),
-        (kernels.supports_quantize(bf16, "int4 block32", ""), "by rows"),
-        (kernels.supports_quantize(bf16, "int4 row rms up", "sparse(2:4)"), "no code"),
+        (kernels.supports_quantize_8bit_masked((torch.float64,), MIDRISE4), "float64"),
+        (kernels.supports_quantize_8bit_masked(bf16, "midrise4; ste; occ(alpha=0.99)"), "outliers"),
+        (kernels.supports_quantize(bf16, "midrise4 block32", ""), "by rows"),
+        (kernels.supports_quantize(bf16, "midrise4 row rms half_up", "sparse(2:4)"), "no code"),
         (kernels.supports_hadamard((torch.float64,)), "float64"),
-        (quantize_kernels.supports_quantize_8bit(bf16, "int4 row rms up"), "root mean squares"),
+        (quantize_kernels.supports_quantize_8bit(bf16, "midrise4 row rms half_up"), "root mean squares"),
     ):
         assert not refused[0]
         assert reason in refused[1]
-    assert kernels.supports_quantize(bf16, "int8 row rms up", "hadamard(128)") == (True, "")
+    assert kernels.supports_quantize(bf16, "midrise8 row rms half_up", "hadamard(128)") == (True, "")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_ptx_of_signs_and_magnitudes(bits):
     """Every code in every place of a byte: a wrong mask would negate levels, or leave bits that no code has."""
-    grid, fmt = grid_of(f"int{bits} row rms up", eight_bit=False), get_format(f"int{bits}")
+    grid, fmt = grid_of(f"midrise{bits} row rms half_up", eight_bit=False), get_format(f"midrise{bits}")
     width = 8 // grid.codes_per_byte
     for start in range(0, 2**bits, 4):
         floors = [(start + i) % 2**bits - 2 ** (bits - 1) for i in range(4)]
         y = torch.tensor([[f + 0.5] * grid.codes_per_byte for f in floors])
-        expected = quantize_reference.pack(quantize_reference.encode(y, Quantizer(fmt, rounding="up")), bits)
+        expected = quantize_reference.pack(quantize_reference.encode(y, Quantizer(fmt, rounding="half_up")), bits)
         fields = [sum(f + grid.bias << width * i for i in range(grid.codes_per_byte)) for f in floors]
         word = int.from_bytes(bytes(fields), "little")
         assert (
@@ -142,7 +142,7 @@ def test_ptx_of_signs_and_magnitudes(bits):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_ptx_of_eight_elements(bits):
     """Every level, both its neighbours' edges and far beyond, in every place: floors, clamps, levels, packing."""
-    grid, q = grid_of(f"int{bits} row rms up"), Quantizer(get_format(f"int{bits}"), rounding="up")
+    grid, q = grid_of(f"midrise{bits} row rms half_up"), Quantizer(get_format(f"midrise{bits}"), rounding="half_up")
     edges = torch.arange(-(2.0 ** (bits - 1)) - 1, 2.0 ** (bits - 1) + 2)
     below, above = edges.nextafter(torch.tensor(-INFINITY)), edges.nextafter(torch.tensor(INFINITY))
     y = torch.cat([edges, below, above, edges + 0.5, torch.tensor([-0.0, 1e-40, -1e-40, 3e4, -3e4])])
@@ -194,7 +194,7 @@ def test_interpreted_rotations(block):
     two, or no multiple of a run.
     """
     for size in (block, 3 * block, 37 * block if block <= 8 else 5 * block):
-        assert_quantizes(torch.randn(2, size), f"int4 row rms up; trust; hadamard({block})")
+        assert_quantizes(torch.randn(2, size), f"midrise4 row rms half_up; trust; hadamard({block})")
     x = torch.randn(3, 3 * block)
     assert_same([kernels.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], block)
 
@@ -204,15 +204,15 @@ def test_interpreted_rotations(block):
 def test_interpreted_elements_and_strides(dtype):
     """Element types, views, odd rows, and rows that do not fit registers, with and without packed codes."""
     x = rows_to_rotate(8, 128, dtype)
-    assert_quantizes(x, INT4, packed=False)
+    assert_quantizes(x, MIDRISE4, packed=False)
     for view in (x[::3, 64:], x.t()[:2], x[:1].expand(2, -1)):
-        assert_quantizes(view, "int4 row rms up; trust; hadamard(8)")
-    assert_quantizes(torch.randn(1, 16512).to(dtype), INT4)
-    assert_quantizes(x[:0], INT4)
+        assert_quantizes(view, "midrise4 row rms half_up; trust; hadamard(8)")
+    assert_quantizes(torch.randn(1, 16512).to(dtype), MIDRISE4)
+    assert_quantizes(x[:0], MIDRISE4)
 
 
 @interpreted
-@pytest.mark.parametrize("text", [INT4, QUEST[1], "int4 row absmax up; trust; hadamard(128)"])
+@pytest.mark.parametrize("text", [MIDRISE4, QUEST[1], "midrise4 row absmax half_up; trust; hadamard(128)"])
 def test_interpreted_rows_by_descriptor(text, monkeypatch):
     """Programs that stay and take a row after the other, the last of which not all of them get; views with gaps."""
     monkeypatch.setattr(kernels, "RESIDENT_WARPS", 1)
@@ -226,12 +226,12 @@ def test_interpreted_rows_by_descriptor(text, monkeypatch):
     "text",
     [
         "e2m1 row rms even; trust(t=0.6541); hadamard(32)",
-        "int4 row rms up; trust(t=0.25); hadamard(32)",
-        "int2 row rms up; clip(s=1.25)",
-        "int4 row absmax even; trust; hadamard(64)",
-        "e3m0 row absmax_pow2 up; clip; hadamard(64)",
+        "midrise4 row rms half_up; trust(t=0.25); hadamard(32)",
+        "midrise2 row rms half_up; clip(s=1.25)",
+        "midrise4 row absmax even; trust; hadamard(64)",
+        "e3m0 row absmax_pow2 half_up; clip; hadamard(64)",
         "e4m3 row rms even; trust; hadamard(16)",
-        "int4 row rms up; ste; hadamard(16)",
+        "midrise4 row rms half_up; ste; hadamard(16)",
     ],
 )
 def test_interpreted_other_rules(text):
@@ -248,32 +248,32 @@ def test_interpreted_long_rows_by_absolute_maximum():
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_interpreted_sparsity(pattern):
     """Which units stay, ties and NaN included; a last group that is short; codes with a 0 of their own."""
-    for fmt in ("int4p row rms up", "int3p row rms up", "int1p row rms up", "e2m1 row rms even", "int7p row rms up"):
+    for fmt in ("midrise4p row rms half_up", "midrise3p row rms half_up", "midrise1p row rms half_up", "e2m1 row rms even", "midrise7p row rms half_up"):
         x = rows_to_rotate(5, 64)
         x[0] = torch.randint(-1, 2, (64,)).float()
         assert_quantizes(x, f"{fmt}; trust; hadamard(2); sparse({pattern})")
-    assert_quantizes(torch.randn(3, 37), f"int4p row rms up; clip; sparse({pattern})")
+    assert_quantizes(torch.randn(3, 37), f"midrise4p row rms half_up; clip; sparse({pattern})")
 
 
 @interpreted
 def test_interpreted_ops():
     """Stored codes of 8 bits on half-integers, other axes, factors to fold, transposed codes, masks alone."""
     x = torch.randn(4, 3, 64)
-    for text in ("int8 row rms up", "int4p row rms up", "e2m1 row absmax even"):
+    for text in ("midrise8 row rms half_up", "midrise4p row rms half_up", "e2m1 row absmax even"):
         transform = "hadamard(64); sparse(4:8)" if "p " in text else "hadamard(64)"
         expected = quantize_reference.quantize(x, text, -1, transform=transform)
         assert_same(kernels.quantize(x, text, -1, None, None, None, transform), expected, text)
     fold = torch.rand(4) + 0.5
-    expected = quantize_reference.quantize(x, "int4 row rms up", 0, fold=fold, transform="hadamard(4)")
-    assert_same(kernels.quantize(x, "int4 row rms up", 0, None, None, fold, "hadamard(4)"), expected)
-    for text, transform in (("int4 row rms up", "hadamard(16)"), ("int3p row rms up", "sparse(2:4)")):
+    expected = quantize_reference.quantize(x, "midrise4 row rms half_up", 0, fold=fold, transform="hadamard(4)")
+    assert_same(kernels.quantize(x, "midrise4 row rms half_up", 0, None, None, fold, "hadamard(4)"), expected)
+    for text, transform in (("midrise4 row rms half_up", "hadamard(16)"), ("midrise3p row rms half_up", "sparse(2:4)")):
         expected = quantize_reference.quantize_8bit_transposed(x[0], text, transform)
         assert_same(kernels.quantize_8bit_transposed(x[0], text, transform), expected, text)
     for axis in (-1, 0):
-        arguments = x, torch.ones(1), "int4 row rms up", "trust", axis, None, "hadamard(4)"
+        arguments = x, torch.ones(1), "midrise4 row rms half_up", "trust", axis, None, "hadamard(4)"
         assert_same([kernels.estimator_mask(*arguments)], [estimate_reference.estimator_mask(*arguments)], axis)
     with pytest.raises(ValueError, match="no multiple of the block size 128"):
-        kernels.quantize(x, "int4 row rms up", -1, None, None, None, "hadamard(128)")
+        kernels.quantize(x, "midrise4 row rms half_up", -1, None, None, None, "hadamard(128)")
 
 
 @interpreted
@@ -298,7 +298,7 @@ def test_interpreted_hadamard(dtype):
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.pruned and fmt.tensor_core_type])
 def test_interpreted_recode_of_pruned_formats(name):
     """The index of 0 read as a level, or levels one index off."""
-    codes, _ = quantize_reference.quantize(torch.randn(5, 64), f"{name} row rms up", -1, transform="sparse(4:8)")
+    codes, _ = quantize_reference.quantize(torch.randn(5, 64), f"{name} row rms half_up", -1, transform="sparse(4:8)")
     for transposed in (False, True):
         actual = quantize_kernels.recode(codes, name, 64, transposed)
         assert_same([actual], [quantize_reference.recode(codes, name, 64, transposed)], transposed)
@@ -335,9 +335,9 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16, block: int = 128)
             for bits, text in QUEST.items()
             if bits in (1, 4, 7, 8, "fp4")
         },
-        "sparse": lambda: kernels.quantize_8bit_masked(x, f"int4p row rms up; trust; {transform}; sparse(4:8)", False),
-        "stored": lambda: kernels.quantize(x, "int4 row rms up", -1, None, None, None, transform),
-        "mask": lambda: kernels.estimator_mask(x, x, "int4 row rms up", "trust", -1, None, transform),
+        "sparse": lambda: kernels.quantize_8bit_masked(x, f"midrise4p row rms half_up; trust; {transform}; sparse(4:8)", False),
+        "stored": lambda: kernels.quantize(x, "midrise4 row rms half_up", -1, None, None, None, transform),
+        "mask": lambda: kernels.estimator_mask(x, x, "midrise4 row rms half_up", "trust", -1, None, transform),
         "hadamard": lambda: kernels.hadamard(x, block, -1),
         "masked hadamard": lambda: kernels.hadamard(x, block, -1, mask),
     }
@@ -376,7 +376,7 @@ def test_small_rows_compile(bits):
         assert launches_of(
             lambda x=x, b=block: kernels.quantize_8bit_masked(x, QUEST[bits].replace("128", str(b)), True)
         )
-        assert launches_of(lambda x=x: quantize_kernels.quantize_8bit(x, f"int{bits} row absmax up", True))
+        assert launches_of(lambda x=x: quantize_kernels.quantize_8bit(x, f"midrise{bits} row absmax half_up", True))
 
 
 @compiled
@@ -452,6 +452,6 @@ def test_eight_elements_are_encoded_at_once():
     assert "bar.warp.sync" in ptx
     assert "cp.async.bulk.tensor.3d.shared" in ptx
     gaps = torch.empty(64, 4100, dtype=BF16, device="meta")[:, :4096]
-    (kernel,) = launches_of(lambda: kernels.quantize_8bit_masked(gaps, INT4, True))
+    (kernel,) = launches_of(lambda: kernels.quantize_8bit_masked(gaps, MIDRISE4, True))
     assert "min.relu.s16x2" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" not in kernel.asm["ptx"]

@@ -17,13 +17,13 @@ WORLD = 2
 
 
 class Ranks:
-    """``python SCRIPT GROUP RANK WORLD DIRECTORY``, once a rank, until all are done.
+    """``python SCRIPT GROUP RANK WORLD DIRECTORY``, once per rank, until all are done.
 
     Args:
         script: leaves what its cell ``NAME`` returned in ``DIRECTORY/{GROUP}_{NAME}.rank{RANK}.pt``.
         group: cells that share the processes; starting these is most of the time.
         directory: for results and logs.
-        environments: one dictionary a rank of variables to set beside those of this process.
+        environments: one dictionary per rank of variables to set beside those of this process.
         timeout: seconds.
     """
 

@@ -141,7 +141,7 @@ def ddp(recipe: str, bucket_bytes: int = 25 << 20) -> dict[str, Any]:
 
 
 def ddp_accumulating(recipe: str) -> dict[str, Any]:
-    """Two micro-batches a step, gradients exchanged after the second alone."""
+    """Two micro-batches per step, gradients exchanged after the second alone."""
     model = DistributedDataParallel(Decoder())
     call, optimizer = torch.compile(model, backend=backend_of(recipe)), sgd(model)
     for tokens in mine(batches()):

@@ -117,7 +117,7 @@ ATTENTION = "attention is left in high precision (as in every published recipe)"
 
 
 def test_llama():
-    """Seven projections a block in all three roles; the head and attention are skipped, with the reason."""
+    """Seven projections per block in all three roles; the head and attention are skipped, with the reason."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **TOKENS, num_key_value_heads=2))
     report = qcompile.explain(model, options=NARROW, **TEXT)
     assert report.graphs == 1

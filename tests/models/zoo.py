@@ -1,6 +1,6 @@
 """The model zoo: architectures of others with tiny random configurations, as data.
 
-One row a model in :data:`ZOO`: how to build it, what it is fed, and where it departs from the rule (one graph, every
+One row per model in :data:`ZOO`: how to build it, what it is fed, and where it departs from the rule (one graph, every
 product in the report). Lengths are odd where an architecture allows it. ``test_zoo.py`` says what must hold for each;
 ``benchmarks/zoo.py`` measures each.
 

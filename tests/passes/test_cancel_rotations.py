@@ -79,7 +79,7 @@ def test_products_of_rotated_operands_see_no_rotation(spelling, dynamic):
     before, after = compare(function, *(torch.randn(*shape) for shape in shapes), attention=True, dynamic=axes)
     assert before["qcompile.hadamard"] == 6
     assert after["qcompile.hadamard"] == 2
-    assert after["qcompile.scaled_mm"] == 3
+    assert after["qcompile.quantized_mm"] == 3
     assert after["qcompile.dequantize"] == 0
 
 
@@ -92,14 +92,14 @@ def test_a_gradient_with_several_sources_is_one_sum():
     _, after = compare(attention_inputs, torch.randn(3, 5, 64), *(torch.randn(8, 64) for _ in range(3)))
     assert after["qcompile.quantize"] == 4
     assert after["qcompile.hadamard"] == 4
-    assert after["qcompile.scaled_mm"] == 9
+    assert after["qcompile.quantized_mm"] == 9
 
 
 def test_a_weight_alone_stays_rotated_back():
     """Its product contracts one rotated operand with one that is not: the rotation has to be there."""
     _, after = compare(project, torch.randn(4, 64), torch.randn(6, 64), bits={"activation": 16, "weight": 4})
     assert after["aten.mm"] == 2  # forward and the weight's gradient; dX reads codes and is rotated afterwards
-    assert after["qcompile.scaled_mm"] == 1
+    assert after["qcompile.quantized_mm"] == 1
     assert after["qcompile.hadamard"] == 4
 
 
@@ -107,7 +107,7 @@ def test_without_masks_products_are_rotated_afterwards():
     """Straight through: gradients stay in the coordinates they come in, and still every product reads codes."""
     ste = {"estimator": "ste"}
     _, after = compare(project, torch.randn(4, 64), torch.randn(6, 64), activation=ste, weight=ste)
-    assert after["qcompile.scaled_mm"] == 3
+    assert after["qcompile.quantized_mm"] == 3
     assert after["qcompile.hadamard"] == 2
 
 
@@ -117,12 +117,12 @@ def test_blocks_of_different_size_do_not_cancel():
     """
     _, after = compare(project, torch.randn(4, 64), torch.randn(6, 64), activation={"rotation": 32})
     assert after["aten.mm"] == 1
-    assert after["qcompile.scaled_mm"] == 2
+    assert after["qcompile.quantized_mm"] == 2
     assert after["qcompile.hadamard"] == 2 + 2 * 3
 
 
 def test_without_rotation_the_pass_does_nothing():
-    options = dict.fromkeys(("activation", "weight"), "int4 row rms up; trust")
+    options = dict.fromkeys(("activation", "weight"), "midrise4 row rms half_up; trust")
     _, after = compare(project, torch.randn(4, 64), torch.randn(6, 64), **options)
     assert after["qcompile.hadamard"] == 0
     assert after["qcompile.mask_gradient"] == 2

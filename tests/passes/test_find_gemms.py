@@ -84,12 +84,12 @@ def windows_2d(x: Tensor) -> Tensor:
 
 
 def time_batch_channels(x: Tensor) -> Tensor:
-    """One scale a sample of [T, B, C]."""
+    """One scale per sample of [T, B, C]."""
     return whole_sample(x.transpose(0, 1)).transpose(0, 1).contiguous()
 
 
 def filters_last(w: Tensor) -> Tensor:
-    """One scale an output channel of [window, channels, outputs]."""
+    """One scale per output channel of [window, channels, outputs]."""
     return filters(w.permute(2, 0, 1)).permute(1, 2, 0).contiguous()
 
 
@@ -432,7 +432,7 @@ def test_spelling(name: str) -> None:
 
 
 def test_grouped_mm() -> None:
-    """Experts of a mixture: one weight an expert, rows sorted by expert."""
+    """Experts of a mixture: one weight per expert, rows sorted by expert."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -64,7 +64,7 @@ def against_reference(model: nn.Module, *inputs: Any, recipe: Any = FP4, **refer
 
 
 @pytest.mark.parametrize("estimator", ["ste", "clip", "trust", "dge(k=5,cap=3)"])
-@pytest.mark.parametrize("operand", ["e2m1 row e8m0 even", "int4 block16 absmax even", "e3m0 tensor absmax_pow2 up"])
+@pytest.mark.parametrize("operand", ["e2m1 row e8m0 even", "midrise4 block16 absmax even", "e3m0 tensor absmax_pow2 half_up"])
 def test_gradients_of_every_estimator(operand: str, estimator: str) -> None:
     """On both operands; an E8M0 scale puts elements outside the grid, where the estimators differ most."""
     recipe = fp4(activation=f"{operand}; {estimator}", weight=f"{operand}; {estimator}")
@@ -78,7 +78,7 @@ def test_gradients_of_every_estimator(operand: str, estimator: str) -> None:
         {"activation": {"outliers": "occ(compensate=0)"}},
         {"activation": {"outliers": "occ(alpha=0.9,per=tensor)"}},
         {"activation": "e2m1 block16 e4m3 even", "weight": "e2m1 block16 e4m3 even"},
-        {"activation": "e2m1 tile16", "weight": "e2m1 tile16"},
+        {"activation": "e2m1 block16x16", "weight": "e2m1 block16x16"},
         {"weight": None},
         {"activation": None},
     ],
@@ -174,7 +174,7 @@ def test_shared_codes_are_saved_once() -> None:
 # --- quantized gradients ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["e5m2 tensor absmax even", "e4m3 row", "e2m1 block16 e4m3 even", "int8 block32 e8m0"])
+@pytest.mark.parametrize("text", ["e5m2 tensor absmax even", "e4m3 row", "e2m1 block16 e4m3 even", "midrise8 block32 e8m0"])
 @pytest.mark.parametrize("roles", [("dgrad", "wgrad"), ("wgrad",), ("dgrad",)], ids="+".join)
 def test_quantized_gradients(text: str, roles: tuple[str, ...]) -> None:
     """dgrad contracts dY over features and wgrad over tokens; each takes its scales along its own axis."""
@@ -272,7 +272,7 @@ def test_mlp_is_two_products_forward_and_three_backward() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_llama_products_and_gradients(layers: int) -> None:
-    """Seven products a layer forward and fourteen backward: the embedding wants dL/dx of the first layer too."""
+    """Seven products per layer forward and fourteen backward: the embedding wants dL/dx of the first layer too."""
     model = Loss(llama(layers))
     head = model.model.lm_head.weight
     result = against_reference(model, TOKENS, skip=lambda weight: weight is head)
@@ -358,7 +358,7 @@ def test_weights_are_recomputed_or_saved_as_codes() -> None:
 
 
 def test_broadcast_weight_saves_codes_of_the_activation_only() -> None:
-    """ATen copies the broadcast weight once a sample; that copy must be made again."""
+    """ATen copies the broadcast weight once per sample; that copy must be made again."""
     w = nn.Parameter(torch.randn(4, 64, 48))
     result = compile_and_run(
         lambda x: x @ w, torch.randn(3, 4, 5, 64, requires_grad=True), activation={"outliers": None}
@@ -461,7 +461,7 @@ def _wrong_scales(graph: Graph) -> None:
 
 
 def _wrong_decoder(graph: Graph) -> None:
-    _first(graph, "dequantize").update_arg(2, "int2 row")
+    _first(graph, "dequantize").update_arg(2, "midrise2 row")
 
 
 def _wrong_dtype(graph: Graph) -> None:
@@ -493,7 +493,7 @@ def _left_over(graph: Graph) -> None:
         (_wrong_scales, "scales are torch.float32 .6, 1., expected torch.float32 .6, 2."),
         (_wrong_decoder, "codes are torch.uint8 .6, 5., expected torch.uint8 .6, 3."),
         (_wrong_dtype, "decodes to torch.float32, not torch.bfloat16"),
-        (_lost_codes, "its codes reach neither a dequantize nor a scaled_mm"),
+        (_lost_codes, "its codes reach neither a dequantize nor a quantized_mm"),
         (_whole_tuple, "its tuple is read by output"),
         (_left_over, "fake_quantize survived tracing"),
     ],

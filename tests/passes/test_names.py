@@ -651,7 +651,7 @@ def test_a_session_is_freed_with_the_compiled_callable() -> None:
     assert len(session._sessions) == before
 
 
-UNMATCHED = {"rules": [{"name": "q_proj", "weight": "int8 row"}], "strict": True}
+UNMATCHED = {"rules": [{"name": "q_proj", "weight": "midrise8 row"}], "strict": True}
 
 
 def test_strict_is_judged_for_each_model_that_shares_the_options() -> None:

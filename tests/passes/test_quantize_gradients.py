@@ -241,7 +241,7 @@ def test_bodies_of_cond(activation: str) -> None:
 
 def test_a_second_batch_size() -> None:
     """The last batch of an epoch is smaller; sizes become dynamic."""
-    for text in (*TEXTS, "e2m1 block16 e4m3 stochastic", "e4m3 tile8"):
+    for text in (*TEXTS, "e2m1 block16 e4m3 stochastic", "e4m3 block8x8"):
         layer = nn.Linear(24, 20)
         compiled, _ = compiler(layer, fp4(activation=STE, weight=STE), gradient=text)
         for rows in (32, 20, 9):

@@ -133,12 +133,12 @@ def test_each_tensor_is_quantized_once_and_for_all_its_readers() -> None:
     for program in (forward, backward):
         assert "qcompile.quantize.default(" not in program
         assert "dequantize" not in program
-        assert "qcompile.scaled_mm" not in program
+        assert "qcompile.quantized_mm" not in program
 
 
 @pytest.mark.parametrize("activation", [OFF, E4M3_OUTLIERS], ids=["plain", "outliers"])
 def test_what_is_saved_are_codes(activation: dict[str, Any]) -> None:
-    """Half a byte an element, or one with outliers, and a scale a row; never the gradient's operands."""
+    """Half a byte per element, or one with outliers, and a scale per row; never the gradient's operands."""
     model, x = nn.Linear(128, 64, bias=False), torch.randn(32, 128, requires_grad=True)
     compiled, _ = compiler(model, FP4, activation=activation, backward="fp8")
     with saved_bytes(model, x) as saved:
@@ -147,8 +147,8 @@ def test_what_is_saved_are_codes(activation: dict[str, Any]) -> None:
 
 
 def test_int8_codes_run_forward_and_leave_the_gradient_wide() -> None:
-    """int7 is exact in int8 as odd numerators; a gradient in 8-bit floating point cannot meet it."""
-    recipe = fp4(activation="int7 row", weight="int7 row")
+    """midrise7 is exact in int8 as odd numerators; a gradient in 8-bit floating point cannot meet it."""
+    recipe = fp4(activation="midrise7 row", weight="midrise7 row")
     model, x = nn.Linear(40, 24, bias=False), torch.randn(9, 40, requires_grad=True)
     result = compile_and_run(model, x, recipe=recipe, backward="fp8")
     exact = compile_and_run(model, x, recipe=recipe, disable_passes=["lower"])
@@ -156,7 +156,7 @@ def test_int8_codes_run_forward_and_leave_the_gradient_wide() -> None:
     assert_same(result.gradients, exact.gradients)
     reasons = {row["role"]: (row["provider"].startswith("dequantize"), row["reason"]) for row in result.gemms}
     assert not reasons["fprop"][0]
-    assert reasons["wgrad"] == (True, "int7 is not exact in 8-bit floating point, which gradients need")
+    assert reasons["wgrad"] == (True, "midrise7 is not exact in 8-bit floating point, which gradients need")
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_int8_codes_run_forward_and_leave_the_gradient_wide() -> None:
         ({}, "the exact residual of the outliers (occ(residual=e4m3) is a code)"),
         ({"activation": "e2m1 block16"}, "scales block16 absmax change along the contraction"),
         ({"activation": "thirds row"}, "thirds fits no 8-bit tensor-core type"),
-        ({"activation": "int7 row"}, "e4m3 and int8 do not mix on tensor cores"),
-        ({"activation": "int8 row"}, "e4m3 and int8 do not mix on tensor cores"),
+        ({"activation": "midrise7 row"}, "e4m3 and int8 do not mix on tensor cores"),
+        ({"activation": "midrise8 row"}, "e4m3 and int8 do not mix on tensor cores"),
     ],
     ids=str,
 )
@@ -205,7 +205,7 @@ def test_dynamic_tokens(lead: tuple[int, ...]) -> None:
     assert len(observations) == 1
 
 
-@pytest.mark.parametrize("gradient", ["e2m1 block16 e4m3", "int8z row", "e4m3 block32 e8m0"])
+@pytest.mark.parametrize("gradient", ["e2m1 block16 e4m3", "int8 row", "e4m3 block32 e8m0"])
 def test_gradients_that_tensor_cores_cannot_fold_are_refused(gradient: str) -> None:
     with pytest.raises(Exception, match=r"layer .*: option 'backward' needs a gradient exact in 8-bit floating point"):
         compile_and_run(nn.Linear(48, 64), torch.randn(9, 48, requires_grad=True), backward="fp8", gradient=gradient)
@@ -288,7 +288,7 @@ def test_signs_are_counted_as_they_are_stored() -> None:
     assert forward.count("qcompile.quantize_8bit_masked.default(") == 2
     assert forward.count("True, False)") == 2  # packed, and no 8-bit codes
     assert forward.count("qcompile.quantize.default(") == 3
-    assert forward.count("qcompile.count_bits.default(") == 5  # one an operand
+    assert forward.count("qcompile.count_bits.default(") == 5  # one per operand
     for absent in ("mm_8bit", "recode", "estimator_mask"):
         assert absent not in forward
     assert backward.count("qcompile.mm_8bit.default(") == 6
@@ -299,7 +299,7 @@ def test_signs_are_counted_as_they_are_stored() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_counted_signs_give_the_product_of_the_levels(granularity: str, bias: bool) -> None:
     """Rows with far more of one sign than of the other, whose sums of levels are large."""
-    text = f"int1 {granularity} absmax up"
+    text = f"midrise1 {granularity} absmax half_up"
     model, x = nn.Linear(256, 12, bias=bias), torch.rand(2, 9, 256) - 0.1
     nn.init.uniform_(model.weight, -0.1, 1)
     on_bits = compile_and_run(model, x, recipe=fp4(activation=text, weight=text))
@@ -310,8 +310,8 @@ def test_counted_signs_give_the_product_of_the_levels(granularity: str, bias: bo
 
 
 def test_signs_that_would_have_to_be_transposed_are_recoded() -> None:
-    """Bits lie along K. With one scale a tensor dgrad and wgrad read them as 8-bit codes: they contract stored rows."""
-    text, model, x = "int1 tensor absmax up", nn.Linear(128, 256), torch.randn(384, 128, requires_grad=True)
+    """Bits lie along K. With one scale per tensor dgrad and wgrad read them as 8-bit codes: they contract stored rows."""
+    text, model, x = "midrise1 tensor absmax half_up", nn.Linear(128, 256), torch.randn(384, 128, requires_grad=True)
     options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text}
     result = compile_and_run(model, x, **options)
     assert {row["role"]: row["provider"] for row in result.gemms} == {
@@ -327,15 +327,15 @@ def test_signs_that_would_have_to_be_transposed_are_recoded() -> None:
 @pytest.mark.parametrize(
     ("size", "weight", "_hopper", "reason"),
     [
-        (96, "int1", (9, 0), "popcount: K = 96 is no multiple of 128"),
-        (128, "int1", (8, 9), "popcount: it needs compute capability 9.0"),
-        (128, "int2", (9, 0), ""),
+        (96, "midrise1", (9, 0), "popcount: K = 96 is no multiple of 128"),
+        (128, "midrise1", (8, 9), "popcount: it needs compute capability 9.0"),
+        (128, "midrise2", (9, 0), ""),
     ],
     indirect=["_hopper"],
 )
 def test_other_signs_are_8bit_codes(size: int, weight: str, _hopper: None, reason: str) -> None:
     """The reason is said before those of the 8-bit providers."""
-    recipe = fp4(activation="int1 row absmax up", weight=f"{weight} row absmax up")
+    recipe = fp4(activation="midrise1 row absmax half_up", weight=f"{weight} row absmax half_up")
     model, x = nn.Linear(size, 16), torch.randn(8, size)
     (row,) = (row for row in compile_and_run(model, x, recipe=recipe).gemms if row["role"] == "fprop")
     assert row["provider"] == "triton"
@@ -347,7 +347,7 @@ def test_other_signs_are_8bit_codes(size: int, weight: str, _hopper: None, reaso
 
 
 def test_codes_are_summed_once_and_for_all_their_readers() -> None:
-    """Forward on INT8, one sum an operand; gradients in 8-bit floating point cannot meet it, and are the wide ones."""
+    """Forward on INT8, one sum per operand; gradients in 8-bit floating point cannot meet it, and are the wide ones."""
     model, x = Block(), torch.randn(35, 48, requires_grad=True)
     result = compile_and_run(model, x, recipe=QUEST, bits=8, backward="fp8")
     forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
@@ -356,16 +356,16 @@ def test_codes_are_summed_once_and_for_all_their_readers() -> None:
     assert forward.count("aten.sum.dim_IntList(") == 5
     assert "qcompile.mm_8bit.default(" not in backward
     wide = {row["role"]: row["reason"] for row in result.gemms if row["provider"].startswith("dequantize")}
-    assert wide == dict.fromkeys(("dgrad", "wgrad"), "int8 is not exact in 8-bit floating point, which gradients need")
+    assert wide == dict.fromkeys(("dgrad", "wgrad"), "midrise8 is not exact in 8-bit floating point, which gradients need")
     exact = compile_and_run(model, x, recipe=QUEST, bits=8, disable_passes=["lower"])
     assert_same(result.gradients, exact.gradients)
 
 
-@pytest.mark.parametrize("names", [("int8", "int8"), ("int8", "int7"), ("int8z", "int8")], ids=" ".join)
+@pytest.mark.parametrize("names", [("midrise8", "midrise8"), ("midrise8", "midrise7"), ("int8", "midrise8")], ids=" ".join)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_sums_of_codes_stand_in_for_their_offsets(names: tuple[str, str], granularity: str) -> None:
     """Either operand beside its levels, or both; codes that have one sign, whose sums are largest."""
-    activation, weight = (f"{name} {granularity} absmax up" for name in names)
+    activation, weight = (f"{name} {granularity} absmax half_up" for name in names)
     model, x = nn.Linear(101, 12), torch.rand(9, 101)
     nn.init.uniform_(model.weight, -0.1, 1)
     on_codes = compile_and_run(model, x, recipe=fp4(activation=activation, weight=weight))
@@ -377,7 +377,7 @@ def test_sums_of_codes_stand_in_for_their_offsets(names: tuple[str, str], granul
 
 def test_sums_of_codes_over_tokens() -> None:
     """wgrad contracts tokens, known at run time only: a constant number of codes would be that of the first call."""
-    text = "int8 tensor absmax up"
+    text = "midrise8 tensor absmax half_up"
     options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text, "dynamic": True}
     model, results = nn.Linear(40, 24), []
     for capability in ((9, 0), None):
@@ -399,7 +399,7 @@ def test_the_verifier_misses_sums_of_codes() -> None:
     for graph, present in ((left, (None, True)), (right, (True, None))):
         stored, one = graph.placeholder("stored"), graph.placeholder("one")
         codes = [
-            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("int8", "int8")
+            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("midrise8", "midrise8")
         ]
         offsets = [one if given else None for given in present]
         arguments = (*codes, one, one, torch.float32, None)
@@ -407,7 +407,7 @@ def test_the_verifier_misses_sums_of_codes() -> None:
         verify(graph, "lower")
         graph.call_function(torch.ops.qcompile.mm_8bit.default, (*arguments, *offsets))
         with pytest.raises(
-            VerificationError, match=f"operand {present.index(True)} has codes of int8, without the sums"
+            VerificationError, match=f"operand {present.index(True)} has codes of midrise8, without the sums"
         ):
             verify(graph, "lower")
 

@@ -142,15 +142,15 @@ def test_published_sparse_vector(provider):
 
 #: Format → (least mean squared error on N(0, 1), share of elements that trust leaves out, in per cent).
 NORMAL = {
-    "int1": (3.63380228e-1, 11.05),
-    "int2": (1.18846050e-1, 4.644),
-    "int3": (3.74396594e-2, 1.907),
-    "int4": (1.15428844e-2, 0.7327),
-    "int5": (3.49521136e-3, 0.2611),
-    "int6": (1.04004541e-3, 0.0868),
-    "int7": (3.04332771e-4, 0.0273),
-    "int8": (8.76861858e-5, 0.00823),
-    "int2z": (0.19017404, None),
+    "midrise1": (3.63380228e-1, 11.05),
+    "midrise2": (1.18846050e-1, 4.644),
+    "midrise3": (3.74396594e-2, 1.907),
+    "midrise4": (1.15428844e-2, 0.7327),
+    "midrise5": (3.49521136e-3, 0.2611),
+    "midrise6": (1.04004541e-3, 0.0868),
+    "midrise7": (3.04332771e-4, 0.0273),
+    "midrise8": (8.76861858e-5, 0.00823),
+    "int2": (0.19017404, None),
     "e2m1": (0.012684904, 0.065),
 }
 
@@ -163,7 +163,7 @@ def test_least_error_on_normal_data(name):
     assert mean_squared_error(fmt, clip_of(name)) == pytest.approx(best, rel=1.6e-3)
     finer = min(mean_squared_error(fmt, clip_of(name) * (1 + step / 2000)) for step in range(-40, 41))
     assert finer == pytest.approx(best, rel=1e-4)
-    operand = Operand.parse(f"{name} row rms {'even' if fmt.has_zero else 'up'}; trust")
+    operand = Operand.parse(f"{name} row rms {'even' if fmt.has_zero else 'half_up'}; trust")
     x = torch.randn(256, 4096)
     codes, scale = ops.quantize(x, str(operand.quantizer), -1)
     restored = ops.dequantize(codes, scale, str(operand.quantizer), -1, 4096, torch.float32)
@@ -173,7 +173,7 @@ def test_least_error_on_normal_data(name):
         mask = unpack(ops.estimator_mask(x, scale, str(operand.quantizer), "trust", -1), 1, 4096)
         share, count = untrusted / 100, x.numel()
         # The clip as shipped is smaller for 7 and 8 bits, by up to 0.95 %, and leaves more out.
-        widened = share * (1 + 0.2 * (name in ("int6", "int7", "int8")))
+        widened = share * (1 + 0.2 * (name in ("midrise6", "midrise7", "midrise8")))
         spread = 5 * math.sqrt(share / count)
         assert share - spread <= (mask == 0).double().mean().item() <= widened + spread
 
@@ -285,7 +285,7 @@ def test_zero_rows_learn():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_saves_codes_and_masks_only(bits):
-    """Codes (8, 4, 2 or 1 a byte), one bit of mask an element, one scale a row; never x."""
+    """Codes (8, 4, 2 or 1 per byte), one bit of mask per element, one scale per row; never x."""
     layer, rows, size = nn.Linear(256, 8), 32, 256
     x = torch.randn(rows, size, requires_grad=True)
     with qcompile.saved_bytes(layer, x) as saved:
@@ -310,7 +310,7 @@ def test_the_report_shows_which_rotation_was_used():
     assert rows["4"].estimator == "trust × trust"
     assert rows["0"].reason.startswith("hadamard(64), since K = 448")
     assert rows["4"].reason.startswith("no rotation, since K = 101")
-    assert rows["0"].formats == "int3 row × int3 row"
+    assert rows["0"].formats == "midrise3 row × midrise3 row"
     assert rows["0"].provider.startswith("cpp quantize")
 
 
@@ -319,7 +319,7 @@ def test_widths_by_layer():
     options = {"bits": 4, "rules": rules, "min_side": 0}
     report = qcompile.explain(mlp(), torch.randn(4, 448), backend="qcompile_quest", options=options)
     formats = [row.formats for row in report.rows if row.role == "fprop"]
-    assert formats == ["int8 row × int8 row", "int4 row × int4 row", "int4 row × int2 row"]
+    assert formats == ["midrise8 row × midrise8 row", "midrise4 row × midrise4 row", "midrise4 row × midrise2 row"]
 
 
 def test_no_rotation_is_left_between_products():
@@ -327,7 +327,7 @@ def test_no_rotation_is_left_between_products():
     model, x = mlp(), torch.randn(4, 448, requires_grad=True)
     report = qcompile.explain(model, x, backend="qcompile_quest", options={"min_side": 0})
     joint = report.programs["joint_audit"]
-    assert joint.count("qcompile.scaled_mm.default(") == 9
+    assert joint.count("qcompile.quantized_mm.default(") == 9
     assert joint.count("qcompile.hadamard.default(") == 2 * 2  # two of the layers are rotated
     assert joint.count("aten.mm.default(") == 0
 
@@ -340,10 +340,10 @@ def test_no_rotation_is_left_between_products():
         ({"bits": {"weights": 4}}, r"unknown operand in option 'bits' 'weights'; did you mean 'weight'\?"),
         ({"weight": {"rotation": 96}}, "option 'weight': hadamard\\(96\\): the size must be a power of two"),
         ({"weight": {"sparsity": "1:4"}}, r"option 'weight': sparse\(1:4\): known patterns: 2:4, 4:8"),
-        ({"bits": 8, "weight": {"sparsity": "4:8"}}, "option 'weight': int8 has no level 0 and no spare code for one"),
+        ({"bits": 8, "weight": {"sparsity": "4:8"}}, "option 'weight': midrise8 has no level 0 and no spare code for one"),
         ({"weight": {"estimator": "dge"}}, r"option 'weight': dge needs the input that hadamard\(128\) changes"),
         ({"weight": {"outliers": "occ"}}, r"option 'weight': occ\(...\) clamps what hadamard\(128\) changes"),
-        ({"activation": "int4 row rms up; hadmard(64)"}, "option 'activation': unknown estimator 'hadmard"),
+        ({"activation": "midrise4 row rms half_up; hadmard(64)"}, "option 'activation': unknown estimator 'hadmard"),
     ],
     ids=str,
 )

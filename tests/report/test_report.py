@@ -59,7 +59,7 @@ def report() -> Report:
 
 
 def test_rows_follow_the_program_and_the_roles(report):
-    """One row a site and role, in program order; the input's gradient nobody needs; the head names its rule."""
+    """One row per site and role, in program order; the input's gradient nobody needs; the head names its rule."""
     assert [(r.layer, r.role, r.decision) for r in report.rows] == [
         ("inp", "fprop", "quantized"),
         ("inp", "dgrad", "not computed"),
@@ -260,7 +260,7 @@ def test_an_uneven_batch_is_no_disagreement():
     ("other", "said"),
     [
         (site("up", "skipped", reason="skip='up'"), "skipped (skip='up')"),
-        (site("up", formats="int4 row × int4 row"), "fprop quantized int4 row × int4 row ste × ste"),
+        (site("up", formats="midrise4 row × midrise4 row"), "fprop quantized midrise4 row × midrise4 row ste × ste"),
         (site("up", estimator="trust × trust"), "fprop quantized e2m1 row × e2m1 row trust × trust"),
         (site("up")[:1], "fprop quantized e2m1 row × e2m1 row ste × ste"),
     ],
@@ -314,7 +314,7 @@ def test_merged_reports_survive_json():
 def test_wrong_uses_of_merging_are_plain_errors():
     one = of_rank(site("up"))
     for reports, ranks in (([], None), ([one, one], [0]), ([one, Report.merged([one])], None)):
-        with pytest.raises(ValueError, match="merging takes one report of one process a rank, got"):
+        with pytest.raises(ValueError, match="merging takes one report of one process per rank, got"):
             Report.merged(reports, ranks)
     with pytest.raises(RuntimeError, match=r"^Report\.gather needs a process group: call torch\.distributed\.init"):
         one.gather()
@@ -396,12 +396,12 @@ def test_programs_are_python_and_show_what_the_pass_did(report):
     assert report.programs["dynamo_insert"].count("qcompile.fake_quantize") == 5
     for before, after, op, change in (
         ("dynamo_insert", "joint_cancel_rotations", "fake_quantize", -5),
-        ("joint_cancel_rotations", "joint_fuse", "scaled_mm", +8),
+        ("joint_cancel_rotations", "joint_fuse", "quantized_mm", +8),
     ):
         assert (
             report.programs[after].count(f"qcompile.{op}.") - report.programs[before].count(f"qcompile.{op}") == change
         )
-    assert "scaled_mm" not in report.programs["post_grad_lower"] + report.programs["post_grad_lower_2"]
+    assert "quantized_mm" not in report.programs["post_grad_lower"] + report.programs["post_grad_lower_2"]
 
 
 def test_a_disabled_pass_has_no_program():
@@ -550,7 +550,7 @@ def logged(caplog, level: int, model: nn.Module) -> list[str]:
 
 
 def test_one_info_line_whatever_the_depth(caplog):
-    """A line a layer would drown the training log."""
+    """A line per layer would drown the training log."""
     for depth in (1, 6):
         torch._dynamo.reset()
         (line,) = logged(caplog, logging.INFO, Mlp(depth))
@@ -561,7 +561,7 @@ def test_debug_lines_say_which_ops_came_and_went(caplog):
     lines = logged(caplog, logging.DEBUG, Mlp())
     (fuse,) = (line for line in lines if line.startswith("joint/fuse:"))
     assert "8 matches in " in fuse
-    assert "qcompile.scaled_mm.default 0 → 8" in fuse
+    assert "qcompile.quantized_mm.default 0 → 8" in fuse
     assert "dynamo/insert: 6 operands of 3 sites" in lines
     lowered = [line for line in lines if line.startswith("post_grad/lower:")]
     assert ["3 matches" in lowered[0], "5 matches" in lowered[1]] == [True, True]
@@ -582,9 +582,9 @@ def test_environment_variables_open_the_log_and_the_trace(tmp_path):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "joint/fuse: 2 matches in " in run.stderr
-    assert "qcompile.scaled_mm.default 0 → 2" in run.stderr
+    assert "qcompile.quantized_mm.default 0 → 2" in run.stderr
     assert "qcompile_fp4: 1 of 1 GEMM sites quantized" in run.stderr
     trace = "".join(path.read_text() for path in tmp_path.iterdir())
     for name in ("dynamo_captured", "dynamo_insert", "joint_fuse", "post_grad_lower"):
         assert f'"name": "qcompile_{name}"' in trace, name
-    assert "torch.ops.qcompile.scaled_mm.default" in trace
+    assert "torch.ops.qcompile.quantized_mm.default" in trace
