@@ -131,6 +131,7 @@ def test_the_wheel_puts_one_name_into_site_packages(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"qcompile"}
+    assert "qcompile/py.typed" in names, "users' type checkers would ignore the annotations"
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {
         str(Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}") / path.relative_to(source / folder))
