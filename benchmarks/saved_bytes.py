@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
-from qcompile import demo
 
 TOKENS = 256
 #: Column → options; without any, the recipe as published.
@@ -38,9 +38,9 @@ def models() -> Iterator[tuple[str, nn.Module, dict[str, Any], bool]]:
     ):
         mlp = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to(dtype)
         yield f"MLP 256-512-256, {name}", mlp, {"input": torch.randn(TOKENS, 256, dtype=dtype)}, autocast
-    settings = {"device": "cpu", "hidden": 128, "layers": 2, "batch": 2, "sequence": TOKENS // 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
     for name, autocast in (("FP32", False), ("autocast", True)):
-        llama = demo.build_model(demo.configure(settings), torch.device("cpu"))
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **sizes))
         yield f"Llama 2 × 128, {name}", llama, {"input_ids": torch.zeros(2, TOKENS // 2, dtype=torch.long)}, autocast
 
 

@@ -20,7 +20,10 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         if "_EXPORTS" in pkg.members:
             for name, module in ast.literal_eval(str(pkg["_EXPORTS"].value)).items():
-                pkg.set_member(name, griffe.Alias(name, f"{module}.{name}"))
+                home = pkg[module.removeprefix(f"{pkg.path}.")]
+                if name in home.modules:  # the package's name for its submodule's: report/explain.py has `explain`
+                    home = home.modules[name]
+                pkg.set_member(name, griffe.Alias(name, f"{home.path}.{name}"))
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:

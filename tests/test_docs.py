@@ -21,6 +21,7 @@ from qcompile.ir.estimators import ESTIMATORS
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import ROUNDINGS, SCALE_RULES
 from qcompile.ir.recipe import Recipe
+from qcompile.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -48,7 +49,18 @@ def test_the_first_steps_are_among_the_pages_that_run():
     assert {"README.md", "docs/quickstart.md", "docs/tutorial.md", "docs/options.md"} <= names
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.fixture
+def _tables_as_before():
+    """A page adds rows to the tables of the process."""
+    tables: tuple[dict, ...] = (FORMATS, SCALE_RULES, ESTIMATORS, RECIPES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "_tables_as_before")
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every pass runs; graphs are executed eagerly, since code generation takes half a minute."""
