@@ -102,7 +102,7 @@ def windows(data: Tensor, starts: Tensor, size: Size) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Curve:
-    """What one arm produced; losses in nats a byte."""
+    """What one arm produced; losses in nats per byte."""
 
     arm: str
     losses: list[float] = field(default_factory=list)

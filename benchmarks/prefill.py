@@ -1,7 +1,7 @@
 """Prefill of a Llama of 1.6 billion parameters: prompts of 512 tokens in, logits of the last token out.
 
-    python benchmarks/prefill.py --out benchmarks/h200/prefill.csv            # batches 1, 2, 4, 8
-    python benchmarks/prefill.py --batches 8 --out prefill_8.csv              # one process per batch: they compile alone
+    python benchmarks/prefill.py --out benchmarks/h200/prefill.csv           # batches 1, 2, 4, 8
+    python benchmarks/prefill.py --batches 8 --out prefill_8.csv             # one process per batch: they compile alone
 
 The shape is that of QuEST's serving table (arXiv 2502.05003, figure 6: 20 layers of width 2560, MLP 6912), where INT4
 kernels on an RTX 4090 gain 1.4 to 1.8 over BF16. Weights are random and frozen (``TORCHINDUCTOR_FREEZING``), for all

@@ -80,7 +80,9 @@ CASES: dict[str, Case] = {
     "midrise7 + mask": masked(7, False, False),
     "rotate + midrise7 + mask": masked(7, False, True, plain="midrise7 + mask"),
     "quantize_8bit midrise4 absmax": Case("quantize_8bit", ("midrise4 row absmax half_up", False), ACTIVATIONS),
-    "weight: rotate + midrise4 transposed": Case("quantize_8bit_transposed", ("midrise4 row rms half_up", ROTATION), WEIGHTS),
+    "weight: rotate + midrise4 transposed": Case(
+        "quantize_8bit_transposed", ("midrise4 row rms half_up", ROTATION), WEIGHTS
+    ),
     "weight: rotate + midrise4 4:8 + mask": Case("quantize_8bit_masked", (SPARSE, False), WEIGHTS),
     "hadamard": Case("hadamard", (128, -1), ACTIVATIONS),
     "hadamard masked": Case("hadamard", (128, -1), ACTIVATIONS, plain="hadamard", masked=True),

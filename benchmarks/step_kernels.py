@@ -48,10 +48,8 @@ def kernel_table(backend: str, steps: int = 3) -> str:
         if e.device_time_total
     ]
     total = sum(e.device_time_total for e in events) / steps
-    head = (
-        f"### {backend}: {total / 1e3:.2f} ms of kernels per step\n\n| kernel | launches | µs per step |\n|---|---:|---:|\n"
-    )
-    return head + "\n".join(rows) + "\n"
+    head = f"### {backend}: {total / 1e3:.2f} ms of kernels per step\n\n"
+    return head + "\n".join(["| kernel | launches | µs per step |", "|---|---:|---:|", *rows]) + "\n"
 
 
 def main() -> int:

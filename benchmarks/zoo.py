@@ -1,11 +1,11 @@
 """Every model of the test zoo through real Inductor: what is quantized, and what that costs in compile time.
 
-One row a model, written as soon as it is known: first what is counted, of all models, then the times. What the file has
-already is kept, so that an interrupted run can be continued. Sites and the share of the products' operations that run
-quantized are counted while the graphs execute eagerly (``tests/models``). Compile time is that of the first forward and
-backward less a later one, in a process of its own with an empty cache; which of the two backends goes first alternates.
-Processor seconds, compilers included, are what is compared: they hold on a machine that is shared, where the clock does
-not. Sizes are tiny, so that this is the fixed cost of a graph.
+One row per model, written as soon as it is known: first what is counted, of all models, then the times. What the file
+has already is kept, so that an interrupted run can be continued. Sites and the share of the products' operations that
+run quantized are counted while the graphs execute eagerly (``tests/models``). Compile time is that of the first forward
+and backward less a later one, in a process of its own with an empty cache; which of the two backends goes first
+alternates. Processor seconds, compilers included, are what is compared: they hold on a machine that is shared, where
+the clock does not. Sizes are tiny, so that this is the fixed cost of a graph.
 
     python benchmarks/zoo.py --out benchmarks/zoo_cpu.csv [--minutes 20] [model …]
 """

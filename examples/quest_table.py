@@ -28,7 +28,7 @@ from qcompile import demo
 
 
 class Arm(NamedTuple):
-    """What to compile with, and the published gap to BF16 in nats a token; ``None`` if nobody published one."""
+    """What to compile with, and the published gap to BF16 in nats per token; ``None`` if nobody published one."""
 
     options: dict[str, Any] | None
     published: float | None

@@ -76,7 +76,7 @@ def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
     if kind == "square" and not same_sizes(quantized.codes.meta["val"].shape[:-1], lead):
-        return None  # tiles span rows, so rows may not be regrouped
+        return None  # square blocks span rows, so rows may not be regrouped
     tensors = []
     for i, tensor in enumerate(quantized.tensors):
         shared = (i == 1 and kind in ("tensor", "square")) or (i == 2 and spec.quantizer.scale.two_level)

@@ -66,7 +66,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "bf16": Arm("BF16", "inductor", None, "#333333"),
     "fp4": Arm("FP4 recipe (DGE + OCC)", "qcompile_fp4", None, "#1f77b4"),
-    # What the recipe is measured against (arXiv 2501.17116 §4): one scale a tensor, straight-through, no OCC.
+    # What the recipe is measured against (arXiv 2501.17116 §4): one scale per tensor, straight-through, no OCC.
     "direct": Arm(
         "FP4 direct cast, tensor-wise",
         "qcompile_fp4",
@@ -141,7 +141,7 @@ class Experiment:
 
 @dataclass
 class ArmResult:
-    """What one arm produced: losses in nats a byte, bytes kept for the backward of one step, seconds."""
+    """What one arm produced: losses in nats per byte, bytes kept for the backward of one step, seconds."""
 
     arm: str
     losses: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What every test runs under: one Inductor cache a run, few threads, a fixed seed, and no memory that happens
+"""What every test runs under: one Inductor cache per run, few threads, a fixed seed, and no memory that happens
 to be zero.
 """
 

@@ -91,7 +91,23 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "unknown granularity": (
         {"weight": "e2m1 column"},
-        r"option 'weight': unknown granularity 'column'; use tensor, row, block<n> or block<n>x<n>, for example block16",
+        r"option 'weight': unknown granularity 'column'; use tensor, row, block<n> or block<n>x<n>, .* block16",
+    ),
+    "former granularity": (
+        {"weight": {"granularity": "tile128"}},
+        r"option 'weight': unknown granularity 'tile128': tile128 is now block128x128",
+    ),
+    "blocks that are no squares": (
+        {"weight": "e2m1 block16x32"},
+        r"option 'weight': granularity 'block16x32' is not square; use block<n>x<n>, for example block16x16",
+    ),
+    "former format": (
+        {"weight": "int4z row"},
+        r"option 'weight': unknown format 'int4z': int4z is now int4",
+    ),
+    "former rounding": (
+        {"weight": {"rounding": "up"}},
+        r"option 'weight': unknown rounding 'up': up is now half_up",
     ),
     "blocks of nothing": (
         {"weight": "e2m1 block0"},

@@ -72,8 +72,8 @@ def kernel(
     block_k: tl.constexpr,
     group_m: tl.constexpr,
 ):
-    """One tile a program. ``a`` and ``b`` are tensor descriptors of bytes; ``block`` elements share a scale, and a row
-    has ``chunks`` times four of them.
+    """One tile per program. ``a`` and ``b`` are tensor descriptors of bytes; ``block`` elements share a scale, and a
+    row has ``chunks`` times four of them.
     """
     row, column = first_element(tl.program_id(0), m, n, block_m, block_n, group_m)
     product = tl.zeros((block_m, block_n), dtype=tl.float32)

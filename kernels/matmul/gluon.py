@@ -417,8 +417,8 @@ def mm_8bit(
     a ``[M, K]`` and b ``[N, K]`` both int8, or each float8_e4m3fn or float8_e5m2; M, N ≥ 1, K ≥ 16 a multiple of 16;
     copied if they are not contiguous or not aligned to 16 bytes. scale_a ``[M, 1]`` or ``[1, 1]`` and scale_b
     ``[N, 1]`` or ``[1, 1]`` float32; bias ``[N]`` floating point; offset_a ``[M, 1]`` and offset_b ``[N, 1]`` float32.
-    ``config`` fixes how the kernel is cut up; ``tune`` measures which is fastest, once per process. Raises ``ValueError``
-    for other dtypes and other K.
+    ``config`` fixes how the kernel is cut up; ``tune`` measures which is fastest, once per process. Raises
+    ``ValueError`` for other dtypes and other K.
     """
     accumulator_of(a, b)  # raises for what tensor cores do not multiply
     if a.shape[1] % TMA_ALIGNMENT:

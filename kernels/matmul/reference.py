@@ -20,7 +20,16 @@ from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["LEVELS", "block_of", "count_bits", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "quantized_mm"]
+__all__ = [
+    "LEVELS",
+    "block_of",
+    "count_bits",
+    "decode_operand",
+    "mm_1bit",
+    "mm_8bit",
+    "mm_block_scaled",
+    "quantized_mm",
+]
 
 #: First word of the text of an operand without scales.
 LEVELS = "levels "
@@ -117,10 +126,10 @@ def mm_block_scaled(
     """``(â @ b̂ᵀ) · global_a · global_b + bias`` ``[M, N]`` in ``dtype``, summed in float32; â and b̂ are codes times
     scales.
 
-    a ``[M, ⌈K/2⌉]`` and b ``[N, ⌈K/2⌉]`` uint8, two E2M1 codes per byte as `quantize` packs them; scales with one column
-    for every block along K, both uint8 (E8M0, 32 elements; OCP MX v1.0 §5.2) or both float8_e4m3fn (16 elements; NVFP4,
-    arXiv 2509.25149 App. B); global scales float32 ``[]``; bias ``[N]`` floating point. Raises ``ValueError`` for
-    scales of other dtypes.
+    a ``[M, ⌈K/2⌉]`` and b ``[N, ⌈K/2⌉]`` uint8, two E2M1 codes per byte as `quantize` packs them; scales with one
+    column for every block along K, both uint8 (E8M0, 32 elements; OCP MX v1.0 §5.2) or both float8_e4m3fn (16 elements;
+    NVFP4, arXiv 2509.25149 App. B); global scales float32 ``[]``; bias ``[N]`` floating point. Raises ``ValueError``
+    for scales of other dtypes.
     """
     block_of(scale_a, scale_b)
     product = _block_scaled(a, scale_a) @ _block_scaled(b, scale_b).t()

@@ -70,7 +70,7 @@ def search_constants(rows: Tensor, alpha: float, per_thread: int) -> dict[str, A
 def most_registers(rows: Tensor) -> int | None:
     """Of a thread that searches ``rows`` and does little else; ``None``: as many as the compiler wants.
 
-    It would take a few more than 96, and leave room for four warps a scheduler instead of five. Rows that cannot be
+    It would take a few more than 96, and leave room for four warps per scheduler instead of five. Rows that cannot be
     read 16 bytes at a time would spill.
     """
     aligned = rows.shape[-1] % RUN.value == 0 and rows.stride(0) % RUN.value == 0

@@ -105,7 +105,7 @@ static inline Statistic statistic(Gathered sum, int64_t count) { return sum / do
 }
 _REDUCTIONS = {"amax": "max", "rms": "+"}
 
-# The band of rows that shares scales is one row, or n rows of one matrix (tile); along a row a scale covers
+# The band of rows that shares scales is one row, or n rows of one matrix (square); along a row a scale covers
 # SEGMENT elements.
 _ROWS = r"""
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -3,12 +3,12 @@
 A thread holds blocks of up to 64 neighbours. Six of the seven butterflies of a block of 128 are additions between its
 registers, in the order of the reference; the last one is an exchange with the next lane and an addition. Sums,
 rounding, masks and packing happen in the thread too, and only codes go back through shared memory to be written in
-lines. (128 neighbours would need no exchange, but many more registers: three warps a scheduler cannot hide that such
+lines. (128 neighbours would need no exchange, but many more registers: three warps per scheduler cannot hide that such
 long code is fetched no faster than it runs.)
 
-How elements come to their threads: rows that a tensor descriptor can address, of half-integers, are fetched into
-swizzled shared memory two rows ahead by programs that stay on their processor, and read from there as columns. Other
-rows are read 16 neighbours per thread, a program per row, and exchanged through shared memory while they have 16 bits.
+How elements are assigned to threads: persistent programs fetch rows of half-integers that a tensor descriptor can
+address into swizzled shared memory, two rows ahead, and read them from there as columns. Other rows take a program per
+row, which reads 16 neighbours per thread and exchanges them through shared memory while they have 16 bits.
 
 Triton chooses layouts, so what runs where follows from shapes: *columns* [span, n] are blocks of ``span`` neighbours
 below each other. Its default for such shapes gives every thread whole columns, as long as there are 32 of them.
@@ -96,7 +96,7 @@ LARGEST_SPAN, UNROTATED_PER_THREAD = 64, 128
 #: Elements that a program rotates where rows do not matter.
 ROTATED_BLOCK = 4096
 
-#: Warps of programs that stay on a processor and take row after row: as many as leave 128 registers to a thread.
+#: Warps of persistent programs, which take row after row: as many as leave 128 registers to a thread.
 RESIDENT_WARPS = 16
 #: Scales up to here are those of rows without NaN or infinity, whose rotation has none either.
 LARGEST_PLAIN_SCALE = tl.constexpr(2.0**64)
@@ -327,7 +327,7 @@ def _write_part(
     y = columns * gamma
     # The last bytes of a row are filled with zeros.
     inside = _columns(start + runs(part.block, RUN), part.span) < size if part.ragged else None
-    # What y is needed for comes first, and levels last: registers hold one number an element.
+    # What y is needed for comes first, and levels last: registers hold one number per element.
     if part.unit > 0:
         keep = kept(columns, part.unit)
     if mask is not None and passes.limit > 0.0:
@@ -657,7 +657,7 @@ def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform
 def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
     """Whether rows of x come by tensor descriptors, in lines of 128 bytes that are columns.
 
-    Other grids than half-integers, and comparisons with the end of a row, take more registers than programs that stay
+    Other grids than half-integers, and comparisons with the end of a row, take more registers than persistent programs
     have.
     """
     size, simple = x.shape[1], fmt.biased and (part.words or part.whole)

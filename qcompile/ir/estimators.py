@@ -13,7 +13,7 @@ estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. 
   levels. The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level
   (rounding noise of the scale, or a scale rule that clips) g takes its value at the last level, 1/k.
 
-What an estimator needs kept for the backward decides how it is lowered: nothing, one bit an element, or the input.
+What an estimator needs kept for the backward decides how it is lowered: nothing, one bit per element, or the input.
 """
 
 from __future__ import annotations

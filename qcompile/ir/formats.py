@@ -7,19 +7,19 @@ which tensor-core type holds every value exactly. Adding a format is one entry i
 All formats here are symmetric and stored as sign and magnitude: ``code = index | sign << (bits - 1)`` where
 ``magnitudes[index]`` is the absolute value. Codes are packed lower index first, low bits first, along the last axis.
 
-======== ==================================================== ======================================
-name     magnitudes                                           source
-======== ==================================================== ======================================
-e2m1     0 .5 1 1.5 2 3 4 6                                   OCP MX v1.0; arXiv 2501.17116 Table 4
-e1m2     0 .5 1 1.5 2 2.5 3 3.5                               arXiv 2501.17116 Table 4
-e3m0     0 .25 .5 1 2 4 8 16                                  arXiv 2501.17116 Table 4
-e4m3     2**-9 … 448 (the ``fn`` variant: no infinities)      OCP FP8 v1.0
-e5m2     2**-16 … 57344                                       OCP FP8 v1.0
-midrise1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count    arXiv 2502.05003 §3 (QuEST)
-int2…8 0 1 2 … 2**(b−1) − 1: zero-centred, odd level count  the usual symmetric integer grid; int2 is
-                                                              ternary
-midrise1p…7p those of midrise1…7 and a 0 that only pruning gives      arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
-======== ==================================================== ======================================
+============ =================================================== ======================================
+name         magnitudes                                          source
+============ =================================================== ======================================
+e2m1         0 .5 1 1.5 2 3 4 6                                  OCP MX v1.0; arXiv 2501.17116 Table 4
+e1m2         0 .5 1 1.5 2 2.5 3 3.5                              arXiv 2501.17116 Table 4
+e3m0         0 .25 .5 1 2 4 8 16                                 arXiv 2501.17116 Table 4
+e4m3         2**-9 … 448 (the ``fn`` variant: no infinities)     OCP FP8 v1.0
+e5m2         2**-16 … 57344                                      OCP FP8 v1.0
+int2…8       0 1 2 … 2**(b−1) − 1: zero-centred, odd level count the usual symmetric integer grid; int2 is
+                                                                 ternary
+midrise1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count   mid-rise: arXiv 2502.05003 §3 (QuEST)
+midrise1p…7p those of midrise1…7 and a 0 that only pruning gives arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
+============ =================================================== ======================================
 
 Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
 bits. midrise5…7 are 2v in INT8, since halves are no integers, and midrise8, whose doubles reach ±255, is v − ½ in INT8.
@@ -176,22 +176,37 @@ _ALL = (
     Format("e3m0", 4, _float_magnitudes(3, 0)),
     Format("e4m3", 8, _float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
     Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
-    *(Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0) for b in range(1, 9)),
+    *(
+        Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0)
+        for b in range(1, 9)
+    ),
     *(Format(f"int{b}", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
     *(
-        Format(f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"midrise{b}")
+        Format(
+            f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"midrise{b}"
+        )
         for b in range(1, 8)
     ),
 )
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
 
+#: Former names: ``int1`` … ``int8`` were the mid-rise grids, so that ``int2`` … ``int8`` now mean other values.
+_RENAMED = {
+    "int1": "midrise1",
+    **{f"int{b}z": f"int{b}" for b in range(2, 9)},
+    **{f"int{b}p": f"midrise{b}p" for b in range(1, 8)},
+}
+
 
 def get_format(name: str) -> Format:
-    """Look a format up by name. Raises ``ValueError`` listing the known names."""
+    """Look a format up by name. Raises ``ValueError`` listing the known names, or with the new one of a former name."""
     try:
         return FORMATS[name]
     except KeyError:
+        if name in _RENAMED:
+            msg = f"unknown format {name!r}: {name} is now {_RENAMED[name]}"
+            raise ValueError(msg) from None
         known = [fmt.name for fmt in _ALL if not fmt.pruned]  # sparsity finds those by itself
         hint = f"did you mean {name.lower()!r}? " if isinstance(name, str) and name.lower() in FORMATS else ""
         msg = f"unknown format {name!r}; {hint}known formats: {', '.join(known)}"

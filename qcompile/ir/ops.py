@@ -76,8 +76,8 @@ _SCHEMAS = (
     "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
     # a @ b (+ bias) on quantized operands, see kernels/matmul/reference.py for the operands' tensors and text.
-    "quantized_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, SymInt b_size, "
-    "bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    "quantized_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, "
+    "SymInt b_size, bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -33,23 +33,35 @@ class Granularity:
     """Which elements share a scale.
 
     ``tensor``: all of them, scales ``[1, …, 1]``. ``row``: one token or output channel, scales ``[..., R, 1]``.
-    ``block`` of n: n neighbours along K, scales ``[..., R, ⌈K/n⌉]``. ``tile`` of n: n×n elements,
-    scales ``[..., ⌈R/n⌉, ⌈K/n⌉]``. A last block may be short.
+    ``block`` of n, written ``block<n>`` as in OCP MX: n neighbours along K, scales ``[..., R, ⌈K/n⌉]``. ``square`` of
+    n, written ``block<n>x<n>``: n×n elements, scales ``[..., ⌈R/n⌉, ⌈K/n⌉]``. A last block may be short.
     """
 
     kind: str
     size: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.size or ''}"
+        return f"block{self.size}x{self.size}" if self.kind == "square" else f"{self.kind}{self.size or ''}"
 
     @staticmethod
     def parse(text: str) -> Granularity:
-        match = re.fullmatch(r"(tensor|row)|(block|tile)([1-9]\d*)", text)
+        """Inverse of ``str()``. Raises ``ValueError`` with the known spellings, or the new one of a former spelling."""
+        if former := re.fullmatch(r"tile([1-9]\d*)", text):
+            msg = f"unknown granularity {text!r}: {text} is now block{former[1]}x{former[1]}"
+            raise ValueError(msg)
+        match = re.fullmatch(r"(tensor|row)|block([1-9]\d*)(?:x([1-9]\d*))?", text)
         if match is None:
             msg = f"unknown granularity {text!r}; use tensor, row, block<n> or block<n>x<n>, for example block16"
             raise ValueError(msg)
-        return Granularity(match[1]) if match[1] else Granularity(match[2], int(match[3]))
+        whole, rows, columns = match.groups()
+        if whole:
+            return Granularity(whole)
+        if columns is None:
+            return Granularity("block", int(rows))
+        if rows != columns:
+            msg = f"granularity {text!r} is not square; use block<n>x<n>, for example block{rows}x{rows}"
+            raise ValueError(msg)
+        return Granularity("square", int(rows))
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ SCALE_RULES: dict[str, ScaleRule] = {
 
 ROUNDINGS: dict[str, str] = {
     "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
-    "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on half-integer grids)",
+    "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on mid-rise grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
 }
 
@@ -106,6 +118,9 @@ class Quantizer:
     rounding: str = "even"
 
     def __post_init__(self) -> None:
+        if self.rounding == "up":
+            msg = "unknown rounding 'up': up is now half_up"
+            raise ValueError(msg)
         if self.rounding not in ROUNDINGS:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)

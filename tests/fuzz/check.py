@@ -1,9 +1,9 @@
 """Run a program compiled and by the reference, and compare: every result, gradient, changed input, and decision.
 
 Tolerances. *Exact* programs hold quarters of integers, their recipes have power-of-two scales, and what is computed
-between products is exact: a sum of K products of two 4-bit levels with one scale per row takes at most 2·4 + log2 K bits,
-so every forward value is one float32 number, whatever the order of accumulation, and must agree **bitwise** (but where
-a 16-bit product adds a bias, which rounds once or twice as the kernel pleases).
+between products is exact: a sum of K products of two 4-bit levels with one scale per row takes at most 2·4 + log2 K
+bits, so every forward value is one float32 number, whatever the order of accumulation, and must agree **bitwise** (but
+where a 16-bit product adds a bias, which rounds once or twice as the kernel pleases).
 Elsewhere a float32 result may differ by 2⁻¹⁶ of the tensor's largest element: 256 roundings of 2⁻²⁴, four products in a
 chain with sums of up to 64 terms each. For 16-bit programs sixteen roundings to half a unit are allowed: 2⁻⁵
 (bfloat16), 2⁻⁸ (float16).

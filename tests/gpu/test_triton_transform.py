@@ -75,9 +75,11 @@ def test_widths(bits, dtype):
         assert_quantizes(x[:, :-3], QUEST[bits].replace("; hadamard(128)", ""))
 
 
-@pytest.mark.parametrize("text", [MIDRISE4, QUEST[1], QUEST[3], QUEST[7], "midrise4 row absmax half_up; trust; hadamard(128)"])
+@pytest.mark.parametrize(
+    "text", [MIDRISE4, QUEST[1], QUEST[3], QUEST[7], "midrise4 row absmax half_up; trust; hadamard(128)"]
+)
 def test_more_rows_than_programs(text):
-    """Programs that stay: what is left of one row must not reach the next; some take a row less than others."""
+    """Persistent programs: what is left of one row must not reach the next; some take a row less than others."""
     for shape in ((5000, 2048), (2500, 4096), (600, 14336)):
         assert_quantizes(rows_to_rotate(*shape, BF16), text)
 

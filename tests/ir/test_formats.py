@@ -124,7 +124,9 @@ def test_tensor_core_type_by_brute_force(fmt):
 
 def test_only_eight_bits_of_half_integers_need_an_offset():
     """An offset costs sums of codes: no format may get one that does without."""
-    assert [(fmt.name, fmt.tensor_core_offset) for fmt in FORMATS.values() if fmt.tensor_core_offset] == [("midrise8", 0.5)]
+    assert [(fmt.name, fmt.tensor_core_offset) for fmt in FORMATS.values() if fmt.tensor_core_offset] == [
+        ("midrise8", 0.5)
+    ]
     assert {fmt.name for fmt in FORMATS.values() if fmt.tensor_core_factor == 2} == {
         f"midrise{bits}{kind}" for bits in (5, 6, 7) for kind in ("", "p")
     }
@@ -173,6 +175,17 @@ def test_pruned_formats_give_zero_to_what_is_dropped_only(fmt):
 def test_unknown_format_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown format 'e2m2'.*e2m1, e1m2, e3m0, e4m3, e5m2, midrise1"):
         get_format("e2m2")
+
+
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [("int1", "midrise1"), ("int2z", "int2"), ("int8z", "int8"), ("int1p", "midrise1p"), ("int7p", "midrise7p")],
+)
+def test_former_names_tell_the_new_one(former, name):
+    """A recipe written for the old names must not fail with a list to guess from."""
+    with pytest.raises(ValueError, match=rf"^unknown format '{former}': {former} is now {name}$"):
+        get_format(former)
+    assert get_format(name).name == name
 
 
 def test_fresh_memory_reads_as_nan():

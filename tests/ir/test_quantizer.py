@@ -256,7 +256,7 @@ def test_scales_by_brute_force(fmt, granularity, rule, rng):
     text = f"{fmt} {granularity} {rule} even"
     q = Quantizer.parse(text)
     for shape in SHAPES:
-        if (granularity == "tensor" and len(shape) > 2) or (granularity.startswith("tile") and len(shape) < 2):
+        if (granularity == "tensor" and len(shape) > 2) or ("x" in granularity and len(shape) < 2):
             continue
         data = (rng.standard_normal(shape) * np.exp2(rng.uniform(-20, 20, shape))).astype(np.float32)
         for axis in range(len(shape)):
@@ -397,7 +397,7 @@ def test_empty_tensor_with_a_two_level_scale():
     assert OPS.fake_quantize(x, "e2m1 block16 e4m3 even", -1).shape == (0, 32)
 
 
-def test_tile_of_a_vector_is_refused():
+def test_square_block_of_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"block16x16 needs a matrix, got shape \(5,\)"):
         Quantizer.parse("e2m1 block16x16").scale_shape((5,))
 
@@ -668,11 +668,14 @@ def test_parts_may_be_left_out_from_the_right():
         ("e2m1 row absmax even more", r"quantizer 'e2m1 row absmax even more' is not"),
         ("e2m2", r"unknown format 'e2m2'; known formats: e2m1, "),
         ("e2m1 column", r"unknown granularity 'column'; use tensor, row, block<n> or block<n>x<n>"),
+        ("e2m1 tile16", r"unknown granularity 'tile16': tile16 is now block16x16$"),
+        ("e2m1 block16x32", r"granularity 'block16x32' is not square; .*for example block16x16$"),
         ("e2m1 block", r"unknown granularity 'block'; .*for example block16"),
         ("e2m1 block0", r"unknown granularity 'block0'"),
         ("e2m1 row16", r"unknown granularity 'row16'"),
         ("e2m1 row max", r"unknown scale rule 'max'; known: absmax, absmax_pow2, e8m0, rms, e4m3"),
         ("e2m1 row absmax down", r"unknown rounding 'down'; known: even, half_up, stochastic"),
+        ("e2m1 row absmax up", r"unknown rounding 'up': up is now half_up$"),
         ("e4m3 row absmax half_up", r"e4m3 rounds to even or stochastically"),
         ("midrise4 row absmax stochastic", r"stochastic rounding on midrise4: its codes keep the sign"),
         ("e2m1 row e4m3", r"scale rule e4m3 needs blocks, for example block16; got row"),
@@ -684,7 +687,7 @@ def test_errors_name_the_part_and_what_is_accepted(text, message):
         Quantizer.parse(text)
 
 
-@pytest.mark.parametrize("text", ["block00", "tile00", "block016"])
+@pytest.mark.parametrize("text", ["block00", "block00x00", "block016", "block016x016", "block16x", "block16x16x16"])
 def test_granularity_sizes_have_one_spelling(text):
     """'block00' would divide by zero, 'block016' would print as block16: two texts for one node defeat
     subexpression sharing.

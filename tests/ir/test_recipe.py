@@ -388,7 +388,9 @@ def test_outlier_clamp_parse_is_the_inverse_of_str(clamp):
 
 
 @given(
-    quantizer=st.sampled_from(["e2m1 row absmax even", "midrise4 block16 e8m0 half_up", "e2m1 block16x16 e4m3 stochastic"]),
+    quantizer=st.sampled_from(
+        ["e2m1 row absmax even", "midrise4 block16 e8m0 half_up", "e2m1 block16x16 e4m3 stochastic"]
+    ),
     estimator=st.sampled_from(["ste", "clip", "trust", "dge(k=5,cap=3)", "dge(k=2.5,cap=1)"]),
     alpha=st.sampled_from([None, 0.9, 0.97, 0.99, 0.999]),
     compensate=st.booleans(),

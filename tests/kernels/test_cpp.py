@@ -283,7 +283,9 @@ def test_reference_is_chosen_for_a_stated_reason(op, quantizer, dtype, estimator
 def test_cpp_is_chosen_without_a_reason():
     assert register.provider_of("quantize", "cpu", "e2m1 row absmax even", torch.bfloat16) == ("cpp", "")
     assert register.provider_of("quantize", "cuda", "e2m1 row absmax even", torch.bfloat16) == ("triton (inductor)", "")
-    rotated = register.provider_of("quantize", "cuda", "midrise4 row rms half_up", torch.bfloat16, transform="hadamard(64)")
+    rotated = register.provider_of(
+        "quantize", "cuda", "midrise4 row rms half_up", torch.bfloat16, transform="hadamard(64)"
+    )
     assert rotated == ("triton", "")
     with pytest.raises(KeyError, match="unknown op"):
         register.provider_of("quantise", "cpu", "e2m1", torch.float32)

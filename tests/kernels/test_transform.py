@@ -62,7 +62,8 @@ def test_a_block_that_does_not_divide_is_refused(hadamard):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "quantizer", ["midrise4 row rms half_up", "midrise4 row absmax half_up", "e2m1 block16 rms even", "midrise1 row rms half_up"]
+    "quantizer",
+    ["midrise4 row rms half_up", "midrise4 row absmax half_up", "e2m1 block16 rms even", "midrise1 row rms half_up"],
 )
 def test_rotated_quantization_in_cpp(quantizer, dtype):
     """A row is rotated once, in float32, between its scale and its codes."""

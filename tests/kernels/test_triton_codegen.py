@@ -150,7 +150,9 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 
 @compiled
-@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 even", "midrise4 block32 absmax even", "e2m1 row absmax_pow2 half_up"])
+@pytest.mark.parametrize(
+    "text", ["e2m1 block16 e4m3 even", "midrise4 block32 absmax even", "e2m1 row absmax_pow2 half_up"]
+)
 def test_one_kernel_for_other_scales(generate, text):
     """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
     scale = torch.ones(()) if "e4m3" in text else None

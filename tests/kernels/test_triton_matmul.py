@@ -162,7 +162,7 @@ def test_interpreted_operands_with_strides(small_card):
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (INT8, INT8)], ids=str)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_interpreted_template_and_its_epilogue(generate, monkeypatch, dtypes, parts):
-    """What Inductor makes of the template, a residual and an activation in its epilogue; several tiles a program."""
+    """What Inductor makes of the template, a residual and an activation in its epilogue; several tiles per program."""
     monkeypatch.setattr(inductor, "_template_configs", lambda problem: [replace(TILE, parts=parts)])
     a, b, bias = codes(70, 80, dtypes[0]), codes(134, 80, dtypes[1]), torch.randint(-3, 4, (134,)).float()
     for rows, columns in ((70, 134), (1, 134), (1, 1)):

@@ -214,7 +214,7 @@ def test_interpreted_elements_and_strides(dtype):
 @interpreted
 @pytest.mark.parametrize("text", [MIDRISE4, QUEST[1], "midrise4 row absmax half_up; trust; hadamard(128)"])
 def test_interpreted_rows_by_descriptor(text, monkeypatch):
-    """Programs that stay and take a row after the other, the last of which not all of them get; views with gaps."""
+    """Persistent programs take a row after the other, the last of which not all of them get; views with gaps."""
     monkeypatch.setattr(kernels, "RESIDENT_WARPS", 1)
     for x in (rows_to_rotate(9, 2048, BF16), torch.randn(3, 2064).to(BF16)[:, 16:]):
         with mock.patch.object(kernels, "_quantize_row", None):  # which this is not to be
@@ -248,7 +248,13 @@ def test_interpreted_long_rows_by_absolute_maximum():
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_interpreted_sparsity(pattern):
     """Which units stay, ties and NaN included; a last group that is short; codes with a 0 of their own."""
-    for fmt in ("midrise4p row rms half_up", "midrise3p row rms half_up", "midrise1p row rms half_up", "e2m1 row rms even", "midrise7p row rms half_up"):
+    for fmt in (
+        "midrise4p row rms half_up",
+        "midrise3p row rms half_up",
+        "midrise1p row rms half_up",
+        "e2m1 row rms even",
+        "midrise7p row rms half_up",
+    ):
         x = rows_to_rotate(5, 64)
         x[0] = torch.randint(-1, 2, (64,)).float()
         assert_quantizes(x, f"{fmt}; trust; hadamard(2); sparse({pattern})")
@@ -335,7 +341,9 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16, block: int = 128)
             for bits, text in QUEST.items()
             if bits in (1, 4, 7, 8, "fp4")
         },
-        "sparse": lambda: kernels.quantize_8bit_masked(x, f"midrise4p row rms half_up; trust; {transform}; sparse(4:8)", False),
+        "sparse": lambda: kernels.quantize_8bit_masked(
+            x, f"midrise4p row rms half_up; trust; {transform}; sparse(4:8)", False
+        ),
         "stored": lambda: kernels.quantize(x, "midrise4 row rms half_up", -1, None, None, None, transform),
         "mask": lambda: kernels.estimator_mask(x, x, "midrise4 row rms half_up", "trust", -1, None, transform),
         "hadamard": lambda: kernels.hadamard(x, block, -1),

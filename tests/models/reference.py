@@ -211,7 +211,7 @@ def einsum_sides(given: dict[str, Any]) -> Sides | None:
 
 
 def conv_sides(given: dict[str, Any]) -> Sides | None:
-    """One scale per position for 1×1, a window where windows tile the image, else a sample."""
+    """One scale per position for 1×1, per window where windows tile the image, else per sample."""
     x, weight = given["input"], given["weight"]
     kernel, n = tuple(weight.shape[2:]), weight.dim() - 2
 

@@ -64,7 +64,9 @@ def against_reference(model: nn.Module, *inputs: Any, recipe: Any = FP4, **refer
 
 
 @pytest.mark.parametrize("estimator", ["ste", "clip", "trust", "dge(k=5,cap=3)"])
-@pytest.mark.parametrize("operand", ["e2m1 row e8m0 even", "midrise4 block16 absmax even", "e3m0 tensor absmax_pow2 half_up"])
+@pytest.mark.parametrize(
+    "operand", ["e2m1 row e8m0 even", "midrise4 block16 absmax even", "e3m0 tensor absmax_pow2 half_up"]
+)
 def test_gradients_of_every_estimator(operand: str, estimator: str) -> None:
     """On both operands; an E8M0 scale puts elements outside the grid, where the estimators differ most."""
     recipe = fp4(activation=f"{operand}; {estimator}", weight=f"{operand}; {estimator}")
@@ -174,7 +176,9 @@ def test_shared_codes_are_saved_once() -> None:
 # --- quantized gradients ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["e5m2 tensor absmax even", "e4m3 row", "e2m1 block16 e4m3 even", "midrise8 block32 e8m0"])
+@pytest.mark.parametrize(
+    "text", ["e5m2 tensor absmax even", "e4m3 row", "e2m1 block16 e4m3 even", "midrise8 block32 e8m0"]
+)
 @pytest.mark.parametrize("roles", [("dgrad", "wgrad"), ("wgrad",), ("dgrad",)], ids="+".join)
 def test_quantized_gradients(text: str, roles: tuple[str, ...]) -> None:
     """dgrad contracts dY over features and wgrad over tokens; each takes its scales along its own axis."""

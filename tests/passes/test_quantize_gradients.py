@@ -247,7 +247,7 @@ def test_a_second_batch_size() -> None:
         for rows in (32, 20, 9):
             x = torch.randn(rows, 24, requires_grad=True)
             found = backward(compiled(x), {0: x, "w": layer.weight, "b": layer.bias})
-            if "stochastic" in text or "tile" in text:
+            if "stochastic" in text or "x8" in text:
                 assert all(gradient.isfinite().all() for gradient in found.values())
             else:
                 assert_same(found, backward(linear(layer, x, text), {0: x, "w": layer.weight, "b": layer.bias}))

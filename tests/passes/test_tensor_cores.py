@@ -138,7 +138,7 @@ def test_each_tensor_is_quantized_once_and_for_all_its_readers() -> None:
 
 @pytest.mark.parametrize("activation", [OFF, E4M3_OUTLIERS], ids=["plain", "outliers"])
 def test_what_is_saved_are_codes(activation: dict[str, Any]) -> None:
-    """Half a byte per element, or one with outliers, and a scale per row; never the gradient's operands."""
+    """Half a byte per element, or one with outliers, and one scale per row; never the gradient's operands."""
     model, x = nn.Linear(128, 64, bias=False), torch.randn(32, 128, requires_grad=True)
     compiled, _ = compiler(model, FP4, activation=activation, backward="fp8")
     with saved_bytes(model, x) as saved:
@@ -310,7 +310,7 @@ def test_counted_signs_give_the_product_of_the_levels(granularity: str, bias: bo
 
 
 def test_signs_that_would_have_to_be_transposed_are_recoded() -> None:
-    """Bits lie along K. With one scale per tensor dgrad and wgrad read them as 8-bit codes: they contract stored rows."""
+    """Bits lie along K. With one scale per tensor, dgrad and wgrad read 8-bit codes: stored rows are contracted."""
     text, model, x = "midrise1 tensor absmax half_up", nn.Linear(128, 256), torch.randn(384, 128, requires_grad=True)
     options: dict[str, Any] = {"recipe": fp4(activation=text, weight=text), "gradient": text}
     result = compile_and_run(model, x, **options)
@@ -356,12 +356,16 @@ def test_codes_are_summed_once_and_for_all_their_readers() -> None:
     assert forward.count("aten.sum.dim_IntList(") == 5
     assert "qcompile.mm_8bit.default(" not in backward
     wide = {row["role"]: row["reason"] for row in result.gemms if row["provider"].startswith("dequantize")}
-    assert wide == dict.fromkeys(("dgrad", "wgrad"), "midrise8 is not exact in 8-bit floating point, which gradients need")
+    assert wide == dict.fromkeys(
+        ("dgrad", "wgrad"), "midrise8 is not exact in 8-bit floating point, which gradients need"
+    )
     exact = compile_and_run(model, x, recipe=QUEST, bits=8, disable_passes=["lower"])
     assert_same(result.gradients, exact.gradients)
 
 
-@pytest.mark.parametrize("names", [("midrise8", "midrise8"), ("midrise8", "midrise7"), ("int8", "midrise8")], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [("midrise8", "midrise8"), ("midrise8", "midrise7"), ("int8", "midrise8")], ids=" ".join
+)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_sums_of_codes_stand_in_for_their_offsets(names: tuple[str, str], granularity: str) -> None:
     """Either operand beside its levels, or both; codes that have one sign, whose sums are largest."""
@@ -399,7 +403,8 @@ def test_the_verifier_misses_sums_of_codes() -> None:
     for graph, present in ((left, (None, True)), (right, (True, None))):
         stored, one = graph.placeholder("stored"), graph.placeholder("one")
         codes = [
-            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False)) for f in ("midrise8", "midrise8")
+            graph.call_function(torch.ops.qcompile.recode.default, (stored, f, 4, False))
+            for f in ("midrise8", "midrise8")
         ]
         offsets = [one if given else None for given in present]
         arguments = (*codes, one, one, torch.float32, None)

@@ -340,7 +340,10 @@ def test_no_rotation_is_left_between_products():
         ({"bits": {"weights": 4}}, r"unknown operand in option 'bits' 'weights'; did you mean 'weight'\?"),
         ({"weight": {"rotation": 96}}, "option 'weight': hadamard\\(96\\): the size must be a power of two"),
         ({"weight": {"sparsity": "1:4"}}, r"option 'weight': sparse\(1:4\): known patterns: 2:4, 4:8"),
-        ({"bits": 8, "weight": {"sparsity": "4:8"}}, "option 'weight': midrise8 has no level 0 and no spare code for one"),
+        (
+            {"bits": 8, "weight": {"sparsity": "4:8"}},
+            "option 'weight': midrise8 has no level 0 and no spare code for one",
+        ),
         ({"weight": {"estimator": "dge"}}, r"option 'weight': dge needs the input that hadamard\(128\) changes"),
         ({"weight": {"outliers": "occ"}}, r"option 'weight': occ\(...\) clamps what hadamard\(128\) changes"),
         ({"activation": "midrise4 row rms half_up; hadmard(64)"}, "option 'activation': unknown estimator 'hadmard"),
