@@ -18,12 +18,15 @@ class Docstrings(griffe.Extension):
     """Public names as members of the package, and docstrings as Markdown."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        if "_EXPORTS" in pkg.members:
-            for name, module in ast.literal_eval(str(pkg["_EXPORTS"].value)).items():
-                home = pkg[module.removeprefix(f"{pkg.path}.")]
-                if name in home.modules:  # the package's name for its submodule's: report/explain.py has `explain`
-                    home = home.modules[name]
-                pkg.set_member(name, griffe.Alias(name, f"{home.path}.{name}"))
+        if "_EXPORTS" not in pkg.members:
+            return
+        for name, module in ast.literal_eval(str(pkg["_EXPORTS"].value)).items():
+            if name in pkg.members:
+                continue  # imported for type checkers
+            home = pkg[module.removeprefix(f"{pkg.path}.")]
+            if name in home.modules:  # the package's name for its submodule's: report/explain.py has `explain`
+                home = home.modules[name]
+            pkg.set_member(name, griffe.Alias(name, f"{home.path}.{name}"))
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
