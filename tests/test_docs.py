@@ -118,3 +118,13 @@ def test_every_word_of_an_operand_is_listed():
 def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: qcompile\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.M)
     assert sorted(shown) == sorted(qcompile.__all__)
+
+
+def test_versions_agree():
+    """A release touches four files."""
+    citation, changes, project = (
+        (ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md", "pyproject.toml")
+    )
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [qcompile.__version__]
+    assert tomllib.loads(project)["project"]["version"] == qcompile.__version__
+    assert re.search(rf"^## (\[{re.escape(qcompile.__version__)}\]|{re.escape(qcompile.__version__)}\b)", changes, re.M)
