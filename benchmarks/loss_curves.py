@@ -29,7 +29,7 @@ from model import SIZES, Llama, Size, build
 from torch import Tensor, nn
 from training_step import OURS, names_from, release
 
-from qcompile.demo import learning_rate_factor, read_text, smoothed
+from qcompile.apps.demo import learning_rate_factor, read_text, smoothed
 
 __all__ = ["ARMS", "Arm", "Curve", "Text", "final_rows", "main", "train"]
 

@@ -1,8 +1,7 @@
-"""What mkdocstrings has to be told of our sources: names that ``qcompile`` loads on first use, and reStructuredText."""
+"""Docstrings for mkdocstrings: ours are reStructuredText, what it renders is Markdown."""
 
 from __future__ import annotations
 
-import ast
 import re
 from typing import Any
 
@@ -15,18 +14,7 @@ SIMPLE_TABLE = re.compile(r"(?m)^(?P<rule>=+ [= ]+)\n(?:.*\n)+?(?P=rule)\n(?:.*\
 
 
 class Docstrings(griffe.Extension):
-    """Public names as members of the package, and docstrings as Markdown."""
-
-    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        if "_EXPORTS" not in pkg.members:
-            return
-        for name, module in ast.literal_eval(str(pkg["_EXPORTS"].value)).items():
-            if name in pkg.members:
-                continue  # imported for type checkers
-            home = pkg[module.removeprefix(f"{pkg.path}.")]
-            if name in home.modules:  # the package's name for its submodule's: report/explain.py has `explain`
-                home = home.modules[name]
-            pkg.set_member(name, griffe.Alias(name, f"{home.path}.{name}"))
+    """Docstrings as Markdown, before they are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:

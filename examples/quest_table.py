@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from scaling_law import SIZES, add_training_arguments, train_one
 
-from qcompile import demo
+from qcompile.apps import demo
 
 
 class Arm(NamedTuple):

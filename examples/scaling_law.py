@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from qcompile import demo
+from qcompile.apps import demo
 
 PUBLISHED = Path(__file__).parent / "data" / "quest_losses.csv"
 
@@ -372,7 +372,7 @@ def train_one(
         if matrix.dim() == 2:
             ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(matrix, 0, 0.02 / math.sqrt(2 * config.layers if ends_branch else 1), generator=generator)
-    torch._dynamo.reset()  # the runs share one model class, and Dynamo caches by class
+    torch.compiler.reset()  # the runs share one model class, and Dynamo caches by class
     compiled: Any = torch.compile(model, backend=backend, options=options)
     decayed = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     kept = [weight for weight in model.parameters() if all(weight is not other for other in decayed)]

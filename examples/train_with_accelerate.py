@@ -15,7 +15,7 @@ from accelerate.utils import load_checkpoint_in_model
 from torch.utils.data import DataLoader
 
 import qcompile
-from qcompile import demo
+from qcompile.apps import demo
 
 STEPS, ACCUMULATE = 60, 2
 SIZES = {"hidden": 64, "layers": 1, "heads": 2, "intermediate": 192, "sequence": 64, "batch": 8}

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import qcompile
-from qcompile import demo
+from qcompile.apps import demo
 
 STEPS = 60
 SIZES = {"hidden": 64, "layers": 1, "heads": 2, "intermediate": 192, "sequence": 64, "batch": 8}

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import qcompile
-from qcompile import demo
+from qcompile.apps import demo
 
 STEPS = 60
 SIZES = {"hidden": 64, "layers": 1, "heads": 2, "intermediate": 192, "sequence": 64, "batch": 8}

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qcompile import Monitor, demo
+from qcompile import Monitor
+from qcompile.apps import demo
 
 ARMS: dict[str, dict[str, Any]] = {"occ": {}, "no_occ": {"activation": {"outliers": None}}}
 
@@ -26,7 +27,7 @@ def train(experiment: demo.Experiment, options: dict[str, Any]) -> tuple[Monitor
     """The monitor of a whole run, and the loss of its last step."""
     config, monitor = experiment.config, Monitor()
     model: Any = demo.build_model(config, experiment.device)
-    torch._dynamo.reset()  # the runs share one model class, and Dynamo caches by class
+    torch.compiler.reset()  # the runs share one model class, and Dynamo caches by class
     compiled = torch.compile(model, backend="qcompile_fp4", options={**options, "monitor": monitor})
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, fused=True)
     for step, (inputs, targets) in zip(range(config.steps), demo.batches(experiment), strict=False):

@@ -21,6 +21,7 @@ from torch import Tensor
 __all__ = [
     "ELEMENT_TYPES",
     "PRELUDE",
+    "double_literal",
     "find_compiler",
     "float_literal",
     "load",
@@ -39,11 +40,16 @@ GRAIN_SIZE = 32768
 #: Inductor switches the loop vectorizer off, because its own code is vectorized by hand; and its way of
 #: refusing value-changing float optimizations brings back trapping math, which keeps comparisons scalar, and
 #: leaves the sign of a zero in doubt. A later flag wins.
-COMPILER_FLAGS = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fsigned-zeros")
+COMPILER_FLAGS = (
+    "-ftree-loop-vectorize",
+    "-fno-trapping-math",
+    "-fsigned-zeros",
+    "--param=max-tree-if-conversion-phi-args=64",
+)
 
 #: Element types as bits with conversions from and to float32 that vectorize, and rounding to small
 #: floating-point formats.
-PRELUDE = r"""
+_PRELUDE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -54,6 +60,22 @@ template <class To, class From> static inline To bits_as(From from) {
   static_assert(sizeof(to) == sizeof(from));
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// condition ? a : b by bits: compilers see no branch, which they would thread with others until nothing vectorizes.
+static inline int32_t select(bool condition, int32_t a, int32_t b) { return b ^ ((a ^ b) & -int32_t(condition)); }
+static inline float select(bool condition, float a, float b) {
+  return bits_as<float>(select(condition, bits_as<int32_t>(a), bits_as<int32_t>(b)));
+}
+static inline double select(bool condition, double a, double b) { return condition ? a : b; }
+
+// a · b + c of a product that does not round.
+static inline float exact_fma(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
 static constexpr uint32_t MAGNITUDE = 0x7fffffff;
@@ -73,6 +95,25 @@ template <int mantissa, int min_exponent> static inline uint32_t round_to_minifl
   const float magic = power_of_two(min_exponent - mantissa + 23);
   const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(bits) + magic) - bits_as<uint32_t>(magic);
   return bits < (uint32_t(min_exponent + 127) << 23) ? subnormal : normal;
+}
+
+// base^exponent in float64, rounded once, by 2^(exponent · log2 base): log2 m = 2 artanh((m − 1)/(m + 1)) / ln 2 with m
+// in [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12. Vectorizes, which the C library's powf does not.
+static inline float power(float base, double exponent) {
+  const uint32_t all = bits_as<uint32_t>(base);
+  const bool small = all < 0x00800000;  // subnormal numbers are scaled by 2^24
+  const uint32_t bits = small ? bits_as<uint32_t>(base * 0x1p24f) : all;
+  const int32_t whole_log = int32_t(bits - 0x3f3504f3) >> 23;
+  const double m = bits_as<float>(bits - (uint32_t(whole_log) << 23));
+  const double s = (m - 1) / (m + 1), z = s * s;
+  const double series = HORNER_ARTANH;
+  double t = exponent * (whole_log - (small ? 24 : 0) + s * series * 2.8853900817779268);
+  t = t < -1000 ? -1000 : t > 1000 ? 1000 : t;
+  const double whole = (t + 0x1.8p52) - 0x1.8p52, r = (t - whole) * 0.6931471805599453;
+  const double result = HORNER_EXP * bits_as<double>(int64_t(int32_t(whole) + 1023) << 52);
+  const float of_zero = exponent < 0 ? INFINITY : 0.0f, of_infinity = exponent < 0 ? 0.0f : INFINITY;
+  const float finite = base == 0 ? of_zero : float(result);
+  return base == INFINITY ? of_infinity : base >= 0 ? finite : NAN;
 }
 
 struct Float32 {
@@ -123,6 +164,20 @@ template <class Element> static inline float absolute_maximum(const Element* x, 
   return Element{top};
 }
 """
+
+
+def _horner(variable: str, coefficients: list[float]) -> str:
+    """C++ for the float64 polynomial with these coefficients, lowest degree first."""
+    text = repr(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        text = f"({coefficient!r} + {variable} * {text})"
+    return text
+
+
+PRELUDE = _PRELUDE.replace(
+    "HORNER_ARTANH",
+    _horner("z", [1 / (2 * n + 1) for n in range(8)]),  # in s², after the factor s
+).replace("HORNER_EXP", _horner("r", [1 / math.factorial(n) for n in range(11)]))
 
 
 @lru_cache(maxsize=1)
@@ -184,6 +239,13 @@ def float_literal(value: float) -> str:
     if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
     return f"{float(torch.tensor(value, dtype=torch.float32)).hex()}f"
+
+
+def double_literal(value: float) -> str:
+    """A C++ float64 literal."""
+    if math.isfinite(value):
+        return value.hex()
+    return "NAN" if math.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
 
 
 def rows_of(x: Tensor, axis: int) -> Tensor:

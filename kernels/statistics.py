@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.ir.operand import Operand
 from qcompile.ir.ops import LIB, quantized, transform_of, without_autocast
-from qcompile.ir.recipe import Operand
 from qcompile.ir.sharding import local_tensor
 from qcompile.kernels.quantize.reference import load_scale, spread, unpack
 

@@ -127,14 +127,14 @@ def _flops(node: Node) -> int | None:
     )
     if formula is None:
         return 0 if is_opaque(node) else None
-    args, kwargs, result = torch.utils._pytree.tree_map(_concrete, (node.args, node.kwargs, node.meta.get("val")))
+    args, kwargs, result = compat.tree_map(_concrete, (node.args, node.kwargs, node.meta.get("val")))
     return int(formula(*args, **kwargs, out_val=result))
 
 
 def _concrete(value: Any) -> Any:
     """A value with sizes that are numbers: tensors on the meta device for nodes and fake tensors."""
     if isinstance(value, Node):
-        return torch.utils._pytree.tree_map(_concrete, value.meta.get("val"))
+        return compat.tree_map(_concrete, value.meta.get("val"))
     if isinstance(value, torch.Tensor):
         return torch.empty([compat.size_hint(n) for n in value.shape], dtype=value.dtype, device="meta")
     return compat.size_hint(value) if isinstance(value, torch.SymInt) else value

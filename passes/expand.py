@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import compat
 
@@ -63,29 +61,30 @@ class _State:
         self.autocasts: dict[Any, Any] = {}
 
     def follow(self, node: Node) -> None:
-        if node.target is torch._C._set_grad_enabled:
-            torch._C._set_grad_enabled(node.args[0])
-        elif node.target is torch.amp.autocast_mode._enter_autocast:
-            self.autocasts[node] = torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs)
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
-            torch.amp.autocast_mode._exit_autocast(self.autocasts.pop(node.args[0]))
+        if node.target is compat.set_grad_enabled:
+            compat.set_grad_enabled(node.args[0])
+        elif node.target is compat.enter_autocast:
+            self.autocasts[node] = compat.enter_autocast(*node.args, **node.kwargs)
+        elif node.target is compat.exit_autocast:
+            compat.exit_autocast(self.autocasts.pop(node.args[0]))
 
 
 def _open(gm: GraphModule, call: Node) -> bool:
     """Whether ``call`` could be replaced by what it is made of."""
-    leaves, structure = tree_flatten((call.args, call.kwargs))
+    leaves, structure = compat.tree_flatten((call.args, call.kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Node)]
     function: Any = call.target
 
     def run(*values: Any) -> Any:
         given = iter(values)
-        args, kwargs = tree_unflatten([next(given) if isinstance(x, Node) else x for x in leaves], structure)
+        args, kwargs = compat.tree_unflatten([next(given) if isinstance(x, Node) else x for x in leaves], structure)
         return function(*args, **kwargs)
 
     examples = [_example(node) for node in inputs]
     mode = compat.fake_mode_of(gm.graph)
     with mode:
-        traced = make_fx(run, {op: op.decompose for op in _CELLS}, tracing_mode="real", pre_dispatch=True)(*examples)
+        decompositions = {op: op.decompose for op in _CELLS}
+        traced = compat.make_fx(run, decompositions, tracing_mode="real", pre_dispatch=True)(*examples)
         if any(node.op == "get_attr" for node in traced.graph.nodes):
             return False  # a constant made on the way
         new = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
+from qcompile import compat
 from qcompile.ir.sharding import local_tensor
 
 from .graph import static_size, value_of
@@ -180,7 +180,7 @@ def _dtypes(values: list[Any]) -> str:
 
 def _bodies_called(call: Node, body: _Body, origins: Origins) -> Iterator[_Body]:
     """The graph modules among the arguments of a higher-order op; ``body``: the caller in the state of the call."""
-    arguments = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
+    arguments = [leaf for leaf in compat.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
     inner = {a: m for a in arguments if a.op == "get_attr" and isinstance(m := _attribute(body.module, a), GraphModule)}
     operation = str(call.target)
     obstacle, anonymous = body.obstacle, body.anonymous

@@ -35,7 +35,7 @@ _EMBEDDINGS: dict[Any, tuple[int, str]] = {
     torch.ops.aten.embedding.default: (0, "weight"),
     F.embedding_bag: (1, "weight"),
 }
-_CROSS_ENTROPIES = (F.cross_entropy, F.nll_loss, torch._C._nn.nll_loss_nd, torch.ops.aten.cross_entropy_loss.default)
+_CROSS_ENTROPIES = (F.cross_entropy, F.nll_loss, compat.nll_loss_nd, torch.ops.aten.cross_entropy_loss.default)
 
 
 @dataclass

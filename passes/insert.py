@@ -31,7 +31,6 @@ from qcompile.ir.recipe import Operand
 from .graph import graph_modules, value_of
 from .origins import target_name, written_by
 from .plan import KIND_KEY, SITE_KEY, Decision, Plan
-from .quantize_gradients import quantize_gradients
 from .spellings import Frame, Slot
 
 __all__ = ["insert", "stamp"]
@@ -42,7 +41,7 @@ _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 def insert(gm: GraphModule, plan: Plan) -> int:
     """Rewrite ``gm`` and its nested bodies in place; returns how many operands were wrapped."""
     by_node = {decision.site.node: decision for decision in plan.quantized}
-    return sum(_insert_in(module, by_node) for module in graph_modules(gm))
+    return sum(_insert_in(module, by_node) for module in graph_modules(gm)) if by_node else 0
 
 
 def stamp(plan: Plan) -> None:
@@ -64,11 +63,11 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
                     changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
                     slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared))
                     wrapped += 1
-            quantize_gradients(gm.graph, decision)
         if _is_barrier(node):
             shared.clear()
-    gm.graph.lint()
-    gm.recompile()
+    if wrapped:
+        gm.graph.lint()
+        gm.recompile()
     return wrapped
 
 

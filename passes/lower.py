@@ -123,11 +123,12 @@ def product_provider(node: Node) -> tuple[str, str]:
     bias: Any = node.args[9] if len(node.args) > 9 else None
     if bias is not None and not same_sizes(bias.meta["val"].shape, value.shape[1:]):
         return DECODED, "a bias that is broadcast over the columns"
-    extents = (*(static_size(n) for n in value.shape), _contraction(left))
+    extents = (static_size(value.shape[0]), static_size(value.shape[1]), _contraction(left))
+    m, n, k = (_ALIGNED if extent is None else extent for extent in extents)
     reasons: list[str] = []
     for dtypes in readings:
         product = providers.Product(
-            shape=tuple(_ALIGNED if n is None else n for n in extents),
+            shape=(m, n, k),
             dtypes=dtypes,
             dtype=value.dtype,
             capability=capability,

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
+from qcompile import compat
 from qcompile.ir.quantizer import Quantizer
 
 from .dialect import aten, is_call, ops, same_sizes, through_views
@@ -108,7 +108,7 @@ def merge_quantize(graph: Graph, context: Context) -> int:
         _replace_pair(graph, rows, columns)
     singles = [use for use in uses if id(use) not in paired and use.along_rows and _replace_single(graph, use)]
     if pairs:
-        stable_topological_sort(graph)
+        compat.stable_topological_sort(graph)
     return 2 * len(pairs) + len(singles)
 
 

@@ -29,7 +29,6 @@ from itertools import zip_longest
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -272,7 +271,7 @@ def _outer_arguments(gm: GraphModule) -> dict[Node, list[Node]]:
             for placeholder in placeholders:
                 outer.setdefault(placeholder, [])
             for caller in node.users:
-                leaves = torch.utils._pytree.tree_leaves((caller.args, caller.kwargs))
+                leaves = compat.tree_leaves((caller.args, caller.kwargs))
                 given = [
                     n for n in leaves if isinstance(n, Node) and (n.op != "get_attr" or _real_tensor(n) is not None)
                 ]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from qcompile import compat
 
@@ -178,8 +177,8 @@ def target_name(node: Node) -> str:
 
 def _tensors(node: Node) -> Iterator[Node]:
     """The nodes among a call's arguments that are tensors, or tuples of them."""
-    for leaf in tree_leaves((node.args, node.kwargs)):
-        if isinstance(leaf, Node) and any(isinstance(v, torch.Tensor) for v in tree_leaves(value_of(leaf))):
+    for leaf in compat.tree_leaves((node.args, node.kwargs)):
+        if isinstance(leaf, Node) and any(isinstance(v, torch.Tensor) for v in compat.tree_leaves(value_of(leaf))):
             yield leaf
 
 
@@ -217,7 +216,7 @@ def written_by(node: Node) -> Iterator[Node]:
         written += [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     elif _is_in_place(node):
         written += node.args[:1] or [node.kwargs.get("input")]
-    yield from dict.fromkeys(leaf for leaf in tree_leaves(written) if isinstance(leaf, Node))
+    yield from dict.fromkeys(leaf for leaf in compat.tree_leaves(written) if isinstance(leaf, Node))
 
 
 def _is_in_place(node: Node) -> bool:

@@ -17,7 +17,8 @@ returns codes and scales in place of the wide tensor and the backward decodes th
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -28,10 +29,10 @@ from qcompile.ir.quantizer import Quantizer
 
 from .dialect import is_call, is_relayout, operand_kind, through_views
 from .graph import static_size
-from .pass_base import Context, emit
+from .pass_base import Context, GraphPass, emit
 from .watch import STATISTICS_KIND
 
-__all__ = ["Partitioner", "hints"]
+__all__ = ["Partitioner", "Split", "hints", "narrow_saved"]
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qcompile
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
@@ -97,11 +98,21 @@ def _casts(source: Any) -> list[Node]:
     return casts
 
 
-class Partitioner(compat.CustomPartitionerFn):
-    """Min-cut, then narrow what it saved (``save``) and note what is saved (`explain`)."""
+class Split(NamedTuple):
+    """A joint graph after the min-cut; the backward is given the forward's results from ``kept_outputs`` on."""
 
-    def __init__(self, context: Context, identity: str, chained: Any = None) -> None:
-        self.context, self.identity, self.chained = context, identity, chained
+    forward: GraphModule
+    backward: GraphModule
+    kept_outputs: int
+
+
+class Partitioner(compat.CustomPartitionerFn):
+    """Min-cut, then the passes over both graphs, and a note of what is saved (`explain`)."""
+
+    def __init__(
+        self, context: Context, identity: str, chained: Any = None, passes: Iterable[GraphPass[Split, Context]] = ()
+    ) -> None:
+        self.context, self.identity, self.chained, self.passes = context, identity, chained, tuple(passes)
 
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         if self.chained is not None:
@@ -110,15 +121,16 @@ class Partitioner(compat.CustomPartitionerFn):
             kwargs.setdefault("compiler", "inductor")
             forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
         kept_outputs = kwargs["num_fwd_outputs"]
-        if self.context.recipe.save != "exact" and self.context.plan.quantized:
-            narrow_saved(forward, backward, kept_outputs, Quantizer.parse(SAVE_QUANTIZERS[self.context.recipe.save]))
+        for graph_pass in self.passes:
+            if graph_pass.name not in self.context.recipe.disable_passes:
+                graph_pass.run(Split(forward, backward, kept_outputs), self.context)
         if self.context.observe is not None:
             # Bodies of nested regions are parted before the graph that calls them, whose rows include theirs.
             self.context.observe.saved[:] = saved_tensors(forward, kept_outputs)
         return forward, backward
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
-        return self  # as in pipeline.Stage
+        return self  # as in pipeline.Hook
 
     def uuid(self) -> Any:
         chained = self.chained.uuid() if self.chained is not None else None
@@ -173,8 +185,12 @@ def _is_clamped(node: Node) -> bool:
     return is_call(source, ops.clamp_outliers.default) and bool(index == 0)
 
 
-def narrow_saved(forward: GraphModule, backward: GraphModule, kept_outputs: int, quantizer: Quantizer) -> int:
+def narrow_saved(split: Split, context: Context) -> int:
     """Replace wide saved activations by codes and scales in both graphs; returns how many were narrowed."""
+    if context.recipe.save == "exact" or not context.plan.quantized:
+        return 0
+    forward, backward, kept_outputs = split
+    quantizer = Quantizer.parse(SAVE_QUANTIZERS[context.recipe.save])
     output = forward.graph.find_nodes(op="output")[0]
     results = list(output.args[0])
     placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}

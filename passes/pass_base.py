@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, ParamSpec
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -25,7 +25,7 @@ from qcompile.ir.recipe import Recipe
 from .plan import Plan
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "Product", "emit", "run_passes", "size_along"]
+__all__ = ["Context", "GraphPass", "Observations", "Product", "Work", "emit", "run_passes", "size_along"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
@@ -80,25 +80,40 @@ class Observations:
 
 @dataclass
 class Context:
-    """What a pass may look at: the recipe and the plan, never the user's model. ``observe`` is set under `explain`."""
+    """What a pass may look at: the recipe and the plan, never the user's model. ``observe`` is set under `explain`.
+
+    ``watched``: (layer, kind, operand text) of every row of statistics that the graph returns (`watch`).
+    """
 
     recipe: Recipe
     plan: Plan
     observe: Observations | None = None
+    watched: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+Work = ParamSpec("Work")
 
 
 @dataclass(frozen=True)
-class GraphPass:
-    """A named rewrite of one graph; ``run`` returns how many places it changed. ``dumped``: whether the program after
-    it is worth a record.
+class GraphPass(Generic[Work]):
+    """A named pass; ``run`` takes what its stage works on and returns how many places it changed.
+
+    Attributes:
+        changes: whether it may change a model's numbers, as the table of the pipeline says it.
+        optional: whether ``disable_passes`` takes its name; nothing works without the others.
+        observes: it rewrites nothing, and runs where nothing is quantized, too.
+        dumped: whether the program after it is worth a record.
     """
 
     name: str
-    run: Callable[[Graph, Context], int]
+    run: Callable[Work, int]
+    changes: str = "no"
+    optional: bool = True
+    observes: bool = False
     dumped: bool = True
 
 
-def run_passes(stage: str, passes: Iterable[GraphPass], graph: Graph, context: Context) -> None:
+def run_passes(stage: str, passes: Iterable[GraphPass[Graph, Context]], graph: Graph, context: Context) -> None:
     """Run ``passes`` in order, leaving out those the recipe disables."""
     for graph_pass in passes:
         if graph_pass.name in context.recipe.disable_passes:

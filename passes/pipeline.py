@@ -1,34 +1,22 @@
 """The whole pipeline, in order, and its hooks into Inductor. Start reading here.
 
-============== ================================================= ======================= =============================
-stage          graph                                             pass                    changes numbers?
-============== ================================================= ======================= =============================
-dynamo         Dynamo FX graph, one per sub-graph                  expand                  no
-dynamo                                                           find_gemms → plan       no
-dynamo                                                           insert                  **yes, by the recipe**
-dynamo                                                           quantize_gradients      **yes, if gradient= is set**
-joint          forward and backward in ATen, before partitioning account                 no (counts products)
-joint                                                            cancel_rotations        no
-joint                                                            fuse                    no
-joint                                                            fold                    **yes, if backward= is set**
-joint                                                            hints                   no
-joint                                                            audit                   no (records what is left)
-joint                                                            lower_frozen            no (inference with freezing)
-partition      joint → forward, backward                         narrow_saved            **yes, if save= is set**
-post_grad      forward, then backward                            lower → merge_quantize  no
-============== ================================================= ======================= =============================
+:data:`PIPELINE` is what runs. ``python -m qcompile.passes.pipeline`` prints it as a table, with the graph that each
+stage works on and which passes may change a model's numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from torch.fx import Graph, GraphModule
 
+import qcompile.kernels  # registers the ops that the passes name
+import qcompile.passes
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
@@ -36,59 +24,146 @@ from .account import account
 from .audit import audit
 from .cancel_rotations import cancel_rotations
 from .expand import expand
-from .find_gemms import find_gemms
+from .find_gemms import Site, find_gemms
 from .fold import fold
 from .fuse import fuse
 from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .names import Names
-from .partition import Partitioner, hints
-from .pass_base import Context, GraphPass, Observations, dump, log, run_passes
+from .partition import Partitioner, hints, narrow_saved
+from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
 from .plan import Plan, all_rules, make_plan
+from .quantize_gradients import quantize_gradients
+from .watch import watch
 
-__all__ = ["PASS_NAMES", "hooks", "rewrite"]
+__all__ = ["PASS_NAMES", "PIPELINE", "hooks", "rewrite", "table"]
 
-ACCOUNT, AUDIT = GraphPass("account", account, dumped=False), GraphPass("audit", audit)
-JOINT = (
-    ACCOUNT,
-    GraphPass("cancel_rotations", cancel_rotations),
-    GraphPass("fuse", fuse),
-    GraphPass("fold", fold),
-    GraphPass("hints", hints),
-    AUDIT,
-    GraphPass("lower_frozen", lower_frozen),
+
+@dataclass
+class Capture:
+    """A Dynamo graph on its way through the first stage. What one pass finds, later ones read."""
+
+    gm: GraphModule
+    recipe: Recipe
+    observe: Observations | None
+    call: compat.CompiledCall | None
+    names: Names = field(init=False)
+    sites: list[Site] = field(init=False)
+    context: Context = field(init=False)
+
+    def expand(self) -> int:
+        return expand(self.gm) if self.recipe.enabled else 0
+
+    def find_gemms(self) -> int:
+        self.names = Names(self.gm, self.call or compat.compiled_call())
+        self.sites = find_gemms(self.gm, self.names)
+        return len(self.sites)
+
+    def make_plan(self) -> int:
+        plan = make_plan(self.sites, self.recipe)
+        self.context = Context(self.recipe, plan, self.observe)
+        if self.observe is not None:
+            self.observe.plan = plan
+        pin(self.gm, self.names, self.sites, all_rules(self.recipe))
+        dump("dynamo_captured", self.gm.graph, self.context)
+        stamp(plan)
+        return len(plan.quantized)
+
+    def insert(self) -> int:
+        plan = self.context.plan
+        wrapped = insert(self.gm, plan)
+        if wrapped:
+            log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))
+            dump("dynamo_insert", self.gm.graph, self.context)
+        return wrapped
+
+    def quantize_gradients(self) -> int:
+        split = quantize_gradients(self.gm, self.context.plan)
+        if split:
+            log.debug("dynamo/quantize_gradients: %d sites", split)
+            dump("dynamo_quantize_gradients", self.gm.graph, self.context)
+        return split
+
+    def watch(self) -> int:
+        if self.recipe.monitor and self.observe is None:
+            self.context.watched = watch(self.gm, self.context.plan)
+        return len(self.context.watched)
+
+
+@dataclass(frozen=True)
+class PipelineStage(Generic[Work]):
+    """Passes over the same graphs. ``graph``: which these are."""
+
+    name: str
+    graph: str
+    passes: tuple[GraphPass[Work], ...]
+
+    def without_rewrites(self) -> PipelineStage[Work]:
+        return replace(self, passes=tuple(p for p in self.passes if p.observes))
+
+
+DYNAMO = PipelineStage(
+    "dynamo",
+    "Dynamo FX graph, one per sub-graph",
+    (
+        GraphPass("expand", Capture.expand),
+        GraphPass("find_gemms", Capture.find_gemms, optional=False),
+        GraphPass("plan", Capture.make_plan, optional=False),
+        GraphPass("insert", Capture.insert, changes="yes, by the recipe"),
+        GraphPass("quantize_gradients", Capture.quantize_gradients, changes="yes, if gradient= is set"),
+        GraphPass("watch", Capture.watch, changes="no (statistics, if monitor= is set)", optional=False),
+    ),
 )
-POST_GRAD = (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize))
+JOINT = PipelineStage(
+    "joint",
+    "forward and backward in ATen, before partitioning",
+    (
+        GraphPass("account", account, changes="no (counts products)", observes=True, dumped=False),
+        GraphPass("cancel_rotations", cancel_rotations),
+        GraphPass("fuse", fuse),
+        GraphPass("fold", fold, changes="yes, if backward= is set"),
+        GraphPass("hints", hints),
+        GraphPass("audit", audit, changes="no (records what is left)", observes=True),
+        GraphPass("lower_frozen", lower_frozen, changes="no (inference with freezing)"),
+    ),
+)
+PARTITION = PipelineStage(
+    "partition",
+    "joint → forward, backward",
+    (GraphPass("narrow_saved", narrow_saved, changes="yes, if save= is set", optional=False),),
+)
+POST_GRAD = PipelineStage(
+    "post_grad",
+    "forward, then backward",
+    (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize)),
+)
+PIPELINE: tuple[PipelineStage[Any], ...] = (DYNAMO, JOINT, PARTITION, POST_GRAD)
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``quantized_mm`` runs as its own reference.
-PASS_NAMES = ("expand", "insert", "quantize_gradients", *(p.name for p in (*JOINT, *POST_GRAD)))
+PASS_NAMES = tuple(p.name for stage in PIPELINE for p in stage.passes if p.optional)
+
+
+def table() -> str:
+    """The pipeline as a Markdown table, one line per pass."""
+    rows = [(stage.name, stage.graph, p.name, p.changes) for stage in PIPELINE for p in stage.passes]
+    lines = [("stage", "graph", "pass", "changes numbers?"), ("---",) * 4, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rewrite(
     gm: GraphModule, recipe: Recipe, observe: Observations | None = None, call: compat.CompiledCall | None = None
 ) -> Context:
-    """Stage one: expand, find, plan and insert on a Dynamo graph, in place.
+    """The first stage: a Dynamo graph from `expand` to `watch`, in place.
 
     Layers are named as ``call`` names them, by default the one on the Python stack.
     """
-    if recipe.enabled and "expand" not in recipe.disable_passes:
-        expand(gm)
-    names = Names(gm, call or compat.compiled_call())
-    sites = find_gemms(gm, names)
-    plan = make_plan(sites, recipe)
-    pin(gm, names, sites, all_rules(recipe))
-    context = Context(recipe, plan, observe)
-    if observe is not None:
-        observe.plan = plan
-    dump("dynamo_captured", gm.graph, context)
-    stamp(plan)
-    if plan.quantized:
-        wrapped = insert(gm, plan)
-        log.debug("dynamo/insert: %d operands of %d sites", wrapped, len(plan.quantized))
-        dump("dynamo_insert", gm.graph, context)
-    return context
+    capture = Capture(gm, recipe, observe, call)
+    for graph_pass in DYNAMO.passes:
+        if graph_pass.name not in recipe.disable_passes:
+            graph_pass.run(capture)
+    return capture.context
 
 
 def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
@@ -97,34 +172,34 @@ def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
     Where nothing is quantized, only what observes runs: `explain` compares with such a model.
     """
     identity = cache_identity(context.recipe, context.plan)
-    stages = {"joint": JOINT, "post_grad": POST_GRAD} if context.plan.quantized else {"joint": (ACCOUNT, AUDIT)}
+    stages = (JOINT, POST_GRAD) if context.plan.quantized else (JOINT.without_rewrites(),)
     config: dict[str, Any] = {}
-    for name, passes in stages.items():
-        hook = f"{name}_custom_pre_pass"
-        config[hook] = Stage(name, passes, context, identity, compat.user_hook(hook, patches))
+    for stage in stages:
+        hook = f"{stage.name}_custom_pre_pass"
+        config[hook] = Hook(stage, context, identity, compat.user_hook(hook, patches))
     if context.recipe.save != "exact" or context.observe is not None:
         chained = compat.user_hook("custom_partitioner_fn", patches)
-        config["custom_partitioner_fn"] = Partitioner(context, identity, chained)
+        config["custom_partitioner_fn"] = Partitioner(context, identity, chained, PARTITION.passes)
     return config
 
 
-class Stage(compat.CustomGraphPass):
-    """One hook: the user's pass, if any, then ours."""
+class Hook(compat.CustomGraphPass):
+    """A stage that Inductor calls: the user's pass, if any, then ours."""
 
-    def __init__(self, name: str, passes: tuple[GraphPass, ...], context: Context, identity: str, chained: Any) -> None:
-        self.name, self.passes, self.context, self.identity = name, passes, context, identity
+    def __init__(self, stage: PipelineStage[Graph, Context], context: Context, identity: str, chained: Any) -> None:
+        self.stage, self.context, self.identity = stage, context, identity
         self.chained = chained if isinstance(chained, (list, tuple)) else [chained] if chained is not None else []
 
     def __call__(self, graph: Graph) -> None:
         for user_pass in self.chained:
             user_pass(graph)
-        run_passes(self.name, self.passes, graph, self.context)
+        run_passes(self.stage.name, self.stage.passes, graph, self.context)
 
-    def __deepcopy__(self, memo: Any) -> Stage:
+    def __deepcopy__(self, memo: Any) -> Hook:
         return self  # Inductor copies its config; the plan and its graph's fake tensors cannot be copied
 
     def uuid(self) -> Any:
-        return ("qcompile", self.name, self.identity, [p.uuid() for p in self.chained])
+        return ("qcompile", self.stage.name, self.identity, [p.uuid() for p in self.chained])
 
 
 def cache_identity(recipe: Recipe, plan: Plan) -> str:
@@ -140,9 +215,6 @@ def cache_identity(recipe: Recipe, plan: Plan) -> str:
 @lru_cache(maxsize=1)
 def source_digest() -> str:
     """SHA-256 over the package's Python sources, wherever the three folders are installed."""
-    import qcompile.kernels
-    import qcompile.passes
-
     digest = hashlib.sha256()
     for package in (qcompile, qcompile.passes, qcompile.kernels):
         for folder in package.__path__:
@@ -157,3 +229,7 @@ def package_version() -> str:
         return version("qcompile")
     except PackageNotFoundError:
         return "source"
+
+
+if __name__ == "__main__":
+    print(table())

@@ -22,10 +22,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .gradient_axes import axes_of_result, role_of_slot
-from .plan import KIND_KEY, ROLE_KEY, Decision
+from .graph import graph_modules
+from .plan import KIND_KEY, ROLE_KEY, Decision, Plan
 from .spellings import Slot
 
 __all__ = ["quantize_gradients"]
@@ -33,8 +34,24 @@ __all__ = ["quantize_gradients"]
 ops = torch.ops.qcompile
 
 
-def quantize_gradients(graph: Graph, decision: Decision) -> None:
-    """Rewrite the site of ``decision``, in ``graph``, for the roles in ``decision.rounded``."""
+def quantize_gradients(gm: GraphModule, plan: Plan) -> int:
+    """Rewrite ``gm`` and its nested bodies in place, after `insert`; returns of how many sites."""
+    rounded = {decision.site.node: decision for decision in plan.quantized if decision.rounded}
+    return sum(_quantize_in(module, rounded) for module in graph_modules(gm)) if rounded else 0
+
+
+def _quantize_in(gm: GraphModule, rounded: dict[Node, Decision]) -> int:
+    decisions = [rounded[node] for node in gm.graph.nodes if node in rounded]
+    for decision in decisions:
+        _split(gm.graph, decision)
+    if decisions:
+        gm.graph.lint()
+        gm.recompile()
+    return len(decisions)
+
+
+def _split(graph: Graph, decision: Decision) -> None:
+    """Rewrite the site of ``decision`` for the roles in ``decision.rounded``."""
     site, gemm = decision.site, decision.site.node
     axes = axes_of_result(site) or ((), ())
     shared: dict[Any, list[Slot]] = {}
@@ -44,8 +61,6 @@ def quantize_gradients(graph: Graph, decision: Decision) -> None:
             quantizer = decision.gradients[role].quantizer  # type: ignore[union-attr]
             along = ((), ()) if quantizer.granularity.kind == "tensor" else (axes[position], axes[1 - position])
             shared.setdefault((str(quantizer), *along), []).append(slot)
-    if not shared:
-        return
     rewriter = _Rewriter(graph, decision)
     operands = {slot: slot.of(gemm) for slot in site.slots}
     readers = list(gemm.users)

@@ -5,17 +5,30 @@ Names below are loaded on first use, so that importing this package stays cheap.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
+    from qcompile.apps.repro import save_repro as save_repro
+    from qcompile.ir.recipe import Recipe as Recipe
+    from qcompile.ir.rules import Rule as Rule
+    from qcompile.numerics import Monitor as Monitor
+    from qcompile.numerics import gradient_cosine as gradient_cosine
+    from qcompile.numerics import monitor as monitor
+    from qcompile.recipes import RECIPES as RECIPES
+    from qcompile.report.explain import explain as explain
+    from qcompile.report.model import Report as Report
+    from qcompile.report.saved import saved_bytes as saved_bytes
 
 _EXPORTS = {
     "explain": "qcompile.report",
     "Report": "qcompile.report",
     "saved_bytes": "qcompile.report",
     "Recipe": "qcompile.ir.recipe",
-    "Rule": "qcompile.ir.recipe",
+    "Rule": "qcompile.ir.rules",
     "Monitor": "qcompile.numerics",
     "monitor": "qcompile.numerics",
     "gradient_cosine": "qcompile.numerics",
-    "save_repro": "qcompile.repro",
+    "save_repro": "qcompile.apps.repro",
     "RECIPES": "qcompile.recipes",
 }
 
@@ -23,7 +36,7 @@ __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     msg = f"module {__name__!r} has no attribute {name!r}"

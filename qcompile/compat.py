@@ -1,5 +1,7 @@
-"""The private torch API that backend, passes and report touch; the kernels keep theirs. :data:`TRIED` says with which
-releases.
+"""The private torch API that the package touches. :data:`TRIED` says with which releases.
+
+The kernels' loop bodies, lowerings and templates are written in private API, and keep theirs: `tests/test_structure.py`
+lists these modules, and fails for any other.
 """
 
 from __future__ import annotations
@@ -26,12 +28,17 @@ import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
 import torch._inductor.compile_fx
+import torch._inductor.pattern_matcher
 import torch._logging._internal
 import torch.utils._python_dispatch
+import torch.utils._pytree
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -40,25 +47,54 @@ __all__ = [
     "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
     "TorchDispatchMode",
     "before_next_call",
+    "cache_counters",
     "captures_recurrent_layers",
     "compile_fx",
     "compiled_call",
     "current_frame",
     "eager_inner_compile",
+    "enter_autocast",
+    "exit_autocast",
     "fake_mode_of",
     "frame_compilations",
     "given_fake_tensors",
+    "guard_identity",
+    "guarded_bool",
+    "guarded_int",
     "in_compiled_autograd",
+    "inductor_option_names",
     "inductor_options",
+    "is_argument",
+    "is_inductor_option",
+    "is_parameter",
     "is_tracing",
     "is_wrapper_subclass",
+    "local_variable",
     "log_artifact",
+    "make_fx",
+    "memory_of",
     "min_cut_partition",
+    "nll_loss_nd",
+    "placeholder_value",
     "recompile_limits",
+    "set_grad_enabled",
+    "size_hint",
+    "source_line",
+    "source_of",
+    "stable_topological_sort",
     "tensor_core_capability",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "triton_kernel_name",
     "unlimited_recompiles",
+    "use_torchs_ptxas",
     "user_hook",
     "warn_if_untried",
     "will_freeze",
@@ -69,6 +105,13 @@ TRIED = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
 
 compile_fx = torch._inductor.compile_fx.compile_fx
 min_cut_partition = torch._functorch.partitioners.min_cut_rematerialization_partition
+stable_topological_sort = torch._inductor.pattern_matcher.stable_topological_sort
+
+# What Dynamo's graphs call where the user's code has a context manager or a function of ``torch.nn.functional``.
+set_grad_enabled = torch._C._set_grad_enabled
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+nll_loss_nd = torch._C._nn.nll_loss_nd
 
 
 @functools.cache
@@ -116,6 +159,19 @@ def recompile_limits() -> dict[str, int]:
 def frame_compilations() -> dict[Any, int]:
     """How often Dynamo has compiled each code object, by its number."""
     return dict(torch._dynamo.convert_frame.FRAME_COMPILE_COUNTER)
+
+
+def cache_counters() -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Inductor's and AOTAutograd's counters, among them the hits and misses of their caches."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"], counters["aot_autograd"]
+
+
+def use_torchs_ptxas() -> None:
+    """Make Triton assemble with the ``ptxas`` that came with torch, as Inductor makes it from its first kernel on."""
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+    _set_triton_ptxas_path()
 
 
 def current_frame() -> tuple[Any, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.kernels.statistics import STATISTICS
 from qcompile.recipes import FP4, QUEST
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import import_module
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = tuple(ROOT / room for room in ("qcompile", "passes", "kernels"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 pytestmark = pytest.mark.skipif(not (ROOT / "passes").is_dir(), reason="tests the source tree")
@@ -51,7 +53,7 @@ def test_the_backend_imports_only_what_a_compilation_needs():
     loaded = modules_after("import qcompile.backends")
     third_party = {"transformers", "torchao", "matplotlib", "rich", "hypothesis", "datasets", "torchvision"}
     assert not third_party & {name.split(".")[0] for name in loaded}
-    assert not {"qcompile.report", "qcompile.cli"} & loaded
+    assert not {"qcompile.report", "qcompile.apps"} & loaded
 
 
 def test_in_a_checkout_the_folder_kernels_may_be_taken_for_hugging_faces():
@@ -70,17 +72,19 @@ def test_a_name_the_package_does_not_have_is_an_attribute_error():
         _ = package.quantise
 
 
-def test_every_folder_with_code_is_installed():
-    """A package missing from the list works in an editable checkout and breaks for everybody else."""
-    folders = {"qcompile": "qcompile", "passes": "qcompile.passes", "kernels": "qcompile.kernels"}
-    found = set()
-    for folder, package in folders.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            parts = init.parent.relative_to(ROOT / folder).parts
-            found.add(".".join((package, *parts)))
-        stray = {p.parent for p in (ROOT / folder).rglob("*.py") if not (p.parent / "__init__.py").exists()}
-        assert not stray, f"no __init__.py in {stray}"
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
+def test_every_folder_with_code_is_a_package():
+    """setuptools leaves a folder without ``__init__.py`` out of the wheel; an editable checkout would not notice."""
+    stray = {p.parent for folder in ROOMS for p in folder.rglob("*.py") if not (p.parent / "__init__.py").exists()}
+    assert not stray
+
+
+@pytest.mark.parametrize("room", ["passes", "kernels"])
+def test_the_package_reaches_the_top_level_folders_by_relative_links(room):
+    """An absolute link would be broken in every other clone, and mypy would see `Any` behind it."""
+    link = ROOT / "qcompile" / room
+    assert link.is_symlink(), f"qcompile/{room} is no link; on Windows: git config core.symlinks true"
+    assert str(link.readlink()) == f"../{room}"
+    assert Path(import_module(f"qcompile.{room}").__file__).resolve().parent == ROOT / room
 
 
 def test_all_that_pyproject_points_at_exists():
@@ -105,36 +109,67 @@ def test_each_recipe_is_a_backend_of_its_own_name():
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 
-@pytest.mark.slow
-def test_the_wheel_puts_one_name_into_site_packages(tmp_path):
-    """Nothing called ``passes`` or ``kernels`` may reach site-packages, and no module may be left out."""
-    source = tmp_path / "source"
+# --- what pip builds ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A clone, as far as a build reads it: a build leaves files in the folder that it runs in."""
+    folder = tmp_path_factory.mktemp("build") / "source"
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    source.mkdir()
-    for folder in ("qcompile", "passes", "kernels"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=unwanted)
+    folder.mkdir()
+    for room in ("qcompile", "passes", "kernels"):
+        shutil.copytree(ROOT / room, folder / room, symlinks=True, ignore=unwanted)
     for file in ("pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]):
-        shutil.copy(ROOT / file, source / file)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"qcompile"}
-    assert "qcompile/py.typed" in names, "users' type checkers would ignore the annotations"
-    modules = {name for name in names if name.endswith(".py")}
-    assert modules == {
-        str(Path("qcompile" if folder == "qcompile" else f"qcompile/{folder}") / path.relative_to(source / folder))
-        for folder in ("qcompile", "passes", "kernels")
-        for path in (source / folder).rglob("*.py")
+        shutil.copy(ROOT / file, folder / file)
+    return folder
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Runs the hook that pip runs for ``kind`` ("wheel", "editable" or "sdist"); the archive that it made."""
+    script = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True, text=True)
+    (archive,) = target.iterdir()
+    return archive
+
+
+def modules_of_the_tree() -> set[str]:
+    return {
+        str(Path("qcompile" if room.name == "qcompile" else f"qcompile/{room.name}") / path.relative_to(room))
+        for room in ROOMS
+        for path in room.rglob("*.py")
     }
+
+
+@pytest.mark.parametrize("through_sdist", [False, True], ids=["wheel", "sdist, wheel"])
+def test_the_wheel_puts_one_name_into_site_packages(source, tmp_path, through_sdist):
+    """Nothing called ``passes`` or ``kernels`` may reach site-packages, and no module may be left out."""
+    if through_sdist:
+        sdist = build("sdist", source, tmp_path / "sdist")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(tmp_path, filter="data")
+        source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    names = zipfile.ZipFile(build("wheel", source, tmp_path / "wheel")).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"qcompile"}
+    assert {name for name in names if name.endswith(".py")} == modules_of_the_tree()
+    for package, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            assert [n for n in names if Path(n).match(f"{package.replace('.', '/')}/{pattern}")], (package, pattern)
+
+
+def test_an_editable_installation_finds_the_checkout_and_adds_no_other_name(source, tmp_path):
+    """setuptools may put the checkout itself on the path; then every program could import our ``tests``."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(build("editable", source, tmp_path / "wheel")) as wheel:
+        wheel.extractall(site)
+    names = ["qcompile", "qcompile.passes", "qcompile.kernels", "passes", "kernels", "tests", "benchmarks"]
+    code = (
+        f"import json, site; site.addsitedir({str(site)!r})\n"
+        "from importlib.util import find_spec\n"
+        f"print(json.dumps([s and s.origin for s in map(find_spec, {names})]))"
+    )
+    isolated = [sys.executable, "-I", "-S", "-c", code]  # without the packages of this environment, among them ours
+    run = subprocess.run(isolated, capture_output=True, text=True, check=True, cwd=tmp_path)
+    package = source / "qcompile"
+    found = [str(package / folder / "__init__.py") for folder in (".", "passes", "kernels")]
+    assert json.loads(run.stdout) == [*found, None, None, None, None]

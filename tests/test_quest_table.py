@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompile import demo
+from qcompile.apps import demo
 from qcompile.recipes import QUEST
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

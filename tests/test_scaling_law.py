@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile import demo
+from qcompile.apps import demo
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 if not EXAMPLES.is_dir():

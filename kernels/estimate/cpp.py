@@ -1,9 +1,8 @@
-"""C++ backward estimators: bit masks and the DGE slope, from the formulas of :mod:`qcompile.ir.estimators`.
+"""C++ backward estimators: bit masks and slopes around the printed formulas of :mod:`qcompile.ir.estimators`.
 
-The masks equal the reference bit for bit. So does the slope of ``dge`` up to its power |v|^(1/k − 1): it is
-evaluated in float64 and rounded once, at most 0.501 units in the last place from the true value, where
-torch's own (Sleef in the bulk of a tensor, the C library at its end) is within 1. So the two float32 powers
-are equal or neighbours.
+The masks equal the reference bit for bit. So do slopes, up to powers: they are evaluated in float64 and rounded once,
+at most 0.501 units in the last place from the true value, where torch's own (Sleef in the bulk of a tensor, the C
+library at its end) is within 1. So two float32 powers are equal or neighbours.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
-from qcompile.ir.formats import Format
+from qcompile.ir.estimators import Estimator
 from qcompile.ir.quantizer import Quantizer
-from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
-from qcompile.kernels.quantize.cpp import matrix_count, scaled_rows_source, supports_quantize
+from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
+from qcompile.kernels.formula import estimators as formulas
+from qcompile.kernels.formula.cpp_target import cpp_function
+from qcompile.kernels.quantize.cpp import matrix_count, pointer_to, scaled_rows_source, supports_quantize
 
 __all__ = [
     "estimator_mask",
@@ -32,25 +32,13 @@ __all__ = [
 
 Support = tuple[bool, str]
 
-#: Estimator masks as C++ expressions of |y| and the magnitude it is rounded to.
-_MASKS: dict[str, Callable[..., str]] = {
-    "clip": lambda fmt, s: f"size <= {float_literal(clip_limit(fmt, s))}",
-    "trust": lambda fmt, t: (
-        f"std::fabs(size - MAGNITUDES[nearest(bits, negative)]) <= {float_literal(trust_threshold(fmt, t))}"
-    ),
-}
-
 _ESTIMATOR_MASK = r"""
-extern "C" void run(const ELEMENT* x, uint8_t* mask, int64_t matrices, int64_t rows, int64_t size,
-                    int64_t threads) {
-  for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
+extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* mask, int64_t matrices, int64_t rows,
+                    int64_t size, int64_t threads) {
+  for_each_row(x, (Stored*)nullptr, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      const float y = values[k] * reciprocal;
-      const uint32_t bits = bits_as<uint32_t>(y) & MAGNITUDE;
-      const float size = bits_as<float>(bits);
-      [[maybe_unused]] const bool negative = is_negative(y);
-      buffer[k] = KEEP;
+      buffer[k] = keeps(values[k] * reciprocal);
     });
     pack<8>(buffer, mask + row * ((size + 7) / 8), size);
   });
@@ -76,41 +64,10 @@ extern "C" void run(const ELEMENT* grad, const uint8_t* mask, ELEMENT* out, int6
 }
 """
 
-# base^EXPONENT for base = 0, NaN or in [2^-24, 1], by 2^(EXPONENT · log2 base) in float64: log2 m = 2
-# artanh((m − 1)/(m + 1)) / ln 2 with m in [√½, √2), e^t with |t| ≤ ln 2 / 2, both series to below 1e-12.
-# Vectorizes, which the C library's powf does not.
-_POWER = r"""
-static inline float power(float base) {
-  const uint32_t bits = bits_as<uint32_t>(base);
-  const int32_t exponent = int32_t(bits - 0x3f3504f3) >> 23;
-  const double m = bits_as<float>(bits - (uint32_t(exponent) << 23));
-  const double s = (m - 1) / (m + 1), z = s * s;
-  const double series = HORNER_ARTANH;
-  double t = EXPONENT * (exponent + s * series * 2.8853900817779268);
-  t = t < -1000 ? -1000 : t;
-  const double whole = (t + 0x1.8p52) - 0x1.8p52, r = (t - whole) * 0.6931471805599453;
-  const double small = HORNER_EXP;
-  const double result = small * bits_as<double>(int64_t(int32_t(whole) + 1023) << 52);
-  return base == 0 ? POWER_OF_ZERO : base != base ? POWER_OF_NAN : float(result);
-}
-"""
-
-_DGE_SLOPE = r"""
-static inline float slope(float y) {
-  float size = bits_as<float>(bits_as<uint32_t>(y) & MAGNITUDE);
-  size = size > LARGEST ? LARGEST : size;
-  float low = FIRST_LOW, gap = FIRST_GAP;
-BINS
-  const float position = 2 * (size - low) / gap - 1;
-  const float value = power(std::fabs(position)) / K;
-  return value > CAP ? CAP : value;
-}
-"""
-
 _SCALE_GRADIENT = r"""
-extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64_t matrices, int64_t rows,
-                    int64_t size, int64_t threads) {
-  for_each_row(x, (Stored*)nullptr, matrices, rows, size, threads,
+extern "C" void run(const ELEMENT* x, const float* global_scale, const GRADIENT* grad, GRADIENT* out, int64_t matrices,
+                    int64_t rows, int64_t size, int64_t threads) {
+  for_each_row(x, (Stored*)nullptr, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t*) {
     const GRADIENT* from = grad + row * size;
     GRADIENT* to = out + row * size;
@@ -121,18 +78,14 @@ extern "C" void run(const ELEMENT* x, const GRADIENT* grad, GRADIENT* out, int64
 }
 """
 
-#: The bin of an element is found by one comparison per edge; beyond this many edges that is not the way.
-MOST_BINS = 16
-
-
 # --- what is supported --------------------------------------------------------------------------------------
 
 
 def supports_mask(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str, transform: str = "") -> Support:
     """Whether :func:`estimator_mask` handles the arguments, and if not, why."""
-    name = Estimator.parse(estimator).name
-    if name not in _MASKS:
-        return False, f"estimator {name} has no C++ mask"
+    reason = formulas.why_no_mask(Estimator.parse(estimator), Quantizer.parse(quantizer).format)
+    if reason:
+        return False, reason
     return supports_quantize(dtypes, quantizer, transform)
 
 
@@ -143,62 +96,21 @@ def supports_mask_gradient(dtypes: tuple[torch.dtype, ...]) -> Support:
 
 def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: str) -> Support:
     """Whether :func:`scale_gradient` handles the arguments, and if not, why."""
-    name = Estimator.parse(estimator).name
-    if name != "dge":
-        return False, f"estimator {name} has no C++ slope"
-    fmt = Quantizer.parse(quantizer).format
-    if len(_edges(fmt)) - 1 > MOST_BINS:
-        return False, f"{fmt.name} has more than {MOST_BINS} bins, the most the C++ slope compares with"
+    reason = formulas.why_no_slope(Estimator.parse(estimator), Quantizer.parse(quantizer).format)
+    if reason:
+        return False, reason
     return supports_quantize(dtypes, quantizer)
 
 
 # --- source text --------------------------------------------------------------------------------------------
 
 
-def _edges(fmt: Format) -> tuple[float, ...]:
-    return fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
-
-
-def _horner(variable: str, coefficients: list[float]) -> str:
-    """C++ for the float64 polynomial with these coefficients, lowest degree first."""
-    text = repr(coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        text = f"({coefficient!r} + {variable} * {text})"
-    return text
-
-
-def _slope_source(fmt: Format, k: float, cap: float) -> str:
-    edges = [float_literal(edge) for edge in _edges(fmt)]
-    gaps = [float_literal(hi - lo) for lo, hi in zip(_edges(fmt), _edges(fmt)[1:], strict=False)]
-    bins = "\n".join(
-        f"  low = size >= {edge} ? {edge} : low, gap = size >= {edge} ? {gap} : gap;"
-        for edge, gap in zip(edges[1:-1], gaps[1:], strict=True)
-    )
-    exponent = torch.tensor(1 / k - 1, dtype=torch.float32).item()  # the precision torch's pow takes it in
-    artanh = [1 / (2 * n + 1) for n in range(8)]  # in s², after the factor s
-    exp = [1 / math.factorial(n) for n in range(11)]
-    at_zero = math.inf if exponent < 0 else 1.0 if exponent == 0 else 0.0
-    constants = {
-        "EXPONENT": repr(exponent),
-        "POWER_OF_ZERO": float_literal(at_zero),
-        "BINS": bins,
-        "CAP": float_literal(cap),
-    }
-    constants |= {"POWER_OF_NAN": "1.0f" if exponent == 0 else "base"}  # pow(NaN, 0) = 1 in IEEE 754
-    constants |= {"HORNER_ARTANH": _horner("z", artanh), "HORNER_EXP": _horner("r", exp)}
-    constants |= {"FIRST_LOW": edges[0], "FIRST_GAP": gaps[0], "/ K": f"/ {float_literal(k)}"}
-    source = _POWER + _DGE_SLOPE
-    for name, text in constants.items():
-        source = source.replace(name, text)
-    return source
-
-
 @cache
 def _mask_kernel(quantizer: str, estimator: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q, spec = Quantizer.parse(quantizer), Estimator.parse(estimator)
-    keep = _MASKS[spec.name](q.format, **dict(spec.parameters))
-    source = scaled_rows_source(q, transform) + _ESTIMATOR_MASK.replace("KEEP", keep)
-    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=2, integers=4)
+    keeps = cpp_function(formulas.mask_of_input(spec, q.format, q.rounding))
+    source = scaled_rows_source(q, transform) + keeps + _ESTIMATOR_MASK
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
 
 
 @cache
@@ -209,9 +121,9 @@ def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
 @cache
 def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    slope = _slope_source(q.format, **dict(Estimator.parse(estimator).parameters))  # type: ignore[arg-type]
+    slope = cpp_function(formulas.slope(Estimator.parse(estimator), q.format))
     source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
-    return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=3, integers=4)
+    return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=4, integers=4)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -239,7 +151,8 @@ def estimator_mask(
     x = rows_of(x, axis)
     mask = x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
     kernel = _mask_kernel(quantizer, estimator, transform, x.dtype)
-    kernel(x.data_ptr(), mask.data_ptr(), *matrix_count(x.shape), thread_count(x.numel()))
+    pointers = x.data_ptr(), pointer_to(global_scale, Quantizer.parse(quantizer)), mask.data_ptr()
+    kernel(*pointers, *matrix_count(x.shape), thread_count(x.numel()))
     return mask
 
 
@@ -276,7 +189,8 @@ def scale_gradient(
     out, buffer, shared = _rows_to_fill(grad, axis)
     rows, gradient = rows_of(x, axis), rows_of(grad, axis)
     kernel = _slope_kernel(quantizer, estimator, x.dtype, grad.dtype)
-    pointers = rows.data_ptr(), gradient.data_ptr(), buffer.data_ptr()
+    whole = pointer_to(global_scale, Quantizer.parse(quantizer))
+    pointers = rows.data_ptr(), whole, gradient.data_ptr(), buffer.data_ptr()
     kernel(*pointers, *matrix_count(rows.shape), thread_count(rows.numel()))
     if not shared:
         out.movedim(axis, -1).copy_(buffer)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.ir.estimators import Estimator
+from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
+from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize.reference import pack, scaled_input, unpack
 
-__all__ = ["estimator_mask", "mask_gradient", "scale_gradient"]
+__all__ = ["estimator_mask", "mask_gradient", "mask_of", "scale_gradient", "slope_of"]
 
 
 def estimator_mask(
@@ -27,8 +28,32 @@ def estimator_mask(
 ) -> Tensor:
     """Uint8 ``[..., R, ⌈K/8⌉]``: bit i of byte j is set where element 8j + i lets its gradient pass."""
     y, level = scaled_input(x, scales, quantizer, axis, global_scale, transform)
-    mask = Estimator.parse(estimator).mask(y, level, Quantizer.parse(quantizer).format)
+    mask = mask_of(Estimator.parse(estimator), y, level, Quantizer.parse(quantizer).format)
     return pack(mask.to(torch.uint8), bits=1)
+
+
+def mask_of(estimator: Estimator, y: Tensor, level: Tensor, fmt: Format) -> Tensor:
+    """Bool: the masks of the papers in plain torch, an outsider's by its own formula."""
+    parameters = dict(estimator.parameters)
+    match estimator.name:
+        case "clip":
+            return y.abs() <= clip_limit(fmt, **parameters)  # type: ignore[arg-type]
+        case "trust":
+            return (y - level).abs() <= trust_threshold(fmt, **parameters)
+    return estimator.mask(y, level, fmt)
+
+
+def slope_of(estimator: Estimator, y: Tensor, fmt: Format) -> Tensor:
+    """Float32: the slope of arXiv 2501.17116 eq. 8 in plain torch, an outsider's by its own formula."""
+    if estimator.name != "dge":
+        return estimator.slope(y, fmt)
+    k, cap = (value for _, value in estimator.parameters)
+    assert k is not None
+    edges = torch.tensor(fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes), device=y.device)
+    magnitude = y.abs().clamp(max=fmt.max)
+    index = torch.bucketize(magnitude, edges[1:-1].contiguous(), right=True)
+    position = 2 * (magnitude - edges[index]) / (edges[index + 1] - edges[index]) - 1
+    return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)
 
 
 def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:
@@ -48,5 +73,5 @@ def scale_gradient(
 ) -> Tensor:
     """``grad ⊙ slope(x / s)`` in the dtype of ``grad``; the product is taken in float32."""
     y, _ = scaled_input(x, scales, quantizer, axis, global_scale)
-    slope = Estimator.parse(estimator).slope(y, Quantizer.parse(quantizer).format)
+    slope = slope_of(Estimator.parse(estimator), y, Quantizer.parse(quantizer).format)
     return torch.empty_like(grad).copy_(grad.float() * slope.movedim(-1, axis))

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -46,6 +45,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.cache import get_cache_manager
+
+from qcompile import compat
 
 from .triton import TMA_ALIGNMENT, Problem, accumulator_of, card_of, fastest, first_element, predicted_cycles
 from .triton import Config as TritonConfig
@@ -558,9 +559,9 @@ def _integer_ptx(stored: torch.dtype, arguments: tuple[Any, ...], options: dict[
 
     Raises ``RuntimeError`` if Triton does not take it (``TRITON_KERNEL_OVERRIDE=1`` makes it look elsewhere).
     """
-    # Inductor makes Triton use torch's assembler, from its first kernel on. What an earlier process left in Triton's
-    # cache may be PTX for that one, which Triton's own, older, would refuse.
-    _set_triton_ptxas_path()
+    # What an earlier process left in Triton's cache may be PTX for torch's assembler, which Triton's own, older, would
+    # refuse.
+    compat.use_torchs_ptxas()
     ptx = as_integers(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
     path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_integers.ptx", binary=False)
     if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.formats import get_format
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 

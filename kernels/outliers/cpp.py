@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 
 __all__ = ["clamp_outliers", "restore_outliers", "supports_clamp", "supports_restore"]

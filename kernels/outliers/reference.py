@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 
 __all__ = ["clamp_outliers", "restore_outliers"]
 

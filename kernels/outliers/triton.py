@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,

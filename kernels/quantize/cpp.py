@@ -1,11 +1,8 @@
-"""C++ quantize and dequantize, generated from a format's magnitudes; bit for bit equal to the references.
+"""C++ quantize and dequantize around printed formulas; bit for bit equal to the references.
 
 A row is read twice while it is in cache: once for the absolute maximum (or the sum of squares), once for the codes; a
-rotated row is kept in a buffer between the two. Rounding takes one of three forms, chosen from the data of the format:
-
-* up to 8 magnitudes: the number of decision thresholds below the magnitude, compared as integers, ties by ±1;
-* a uniform grid: float32 arithmetic;
-* a minifloat with a torch dtype: the integer rounding of :data:`qcompile.kernels.cpp.PRELUDE`.
+rotated row is kept in a buffer between the two. Scales and rounding are the formulas of
+:mod:`qcompile.kernels.formula`.
 """
 
 from __future__ import annotations
@@ -17,62 +14,35 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qcompile.ir.formats import Format
-from qcompile.ir.gaussian import clip_of
-from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
+from qcompile.ir.ops import storage_dtype
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
+from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.cpp_target import cpp_function
+from qcompile.kernels.formula.layout import why_not_rounded
 from qcompile.kernels.transform.cpp import ROTATE
 
-__all__ = ["dequantize", "quantize", "scaled_rows_source", "supports_dequantize", "supports_quantize"]
+__all__ = [
+    "dequantize",
+    "matrix_count",
+    "pointer_to",
+    "quantize",
+    "scaled_rows_source",
+    "supports_dequantize",
+    "supports_quantize",
+]
 
 Support = tuple[bool, str]
 
-#: Body of ``scale_of``: stored scale and reciprocal γ from ``amax``, by scale rule; for ``rms`` that is a mean square.
-#: The operations and their order are those of ``scale_pair`` in the reference; torch computes ``M / amax`` as
-#: ``(1 / amax) * M``.
-_SCALE_RULES = {
-    "absmax": """
-  *reciprocal = LARGEST / amax;
-  return amax / LARGEST;""",
-    "rms": """
-  const double clip = CLIP * std::sqrt(amax) + RMS_FLOOR;
-  *reciprocal = float(LARGEST / clip);
-  return float(clip / LARGEST);""",
-    "absmax_pow2": """
-  const int exponent = clamp_exponent(floor_log2(LARGEST / amax));
-  *reciprocal = power_of_two(exponent);
-  return std::isfinite(amax) ? power_of_two(clamp_exponent(-exponent)) : NAN;""",
-    "e8m0": """
-  const int exponent = clamp_exponent(floor_log2(amax) - MAX_EXPONENT);
-  *reciprocal = power_of_two(-exponent);
-  return std::isfinite(amax) ? exponent + 127 : 255;""",
-}
-
-#: C++ type of a stored scale by dtype name.
-_STORED_TYPES = {"float32": "float", "uint8": "uint8_t"}
-
-_SCALES = r"""
-// ⌊log2 x⌋, and −1 for 0, infinity and NaN, where frexp leaves an exponent of 0.
-static inline int floor_log2(float x) {
-  int exponent = 0;
-  if (std::isfinite(x)) std::frexp(x, &exponent);
-  return exponent - 1;
-}
-
-static inline int clamp_exponent(int exponent) {
-  return exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
-}
-
-static inline Stored scale_of(Statistic amax, float* reciprocal) {%(rule)s
-}
-"""
+#: C++ type of a stored scale by the size of its dtype; all but float32 are bits.
+_STORED_TYPES = {4: "float", 2: "uint16_t", 1: "uint8_t"}
 
 #: What a scale follows from, by statistic: the type it is gathered in, gathering over elements, and what it is in the
 #: end. In float64 the order of summation does not show once a scale is rounded.
 _STATISTICS = {
     "amax": r"""
-using Statistic = float;
+
 using Gathered = uint32_t;  // the bits of a magnitude
 
 template <class Element> static inline Gathered gather(Gathered top, const Element* x, int64_t count) {
@@ -80,13 +50,13 @@ template <class Element> static inline Gathered gather(Gathered top, const Eleme
   return amax > top ? amax : top;
 }
 
-static inline Statistic statistic(Gathered top, int64_t) {
+static inline float statistic(Gathered top, int64_t) {
   const float amax = bits_as<float>(top);
   return amax < AMAX_FLOOR ? AMAX_FLOOR : amax;  // keeps NaN
 }
 """,
     "rms": r"""
-using Statistic = double;
+
 using Gathered = double;
 
 template <class Element> static inline Gathered gather(Gathered sum, const Element* x, int64_t count) {
@@ -100,10 +70,21 @@ template <class Element> static inline Gathered gather(Gathered sum, const Eleme
   return sum;
 }
 
-static inline Statistic statistic(Gathered sum, int64_t count) { return sum / double(count); }
+static inline double statistic(Gathered sum, int64_t count) { return std::sqrt(sum / double(count)); }
 """,
 }
 _REDUCTIONS = {"amax": "max", "rms": "+"}
+
+_SCALES = r"""
+template <class Statistic> static inline Stored scale_of(Statistic value, float global_scale, float* gamma) {
+  *gamma = reciprocal(valueWHOLE);
+  return Stored(stored_scale(valueWHOLE));
+}
+"""
+
+_LOAD_SCALE = r"""
+static inline float scale_from(Stored stored, float global_scale) { return load_scale(storedWHOLE); }
+"""
 
 # The band of rows that shares scales is one row, or n rows of one matrix (square); along a row a scale covers
 # SEGMENT elements.
@@ -111,7 +92,7 @@ _ROWS = r"""
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Element>
-static Statistic of_all(const Element* x, int64_t rows, int64_t size, int64_t threads) {
+static auto of_all(const Element* x, int64_t rows, int64_t size, int64_t threads) {
   Gathered gathered = 0;
 #pragma omp parallel for num_threads(threads) reduction(REDUCTION : gathered)
   for (int64_t row = 0; row < rows; ++row) gathered = gather(gathered, x + row * size, size);
@@ -132,15 +113,15 @@ template <class Element, class Value> static inline const Value* row_of(const El
 // visit(row, elements, reciprocals, buffer) for all rows: its elements, rotated; one reciprocal a segment; a zeroed
 // byte buffer of one row, a multiple of 8.
 template <class Element, class Visit>
-static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int64_t rows, int64_t size,
-                         int64_t threads, Visit visit) {
+static void for_each_row(const Element* x, Stored* scales, float global_scale, int64_t matrices, int64_t rows,
+                         int64_t size, int64_t threads, Visit visit) {
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
   const int64_t segments = SEGMENT ? (size + segment - 1) / segment : 1;
   const int64_t bands = (rows + BAND - 1) / BAND;
   using Value = std::conditional_t<ROTATION == 1, Element, Float32>;
   float whole = 0;
   if (WHOLE) {
-    const Stored scale = scale_of(of_all(x, matrices * rows, size, threads), &whole);
+    const Stored scale = scale_of(of_all(x, matrices * rows, size, threads), global_scale, &whole);
     if (scales) scales[0] = scale;
   }
 #pragma omp parallel num_threads(threads)
@@ -162,7 +143,7 @@ static void for_each_row(const Element* x, Stored* scales, int64_t matrices, int
         } else {
           for (int64_t row = first; row < last; ++row) gathered = gather(gathered, x + row * size + s * segment, count);
         }
-        const Stored scale = scale_of(statistic(gathered, (last - first) * count), reciprocals + s);
+        const Stored scale = scale_of(statistic(gathered, (last - first) * count), global_scale, reciprocals + s);
         if (scales) scales[band * segments + s] = scale;
       }
       for (int64_t row = first; row < last; ++row) {
@@ -201,10 +182,10 @@ template <int codes_per_byte> static inline void pack(const uint8_t* codes, uint
 """
 
 _QUANTIZE = r"""
-extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t matrices, int64_t rows,
-                    int64_t size, int64_t threads) {
+extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* codes, Stored* scales, int64_t matrices,
+                    int64_t rows, int64_t size, int64_t threads) {
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
-  for_each_row(x, scales, matrices, rows, size, threads,
+  for_each_row(x, scales, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
       buffer[k] = encode(values[k] * reciprocal);
@@ -214,22 +195,11 @@ extern "C" void run(const ELEMENT* x, uint8_t* codes, Stored* scales, int64_t ma
 }
 """
 
-_ENCODE = r"""
-// IEEE 754 leaves the sign of a NaN result open, and the code of a NaN is positive here. −0 is negative where
-// 0 is a level.
-static inline bool is_negative(float y) { return HAS_ZERO ? (bits_as<int32_t>(y) < 0) & (y == y) : y < 0; }
-
-static inline uint8_t encode(float y) {
-  const bool negative = is_negative(y);
-  return uint8_t(nearest(bits_as<uint32_t>(y) & MAGNITUDE, negative) | uint32_t(negative) << (BITS - 1));
-}
-"""
-
 # A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look
 # levels up.
 _DEQUANTIZE = r"""
-extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, int64_t matrices, int64_t rows,
-                    int64_t size, int64_t threads) {
+extern "C" void run(const uint8_t* codes, const Stored* scales, const float* global_scale, ELEMENT* out,
+                    int64_t matrices, int64_t rows, int64_t size, int64_t threads) {
   constexpr int width = 8 / CODES_PER_BYTE, mask = (1 << width) - 1;
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   const int64_t segment = SEGMENT ? SEGMENT : size > 1 ? size : 1;
@@ -241,7 +211,7 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
     ELEMENT* values = out + row * size;
     const int64_t band = row / rows * bands + row % rows / BAND;
     for (int64_t s = 0; s < segments; ++s) {
-      const float scale = load_scale(scales[WHOLE ? 0 : band * segments + s]);
+      const float scale = scale_from(scales[WHOLE ? 0 : band * segments + s], global_scale ? *global_scale : 1);
       const int64_t begin = s * segment, end = lesser(begin + segment, size);
       if constexpr (CODES_PER_BYTE == 1) {
         for (int64_t k = begin; k < end; ++k) values[k] = ELEMENT::from(LEVELS[packed[k]] * scale);
@@ -264,21 +234,7 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, ELEMENT* out, in
 }
 """
 
-_LOAD_SCALE = {
-    "float32": "static inline float load_scale(float stored) { return stored; }",
-    "uint8": "static inline float load_scale(uint8_t stored) {\n"
-    "  return stored == 255 ? NAN : power_of_two(stored - 127);\n}",
-}
-
-
 # --- what is supported --------------------------------------------------------------------------------------
-
-
-def _supports(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
-    q = Quantizer.parse(quantizer)
-    if q.scale.name not in _SCALE_RULES:
-        return False, f"scale rule {q.scale.name} has no C++ formula"
-    return supports_dtypes(dtypes)
 
 
 def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform: str = "") -> Support:
@@ -290,14 +246,14 @@ def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform
         return False, "sparsity has no C++ kernel"
     if spec.rotation > 1 and q.granularity.kind not in ("row", "block"):
         return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
-    if rounding_source(q.format, q.rounding) is None:
-        return False, f"{q.format.name} is neither a small, a uniform nor a torch format, or rounds to another's levels"
-    return _supports(dtypes, quantizer)
+    if reason := why_not_rounded(q.format):
+        return False, reason
+    return supports_dtypes(dtypes)
 
 
 def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     """Whether :func:`dequantize` handles ``quantizer`` with this output dtype, and if not, why."""
-    return _supports(dtypes, quantizer)
+    return supports_dtypes(dtypes)
 
 
 # --- source text --------------------------------------------------------------------------------------------
@@ -315,93 +271,30 @@ def _geometry(q: Quantizer, rotation: int = 1) -> str:
         (
             f"static constexpr int ROTATION = {rotation};",
             f"static constexpr bool OF_UNROTATED = {int(of_unrotated)};",
-            f"static constexpr double CLIP = {clip_of(q.format.name).hex()}, RMS_FLOOR = {RMS_FLOOR.hex()};",
-            f"using Stored = {_STORED_TYPES[q.scale.storage]};",
+            f"using Stored = {_STORED_TYPES[storage_dtype(q).itemsize]};",
             f"static constexpr bool WHOLE = {int(kind == 'tensor')};",
             f"static constexpr int64_t SEGMENT = {n}, BAND = {n if kind == 'square' else 1};",
-            f"static constexpr int CODES_PER_BYTE = {q.format.codes_per_byte}, BITS = {q.format.bits};",
-            f"static constexpr bool HAS_ZERO = {int(q.format.has_zero)};",
-            f"static constexpr int MAX_EXPONENT = {q.format.max_exponent};",
-            f"static constexpr float LARGEST = {float_literal(q.format.max)};",
+            f"static constexpr int CODES_PER_BYTE = {q.format.codes_per_byte};",
             f"static constexpr float AMAX_FLOOR = {float_literal(q.amax_floor)};",
         )
     )
 
 
 def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
-    """C++ that rotates and scales every row as the reference does (``for_each_row``) and rounds (``nearest``,
-    ``MAGNITUDES``, ``encode``)."""
-    rounding = rounding_source(q.format, q.rounding)
-    assert rounding is not None
+    """C++ that rotates and scales every row as the reference does: ``for_each_row`` and ``for_each_element``."""
+    whole = ", global_scale" if q.scale.two_level else ""
     statistic = q.scale.statistic
     return "\n".join(
         (
             _geometry(q, Transform.parse(transform).rotation),
             ROTATE,
             _STATISTICS[statistic],
-            _SCALES % {"rule": _SCALE_RULES[q.scale.name]},
+            cpp_function(scales.stored_scale(q)),
+            cpp_function(scales.reciprocal(q)),
+            _SCALES.replace("WHOLE", whole),
             _ROWS.replace("REDUCTION", _REDUCTIONS[statistic]),
-            _table("MAGNITUDES", list(q.format.magnitudes)),
-            rounding,
-            _ENCODE,
         )
     )
-
-
-def rounding_source(fmt: Format, rounding: str) -> str | None:
-    """``uint32_t nearest(bits of |y|, negative)``: index of the nearest magnitude, saturating, NaN to the
-    largest."""
-    if fmt.pruned:
-        return None
-    if fmt.torch_dtype:
-        body = _minifloat_rounding(fmt)
-    elif len(fmt.magnitudes) <= 8:
-        body = _threshold_rounding(fmt, rounding)
-    elif fmt.step and math.frexp(fmt.step)[0] == 0.5:
-        body = _uniform_rounding(fmt, rounding)
-    else:
-        return None
-    return f"static inline uint32_t nearest(uint32_t magnitude, bool negative) {{\n{body}\n}}\n"
-
-
-def _threshold_rounding(fmt: Format, rounding: str) -> str:
-    """Counts thresholds below the magnitude. Ties count where they lead to an even code, or toward +∞."""
-    lines = ["  uint32_t index = 0;"]
-    if rounding == "half_up":
-        lines.append("  magnitude += !negative;  // a tie counts where up is away from zero")
-    for i, threshold in enumerate(fmt.thresholds):
-        bits = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32))
-        tie_counts = rounding == "even" and i % 2 == 1
-        lines.append(f"  index += magnitude > {bits - tie_counts}u;  // {threshold}")
-    return "\n".join([*lines, "  return index;"])
-
-
-def _uniform_rounding(fmt: Format, rounding: str) -> str:
-    """⌊·⌉ of the position on a uniform grid whose step is a power of two, so that only exact operations
-    precede it."""
-    assert fmt.step is not None
-    rounded = {
-        "even": "std::rint(position)",
-        "half_up": "below + ((fraction > 0.5f) | ((fraction == 0.5f) & !negative))",
-    }
-    return f"""
-  const float size = magnitude > {_bits(fmt.max)}u ? LARGEST : bits_as<float>(magnitude);
-  const float position = (size - {float_literal(fmt.magnitudes[0])}) * {float_literal(1 / fmt.step)};
-  [[maybe_unused]] const float below = std::floor(position), fraction = position - below;
-  const int index = int({rounded[rounding]});
-  return index < 0 ? 0 : index;"""
-
-
-def _minifloat_rounding(fmt: Format) -> str:
-    info = torch.finfo(getattr(torch, str(fmt.torch_dtype)))
-    mantissa, min_exponent = -round(math.log2(info.eps)), round(math.log2(info.smallest_normal))
-    return f"""
-  magnitude = magnitude > {_bits(fmt.max)}u ? {_bits(fmt.max)}u : magnitude;
-  return round_to_minifloat<{mantissa}, {min_exponent}>(magnitude);"""
-
-
-def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -409,8 +302,9 @@ def _bits(value: float) -> int:
 
 @cache
 def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
-    source = scaled_rows_source(Quantizer.parse(quantizer), transform) + _QUANTIZE
-    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
+    q = Quantizer.parse(quantizer)
+    source = scaled_rows_source(q, transform) + cpp_function(rounding.encode(q.format, q.rounding)) + _QUANTIZE
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
 
 
 @cache
@@ -420,15 +314,26 @@ def _dequantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None
     if q.format.torch_dtype:  # every byte has a level here, NaN codes included
         levels = torch.arange(256, dtype=torch.uint8).view(getattr(torch, q.format.torch_dtype)).tolist()
     levels += [0.0] * (2 ** (8 // q.format.codes_per_byte) - len(levels))  # 3-bit codes in 4-bit fields
-    load_scale = _LOAD_SCALE[q.scale.storage]
+    load_scale = _LOAD_SCALE.replace("WHOLE", ", global_scale" if q.scale.two_level else "")
     helpers = "static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }"
-    source = "\n".join((_geometry(q), _table("LEVELS", levels), load_scale, helpers, _DEQUANTIZE))
-    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
+    scale = cpp_function(scales.load_scale(q)) + load_scale
+    source = "\n".join((_geometry(q), _table("LEVELS", levels), scale, helpers, _DEQUANTIZE))
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
 
 
 def matrix_count(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
     """``[..., R, K]`` as (number of matrices, R, K); a vector is one row."""
     return math.prod(shape[:-2]), (shape[-2] if len(shape) > 1 else 1), shape[-1]
+
+
+def pointer_to(global_scale: Tensor | None, q: Quantizer) -> int | None:
+    """What kernels take for the scale of the tensor. Raises ``ValueError`` if the scale rule needs one that is not
+    given.
+    """
+    if q.scale.two_level and global_scale is None:
+        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
+        raise ValueError(msg)
+    return global_scale.data_ptr() if q.scale.two_level and global_scale is not None else None
 
 
 def quantize(
@@ -446,9 +351,10 @@ def quantize(
     if fold is not None:
         x = x.float() * fold.reshape(-1)
     codes = x.new_empty((*x.shape[:-1], q.packed_size(x.shape[-1])), dtype=torch.uint8)
-    scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=getattr(torch, q.scale.storage))
+    scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=storage_dtype(q))
     kernel = _quantize_kernel(quantizer, transform, x.dtype)
-    kernel(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), *matrix_count(x.shape), thread_count(x.numel()))
+    pointers = x.data_ptr(), pointer_to(global_scale, q), codes.data_ptr(), scales.data_ptr()
+    kernel(*pointers, *matrix_count(x.shape), thread_count(x.numel()))
     return codes, scales
 
 
@@ -477,6 +383,7 @@ def dequantize(
     kernel(
         codes.data_ptr(),
         scales.data_ptr(),
+        pointer_to(global_scale, q),
         out.data_ptr(),
         *matrix_count(out.shape),
         thread_count(out.numel()),

@@ -1,54 +1,46 @@
-"""What the data of a quantizer says about rounding to its grid and coding it: the constants of generated kernels.
+"""The constants of generated kernels: what the data of a quantizer says, its printed formulas, and overrides in PTX.
 
-Three ways of rounding cover every grid, and the magnitudes alone say which applies:
+Rounding, scales and masks are the formulas of :mod:`qcompile.kernels.formula` as device functions. Instructions that
+do the same for some formats faster stand here as text, each chosen by a fact about the format:
 
-* ``uniform``: magnitude i is (i + o) · step, the step a power of two. Adding 1.5·2²³ rounds to the nearest integer.
-* ``minifloat``: an index is exponent and mantissa of a small float, subnormal numbers included. Adding 1.5·2²³ units in
-  the last place of the number's own binade rounds to the nearest of them.
-* ``thresholds``: anything else with few levels. The midpoints that lie below a magnitude are counted.
-
-A pruned format is rounded to the grid it was made from; its codes are one index higher, below which 0 has its own.
+* ``floors`` (half-integers with ties up): rounding is ⌊y⌋ + ½, one addition that rounds down.
+* ``encode_eight``: of those, the ones that fit E4M3 and half a byte, eight at once.
+* ``pack_8bit``: stored bits that are nearly those of 8-bit codes, as small floats have them.
+* ``pair_lookup``: two codes per byte, by table.
+* ``is_target``: the format of an 8-bit tensor-core type, whose conversion is rounding and code at once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import combinations, pairwise, product
+from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qcompile.ir.estimators import Estimator, clip_limit, trust_threshold
+from qcompile.ir.estimators import Estimator
 from qcompile.ir.formats import Format
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.formula import estimators as estimator_formulas
+from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of, float_of, uniform_offset, why_not_rounded
+from qcompile.kernels.formula.triton_target import device_function
 
 __all__ = [
-    "MANTISSA_BITS",
     "Constants",
     "Grid",
     "Passing",
-    "bits_of",
-    "float_of",
     "grid_of",
-    "minifloat",
     "passing",
-    "uniform_offset",
     "unsupported",
 ]
 
-#: Of float32.
-MANTISSA_BITS = 23
-
 _SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-#: Most midpoints that a kernel compares with.
-_MOST_MIDPOINTS = 15
 
 #: ``prmt`` takes four bytes out of eight, those that the nibbles of its last operand number. ``nibbles`` becomes four
 #: low ones and four high ones; then, for each four, both halves of the table are looked up by the lower three bits
@@ -168,23 +160,20 @@ class Grid(Constants):
         codes_per_byte: stored codes that share a byte.
         largest: largest magnitude.
         has_zero: whether 0 is a level; then the sign of a zero is kept.
-        ties_up: whether ties go toward +∞ instead of to the even index.
-        power_of_two: whether scales are powers of two.
         amax_floor: smallest absolute maximum that a scale is derived from.
-        clip: α of the rms rule, 0 where scales follow from the absolute maximum.
+        of_squares: whether scales follow from the root mean square instead of the absolute maximum.
+        clip: α of the ``rms`` rule, 0 for other rules.
         plain_limit: largest absolute maximum of a row whose reciprocal scale is a normal number. No element of such a
-            row leaves the grid by more than rounding takes back; only other rows need to be clamped.
+            row leaves the grid by more than rounding takes back; only other rows need to be clamped. Negative for scale
+            rules of which that is not known (:attr:`~qcompile.ir.quantizer.ScaleRule.covers`).
         target: the 8-bit tensor-core type, "" if there is none.
         factor, target_offset: what levels are multiplied with, and what is then subtracted, to stand in it.
         is_target: whether the grid is that type's own, so that a conversion is rounding and code at once.
-        rounding: ``"uniform"``, ``"minifloat"`` or ``"thresholds"``.
-        step, offset: of a uniform grid.
         floors: whether rounding is ⌊y⌋ + ½, as it is for half-integers with ties up.
         pruned: whether elements that are rounded have indices one higher, 0 being that of elements that are dropped.
-        mantissa_bits, smallest_normal: of a minifloat.
-        to_fields: factor that moves a minifloat's exponent and mantissa to where float32 has its own.
-        midpoints: float32 bits of magnitudes; index i + 1 begins right above the i-th.
-        gaps: distances between neighbouring magnitudes, the first one's from 0.
+        formulas: digests of the formulas below.
+        nearest, decode, scale_pair: device functions, ``(y) → level, code``, ``(code) → level`` and ``(statistic) →
+            scale, γ``.
         table: 8-bit codes by stored code, for stored codes of up to 4 bits.
     """
 
@@ -192,25 +181,20 @@ class Grid(Constants):
     codes_per_byte: int
     largest: float
     has_zero: bool
-    ties_up: bool
-    power_of_two: bool
     amax_floor: float
+    of_squares: bool
     clip: float
     plain_limit: float
     target: str
     factor: float
     target_offset: float
     is_target: bool
-    rounding: str
-    step: float = 1.0
-    offset: float = 0.0
-    floors: bool = False
-    pruned: bool = False
-    mantissa_bits: int = 0
-    smallest_normal: float = 1.0
-    to_fields: float = 1.0
-    midpoints: tuple[int, ...] = ()
-    gaps: tuple[float, ...] = ()
+    floors: bool
+    pruned: bool
+    formulas: tuple[str, ...]
+    nearest: Any = field(repr=False)
+    decode: Any = field(repr=False)
+    scale_pair: Any = field(repr=False)
     table: tuple[int, ...] = ()
 
     @property
@@ -294,17 +278,22 @@ class Grid(Constants):
         return _PAIR_LOOKUP.format(*words)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passing(Constants):
-    """Which elements an estimator's mask lets pass, y being the scaled input: constants of a kernel.
+    """Which elements an estimator's mask lets pass, y being the scaled input: constants of a kernel. One of each
+    (:func:`passing`), as for grids.
 
     Attributes:
         limit: |y| ≤ limit passes, a float32 number; 0 if that does not decide.
-        threshold: otherwise, and for elements that sparsity drops (whose level is 0), |y − level| ≤ threshold does.
+        limit_at_zero: the same of elements whose level is 0 because sparsity drops them.
+        formula: digest of the mask's formula.
+        keeps: device function, ``(y, level) → whether it passes``.
     """
 
     limit: float
-    threshold: float
+    limit_at_zero: float
+    formula: str
+    keeps: Any = field(repr=False)
 
     @property
     def above_limit(self) -> float:
@@ -312,52 +301,42 @@ class Passing(Constants):
         return float_of(bits_of(self.limit) + 1)
 
     @property
-    def above_threshold(self) -> float:
-        """The float32 number that follows the threshold."""
-        return float_of(bits_of(self.threshold) + 1)
+    def above_limit_at_zero(self) -> float:
+        """The float32 number that follows the limit of dropped elements."""
+        return float_of(bits_of(self.limit_at_zero) + 1)
+
+    def by_limits(self, sparse: bool) -> bool:
+        """Whether limits decide, so that no level is needed."""
+        return self.limit > 0.0 and (self.limit_at_zero > 0.0 or not sparse)
 
 
 @cache
 def passing(estimator: str, fmt: Format) -> Passing | None:
-    """The constants of an estimator with a mask; ``None`` for one without.
-
-    ``trust`` compares with the distance to the nearest level. That is at most half the widest gap within the grid, so a
-    threshold not below it decides outside only, where y ∓ max is exact: a limit of |y| does as well.
-    """
+    """The constants of an estimator with a mask; ``None`` for one without."""
     spec = Estimator.parse(estimator)
-    parameters = dict(spec.parameters)
     if spec.kind.mask is None:
         return None
-    if spec.name == "clip":
-        limit = _float32(clip_limit(fmt, **parameters))  # type: ignore[arg-type]
-        return Passing(limit, limit)
-    threshold = _float32(trust_threshold(fmt, **parameters))
-    decides_outside = trust_threshold(fmt) <= threshold <= fmt.max
-    return Passing(_largest_sum(fmt.max, threshold) if decides_outside else 0.0, threshold)
+    limit, limit_at_zero = (_largest_float32(spec.bound(fmt, at_zero) or 0.0) for at_zero in (False, True))
+    formula = estimator_formulas.mask(spec, fmt)
+    return Passing(limit, limit_at_zero, formula.digest, device_function(formula))
 
 
-def _largest_sum(a: float, b: float) -> float:
-    """The largest float32 number ≤ a + b, of positive float32 numbers whose sum float64 holds."""
-    total = _float32(a + b)
-    return total if total <= a + b else float_of(bits_of(total) - 1)
-
-
-def _float32(value: float) -> float:
-    return float_of(bits_of(value))
+def _largest_float32(bound: float) -> float:
+    """The largest float32 number ≤ bound: then |y| ≤ it decides as |y| ≤ bound does."""
+    nearest = float_of(bits_of(bound))
+    return nearest if nearest <= bound else float_of(bits_of(nearest) - 1)
 
 
 def unsupported(q: Quantizer, eight_bit: bool = True) -> str:
     """Why there is no :class:`Grid` for ``q``; empty if there is. ``eight_bit``: whether 8-bit codes are wanted."""
     fmt = q.format
-    if q.granularity.kind != "row" or q.scale.name not in ("absmax", "absmax_pow2", "rms"):
-        return f"scales other than absmax, absmax_pow2 and rms by rows, here {q.granularity} {q.scale.name}"
+    if q.granularity.kind != "row" or q.scale.store != "fp32" or q.scale.two_level:
+        return f"scales other than float32 by rows, here {q.granularity} {q.scale.name}"
     if q.rounding == "stochastic":
         return "stochastic rounding"
     if eight_bit and fmt.tensor_core_type is None:
         return f"{fmt.name} has values that no 8-bit tensor-core type holds"
-    if _rounding(fmt.grid) is None:
-        return f"{fmt.name} is neither uniform nor a minifloat, and has more than {_MOST_MIDPOINTS + 1} magnitudes"
-    return ""
+    return why_not_rounded(fmt)
 
 
 @cache
@@ -368,14 +347,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
     if reason:
         msg = f"{q}: {reason}"
         raise ValueError(msg)
-    rounding = _rounding(fmt.grid)
-    assert rounding is not None
-    kind, constants = rounding
-    if kind == "thresholds":
-        ties = [q.rounding == "even" and i % 2 == 1 for i in range(len(fmt.grid.thresholds))]
-        constants["midpoints"] = tuple(
-            bits_of(threshold) - tie for threshold, tie in zip(fmt.grid.thresholds, ties, strict=True)
-        )
+    formulas = rounding.nearest(fmt, q.rounding), rounding.decode(fmt), scales.scale_and_reciprocal(q)
     largest_float = torch.finfo(torch.float32).max
     dtype = tensor_core_dtype(fmt) if fmt.tensor_core_type else None
     return Grid(
@@ -383,37 +355,20 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         codes_per_byte=fmt.codes_per_byte,
         largest=fmt.max,
         has_zero=fmt.has_zero,
-        ties_up=q.rounding == "half_up",
-        power_of_two=q.scale.name == "absmax_pow2",
         amax_floor=q.amax_floor,
-        clip=clip_of(fmt.name) if q.scale.statistic == "rms" else 0.0,
-        plain_limit=min(fmt.max * 2.0**126, largest_float),
+        of_squares=q.scale.statistic == "rms",
+        clip=clip_of(fmt.name) if q.scale.name == "rms" else 0.0,
+        plain_limit=min(fmt.max * 2.0**126, largest_float) if q.scale.covers else -1.0,
         target=fmt.tensor_core_type or "",
         factor=fmt.tensor_core_factor,
         target_offset=fmt.tensor_core_offset,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
-        rounding=kind,
-        floors=q.rounding == "half_up" and (constants.get("step"), constants.get("offset")) == (1.0, 0.5),
+        floors=q.rounding == "half_up" and (fmt.grid.step, uniform_offset(fmt.grid)) == (1.0, 0.5),
         pruned=fmt.pruned is not None,
         table=_table(fmt, dtype) if dtype and fmt.bits <= 4 else (),
-        **constants,
+        formulas=tuple(formula.digest for formula in formulas),
+        **{formula.name: device_function(formula) for formula in formulas},
     )
-
-
-def _rounding(fmt: Format) -> tuple[str, dict] | None:
-    """How to round to ``fmt``, with the constants that takes; ``None`` if no way is known."""
-    offset, layout = uniform_offset(fmt), minifloat(fmt)
-    if offset is not None:
-        return "uniform", {"step": fmt.step, "offset": offset}
-    # Without mantissa bits the even index is not the even multiple of a unit in the last place.
-    if layout is not None and layout[0] > 0:
-        mantissa_bits, factor = layout
-        constants = {"mantissa_bits": mantissa_bits, "smallest_normal": factor * 2.0**-126, "to_fields": 1 / factor}
-        return "minifloat", constants
-    if len(fmt.thresholds) > _MOST_MIDPOINTS:
-        return None
-    magnitudes = (0.0, *fmt.magnitudes)
-    return "thresholds", {"gaps": tuple(b - a for a, b in pairwise(magnitudes))}
 
 
 def _table(fmt: Format, dtype: torch.dtype) -> tuple[int, ...]:
@@ -438,40 +393,3 @@ def _upper_halves(table: tuple[int, ...]) -> dict[str, int] | None:
             lut = sum(bit << inputs for inputs, bit in function.items())
             return {"near": near, "far": far, "function": lut, "kept": kept * 0x10101010}
     return None
-
-
-def uniform_offset(fmt: Format) -> float | None:
-    """o where magnitude i is ``(i + o) · step`` and the step a power of two (exact division), else ``None``."""
-    if fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
-        return None
-    offset = fmt.magnitudes[0] / fmt.step
-    uniform = all(m == (i + offset) * fmt.step for i, m in enumerate(fmt.magnitudes))
-    return offset if uniform else None
-
-
-def minifloat(fmt: Format) -> tuple[int, float] | None:
-    """(mantissa bits, 2^(127 − bias)) if an index is exponent and mantissa of a small float, subnormal numbers
-    included.
-
-    Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of the
-    biases.
-    """
-    for mantissa_bits in range(fmt.bits):
-        shift = MANTISSA_BITS - mantissa_bits
-        as_float32 = [float_of(index << shift) for index in range(len(fmt.magnitudes))]
-        if not as_float32[-1]:
-            return None
-        factor = fmt.max / as_float32[-1]
-        if factor < 2.0**128 and all(m == v * factor for m, v in zip(fmt.magnitudes, as_float32, strict=True)):
-            return mantissa_bits, factor
-    return None
-
-
-def bits_of(value: float) -> int:
-    """The bits of a float32 number as a signed integer."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def float_of(bits: int) -> float:
-    """Inverse of :func:`bits_of`."""
-    return struct.unpack("<f", struct.pack("<i", bits))[0]

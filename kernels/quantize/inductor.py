@@ -7,16 +7,16 @@ which Inductor would expand again at every use. What is special to a generated k
 * A row's elements are read as ``[⌈K/p⌉, p]``, p codes to a byte, by the absolute maximum and by the encoder
   alike. Both loops then have as many iterations as there are bytes, so Inductor makes one kernel of them, and
   of the producer of x.
-* Scales divide with :func:`exact_div`; Triton's ``/`` is an approximation in float32.
-* No product is added to anything unless it is exact, so contraction to fused multiply-adds changes nothing.
-* A format is encoded and decoded from its data (:func:`encode`, :func:`decode`); no format is known by name.
+* Scales, rounding and decoding are the formulas of :mod:`qcompile.kernels.formula`, whose floating-point operations
+  round once. Where a format or a scale has a torch dtype, the device's conversion takes the place of its formula.
+* What is rounded is selected before (:func:`~qcompile.kernels.formula.rounding.saturated`), so that no product y is
+  contracted with a sum to a fused multiply-add; where it is not, y is an :func:`uncontracted_product`.
 
 Index tuples are of x with the quantization axis moved last: ``[..., r, k]``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ import sympy
 import torch
 from torch._inductor import config, ir
 from torch._inductor.lowering import fallback_handler, lowerings
-from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
@@ -34,8 +33,9 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-
-from .grid import bits_of, minifloat, uniform_offset
+from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.inductor_target import emit
+from qcompile.kernels.formula.layout import why_not_rounded
 
 __all__ = [
     "GridUnits",
@@ -48,11 +48,9 @@ __all__ = [
     "packed_bytes",
     "rounded",
     "run_reference",
-    "select",
     "supports_dequantize",
     "supports_quantize",
     "supports_scales",
-    "threshold_bits",
 ]
 
 #: A value inside a loop body, and an index tuple.
@@ -60,13 +58,8 @@ Value = Any
 Index = Sequence[sympy.Expr]
 
 _FP32, _INT32 = torch.float32, torch.int32
-_EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
-#: float32 numbers around 1.5·2²³ are one apart: adding it rounds to the nearest integer, ties to even, which
-#: then stands in the low mantissa bits. Two additions; a conversion to an integer runs at a quarter of their
-#: rate.
-_ROUNDER = 1.5 * 2.0**_MANTISSA_BITS
-#: Most magnitudes for which comparisons and selections are generated.
-_MAX_SELECTED = 16
+#: Integers by size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16}
 
 
 # --- what is supported --------------------------------------------------------------------------------------
@@ -78,25 +71,16 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
         return False, "stochastic rounding is not generated"
     if q.scale.statistic != "amax":
         return False, f"{q.scale.name} scales are not generated"
-    if q.format.pruned:
-        return False, f"{q.format.name} rounds to the levels of {q.format.pruned}"
-    if not (q.format.torch_dtype or uniform_offset(q.format) is not None or _selectable(q.format)):
-        reason = f"{q.format.name} has too many levels for comparisons, no even spacing and no torch dtype"
+    if reason := why_not_rounded(q.format):
         return False, reason
     return supports_scales(q, device)
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_dequantize` generates code for ``q``, and if not, why."""
-    fmt = q.format
-    by_bits = fmt.torch_dtype or uniform_offset(fmt) is not None or minifloat(fmt) is not None
-    if not (by_bits or _selectable(fmt)):
-        return False, f"{fmt.name} has too many levels for selections and is no number format of known layout"
+    if reason := why_not_rounded(q.format):
+        return False, reason
     return supports_scales(q, device)
-
-
-def _selectable(fmt: Format) -> bool:
-    return len(fmt.magnitudes) <= _MAX_SELECTED
 
 
 def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, str]:
@@ -321,9 +305,9 @@ class GridUnits:
     def _magnitude(self, index: Index) -> Value:
         return ops.abs(self.load_x(index))
 
-    def load(self, index: Index, byte=None) -> Value:
+    def load(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> Value:
         """Float32 y at ``index``, whose code goes to ``byte``."""
-        return ops.mul(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
+        return product(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
@@ -383,84 +367,34 @@ class GridUnits:
         return amax
 
 
-def exact_div(a: Value, b: Value) -> Value:
-    """Correctly rounded float32 ``a / b``.
-
-    Triton's ``/`` on float32 is an approximation. ``ops.div_rn`` is IEEE division; Inductor versions without
-    it divide in float64, where Triton's ``/`` is IEEE division, and round again: that is the same number,
-    because 53 bits are at least 2·24 + 2 (Figueroa, "When is double rounding innocuous?", SIGNUM 1995).
-    """
-    if hasattr(OpsHandler, "div_rn"):
-        return ops.div_rn(a, b)
-    quotient = ops.truediv(ops.to_dtype(a, torch.float64), ops.to_dtype(b, torch.float64))
-    return ops.to_dtype(quotient, _FP32)
-
-
 def stored_scale(amax: Value, q: Quantizer, load_global=None) -> Value:
     """The scale as it is stored, from a group's absolute maximum."""
-    largest = _float(q.format.max)
-    match q.scale.name:
-        case "absmax":
-            return exact_div(amax, largest)
-        case "absmax_pow2":
-            exponent = ops.neg(_exponent(exact_div(largest, amax), finite=_is_finite(amax)))
-            return ops.where(_is_finite(amax), power_of_two(exponent), _float(math.nan))
-        case "e8m0":
-            byte = ops.add(_e8m0_exponent(amax, q), _int(_EXPONENT_BIAS))
-            return ops.to_dtype(ops.where(_is_finite(amax), byte, _int(255)), torch.uint8)
-    assert load_global is not None, "two-level scale rules need the global scale"
-    scale = exact_div(exact_div(amax, largest), load_global([]))
-    return ops.to_dtype(ops.minimum(scale, _float(448.0)), torch.float8_e4m3fn, use_compute_types=False)
+    stored = emit(scales.stored_scale(q), *_with_global(amax, load_global))
+    dtype = storage_dtype(q)
+    if dtype == _FP32:
+        return stored
+    # Of the bits a dtype takes the lowest.
+    bits = ops.to_dtype(stored, _BITS[dtype.itemsize])
+    return bits if dtype == _BITS[dtype.itemsize] else ops.to_dtype_bitcast(bits, dtype, _BITS[dtype.itemsize])
 
 
 def reciprocal(amax: Value, q: Quantizer, load_global=None) -> Value:
     """γ, the float32 factor from x to grid units."""
-    match q.scale.name:
-        case "absmax":
-            return exact_div(_float(q.format.max), amax)
-        case "absmax_pow2":
-            ratio = exact_div(_float(q.format.max), amax)
-            return power_of_two(_exponent(ratio, finite=_is_finite(amax)))
-        case "e8m0":
-            return power_of_two(ops.neg(_e8m0_exponent(amax, q)))
-    scale = scale_value(stored_scale(amax, q, load_global), q, load_global)
-    return ops.where(ops.eq(scale, _float(0.0)), _float(0.0), exact_div(_float(1.0), scale))
+    return emit(scales.reciprocal(q), *_with_global(amax, load_global))
 
 
 def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
     """The float32 scale that a stored scale stands for."""
-    if q.scale.name == "e8m0":
-        byte = ops.to_dtype(stored, _INT32)
-        scale = power_of_two(ops.sub(byte, _int(_EXPONENT_BIAS)))
-        return ops.where(ops.eq(byte, _int(255)), _float(math.nan), scale)
-    scale = ops.to_dtype(stored, _FP32)
-    return scale if load_global is None else ops.mul(scale, load_global([]))
+    dtype = storage_dtype(q)
+    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16):
+        scale = ops.to_dtype(stored, _FP32)  # the device's own conversion, which is exact
+        return scale if load_global is None else ops.mul(scale, load_global([]))
+    value = stored if dtype == _FP32 else ops.to_dtype(stored, _INT32)
+    return emit(scales.load_scale(q), *_with_global(value, load_global))
 
 
-def power_of_two(exponent: Value) -> Value:
-    """Exact float32 2^exponent from int32; exponents of normal numbers, and −127, the smallest of E8M0."""
-    exponent = ops.minimum(ops.maximum(exponent, _int(-_EXPONENT_BIAS)), _int(127))
-    bits = ops.bitwise_left_shift(ops.add(exponent, _int(_EXPONENT_BIAS)), _int(_MANTISSA_BITS))
-    bits = ops.where(ops.eq(bits, _int(0)), _int(1 << (_MANTISSA_BITS - 1)), bits)
-    return ops.to_dtype_bitcast(bits, _FP32, _INT32)
-
-
-def _exponent(value: Value, finite: Value) -> Value:
-    """⌊log2⌋ of a positive float32 (subnormal: −127); −1, which is frexp's, where the group is not finite."""
-    field = ops.bitwise_right_shift(ops.to_dtype_bitcast(value, _INT32, _FP32), _int(_MANTISSA_BITS))
-    return ops.where(finite, ops.sub(field, _int(_EXPONENT_BIAS)), _int(-1))
-
-
-def _e8m0_exponent(amax: Value, q: Quantizer) -> Value:
-    # Half-integers of one bit have a maximum below 1: their amax may be subnormal, and twice it is not.
-    shift = max(-q.format.max_exponent, 0)
-    finite = _is_finite(amax)
-    exponent = ops.sub(_exponent(ops.mul(amax, _float(2.0**shift)), finite), _int(q.format.max_exponent + shift))
-    return ops.minimum(ops.maximum(exponent, _int(-127)), _int(127))
-
-
-def _is_finite(magnitude: Value) -> Value:
-    return ops.lt(magnitude, _float(math.inf))  # false for NaN
+def _with_global(value: Value, load_global) -> tuple[Value, ...]:
+    return (value,) if load_global is None else (value, load_global([]))
 
 
 # --- codes --------------------------------------------------------------------------------------------------
@@ -468,26 +402,12 @@ def _is_finite(magnitude: Value) -> Value:
 
 def encode(y: Value, q: Quantizer) -> Value:
     """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive."""
-    fmt, zero = q.format, _float(0.0)
-    y = ops.where(ops.eq(y, y), y, _float(fmt.max))
-    sign_bit = 1 << (fmt.bits - 1)
-    bits = ops.to_dtype_bitcast(y, _INT32, _FP32)
-    if fmt.has_zero:
-        sign = ops.bitwise_and(ops.bitwise_right_shift(bits, _int(32 - fmt.bits)), _int(sign_bit))
-        negative = ops.lt(bits, _int(0))
-    else:
-        negative = ops.lt(y, zero)
-        sign = ops.where(negative, _int(sign_bit), _int(0))
-    magnitude = ops.abs(y)
-    # Not ops.minimum, which takes further instructions to pass on NaN; there is none here.
-    magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
-    if fmt.torch_dtype:
-        index = _index_by_cast(magnitude, getattr(torch, fmt.torch_dtype))
-    elif (offset := uniform_offset(fmt)) is not None:
-        index = _index_by_rounding(magnitude, negative, fmt, offset, q.rounding)
-    else:
-        index = _index_by_search(magnitude, negative, fmt, q.rounding)
-    return ops.bitwise_or(index, sign)
+    if q.format.torch_dtype is None:
+        return emit(rounding.encode(q.format, q.rounding), y)
+    # The conversion of the device is the rounding.
+    dtype = getattr(torch, q.format.torch_dtype)
+    cast = ops.to_dtype(emit(rounding.saturated(q.format), y), dtype, use_compute_types=False)
+    return ops.to_dtype(ops.to_dtype_bitcast(cast, torch.uint8, dtype), _INT32)
 
 
 def tensor_core_code(y: Value, q: Quantizer) -> Value:
@@ -504,126 +424,23 @@ def tensor_core_code(y: Value, q: Quantizer) -> Value:
 
 
 def _rounded(y: Value, q: Quantizer) -> Value:
-    """Float32 level; by arithmetic where the format allows, else by way of the code."""
-    fmt, layout = q.format, minifloat(q.format)
-    if q.rounding != "even" or fmt.torch_dtype or layout is None or layout[0] == 0:
-        return decode(encode(y, q), fmt)
-    mantissa_bits, factor = layout
-    y = ops.where(ops.eq(y, y), y, _float(fmt.max))
-    sign = ops.bitwise_and(ops.to_dtype_bitcast(y, _INT32, _FP32), _int(-(2**31)))
-    magnitude = ops.abs(y)
-    # A selection also keeps the product that made y from being contracted with the addition below.
-    magnitude = ops.where(ops.le(magnitude, _float(fmt.max)), magnitude, _float(fmt.max))
-    exponent = ops.bitwise_and(ops.to_dtype_bitcast(magnitude, _INT32, _FP32), _int(0xFF << _MANTISSA_BITS))
-    smallest_normal = bits_of(2 * factor * 2.0**-_EXPONENT_BIAS)
-    exponent = ops.maximum(exponent, _int(smallest_normal))
-    # Added to a number of this exponent, 2^(23 − mantissa bits) times its power of two rounds to nearest even.
-    shift = _int((_MANTISSA_BITS - mantissa_bits) << _MANTISSA_BITS)
-    rounder = ops.to_dtype_bitcast(ops.add(exponent, shift), _FP32, _INT32)
-    return _with_sign(ops.sub(ops.add(magnitude, rounder), rounder), sign)
+    """Float32 level."""
+    if q.format.torch_dtype:
+        return decode(encode(y, q), q.format)
+    return emit(rounding.round_level(q.format, q.rounding), y)
 
 
 def decode(code: Value, fmt: Format) -> Value:
     """Float32 level of an int32 code."""
-    sign_bit = 1 << (fmt.bits - 1)
-    if fmt.torch_dtype:
-        byte, dtype = ops.to_dtype(code, torch.uint8), getattr(torch, fmt.torch_dtype)
-        return ops.to_dtype(ops.to_dtype_bitcast(byte, dtype, torch.uint8), _FP32)
-    index = ops.bitwise_and(code, _int(sign_bit - 1))
-    # The sign goes in as a bit: Triton negates by subtracting from zero, which loses −0.
-    sign = ops.bitwise_left_shift(ops.bitwise_and(code, _int(sign_bit)), _int(32 - fmt.bits))
-    if (offset := uniform_offset(fmt)) is not None:
-        assert fmt.step is not None
-        position = ops.add(ops.to_dtype(index, _FP32), _float(offset))
-        return _with_sign(ops.mul(position, _float(fmt.step)), sign)
-    if (layout := minifloat(fmt)) is not None:
-        mantissa_bits, factor = layout
-        bits = ops.bitwise_left_shift(index, _int(_MANTISSA_BITS - mantissa_bits))
-        return ops.mul(ops.to_dtype_bitcast(ops.bitwise_or(bits, sign), _FP32, _INT32), _float(factor))
-    width = _index_bits(len(fmt.magnitudes))
-    chosen = [ops.ne(ops.bitwise_and(index, _int(1 << i)), _int(0)) for i in reversed(range(width))]
-    return _with_sign(select(chosen, fmt.magnitudes), sign)
-
-
-def _with_sign(magnitude: Value, sign: Value) -> Value:
-    bits = ops.bitwise_or(ops.to_dtype_bitcast(magnitude, _INT32, _FP32), sign)
-    return ops.to_dtype_bitcast(bits, _FP32, _INT32)
-
-
-def _index_by_cast(magnitude: Value, dtype: torch.dtype) -> Value:
-    cast = ops.to_dtype(magnitude, dtype, use_compute_types=False)
-    return ops.to_dtype(ops.to_dtype_bitcast(cast, torch.uint8, dtype), _INT32)
-
-
-def _index_by_rounding(magnitude: Value, negative: Value, fmt: Format, offset: float, rounding: str) -> Value:
-    """Index in a uniform grid. All operations but one are exact: the step is a power of two."""
-    assert fmt.step is not None
-    position = ops.sub(ops.mul(magnitude, _float(1 / fmt.step)), _float(offset))
-    rounded = ops.add(position, _float(_ROUNDER))  # the one that rounds: to the nearest integer, ties to even
-    index = ops.sub(ops.to_dtype_bitcast(rounded, _INT32, _FP32), _int(bits_of(_ROUNDER)))
-    if rounding == "even":
-        return index
-    # Ties toward +∞: repair those that went the other way.
-    rest = ops.sub(position, ops.sub(rounded, _float(_ROUNDER)))
-    up = ops.logical_and(ops.eq(rest, _float(0.5)), ops.logical_not(negative))
-    down = ops.logical_and(ops.eq(rest, _float(-0.5)), negative)
-    index = ops.sub(ops.add(index, ops.to_dtype(up, _INT32)), ops.to_dtype(down, _INT32))
-    return ops.maximum(
-        index, _int(0)
-    )  # below the smallest level of a grid without zero there is nothing to round down to
-
-
-def _index_by_search(magnitude: Value, negative: Value, fmt: Format, rounding: str) -> Value:
-    def reached(threshold: Value, odd: bool) -> Value:
-        if rounding == "half_up":
-            tie = ops.logical_and(ops.eq(magnitude, threshold), ops.logical_not(negative))
-            return ops.logical_or(ops.gt(magnitude, threshold), tie)
-        # Threshold i separates index i from i + 1; a tie there goes to the even one.
-        return ops.ge(magnitude, threshold) if odd else ops.gt(magnitude, threshold)
-
-    index = None
-    bits = threshold_bits(fmt.thresholds, reached)
-    for place, bit in enumerate(reversed(bits)):
-        part = ops.where(bit, _int(1 << place), _int(0))
-        index = part if index is None else ops.bitwise_or(index, part)
-    return index if index is not None else _int(0)
-
-
-def threshold_bits(thresholds: Sequence[float], reached: Callable[[Value, bool], Value]) -> list[Value]:
-    """How many of the ascending ``thresholds`` are reached, by binary search: bits of the count, highest
-    first.
-
-    ``reached(threshold, odd)`` decides one; ``odd`` is the parity of its position, the same for all that a
-    bit may be compared with.
-    """
-    width = _index_bits(len(thresholds) + 1)
-    padded = [*thresholds, *[math.inf] * (2**width - 1 - len(thresholds))]
-    bits: list[Value] = []
-    for place in reversed(range(width)):
-        first, stride = 2**place - 1, 2 ** (place + 1)
-        bits.append(reached(select(bits, padded[first::stride]), place > 0))
-    return bits
-
-
-def select(bits: Sequence[Value], table: Sequence[float]) -> Value:
-    """Float32 ``table`` entry at the number whose bits, highest first, are ``bits``."""
-    padded = [*table, *[table[-1]] * (2 ** len(bits) - len(table))]
-    if len(set(padded)) == 1:
-        return _float(padded[0])
-    half = len(padded) // 2
-    return ops.where(bits[0], select(bits[1:], padded[half:]), select(bits[1:], padded[:half]))
-
-
-# --- what a format's data says ------------------------------------------------------------------------------
-
-
-def _index_bits(count: int) -> int:
-    return (count - 1).bit_length()
-
-
-def _float(value: float) -> Value:
-    return ops.constant(value, _FP32)
+    if fmt.torch_dtype is None:
+        return emit(rounding.decode(fmt), code)
+    byte, dtype = ops.to_dtype(code, torch.uint8), getattr(torch, fmt.torch_dtype)
+    return ops.to_dtype(ops.to_dtype_bitcast(byte, dtype, torch.uint8), _FP32)
 
 
 def _int(value: int) -> Value:
     return ops.constant(value, _INT32)
+
+
+def _float(value: float) -> Value:
+    return ops.constant(value, _FP32)

@@ -29,6 +29,8 @@ from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
+from qcompile.kernels.formula import scales as formulas
+from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.transform.reference import kept, rotate
 
 __all__ = [
@@ -260,6 +262,8 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
             exponent = (torch.frexp(amax).exponent - 1 - q.format.max_exponent).clamp(-127, 127)
             byte = torch.where(amax.isfinite(), exponent + 127, 255).to(torch.uint8)
             return byte, load_scale(byte, q), _power_of_two(-exponent)
+    if q.scale.name != "e4m3":
+        return _scale_pair_of_formula(amax, q, global_scale)
     if global_scale is None:
         msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
         raise ValueError(msg)
@@ -268,14 +272,30 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
 
 
+def _scale_pair_of_formula(
+    statistic: Tensor, q: Quantizer, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`scale_pair` of a rule that is told by its formula alone, evaluated in torch."""
+    inputs = (statistic,) if global_scale is None else (statistic, global_scale)
+    stored = evaluate(formulas.stored_scale(q), *inputs)
+    dtype = getattr(torch, q.scale.storage)
+    if dtype != torch.float32:
+        bits = stored.to(torch.uint8 if dtype.itemsize == 1 else torch.int16)
+        stored = bits if bits.dtype == dtype else bits.view(dtype)
+    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q), *inputs)
+
+
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
     """The float32 scale that stored scales stand for."""
     if q.scale.two_level and global_scale is None:
         msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
         raise ValueError(msg)
-    if q.scale.name == "e8m0":
+    if q.scale.store == "e8m0":
         exponent = stored.to(torch.int32) - 127
         return torch.where(stored == 255, float("nan"), _power_of_two(exponent))
+    if q.scale.store == "ue5m3":
+        number = evaluate(formulas.load_bits(q), stored.to(torch.int32))
+        return number if global_scale is None else number * global_scale
     return stored.float() if global_scale is None else stored.float() * global_scale
 
 

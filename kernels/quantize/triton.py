@@ -32,14 +32,13 @@ from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.formula.layout import MANTISSA_BITS, why_not_rounded
 from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants
 from qcompile.kernels.outliers.triton import clamped
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,
-    MAGNITUDE,
     RUN,
-    SIGN,
     absolute_maximum,
     as_bits,
     as_float,
@@ -57,7 +56,7 @@ from qcompile.kernels.triton import (
 )
 
 from . import reference
-from .grid import MANTISSA_BITS, grid_of, uniform_offset, unsupported
+from .grid import grid_of, unsupported
 
 __all__ = [
     "quantize_8bit",
@@ -89,13 +88,8 @@ COLUMN_BAND, TRANSPOSED_TILE, RECODE_TILE = (32, 128), (128, 64), (128, 64)
 RECODE_BLOCK = 8192
 
 WARP = tl.constexpr(32)
-EXPONENT = tl.constexpr(0x7F800000)
-BIAS = tl.constexpr(127)
-MANTISSA = tl.constexpr(MANTISSA_BITS)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
-#: Float32 2^-127, the one power of two here whose exponent field is zero.
-BITS_OF_2_TO_MINUS_127 = tl.constexpr(1 << (MANTISSA_BITS - 1))
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
 #: Added to a mean of squares, for roots to be taken of positive numbers only; of float32 numbers' it is no part.
 SMALLEST_MEAN = tl.constexpr(1e-300)
@@ -108,43 +102,23 @@ GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair 
 
 
 @triton.jit
-def _power_of_two(exponent):
-    """Of normal numbers, and 2^-127, as the reference has it."""
-    bits = (tl.minimum(tl.maximum(exponent, -127), 127) + BIAS) << MANTISSA
-    return as_float(tl.where(bits == 0, BITS_OF_2_TO_MINUS_127, bits))
-
-
-@triton.jit
-def scale_pair(amax, fmt: tl.constexpr):
-    """Scale and reciprocal γ, each rounded once from an absolute maximum not below ``fmt.amax_floor``."""
-    gamma = tl.math.div_rn(fmt.largest, amax)
-    if fmt.power_of_two:
-        finite = amax < float("inf")
-        exponent = tl.where(finite, (as_bits(gamma) >> MANTISSA) - BIAS, -1)
-        scale = tl.where(finite, _power_of_two(-exponent), float("nan"))
-        gamma = _power_of_two(exponent)
-    else:
-        scale = tl.math.div_rn(amax, fmt.largest)
-    return scale, gamma
-
-
-@triton.jit
 def rms_scale_pair(squares, size, fmt: tl.constexpr):
     """Scale and reciprocal γ of rows of ``size`` elements with this sum of ``squares``, float64.
 
     Float64 until both are rounded, so that neither the order of summation shows, nor a product in place of a quotient,
-    nor the last bits of quotients and roots, which on a GPU are refined approximations: IEEE's would take branches, and
-    nothing is moved across them into the time that their chain of dependent instructions takes.
+    nor the last bits of quotients and roots, which of the ``rms`` rule are refined approximations on a GPU: IEEE's
+    would take branches, and nothing is moved across them into the time that their chain of dependent instructions
+    takes.
     """
-    if INTERPRETED:
-        clip = fmt.clip * tl.sqrt(squares / size) + SMALLEST_CLIP
-        inverse = 1.0 / clip
+    if INTERPRETED or fmt.clip == 0.0:
+        scale, gamma = fmt.scale_pair(tl.sqrt(squares / size))
     else:
         mean = squares * _inverse(tl.cast(size, tl.float64))
         finite = mean < float("inf")
         clip = fmt.clip * tl.where(finite, _root(mean + SMALLEST_MEAN), mean) + SMALLEST_CLIP
         inverse = tl.where(finite, _inverse(clip), tl.where(mean > 0.0, 0.0, mean))
-    return (clip * (1.0 / fmt.largest)).to(tl.float32), (inverse * fmt.largest).to(tl.float32)
+        scale, gamma = (clip * (1.0 / fmt.largest)).to(tl.float32), (inverse * fmt.largest).to(tl.float32)
+    return scale, gamma
 
 
 @triton.jit
@@ -206,49 +180,14 @@ def nearest(y, fmt: tl.constexpr):
 
     The code is the stored one, or that of :func:`biased_code` for a ``biased`` grid.
     """
-    negative = y < 0.0
     if fmt.floors:
         code = biased_code(y, fmt)
         level = biased_level(code, fmt)
-        index = as_bits(tl.abs(level) - 0.5 + ROUNDER) & (2 ** (fmt.bits - 1) - 1)
-    elif fmt.rounding == "minifloat":
-        # 1.5·2²³ units in the last place of y's binade, or of the smallest normal one. Both products are exact.
-        binade = as_float(as_bits(tl.maximum(tl.abs(y), fmt.smallest_normal)) & EXPONENT)
-        rounder: tl.constexpr = 1.5 * 2.0 ** (MANTISSA - fmt.mantissa_bits)
-        level = tl.fma(binade, -rounder, tl.fma(binade, rounder, y))
-        if fmt.ties_up:
-            half = binade * 2.0 ** (-fmt.mantissa_bits - 1)
-            level = tl.where(y - level == half, level + 2.0 * half, level)
-        level = tl.abs(level)
-        index = as_bits(level * fmt.to_fields) >> (MANTISSA - fmt.mantissa_bits)
-    elif fmt.rounding == "uniform":
-        position = tl.abs(y) * (1.0 / fmt.step) - fmt.offset
-        raised = position + ROUNDER
-        if fmt.ties_up:
-            rest = position - (raised - ROUNDER)
-            up = (rest == 0.5) & (y > 0.0)
-            down = (rest == -0.5) & negative & (raised > ROUNDER)
-            raised = tl.where(up, raised + 1.0, tl.where(down, raised - 1.0, raised))
-        level = raised - ROUNDER
-        if fmt.offset != 0.0:
-            level += fmt.offset
-        level *= fmt.step
-        index = as_bits(raised) & (2 ** (fmt.bits - 1) - 1)
+        if fmt.pruned:
+            index = as_bits(tl.abs(level) - 0.5 + ROUNDER) & (2 ** (fmt.bits - 1) - 1)
+            code = (index + 1) | tl.where(y < 0.0, 2 ** (fmt.bits - 1), 0)
     else:
-        bits = as_bits(y) & MAGNITUDE
-        if fmt.ties_up:
-            bits += tl.where(negative, 0, 1)
-        level = tl.full(y.shape, fmt.gaps[0], tl.float32)
-        index = tl.zeros(y.shape, tl.int32)
-        for i in tl.static_range(len(fmt.midpoints)):
-            above = bits > fmt.midpoints[i]
-            level += tl.where(above, fmt.gaps[i + 1], 0.0)
-            index += above.to(tl.int32)
-    if not fmt.biased:
-        sign = as_bits(y) & SIGN if fmt.has_zero else tl.where(negative, SIGN, 0)
-        level = as_float((as_bits(level) & MAGNITUDE) | sign)
-        code = index + 1 if fmt.pruned else index
-        code |= (sign >> (32 - fmt.bits)) & (2 ** (fmt.bits - 1))
+        level, code = fmt.nearest(y)
     return level, code
 
 
@@ -465,7 +404,7 @@ def _quantize_row(
         at = i * part + runs(part, RUN)
         row += (_loaded(x, fold, at, None if i < parts - 1 else at < size),)  # type: ignore[assignment]
     amax = greater(_row_maximum(row), fmt.amax_floor)
-    scale, gamma = scale_pair(amax, fmt)
+    scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + number, scale)
     # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
     if amax <= fmt.plain_limit:
@@ -495,7 +434,7 @@ def _quantize_long_row(
         at = start + runs(block, RUN)
         running = greater(running, tl.abs(_loaded(x, fold, at, at < size).to(tl.float32)))
     amax = greater(absolute_maximum(running, None), fmt.amax_floor)
-    scale, gamma = scale_pair(amax, fmt)
+    scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
     if stored is not None:
         stored += row * stored_size
@@ -536,7 +475,7 @@ def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: t
     largest = tl.abs(_loaded(x, None, at, at < size).to(tl.float32))
     for start in range(block, size, block):
         largest = greater(largest, tl.abs(_loaded(x, None, start + at, start + at < size).to(tl.float32)))
-    scale, gamma = scale_pair(greater(absolute_maximum(largest, None), fmt.amax_floor), fmt)
+    scale, gamma = fmt.scale_pair(greater(absolute_maximum(largest, None), fmt.amax_floor))
     tl.store(scales + row, scale)
     tl.store(gammas + row, gamma)
 
@@ -612,7 +551,7 @@ def _quantize_rows_of_pair(
         amax = tl.split(maximum(tl.join(*largest), 0)) if band == 2 else (maximum(largest[0], 0),)  # type: ignore[misc]
         for i in tl.static_range(band):
             row = tl.minimum(first + i, rows - 1).to(tl.int64)
-            scale, gamma = scale_pair(greater(amax[i], fmt.amax_floor), fmt)
+            scale, gamma = fmt.scale_pair(greater(amax[i], fmt.amax_floor))
             tl.store(scales + row, scale)
             eight_bit, _ = encoded(saturated(values[i] * gamma, fmt), fmt)
             tl.store(codes + row * size + at, eight_bit, mask=at < size)
@@ -647,7 +586,7 @@ def _column_scales(
     running = tl.zeros([tile_rows, tile], tl.float32)
     for first in range(0, count, tile_rows):
         running = greater(running, _loaded_tile(partials, first, column, count, size, size, tile_rows, tile))
-    scale, gamma = scale_pair(greater(absolute_maximum(running, 0), fmt.amax_floor), fmt)
+    scale, gamma = fmt.scale_pair(greater(absolute_maximum(running, 0), fmt.amax_floor))
     at = column + tl.arange(0, tile)
     tl.store(scales + at, scale, mask=at < size)
     tl.store(gammas + at, gamma, mask=at < size)
@@ -687,13 +626,7 @@ def _converted(stored, fmt: tl.constexpr):
     if fmt.is_target:
         code = stored
     else:
-        tl.static_assert(fmt.rounding == "uniform")
-        index = stored.to(tl.int32) & (2 ** (fmt.bits - 1) - 1)
-        level = (index.to(tl.float32) + fmt.offset) * fmt.step
-        if fmt.pruned:  # index 0 is that of 0
-            level = tl.where(index > 0, level - fmt.step, 0.0)
-        sign = (stored.to(tl.int32) << (32 - fmt.bits)) & SIGN
-        code = tensor_core_code(as_float(as_bits(level) | sign), fmt).to(tl.uint8, bitcast=True)
+        code = tensor_core_code(fmt.decode(stored.to(tl.int32)), fmt).to(tl.uint8, bitcast=True)
     return code
 
 
@@ -821,7 +754,7 @@ def _quantize_compensated_row(
     lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, halvings, pair)
     if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
         amax = greater(greater(tl.abs(lowest), tl.abs(highest)), fmt.amax_floor)
-    scale, gamma = scale_pair(amax, fmt)
+    scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
     x += row * row_stride
     codes += row * size
@@ -862,8 +795,8 @@ def supports_recode(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     """Whether :func:`recode` handles codes of ``quantizer``, and if not, why; ``dtypes`` is empty."""
     q = Quantizer.parse(quantizer)
     fmt = q.format
-    if fmt.codes_per_byte == 1 and not fmt.torch_dtype and uniform_offset(fmt.grid) is None:
-        return False, f"codes of {fmt.name} have no table, being wider than 4 bits, and are not evenly spaced"
+    if fmt.codes_per_byte == 1 and not fmt.torch_dtype and (reason := why_not_rounded(fmt)):
+        return False, reason
     return supports_quantize_8bit(dtypes, str(Quantizer(fmt)))
 
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompile.ir.estimators import Estimator
+from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import SPARSITIES, Transform
 from qcompile.kernels.estimate import reference as estimate_reference
@@ -51,7 +51,6 @@ from qcompile.kernels.quantize.triton import (
     recode,
     rms_scale_pair,
     saturated,
-    scale_pair,
     supports_recode,
     tensor_core_code,
 )
@@ -330,8 +329,8 @@ def _write_part(
     # What y is needed for comes first, and levels last: registers hold one number per element.
     if part.unit > 0:
         keep = kept(columns, part.unit)
-    if mask is not None and passes.limit > 0.0:
-        limit = tl.where(keep, passes.above_limit, passes.above_threshold) if part.unit > 0 else passes.above_limit
+    if mask is not None and passes.by_limits(part.unit > 0):
+        limit = tl.where(keep, passes.above_limit, passes.above_limit_at_zero) if part.unit > 0 else passes.above_limit
         _write_mask(mask, _beyond(y, limit), inside, start, mask_size)
     if part.words:
         if not (scale <= LARGEST_PLAIN_SCALE):
@@ -357,8 +356,8 @@ def _write_part(
                 eight_bit = tensor_core_code(level, fmt)
             at = start + runs(part.block, RUN)
             tl.store(codes + at, _runs_of(eight_bit, RUN), mask=at < size)
-        if mask is not None and passes.limit == 0.0:
-            _write_mask(mask, _beyond(y - level, passes.above_threshold), inside, start, mask_size)
+        if mask is not None and not passes.by_limits(part.unit > 0):
+            _write_mask(mask, tl.where(passes.keeps(y, level), -1.0, 1.0), inside, start, mask_size)
 
 
 @triton.jit
@@ -412,12 +411,12 @@ def _write_row(
     columns, row, codes, scales, stored, mask, sizes, fmt: tl.constexpr, passes: tl.constexpr, part: tl.constexpr
 ):
     """Scale, and what else is asked for, of a row of these columns."""
-    if fmt.clip > 0.0:
+    if fmt.of_squares:
         scale, gamma = rms_scale_pair(tl.sum(_squares(columns)), sizes[0], fmt)
         columns = rotated(columns, part.rotation)
     else:
         columns = rotated(columns, part.rotation)
-        scale, gamma = scale_pair(greater(absolute_maximum(columns, None), fmt.amax_floor), fmt)
+        scale, gamma = fmt.scale_pair(greater(absolute_maximum(columns, None), fmt.amax_floor))
     if scales is not None:
         tl.store(scales + row, scale)
     _write_part(columns, scale, gamma, row, codes, stored, mask, 0, sizes, fmt, passes, part)
@@ -505,7 +504,7 @@ def _quantize_long_row(
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     sizes = _sizes_of(size, stored_size, mask_size, fmt, part)
-    if fmt.clip > 0.0:
+    if fmt.of_squares:
         squares = tl.zeros([span // 8, block // span], tl.float64)
         for start in range(0, size, block):
             squares += _squares(_columns_of(x, start, size, part))
@@ -514,7 +513,7 @@ def _quantize_long_row(
         running = tl.zeros([span, block // span], tl.float32)
         for start in range(0, size, block):
             running = greater(running, tl.abs(rotated(_columns_of(x, start, size, part), part.rotation)))
-        scale, gamma = scale_pair(greater(absolute_maximum(running, None), fmt.amax_floor), fmt)
+        scale, gamma = fmt.scale_pair(greater(absolute_maximum(running, None), fmt.amax_floor))
     if scales is not None:
         tl.store(scales + row, scale)
     for start in range(0, size, block):
@@ -644,7 +643,7 @@ def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform
     """
     size = x.shape[1]
     # No element of a row of n, rotated or not, is larger than √n times their root mean square.
-    bounded = not fmt.clip or size * (fmt.largest / fmt.clip) ** 2 < 2.0**28
+    bounded = size * (fmt.largest / fmt.clip) ** 2 < 2.0**28 if fmt.clip else fmt.plain_limit > 0.0
     suits = (
         fmt.encode_eight
         and transform.rotation > 1

@@ -22,21 +22,26 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .formats import Format
+from .formulas import Scalar, float32
 
 __all__ = ["ESTIMATORS", "Estimator"]
 
 
-def _clip_mask(y: Tensor, q: Tensor, fmt: Format, s: float) -> Tensor:
+# The formulas take tensors, or the scalars of qcompile.kernels.formula, from which kernels are printed.
+
+
+def _clip_mask(y: Scalar, level: Scalar, fmt: Format, s: float) -> Scalar:
     return y.abs() <= clip_limit(fmt, s)
 
 
-def _trust_mask(y: Tensor, q: Tensor, fmt: Format, t: float | None) -> Tensor:
-    return (y - q).abs() <= trust_threshold(fmt, t)
+def _trust_mask(y: Scalar, level: Scalar, fmt: Format, t: float | None) -> Scalar:
+    return (y - level).abs() <= trust_threshold(fmt, t)
 
 
 def clip_limit(fmt: Format, s: float = 1.0) -> float:
@@ -51,34 +56,52 @@ def trust_threshold(fmt: Format, t: float | None = None) -> float:
     if t is not None:
         return t
     fmt = fmt.grid
-    gaps = [hi - lo for lo, hi in zip(fmt.magnitudes, fmt.magnitudes[1:], strict=False)]
+    gaps = [hi - lo for lo, hi in pairwise(fmt.magnitudes)]
     across_zero = fmt.magnitudes[0] if fmt.has_zero else 2 * fmt.magnitudes[0]
     return max([*gaps, across_zero]) / 2
+
+
+def _trust_bound(fmt: Format, t: float | None) -> float | None:
+    """Within the grid |y − level| is at most half the widest gap, so a threshold T not below it decides outside only,
+    where y ∓ max is exact: |y| ≤ max + T.
+    """
+    threshold = float32(trust_threshold(fmt, t))
+    return fmt.max + threshold if trust_threshold(fmt) <= threshold <= fmt.max else None
+
+
+def _trust_bound_at_zero(fmt: Format, t: float | None) -> float:
+    return float32(trust_threshold(fmt, t))
+
+
+def _clip_bound(fmt: Format, s: float) -> float:
+    return float32(clip_limit(fmt, s))
 
 
 def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
     """The smooth staircase f whose derivative DGE uses: float tensor in grid units in and out (arXiv 2501.17116 eq.
     7).
     """
-    low, gap, position = _bin(y, fmt)
+    low, to_unit, position = _bin(y, fmt)
     rise = position.sign() * position.abs().pow(1 / k)
-    return torch.where(y < 0, -1.0, 1.0) * (low + gap / 2 * (1 + rise))
+    return torch.where(y < 0, -1.0, 1.0) * (low + (1 + rise) / to_unit)
 
 
-def _dge_slope(y: Tensor, fmt: Format, k: float, cap: float) -> Tensor:
+def _dge_slope(y: Scalar, fmt: Format, k: float, cap: float) -> Scalar:
     _, _, position = _bin(y, fmt)
     return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)
 
 
-def _bin(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower level, width and position in [−1, 1] of the bin that |y| lies in."""
-    edges = list(fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes))
-    levels = torch.tensor(edges, dtype=y.dtype, device=y.device)
+def _bin(y: Scalar, fmt: Format) -> tuple[Scalar, Scalar, Scalar]:
+    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in."""
+    edges = fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
     magnitude = y.abs().clamp(max=fmt.max)
-    index = torch.bucketize(magnitude, levels[1:-1].contiguous(), right=True)
-    low = levels[index]
-    gap = levels[index + 1] - low
-    return low, gap, 2 * (magnitude - low) / gap - 1
+    low: Scalar = edges[0]
+    to_unit: Scalar = 2 / (edges[1] - edges[0])
+    for edge, end in pairwise(edges[1:]):
+        reached = magnitude >= edge
+        low = torch.where(reached, edge, low)
+        to_unit = torch.where(reached, 2 / (end - edge), to_unit)
+    return low, to_unit, (magnitude - low) * to_unit - 1
 
 
 def _plain(value: float) -> str:
@@ -91,20 +114,33 @@ class EstimatorKind:
     """One row of the table: the parameters an estimator takes, and its formula.
 
     Exactly one of ``mask`` (needs one bit per element) and ``slope`` (needs the input) is set, or neither (needs
-    nothing). Formulas take float32 tensors in grid units. A parameter is a positive number; one whose default is
-    ``None`` follows from the format.
+    nothing). A parameter is a positive number; one whose default is ``None`` follows from the format.
+
+    Attributes:
+        parameters: name -> default.
+        mask: ``(y, level, format, **parameters) → bool``, y the scaled input and level what it was rounded to, float32
+            in grid units. Operators and torch's elementwise functions.
+        slope: ``(y, format, **parameters) → float32``.
+        bound: ``(format, **parameters) → b`` where the mask is |y| ≤ b; ``None`` from it where it is not that. Kernels
+            then need no level.
+        bound_at_zero: the same where the level is 0, which it is of elements that sparsity drops.
+        continuous: whether a slope changes little with the last bits of y, so that kernels may divide by the stored
+            scale instead of searching the row for its maximum again.
     """
 
     parameters: dict[str, float | None] = field(default_factory=dict)
-    mask: Callable[..., Tensor] | None = None
-    slope: Callable[..., Tensor] | None = None
+    mask: Callable[..., Scalar] | None = None
+    slope: Callable[..., Scalar] | None = None
+    bound: Callable[..., float | None] | None = None
+    bound_at_zero: Callable[..., float | None] | None = None
+    continuous: bool = False
 
 
 ESTIMATORS: dict[str, EstimatorKind] = {
     "ste": EstimatorKind(),
-    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask),
-    "trust": EstimatorKind({"t": None}, mask=_trust_mask),
-    "dge": EstimatorKind({"k": 5.0, "cap": 3.0}, slope=_dge_slope),
+    "clip": EstimatorKind({"s": 1.0}, mask=_clip_mask, bound=_clip_bound, bound_at_zero=_clip_bound),
+    "trust": EstimatorKind({"t": None}, mask=_trust_mask, bound=_trust_bound, bound_at_zero=_trust_bound_at_zero),
+    "dge": EstimatorKind({"k": 5.0, "cap": 3.0}, slope=_dge_slope, continuous=True),
 }
 
 
@@ -160,12 +196,17 @@ class Estimator:
             values[key] = number
         return Estimator(match[1], tuple(values.items()))
 
-    def mask(self, y: Tensor, q: Tensor, fmt: Format) -> Tensor:
-        """Bool tensor of the shape of ``y``: which elements let their gradient pass."""
+    def mask(self, y: Scalar, level: Scalar, fmt: Format) -> Scalar:
+        """Bool, of the shape of ``y``: which elements let their gradient pass."""
         assert self.kind.mask is not None
-        return self.kind.mask(y, q, fmt, **dict(self.parameters))
+        return self.kind.mask(y, level, fmt, **dict(self.parameters))
 
-    def slope(self, y: Tensor, fmt: Format) -> Tensor:
-        """Float32 tensor of the shape of ``y``: the factor on the gradient."""
+    def slope(self, y: Scalar, fmt: Format) -> Scalar:
+        """Of the shape and dtype of ``y``: the factor on the gradient."""
         assert self.kind.slope is not None
         return self.kind.slope(y, fmt, **dict(self.parameters))
+
+    def bound(self, fmt: Format, at_zero: bool = False) -> float | None:
+        """b where the mask is |y| ≤ b, of all elements or of those whose level is 0; else ``None``."""
+        bound = self.kind.bound_at_zero if at_zero else self.kind.bound
+        return bound(fmt, **dict(self.parameters)) if bound else None

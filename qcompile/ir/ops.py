@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operand import Operand
+from .outliers import OutlierClamp
 from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
-from .recipe import Operand, OutlierClamp
 from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
 

@@ -11,12 +11,17 @@ GEMM that reads the result). Shapes below are given with that axis moved last: x
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from .formats import Format, get_format
+import torch
 
-__all__ = ["ROUNDINGS", "SCALE_RULES", "Granularity", "Quantizer", "ScaleRule"]
+from .formats import Format, get_format
+from .formulas import Scalar, floor_log2, power_of_two
+from .gaussian import clip_of
+
+__all__ = ["ROUNDINGS", "SCALE_RULES", "SCALE_STORES", "Granularity", "Quantizer", "ScaleRule"]
 
 #: The exponents that a byte of E8M0 can stand for begin here, and those of normal float32 numbers.
 SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
@@ -64,40 +69,130 @@ class Granularity:
         return Granularity("square", int(rows))
 
 
+#: What a scale is stored as: name -> torch dtype. Numbers are rounded to the nearest there, ties to even, and saturate;
+#: e8m0 keeps the power of two that is not larger.
+SCALE_STORES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "ue5m3": "uint8",
+    "e8m0": "uint8",
+}
+
+
 @dataclass(frozen=True)
 class ScaleRule:
     """How a scale s (x̂ = s · level) follows from the elements that share it.
 
     Attributes:
         name: key in :data:`SCALE_RULES`.
-        storage: dtype the scale is stored in.
-        statistic: what it is derived from: ``"amax"``, their absolute maximum, or ``"rms"``, their root mean square.
+        store: what the scale is stored as, a key of :data:`SCALE_STORES`.
+        statistic: what it is derived from: ``"amax"``, their absolute maximum, float32 and never below
+            :attr:`Quantizer.amax_floor`, or ``"rms"``, their root mean square, float64.
+        scale: the formula, ``(statistic, format) → scale`` before it is stored.
+        reciprocal: the formula of γ, the factor from x to grid units, ``(statistic, format) → γ``. ``None``: 1 over the
+            scale that is stored, and 0 where that is 0.
         two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
+        covers: whether no element leaves the grid by more than rounding takes back, as long as γ is a normal number.
+            Kernels then clamp only where it is not.
         source: where it is defined.
     """
 
     name: str
-    storage: str
+    store: str
+    scale: Callable[[Scalar, Format], Scalar]
+    reciprocal: Callable[[Scalar, Format], Scalar] | None = None
     statistic: str = "amax"
     two_level: bool = False
+    covers: bool = False
     source: str = ""
+
+    @property
+    def storage(self) -> str:
+        """Name of the torch dtype of stored scales."""
+        return SCALE_STORES[self.store]
+
+
+def _absmax(amax: Scalar, fmt: Format) -> Scalar:
+    return amax / fmt.max
+
+
+def _inverse_absmax(amax: Scalar, fmt: Format) -> Scalar:
+    return fmt.max / amax
+
+
+def _pow2_exponent(amax: Scalar, fmt: Format) -> Scalar:
+    """⌊log2(max / amax)⌋; frexp's −1 where the group is not finite."""
+    return torch.where(amax.isfinite(), floor_log2(fmt.max / amax), -1)
+
+
+def _absmax_pow2(amax: Scalar, fmt: Format) -> Scalar:
+    return torch.where(amax.isfinite(), power_of_two(-_pow2_exponent(amax, fmt)), float("nan"))
+
+
+def _inverse_absmax_pow2(amax: Scalar, fmt: Format) -> Scalar:
+    return power_of_two(_pow2_exponent(amax, fmt))
+
+
+def _e8m0_exponent(amax: Scalar, fmt: Format) -> Scalar:
+    # One bit of half-integers has a maximum below 1: its amax may be subnormal, and twice it is not.
+    shift = max(-fmt.max_exponent, 0)
+    exponent = torch.where(amax.isfinite(), floor_log2(amax * 2.0**shift) - shift, -1)  # −1 is frexp's
+    return (exponent - fmt.max_exponent).clamp(-127, 127)
+
+
+def _e8m0(amax: Scalar, fmt: Format) -> Scalar:
+    return torch.where(amax.isfinite(), power_of_two(_e8m0_exponent(amax, fmt)), float("nan"))
+
+
+def _inverse_e8m0(amax: Scalar, fmt: Format) -> Scalar:
+    return power_of_two(-_e8m0_exponent(amax, fmt))
+
+
+def _rms_clip(rms: Scalar, fmt: Format) -> Scalar:
+    return rms * clip_of(fmt.name) + RMS_FLOOR
+
+
+def _rms(rms: Scalar, fmt: Format) -> Scalar:
+    return (_rms_clip(rms, fmt) / fmt.max).to(torch.float32)
+
+
+def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
+    return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
 SCALE_RULES: dict[str, ScaleRule] = {
     rule.name: rule
     for rule in (
-        ScaleRule("absmax", "float32", source="s = amax / max; arXiv 2501.17116 eq. 1"),
-        ScaleRule("absmax_pow2", "float32", source="1/s = 2^⌊log2(max / amax)⌋; the released code of arXiv 2501.17116"),
         ScaleRule(
-            "e8m0", "uint8", source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3"
+            "absmax", "fp32", _absmax, _inverse_absmax, covers=True, source="s = amax / max; arXiv 2501.17116 eq. 1"
+        ),
+        ScaleRule(
+            "absmax_pow2",
+            "fp32",
+            _absmax_pow2,
+            _inverse_absmax_pow2,
+            covers=True,
+            source="1/s = 2^⌊log2(max / amax)⌋; the released code of arXiv 2501.17116",
+        ),
+        ScaleRule(
+            "e8m0",
+            "e8m0",
+            _e8m0,
+            _inverse_e8m0,
+            source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3",
         ),
         ScaleRule(
             "rms",
-            "float32",
+            "fp32",
+            _rms,
+            _inverse_rms,
             statistic="rms",
             source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
-        ScaleRule("e4m3", "float8_e4m3fn", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
+        ScaleRule("e4m3", "e4m3", _absmax, two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
     )
 }
 

@@ -32,9 +32,9 @@ from __future__ import annotations
 import torch
 
 from .formats import Format
+from .operand import Operand
 from .ops import LIB, register_fake
 from .quantizer import Quantizer
-from .recipe import Operand
 
 __all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "tensor_core_dtype"]
 

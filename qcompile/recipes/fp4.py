@@ -31,7 +31,8 @@ Stochastic rounding of gradients is unbiased only where the scale keeps the larg
 (``"e2m1 block16 e4m3 stochastic"``) and .990 for MXFP4 (``"e2m1 block32 e8m0 stochastic"``).
 """
 
-from ..ir.recipe import Operand, Recipe
+from ..ir.operand import Operand
+from ..ir.recipe import Recipe
 
 FP4 = Recipe(
     name="qcompile_fp4",

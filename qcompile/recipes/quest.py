@@ -43,7 +43,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ir.recipe import Operand, Recipe
+from ..ir.operand import Operand
+from ..ir.recipe import Recipe
 
 ROTATION = "hadamard(128)"
 

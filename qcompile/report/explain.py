@@ -55,7 +55,7 @@ def explain(
     captured: set[str] = set()
     outside = OutsideGraphs(model)
     earlier = compat.frame_compilations()
-    tensors = [*_tensors_of(model), *torch.utils._pytree.tree_leaves((args, kwargs))]
+    tensors = [*_tensors_of(model), *compat.tree_leaves((args, kwargs))]
     alive = {storage_of(value) for value in tensors if isinstance(value, Tensor)}
     kept: list[Tensor] = []
 
@@ -227,7 +227,7 @@ def _run(compiled: Callable[..., Any], args: Any, kwargs: Any, outside: OutsideG
     """
     try:
         with outside:
-            results = torch.utils._pytree.tree_leaves(compiled(*args, **kwargs))
+            results = compat.tree_leaves(compiled(*args, **kwargs))
         outputs = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if leaves := _leaves_below(outputs):
             ones = [torch.ones_like(output) for output in outputs]
@@ -268,7 +268,7 @@ def _unchanged(model: Any, args: Any, kwargs: Any) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
     in_place = getattr(model, "_compiled_call_impl", None)
     tensors = _tensors_of(model)
-    tensors += [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors += [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:

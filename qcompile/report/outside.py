@@ -114,11 +114,11 @@ class OutsideGraphs(compat.TorchDispatchMode):
             self._depth -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._depth == 0 and isinstance(func, torch._ops.OpOverload) and not compat.is_tracing():
+        if self._depth == 0 and isinstance(func, compat.OpOverload) and not compat.is_tracing():
             self._see(func, args)
         return func(*args, **(kwargs or {}))
 
-    def _see(self, func: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    def _see(self, func: compat.OpOverload, args: Sequence[Any]) -> None:
         if (product := PRODUCTS.get(func.overloadpacket)) is not None:
             first, second, op = product
             operands = [_first_tensor(args[first]), _first_tensor(args[second])]
@@ -126,7 +126,7 @@ class OutsideGraphs(compat.TorchDispatchMode):
             weight_first = storage_of(operands[0]) in self._owners
             self.products[Product(layer or self._root, parameter, *_as_spelled(op, operands, weight_first))] += 1
         if not _is_view(func):
-            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in compat.tree_leaves(args) if isinstance(leaf, Tensor)]
             self.readers.update(name for tensor in tensors for name in self._owners.get(storage_of(tensor), ()))
 
     def _owner(self, operands: list[Tensor]) -> tuple[str, str]:
@@ -150,8 +150,9 @@ class OutsideGraphs(compat.TorchDispatchMode):
         """A row for each product that ran."""
         return [
             bare_row(
-                {"layer": product.layer, "op": product.op, "shape": product.shape},
-                "-",
+                product.layer,
+                product.op,
+                product.shape,
                 NOT_CAPTURED,
                 f"{product.of}ran in Python, no graph has it" + (f" ({count} times)" if count > 1 else ""),
             )
@@ -173,5 +174,5 @@ def _as_spelled(op: str, operands: list[Tensor], weight_first: bool) -> tuple[st
     return op, shape_text([left.shape, right.shape])
 
 
-def _is_view(func: torch._ops.OpOverload) -> bool:
+def _is_view(func: compat.OpOverload) -> bool:
     return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)

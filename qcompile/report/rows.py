@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.kernels.matmul.reference import LEVELS
 from qcompile.kernels.register import provider_of
 from qcompile.passes.lower import DECODED
@@ -59,9 +59,9 @@ def shape_text(operands: Iterable[Iterable[Any]]) -> str:
 def rows_of(decision: Decision, observed: Observations) -> list[Row]:
     """The rows of one site: one if it is left alone, else one for the product and one for each gradient."""
     site = decision.site
-    base = {"layer": site.name, "op": site.op, "shape": shape_text(site.shape)}
+    left_alone = bare_row(site.name, site.op, shape_text(site.shape), SKIPPED, decision.reason)
     if not decision.quantized:
-        return [bare_row(base, "-", SKIPPED, decision.reason)]
+        return [left_alone]
     saved = sum(t["bytes"] for t in observed.saved if t["codes"] and t["custom"].get(SITE_KEY) == site.index)
     products = {g["role"]: g for g in observed.gemms if g["site"] == site.index}
     rows = []
@@ -71,7 +71,8 @@ def rows_of(decision: Decision, observed: Observations) -> list[Row]:
             if not site.training:
                 continue
             if not _needs_gradient(decision, role):
-                rows.append(bare_row(base, role, NOT_COMPUTED, "nothing upstream needs this gradient"))
+                why = "nothing upstream needs this gradient"
+                rows.append(replace(left_alone, role=role, decision=NOT_COMPUTED, reason=why))
                 continue
             product = products.get("dgrad+wgrad") or products.get("backward")
             if product is None and "weight" not in [slot.kind for slot in site.slots]:
@@ -85,8 +86,8 @@ def rows_of(decision: Decision, observed: Observations) -> list[Row]:
         texts = product["operands"]
         dense = all(text == "dense" for text in texts)
         rows.append(
-            Row(
-                **base,
+            replace(
+                left_alone,
                 role=role,
                 formats=" × ".join(_format(text, product["dtype"]) for text in texts),
                 estimator=_estimators(decision) if role == "fprop" else "",
@@ -113,10 +114,9 @@ def _estimators(decision: Decision) -> str:
     return " × ".join(texts)
 
 
-def bare_row(base: Mapping[str, Any], role: str, decision: str, reason: str) -> Row:
-    """A row of which there is nothing to say but why; ``base`` has its layer, op and shape."""
-    empty: dict[str, Any] = {"formats": "", "estimator": "", "provider": "", "saved_bytes": 0}
-    return Row(**base, **empty, role=role, decision=decision, reason=reason)
+def bare_row(layer: str, op: str, shape: str, decision: str, reason: str) -> Row:
+    """A row of which there is nothing to say but why."""
+    return Row(layer, op, "-", shape, "", "", "", 0, decision, reason)
 
 
 def _weight_position(decision: Decision) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile import compat
 from qcompile.backends import plain_model
 
 __all__ = ["SavedBytes", "newly_saved", "saved_bytes", "storage_of"]
@@ -35,7 +36,7 @@ def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedB
     if model is not None:
         model = plain_model(model, "saved_bytes")
     owners = [*model.parameters(), *model.buffers()] if model is not None else []
-    owners += [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    owners += [leaf for leaf in compat.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     saved = SavedBytes()
     with newly_saved({storage_of(tensor) for tensor in owners}) as kept:
         yield saved

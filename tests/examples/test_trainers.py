@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcompile import demo
+from qcompile.apps import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "examples").is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile import demo
+from qcompile.apps import demo
 
 from ..loops.worker import backend_of
 

@@ -136,6 +136,13 @@ class Program:
         """The role of a leaf for the compiled program: of a function, buffers are inputs like any other."""
         return "input" if leaf.role == "buffer" and not self.as_module else leaf.role
 
+    def is_attribute_of_a_leaf(self, name: str) -> bool:
+        """Like ``p0.T.mT``, which Dynamo reads from the leaf after the call: it is no result of the compiled graph."""
+        texts = {step.target: step.text for step in self.steps}
+        while found := re.fullmatch(r"(\w+)\.(T|mT|mH|data)", texts.get(name, "")):
+            name = found[1]
+        return any(leaf.name == name for leaf in self.leaves)
+
     @property
     def products(self) -> int:
         return sum(step.product for step in self.steps)

@@ -125,6 +125,18 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
         assert attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
 
 
+@pytest.mark.parametrize(
+    ("lines", "trains"), [(["v3 = p0.T"], False), (["h = p0.mH", "v3 = h.T"], False), (["v3 = p0 * 2"], True)]
+)
+def test_under_no_grad_where_a_leaf_is_handed_back(lines, trains):
+    """Dynamo reads an attribute of a leaf after the call, so that nothing trains in the graph: it is inference."""
+    found = program((weight((7, 8)), X_FIXED), "v2 = F.linear(i1, p0)", *lines)
+    found = replace(found, steps=(replace(found.steps[0], no_grad=True), *found.steps[1:]), results=("v2", "v3"))
+    for module in (True, False):
+        outcome = check(replace(found, as_module=module), Setting(*EXACT[0]))
+        assert outcome.quantized != trains
+
+
 def test_a_slope_reads_a_weight_as_it_was_multiplied():
     """Without a gradient of x eager torch saves no weight, so that a computed one may change; DGE reads it again."""
     changed = program((weight((7, 8)), X_FIXED), "w = p0 * 0.5", "v3 = F.linear(i1, w)", "w.fill_(0.25)")

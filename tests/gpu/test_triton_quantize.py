@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from qcompile.ir.formats import FORMATS  # noqa: E402
 from qcompile.ir.ops import clamped_counts  # noqa: E402
+from qcompile.ir.outliers import OutlierClamp  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
-from qcompile.ir.recipe import OutlierClamp  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 pytest.importorskip("triton")
 
 from qcompile.ir.formats import FORMATS  # noqa: E402
-from qcompile.ir.recipe import Operand  # noqa: E402
+from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E402
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402

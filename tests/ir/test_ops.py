@@ -15,9 +15,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from qcompile.ir.estimators import Estimator
+from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of, index_dtype
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand
 from qcompile.kernels.quantize.reference import group_statistic, spread
 
 OPS = torch.ops.qcompile

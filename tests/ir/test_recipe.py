@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from qcompile.ir.estimators import Estimator
 from qcompile.ir.formats import FORMATS
+from qcompile.ir.operand import Operand
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import SCALE_RULES, Granularity, Quantizer
-from qcompile.ir.recipe import LEFT_WIDE, Operand, OutlierClamp, Recipe, Rule, matches_name
+from qcompile.ir.recipe import LEFT_WIDE, Recipe
+from qcompile.ir.rules import Rule, matches_name
 from qcompile.recipes import RECIPES
 from qcompile.recipes.fp4 import FP4
 

@@ -13,7 +13,7 @@ import torch
 
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.ops import clamped_counts
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.matmul.reference import count_bits, mm_1bit, mm_8bit, quantized_mm
 from qcompile.kernels.outliers.reference import clamp_outliers, restore_outliers
 from qcompile.kernels.quantize.reference import pack, recode

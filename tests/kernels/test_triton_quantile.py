@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from qcompile.ir.ops import clamped_counts
-from qcompile.ir.recipe import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.outliers import reference, tensor_search
 from qcompile.kernels.outliers import triton as kernels
 

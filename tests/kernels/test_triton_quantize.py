@@ -30,8 +30,8 @@ from triton.runtime.interpreter import TensorHandle  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from qcompile.ir.formats import FORMATS, Format  # noqa: E402
+from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.ir.quantizer import ROUNDINGS, Quantizer  # noqa: E402
-from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.outliers import row_search  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402

@@ -21,9 +21,12 @@ triton = pytest.importorskip("triton")
 
 from qcompile.ir.estimators import Estimator  # noqa: E402
 from qcompile.ir.formats import FORMATS, get_format  # noqa: E402
+from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
-from qcompile.ir.recipe import Operand  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
+from qcompile.kernels.estimate.reference import mask_of  # noqa: E402
+from qcompile.kernels.formula import estimators as estimator_formulas  # noqa: E402
+from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
 from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E402
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing  # noqa: E402
@@ -78,8 +81,8 @@ def test_limits_decide_as_estimators_do(name):
     for text in ("clip", "clip(s=1.3)", "clip(s=1.25)", "trust", "trust(t=0.6541)", "trust(t=3.3)", "trust(t=0.1)"):
         rule, estimator = passing(text, fmt), Estimator.parse(text)
         assert rule is not None
-        edges = {0.0, *fmt.magnitudes, *fmt.thresholds, rule.limit, rule.threshold}
-        edges |= {m + s * rule.threshold for m in fmt.grid.magnitudes for s in (-1, 1)}
+        edges = {0.0, *fmt.magnitudes, *fmt.thresholds, rule.limit, rule.limit_at_zero}
+        edges |= {m + s * rule.limit_at_zero for m in fmt.grid.magnitudes for s in (-1, 1)}
         around = np.array(sorted(edges), dtype=np.float32)
         values = [
             around,
@@ -91,11 +94,13 @@ def test_limits_decide_as_estimators_do(name):
         y = torch.cat([y, -y])
         _, level = quantize_reference.scaled_input(y * fmt.max, y, f"{name} row absmax even", -1)
         level = quantize_reference.decode(quantize_reference.encode(y, Quantizer(fmt)), fmt)
-        inside = y.abs() <= rule.limit if rule.limit else (y - level).abs() <= rule.threshold
-        assert torch.equal(inside, estimator.mask(y, level, fmt)), text
+        if rule.limit:
+            assert torch.equal(y.abs() <= rule.limit, estimator.mask(y, level, fmt)), text
+        assert torch.equal(
+            evaluate(estimator_formulas.mask(estimator, fmt), y, level), mask_of(estimator, y, level, fmt)
+        )
         dropped = torch.zeros_like(y)
-        inside = y.abs() <= (rule.limit if estimator.name == "clip" else rule.threshold)
-        assert torch.equal(inside, estimator.mask(y, dropped, fmt)), text
+        assert torch.equal(y.abs() <= rule.limit_at_zero, estimator.mask(y, dropped, fmt)), text
     assert passing("ste", fmt) is None
 
 

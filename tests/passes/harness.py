@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 import qcompile.kernels.register  # noqa: F401  (kernels of the qcompile:: ops)
 from qcompile import compat
 from qcompile.backends import compile_with
+from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of
-from qcompile.ir.recipe import Operand, Recipe
+from qcompile.ir.recipe import Recipe
 from qcompile.kernels.estimate import reference as estimate
 from qcompile.kernels.outliers import reference as outliers
 from qcompile.kernels.quantize import reference as quantize

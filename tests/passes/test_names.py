@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qcompile import compat, session
 from qcompile.backends import compile_with
-from qcompile.ir.recipe import Rule, matches_name
+from qcompile.ir.rules import Rule, matches_name
 from qcompile.passes import pipeline
 from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT
 from qcompile.passes.names import Names

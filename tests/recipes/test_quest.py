@@ -20,7 +20,7 @@ from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.gaussian import clip_of, mean_squared_error
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.kernels.quantize.reference import decode, rotate, unpack
 from qcompile.kernels.register import REFERENCES
 from qcompile.recipes.quest import QUEST, WIDTHS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile import cli, demo
+from qcompile.apps import cli, demo
 
 TEXT = b"To be, or not to be, that is the question:\n" * 40
 
@@ -35,7 +35,7 @@ def fail(capsys, *argv: object) -> str:
 def test_version_and_help_do_not_import_torch():
     """They would take seconds."""
     program = (
-        "import sys; from qcompile.cli import build_parser; build_parser().format_help(); "
+        "import sys; from qcompile.apps.cli import build_parser; build_parser().format_help(); "
         "assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -74,7 +74,7 @@ def test_demo_keeps_former_files_when_the_folder_is_a_file(capsys, text_file, tm
 
 
 def test_demo_names_the_pip_command_for_a_missing_package(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr(demo.settings, "find_spec", lambda name: None if name == "matplotlib" else object())
     complaint = fail(capsys, "demo", "--out", tmp_path / "out")
     assert "matplotlib" in complaint
     assert "pip install 'qcompile[demo]'" in complaint

@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcompile
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
 WIDTH = 48
 x = torch.ones(3)  # a global of a name that the class has local ones of

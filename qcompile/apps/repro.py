@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import check_passes, plain_model, split_options
-from .ir.recipe import Operand, Rule
-from .recipes import RECIPES
+from qcompile.backends import check_passes, plain_model, split_options
+from qcompile.ir.operand import Operand
+from qcompile.ir.rules import Rule
+from qcompile.recipes import RECIPES
 
 __all__ = ["save_repro"]
 
@@ -40,9 +41,9 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 import qcompile
+from qcompile.compat import tree_leaves
 
 sys.path += {folders!r}
 {definitions}
@@ -51,7 +52,7 @@ options = {options!r}
 
 def run(model, args, kwargs, options):
     """Mean square of the floating-point results, and its gradient for every parameter."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     results = torch.compile(model, backend={backend!r}, options=options)(*args, **kwargs)
     wide = [t.float() for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -109,7 +110,7 @@ def save_repro(
         raise ValueError(msg)
     given = {key: value for key, value in (options or {}).items() if key != "monitor"}
     check_passes(RECIPES[backend].override(split_options(None, given)[0]))
-    from . import __version__
+    from qcompile import __version__
 
     model = plain_model(model, "save_repro")
     data = _pickled({"model": model, "args": args, "kwargs": kwargs})

@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from qcompile import compat
+from qcompile.recipes import RECIPES
+from qcompile.report import saved_bytes
+
 from .demo import Experiment, batches, build_model, configure, loss_of, require
-from .recipes import RECIPES
-from .report import saved_bytes
 
 __all__ = ["BenchPlan", "Measurement", "measure", "prepare", "run"]
 
@@ -68,7 +70,7 @@ def prepare(
     sizes: Mapping[str, int | None],
     csv_file: Path | None,
 ) -> BenchPlan:
-    """Check a request. Raises as :func:`qcompile.demo.prepare` does."""
+    """Check a request. Raises as :func:`qcompile.apps.demo.prepare` does."""
     require("transformers")
     known = ("inductor", *RECIPES)
     for name in backends or ():
@@ -113,7 +115,7 @@ def in_own_process(plan: BenchPlan, backend: str, state: str, cache: str) -> Mea
         "sizes": plan.sizes,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "qcompile.bench", json.dumps(request)],
+        [sys.executable, "-m", "qcompile.apps.bench", json.dumps(request)],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
         capture_output=True,
         text=True,
@@ -154,8 +156,7 @@ def measure(backend: str, cache: str, repeats: int, device: str, sizes: Mapping[
     del saved
     step()
     median = statistics.median(step() for _ in range(repeats))
-    counters = torch._dynamo.utils.counters
-    graphs, autograd = counters["inductor"], counters["aot_autograd"]
+    graphs, autograd = compat.cache_counters()
     return Measurement(
         backend,
         cache,

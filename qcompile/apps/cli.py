@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from qcompile import __version__
 
 __all__ = ["build_parser", "main"]
 
@@ -66,7 +66,7 @@ def unusable(command: str, error: BaseException | str) -> int:
 
 MODEL_FLAGS = {
     "batch": "sequences per step",
-    "sequence": "bytes a sequence",
+    "sequence": "bytes per sequence",
     "hidden": "width of the model",
     "layers": "decoder layers",
     "heads": "attention heads",
@@ -200,7 +200,7 @@ def explained(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend
     """The report. Raises ``ValueError`` with the reason where the model cannot be run on these inputs, or not with
     these options.
     """
-    from .report import explain
+    from qcompile.report import explain
 
     try:
         return explain(model, *args, backend=backend, options=options, **kwargs)

@@ -1,0 +1,57 @@
+"""The masks and slopes of estimators, recorded from their own formulas (:mod:`qcompile.ir.estimators`)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from qcompile.ir.estimators import Estimator
+from qcompile.ir.formats import Format
+
+from .expression import FLOAT, Formula
+from .rounding import nearest_level, saturate_value, why_not_rounded
+
+__all__ = ["mask", "mask_of_input", "slope", "why_no_mask", "why_no_slope"]
+
+#: Most operations of a formula that kernels are printed with.
+MOST_STEPS = 128
+
+
+@cache
+def mask(estimator: Estimator, fmt: Format) -> Formula:
+    """``(y, level) → bool``: whether an element whose scaled input is y lets its gradient pass."""
+    return Formula.record("keeps", lambda y, level: estimator.mask(y, level, fmt), y=FLOAT, level=FLOAT)
+
+
+@cache
+def mask_of_input(estimator: Estimator, fmt: Format, rounding: str) -> Formula:
+    """``(y) → bool``, the level being the nearest one."""
+
+    def keeps(y):
+        return estimator.mask(y, nearest_level(saturate_value(y, fmt), fmt, rounding)[0], fmt)
+
+    return Formula.record("keeps", keeps, y=FLOAT)
+
+
+@cache
+def slope(estimator: Estimator, fmt: Format) -> Formula:
+    """``(y) → factor on the gradient``, float32."""
+    return Formula.record("slope", lambda y: estimator.slope(y, fmt), y=FLOAT)
+
+
+def why_no_mask(estimator: Estimator, fmt: Format) -> str:
+    """Why kernels have no mask of ``estimator``; empty if they have."""
+    if estimator.kind.mask is None:
+        return f"estimator {estimator} has no mask"
+    return why_not_rounded(fmt) or _too_long(mask(estimator, fmt))
+
+
+def why_no_slope(estimator: Estimator, fmt: Format) -> str:
+    """Why kernels have no slope of ``estimator``; empty if they have."""
+    if estimator.kind.slope is None:
+        return f"estimator {estimator} has no slope"
+    return _too_long(slope(estimator, fmt))
+
+
+def _too_long(formula: Formula) -> str:
+    count = sum(1 for _ in formula.steps())
+    return f"its {formula.name} takes {count} operations, more than {MOST_STEPS}" if count > MOST_STEPS else ""

@@ -1,0 +1,163 @@
+"""Scales: the formula of a rule, what is stored of it, and the factor γ from x to grid units.
+
+With one level s = load(store(rule(statistic))); with two, s = load(store(rule(statistic) / global)) · global. γ is the
+rule's own formula, or 1 / s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from qcompile.ir.formats import Format, get_format
+from qcompile.ir.formulas import power_of_two
+from qcompile.ir.quantizer import Quantizer, ScaleRule
+
+from .expression import DOUBLE, FLOAT, INT, Formula, Value, where
+from .rounding import decode_code, nearest_level, saturate_value
+
+__all__ = ["Store", "load_bits", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
+
+_MANTISSA_BITS = 23
+#: Unsigned: five bits of exponent with bias 15, three of mantissa; 0x7f is the largest number below 2¹ in e4m3's sense.
+_UE5M3 = Format(
+    "ue5m3",
+    9,
+    tuple((1 + m / 8) * 2.0 ** (e - 15) if e else m / 8 * 2.0**-14 for e in range(32) for m in range(8))[:-1],
+)
+
+
+@dataclass(frozen=True)
+class Store:
+    """How a scale is stored: ``encode(float32 ≥ 0, or NaN) → bits`` and its inverse, and the bits' type.
+
+    Bits are int32 values, of which a device keeps the lowest; a float32 store has the number itself.
+    """
+
+    dtype: torch.dtype
+    encode: Callable[[Value], Value]
+    decode: Callable[[Value], Value]
+
+
+def _small_float(fmt: Format, nan: int) -> tuple[Callable[[Value], Value], Callable[[Value], Value]]:
+    """A minifloat whose largest code, or the one given, is NaN; saturating."""
+
+    def encode(scale: Value) -> Value:
+        return where(scale.isnan(), nan, nearest_level(saturate_value(scale, fmt), fmt, "even")[1])
+
+    def decode(code: Value) -> Value:
+        return where(code == nan, float("nan"), decode_code(code, fmt))
+
+    return encode, decode
+
+
+def _bfloat16(scale: Value) -> Value:
+    """The upper half, ties to even; NaN keeps a bit."""
+    bits = scale.view(INT)
+    rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    return where(scale.isnan(), 0x7FC0, where(rounded > 0x7F7F, 0x7F7F, rounded))
+
+
+def _e8m0_bits(scale: Value) -> Value:
+    return where(scale.isnan(), 255, scale.view(INT) >> _MANTISSA_BITS)
+
+
+def _e8m0_scale(byte: Value) -> Value:
+    return where(byte == 255, float("nan"), power_of_two(byte - 127))
+
+
+def _store(dtype: torch.dtype, pair: tuple[Callable[[Value], Value], Callable[[Value], Value]]) -> Store:
+    return Store(dtype, *pair)
+
+
+@cache
+def store_of(name: str) -> Store:
+    """The store of this name, a key of :data:`qcompile.ir.quantizer.SCALE_STORES`."""
+    match name:
+        case "fp32":
+            return Store(torch.float32, lambda scale: scale, lambda scale: scale)
+        case "e8m0":
+            return Store(torch.uint8, _e8m0_bits, _e8m0_scale)
+        case "bf16":
+            return Store(torch.bfloat16, _bfloat16, lambda bits: (bits << 16).view(FLOAT))
+        case "fp16":
+            return _store(torch.float16, _small_float(_half(), 0x7E00))
+        case "ue5m3":
+            return _store(torch.uint8, _small_float(_UE5M3, 0xFF))
+    fmt = get_format(name)
+    return _store(getattr(torch, str(fmt.torch_dtype)), _small_float(fmt, 0x7F))
+
+
+def _half() -> Format:
+    """Float16 as a format: its finite magnitudes."""
+    finite = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    return Format("fp16", 16, tuple(finite.tolist()))
+
+
+# --- recorded, by quantizer -----------------------------------------------------------------------------------------
+
+
+def _statistic_dtype(rule: ScaleRule) -> torch.dtype:
+    return DOUBLE if rule.statistic == "rms" else FLOAT
+
+
+def _inputs(q: Quantizer, **first: torch.dtype) -> dict[str, torch.dtype]:
+    return first | ({"global_scale": FLOAT} if q.scale.two_level else {})
+
+
+def _stored(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+    scale = q.scale.scale(statistic, q.format)
+    for whole in global_scale:
+        scale = scale / whole
+    return store_of(q.scale.store).encode(scale)
+
+
+def _loaded(q: Quantizer, stored: Value, *global_scale: Value) -> Value:
+    scale = store_of(q.scale.store).decode(stored)
+    for whole in global_scale:
+        scale = scale * whole
+    return scale
+
+
+def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+    if q.scale.reciprocal is not None:
+        return q.scale.reciprocal(statistic, q.format)
+    scale = _loaded(q, _stored(q, statistic, *global_scale), *global_scale)
+    return where(scale == 0.0, 0.0, 1.0 / scale)
+
+
+@cache
+def stored_scale(q: Quantizer) -> Formula:
+    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32."""
+    inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
+    return Formula.record("stored_scale", lambda *values: _stored(q, *values), **inputs)
+
+
+@cache
+def reciprocal(q: Quantizer) -> Formula:
+    """``(statistic[, global scale]) → γ``, float32."""
+    inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
+    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values), **inputs)
+
+
+@cache
+def scale_and_reciprocal(q: Quantizer) -> Formula:
+    """Both of the above at once, which share what they compute."""
+    inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
+    return Formula.record("scale_pair", lambda *values: (_stored(q, *values), _reciprocal(q, *values)), **inputs)
+
+
+@cache
+def load_scale(q: Quantizer) -> Formula:
+    """``(stored[, global scale]) → s``, float32."""
+    stored = FLOAT if q.scale.store == "fp32" else INT
+    return Formula.record("load_scale", lambda *values: _loaded(q, *values), **_inputs(q, stored=stored))
+
+
+@cache
+def load_bits(q: Quantizer) -> Formula:
+    """``(stored) → number``, float32, before it is multiplied with a global scale."""
+    return Formula.record("load_bits", store_of(q.scale.store).decode, stored=INT)

@@ -1,0 +1,79 @@
+"""Formulas on tensors: every operation is the torch function of its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .expression import Formula, Value
+
+__all__ = ["evaluate"]
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded: torch's vectorized root of float32 misses the last place."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """NaN of a negative base, whatever the exponent."""
+    return torch.where(base < 0, float("nan"), base.pow(exponent))
+
+
+_OPS: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "exact_mul": torch.mul,
+    "exact_fma": lambda a, b, c: a * b + c,
+    "at_least": torch.maximum,
+    "div": torch.div,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sqrt": _sqrt,
+    "floor": torch.floor,
+    "exp2": torch.exp2,
+    "log2": torch.log2,
+    "power": _power,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": torch.bitwise_and,
+    "or": torch.bitwise_or,
+    "not": torch.logical_not,
+    "shift_left": torch.bitwise_left_shift,
+    "shift_right": torch.bitwise_right_shift,
+    "where": torch.where,
+}
+#: What names the type of its result.
+_CONVERSIONS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {"to": Tensor.to, "bits": Tensor.view}
+
+
+def evaluate(formula: Formula, *inputs: Tensor) -> Any:
+    """The output of ``formula`` on these tensors, or a tuple of them; shapes broadcast."""
+    known = {id(value): tensor for value, tensor in zip(formula.inputs, inputs, strict=True)}
+    device = inputs[0].device
+
+    def tensor_of(argument: Any) -> Any:
+        if not isinstance(argument, Value):
+            return argument
+        if argument.op == "constant":
+            # A tensor, not a number: beside a number torch divides by way of a reciprocal on CUDA.
+            return torch.full((), argument.args[0], dtype=argument.dtype, device=device)
+        return known[id(argument)]
+
+    for step in formula.steps():
+        arguments = [tensor_of(argument) for argument in step.args]
+        if step.op in _CONVERSIONS:
+            known[id(step)] = _CONVERSIONS[step.op](arguments[0], step.dtype)
+        else:
+            known[id(step)] = _OPS[step.op](*arguments)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in inputs))
+    outputs = tuple(tensor_of(output).expand(shape) for output in formula.outputs)  # a constant has no shape
+    return outputs if len(outputs) > 1 else outputs[0]

@@ -1,0 +1,1 @@
+"""Programs on top of the backend: the command line, its demo and benchmark, and saved repros."""

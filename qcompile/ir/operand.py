@@ -1,0 +1,187 @@
+"""Operands of a product: how one is quantized, as text, and as an option of a recipe or a rule gives or changes it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from .estimators import Estimator
+from .formats import get_format
+from .options import reject_unknown
+from .outliers import OutlierClamp
+from .quantizer import SCALE_RULES, Granularity, Quantizer
+from .transforms import Transform
+
+__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "override_operand"]
+
+STE = Estimator("ste")
+NO_TRANSFORM = Transform()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a GEMM is quantized: transforms (optional) → quantizer → estimator for the way back."""
+
+    quantizer: Quantizer
+    estimator: Estimator = STE
+    outliers: OutlierClamp | None = None
+    transform: Transform = NO_TRANSFORM
+
+    def __post_init__(self) -> None:
+        if self.transform:
+            self._check_transform()
+        if self.outliers and self.estimator.kind.slope:
+            msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
+            raise ValueError(msg)
+        if self.outliers and self.outliers.residual == "e4m3":
+            self._check_e4m3_residual()
+
+    def _check_e4m3_residual(self) -> None:
+        q = self.quantizer
+        fits = q.format.tensor_core_type == "e4m3" and q.format.bits <= 4
+        if not (fits and q.granularity.kind == "row" and q.scale.name == "absmax" and q.rounding != "stochastic"):
+            msg = f"occ: residual=e4m3 goes with a grid of up to 4 bits, granularity row and scale absmax, not {q}"
+            raise ValueError(msg)
+        if self.estimator != STE:
+            msg = f"occ: residual=e4m3 goes with the estimator ste, not {self.estimator}"
+            raise ValueError(msg)
+
+    def _check_transform(self) -> None:
+        if self.outliers:
+            msg = f"occ(...) clamps what {self.transform} changes; take one of the two"
+        elif self.estimator.kind.slope:
+            msg = f"{self.estimator.name} needs the input that {self.transform} changes; use trust, clip or ste"
+        elif self.quantizer.scale.two_level:
+            msg = f"scale rule {self.quantizer.scale.name} has a scale of the tensor, which {self.transform} changes"
+        else:
+            if self.transform.sparsity:
+                _ = self.quantizer.format.with_zero  # raises if 0 has no code
+            return
+        raise ValueError(msg)
+
+    @property
+    def stored(self) -> Quantizer:
+        """The quantizer whose decoder reads the codes: with a code for 0 where sparsity gives one."""
+        sparse = bool(self.transform.sparsity)
+        return replace(self.quantizer, format=self.quantizer.format.with_zero) if sparse else self.quantizer
+
+    def __str__(self) -> str:
+        optional = [str(part) for part in (self.outliers, self.transform) if part]
+        return "; ".join([str(self.quantizer), str(self.estimator), *optional])
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> Operand:
+        """``"<quantizer>[; <estimator>][; occ(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse of
+        ``str()``.
+        """
+        head, *rest = (part.strip() for part in text.split(";"))
+        parts: dict[str, list[str]] = {"occ": [], "hadamard": [], "sparse": [], "": []}
+        for part in rest:
+            parts[next(kind for kind in parts if part.startswith(kind))].append(part)
+        if any(len(found) > 1 for found in parts.values()):
+            msg = f"operand {text!r} names more than one estimator, outlier clamp, rotation or sparsity"
+            raise ValueError(msg)
+        return Operand(
+            Quantizer.parse(head),
+            Estimator.parse(parts[""][0]) if parts[""] else STE,
+            OutlierClamp.parse(parts["occ"][0]) if parts["occ"] else None,
+            Transform.parse("; ".join([*parts["hadamard"], *parts["sparse"]])),
+        )
+
+    def override(self, changes: Mapping[str, Any]) -> Operand:
+        """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers, rotation,
+        sparsity.
+        """
+        known = ("format", "granularity", "scale", "rounding", "estimator", "outliers", "rotation", "sparsity")
+        reject_unknown("operand", changes, known)
+        for key, value in changes.items():
+            size = key == "rotation" and type(value) is int
+            if not (isinstance(value, str) or size or (key in ("outliers", "rotation", "sparsity") and value is None)):
+                msg = f"{key} takes {'a size' if key == 'rotation' else 'text'}, got {value!r}"
+                raise ValueError(msg)
+        quantizer = self.quantizer
+        if "format" in changes:
+            quantizer = replace(quantizer, format=get_format(changes["format"]))
+        if "granularity" in changes:
+            quantizer = replace(quantizer, granularity=Granularity.parse(changes["granularity"]))
+        if "scale" in changes:
+            if changes["scale"] not in SCALE_RULES:
+                msg = f"unknown scale rule {changes['scale']!r}; known: {', '.join(SCALE_RULES)}"
+                raise ValueError(msg)
+            quantizer = replace(quantizer, scale=SCALE_RULES[changes["scale"]])
+        if "rounding" in changes:
+            quantizer = replace(quantizer, rounding=changes["rounding"])
+        estimator = Estimator.parse(changes["estimator"]) if "estimator" in changes else self.estimator
+        outliers = self.outliers
+        if "outliers" in changes:
+            outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
+        transform = self.transform
+        if "rotation" in changes:
+            transform = replace(transform, rotation=_rotation(changes["rotation"]))
+        if "sparsity" in changes:
+            transform = replace(transform, sparsity=changes["sparsity"] or "")
+        return Operand(quantizer, estimator, outliers, transform)
+
+
+def _rotation(value: Any) -> int:
+    """The size of a rotation given as a number, as ``"hadamard(128)"``, or as ``None``."""
+    return Transform.parse(value).rotation if isinstance(value, str) else 1 if value is None else value
+
+
+#: Short names for the gradient operand. "fp8" is per-tensor E5M2, as published (arXiv 2501.17116 §4.1).
+GRADIENT_ALIASES: dict[str, str | None] = {"bf16": None, "fp8": "e5m2 tensor absmax even"}
+
+#: What ``gradient=`` of a rule takes for high precision.
+WIDE_GRADIENTS = ("off", *(name for name, text in GRADIENT_ALIASES.items() if text is None))
+
+
+def override_operand(base: Operand | None, value: Any, name: str) -> Operand | None:
+    """Apply an operand option: ``None``/"off", a whole operand as text, or a dictionary of changed fields."""
+    if value is None or value == "off":
+        return None
+    try:
+        operand = _operand_from(base, value, name)
+        if name == "gradient" and operand and operand != Operand(operand.quantizer):
+            msg = f"{operand}: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
+            raise ValueError(msg)
+    except ValueError as error:
+        msg = f"option {name!r}: {error}"
+        raise ValueError(msg) from None
+    return operand
+
+
+def check_override(value: Any, name: str) -> None:
+    """Refuse what :func:`override_operand` would refuse whatever operand it starts from."""
+    if not isinstance(value, Mapping):
+        override_operand(None, value, name)
+        return
+    for key, part in value.items():
+        granularity = Granularity("block", 16) if key == "scale" else Granularity("row")
+        override_operand(Operand(Quantizer(get_format("e2m1"), granularity)), {key: part}, name)
+
+
+def _operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:
+    if isinstance(value, Operand):
+        return value
+    if isinstance(value, str):
+        if name != "gradient":
+            return Operand.parse(value)
+        if value in GRADIENT_ALIASES:
+            alias = GRADIENT_ALIASES[value]
+            return None if alias is None else Operand.parse(alias)
+        try:
+            return Operand.parse(value)
+        except ValueError as error:
+            msg = f"{error}; or {', '.join(GRADIENT_ALIASES)} for short"
+            raise ValueError(msg) from None
+    if isinstance(value, Mapping):
+        if base is None:
+            msg = "there is nothing to change in part; give the whole operand as text"
+            raise ValueError(msg)
+        return base.override(value)
+    msg = f"takes text, a dictionary or None, got {type(value).__name__} {reprlib.repr(value)}"
+    raise ValueError(msg)
