@@ -290,7 +290,8 @@ _REASONS: dict[str, str] = {
         scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps
         _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-        _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward _efficient_attention_forward
+        _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward
+        _cudnn_attention_forward_no_dropout_inplace _efficient_attention_forward
         _flash_attention_forward _flash_attention_forward_no_dropout_inplace _triton_scaled_dot_attention
         torch_attn::_varlen_attn torch_attn::_varlen_attn_out flex_attention flex_attention_backward
     """,
@@ -302,8 +303,8 @@ _REASONS: dict[str, str] = {
     _VECTORS: "dot vdot linalg_vecdot",
     _OUTER: "outer ger addr kron",
     _QUANTIZED: """
-        _int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_grouped_mm _scaled_grouped_mm_v2 scaled_grouped_mm
-        _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
+        _int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_addmm _scaled_grouped_mm _scaled_grouped_mm_v2
+        scaled_grouped_mm _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
         _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _wrapped_quantized_linear_prepacked
         fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight
         fbgemm_linear_int8_weight_fp32_activation quantized_gru quantized_gru_cell quantized_lstm quantized_lstm_cell
