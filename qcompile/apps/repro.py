@@ -96,7 +96,10 @@ def save_repro(
         path: where to write, with or without ``.py``; the folder must exist.
         model: the module (or function), compiled or not. It is pickled. Modules that are not installed are imported
             from the folder they are in now; what is defined in ``__main__`` is copied into the script.
-        args, kwargs: inputs of the forward. backend, options: as for ``torch.compile``; a monitor is left out.
+        *args: positional inputs of the forward.
+        backend: name of a recipe.
+        options: as for ``torch.compile``; a monitor is left out.
+        **kwargs: keyword inputs of the forward.
 
     Returns the path of the script. Raises ``ValueError``, before anything is written, for an unknown backend or option,
     an option that has no text, a class in place of a model, a model or input that cannot be pickled, and code of
