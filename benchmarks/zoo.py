@@ -1,11 +1,12 @@
 """Every model of the test zoo through real Inductor: what is quantized, and what that costs in compile time.
 
 One row per model, written as soon as it is known: first what is counted, of all models, then the times. What the file
-has already is kept, so that an interrupted run can be continued. Sites and the share of the products' operations that
-run quantized are counted while the graphs execute eagerly (``tests/models``). Compile time is that of the first forward
-and backward less a later one, in a process of its own with an empty cache; which of the two backends goes first
-alternates. Processor seconds, compilers included, are what is compared: they hold on a machine that is shared, where
-the clock does not. Sizes are tiny, so that this is the fixed cost of a graph.
+has already is kept, so that an interrupted run can be continued; to have a row counted again, blank its ``sites``.
+Sites and the share of the products' operations that run quantized are counted while the graphs execute eagerly
+(``tests/models``). Compile time is that of the first forward and backward less a later one, in a process of its own
+with an empty cache; which of the two backends goes first alternates. Processor seconds, compilers included, are what
+is compared: they hold on a machine that is shared, where the clock does not. Sizes are tiny, so that this is the
+fixed cost of a graph.
 
     python benchmarks/zoo.py --out benchmarks/zoo_cpu.csv [--minutes 20] [model …]
 """
@@ -48,7 +49,7 @@ class Counted:
     """GEMM sites, and the share of the eager model's operations of products that run quantized.
 
     ``graph_breaks``: sub-graphs beyond the first. ``unaccounted``: products of the graphs, forward and backward, that
-    belong to no site.
+    belong to no site. ``counted``: the date.
     """
 
     sites: int
@@ -57,13 +58,14 @@ class Counted:
     backward_coverage: float
     graph_breaks: int
     unaccounted: int
+    counted: str
 
 
 @dataclass(frozen=True)
 class Timed:
     """Cold compile time in processor seconds, and by the clock (``…_wall``) with one compiler at a time.
 
-    ``load``: the machine's load average at the end.
+    ``load``: the machine's load average at the end. ``date``, ``torch`` and ``transformers`` are of the times.
     """
 
     inductor_seconds: float
@@ -96,6 +98,7 @@ def count(name: str) -> Counted:
         backward_coverage=compiled.backward.quantized / eager.backward.count.total,
         graph_breaks=len(compiled.graphs) - 1,
         unaccounted=sum(len(graph.unaccounted) for graph in compiled.graphs),
+        counted=str(datetime.date.today()),
     )
 
 

@@ -134,29 +134,32 @@ def _no_key(*arguments):
     return ()
 
 
-def _triton(folder: str, name: str) -> Callable[..., Any]:
-    """A function of kernels/<folder>/triton.py, imported at its first call: torch for CPUs comes without Triton."""
+_ROWS, _TRANSFORMED = "quantize.triton", "quantize.triton_transformed"
+
+
+def _triton(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of kernels/, imported at its first call: torch for CPUs comes without Triton."""
 
     def call(*arguments: Any) -> Any:
-        return getattr(import_module(f"qcompile.kernels.{folder}.triton"), name)(*arguments)
+        return getattr(import_module(f"qcompile.kernels.{module}"), name)(*arguments)
 
     return call
 
 
 def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
-    return _triton("quantize", "quantize_columns")(x, quantizer, fold)
+    return _triton(_ROWS, "quantize_columns")(x, quantizer, fold)
 
 
 def _supports_columns(dtypes, quantizer, transform, by_columns=False):
-    return _triton("quantize", "supports_columns")(dtypes, quantizer, by_columns and not transform)
+    return _triton(_ROWS, "supports_columns")(dtypes, quantizer, by_columns and not transform)
 
 
 def _quantize_transposed(x, quantizer, transform=""):
-    return _triton("quantize", "quantize_8bit_transposed")(x, quantizer)
+    return _triton(_ROWS, "quantize_8bit_transposed")(x, quantizer)
 
 
 def _supports_transposed(dtypes, quantizer, transform):
-    supported = _triton("quantize", "supports_quantize_8bit_transposed")
+    supported = _triton(_ROWS, "supports_quantize_8bit_transposed")
     return (False, f"{transform} takes two kernels") if transform else supported(dtypes, quantizer)
 
 
@@ -214,7 +217,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
     },
     "cuda": {
         **{
-            op: (Provider("triton", _triton("quantize", op), _triton("quantize", f"supports_{kind}"), key, None),)
+            op: (Provider("triton", _triton(_ROWS, op), _triton(_ROWS, f"supports_{kind}"), key, None),)
             for op, kind, key in (
                 ("quantize_8bit", "quantize_8bit", _key_of_8bit),
                 ("quantize_8bit_pair", "quantize_8bit", _key_of_8bit),
@@ -226,8 +229,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             Provider("triton", _quantize_columns, _supports_columns, _key_of_quantize_on_cuda, None),
             Provider(
                 "triton",
-                _triton("transform", "quantize"),
-                _triton("transform", "supports_quantize"),
+                _triton(_TRANSFORMED, "quantize"),
+                _triton(_TRANSFORMED, "supports_quantize"),
                 _key_of_quantize_on_cuda,
                 ("quantizer", "transform"),
             ),
@@ -235,8 +238,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "quantize_8bit_masked": (
             Provider(
                 "triton",
-                _triton("transform", "quantize_8bit_masked"),
-                _triton("transform", "supports_quantize_8bit_masked"),
+                _triton(_TRANSFORMED, "quantize_8bit_masked"),
+                _triton(_TRANSFORMED, "supports_quantize_8bit_masked"),
                 _key_of_8bit,
                 None,
             ),
@@ -245,8 +248,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             Provider("triton", _quantize_transposed, _supports_transposed, _key_of_transposed, None),
             Provider(
                 "triton",
-                _triton("transform", "quantize_8bit_transposed"),
-                _triton("transform", "supports_quantize_8bit_transposed"),
+                _triton(_TRANSFORMED, "quantize_8bit_transposed"),
+                _triton(_TRANSFORMED, "supports_quantize_8bit_transposed"),
                 _key_of_transposed,
                 ("quantizer", "transform"),
             ),
@@ -254,8 +257,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "estimator_mask": (
             Provider(
                 "triton",
-                _triton("transform", "estimator_mask"),
-                _triton("transform", "supports_estimator_mask"),
+                _triton(_TRANSFORMED, "estimator_mask"),
+                _triton(_TRANSFORMED, "supports_estimator_mask"),
                 _key_of_mask,
                 ("quantizer", "estimator", "transform"),
             ),
@@ -263,8 +266,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "hadamard": (
             Provider(
                 "triton",
-                _triton("transform", "hadamard"),
-                _triton("transform", "supports_hadamard"),
+                _triton("transform.triton", "hadamard"),
+                _triton("transform.triton", "supports_hadamard"),
                 _key_of_hadamard,
                 (),
             ),
@@ -272,8 +275,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         "clamp_outliers": (
             Provider(
                 "triton",
-                _triton("outliers", "clamp_outliers"),
-                _triton("outliers", "supports_clamp_outliers"),
+                _triton("outliers.triton", "clamp_outliers"),
+                _triton("outliers.triton", "supports_clamp_outliers"),
                 _key_of_clamp_on_cuda,
                 None,
             ),
@@ -312,8 +315,9 @@ def provider_of(
             name, generated = cuda_provider(op_name, quantizer_text, estimator, transform)
             if name != "reference":
                 return name, generated
-        elif providers[0].texts is None:
-            return providers[0].name, ""  # extents decide about a second choice
+        by_extents = bool(providers) and providers[0].texts is None  # which a report does not know
+        if by_extents and (op_name not in LOWERINGS or len(providers) == 1):
+            return providers[0].name, ""
     elif not providers:
         return "reference", f"no other provider of {op_name} on {device_type}"
     texts = {"quantizer": quantizer_text, "estimator": estimator, "transform": transform}

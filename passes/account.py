@@ -18,11 +18,10 @@ from torch.utils import flop_counter
 
 from qcompile import compat
 
-from .dialect import GEMMS, decode_root, gemm_operands, is_call
-from .find_gemms import Site
-from .graph import value_of
+from .dialect import GEMMS, decode_root, gemm_operands
+from .graph import input_of, is_call, value_of
 from .pass_base import Context, Observations, Product
-from .plan import Plan, site_index
+from .record import Plan, Site, site_index
 from .roles import depends_on_tangents, product_role
 from .spellings import is_opaque, name_of
 
@@ -105,7 +104,7 @@ def _role(node: Node, backward: set[Node]) -> str:
 def _is_decoded(node: Node) -> bool:
     """Whether an operand is what a quantized one was decoded to, or a copy of it."""
     while is_call(node, *_COPIES):
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_of(node)
     return decode_root(node, rotated=True) is not None
 
 

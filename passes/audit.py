@@ -1,24 +1,36 @@
-"""Joint graph: list every product, its role and what it reads, for the report. Changes nothing."""
+"""For the report: what the products of the joint graph read and what runs them, and what encodes operands in the
+post-grad graphs. Changes nothing.
+"""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from .dialect import GEMMS, decode_root, gemm_operands, is_call, operand_kind, quantized_operand, through_views
-from .fold import why_not_folded
+from qcompile.ir.operand import STE
+from qcompile.kernels.register import provider_of
+
+from .dialect import GEMMS, decode_root, gemm_operands, stored_operand
 from .gradient_axes import ROLE_OF_OPERAND
-from .lower import product_provider
-from .pass_base import Context
-from .plan import site_index
-from .roles import depends_on_tangents, product_role, stated_role
+from .graph import aten, is_call, through_views
+from .pass_base import Context, EncoderKey
+from .record import PROVIDER_KEY, UNFOLDED_KEY, Provision, mark_of, operand_kind, site_index, stated_role
+from .roles import depends_on_tangents, product_role
+from .views import (
+    ProductOperand,
+    Quantize,
+    Quantize8Bit,
+    Quantize8BitMasked,
+    Quantize8BitPair,
+    Quantize8BitTransposed,
+    QuantizeCompensated,
+    QuantizedMM,
+    View,
+    encoder_of,
+)  # fmt: skip
 
-__all__ = ["audit"]
-
-aten, ops = torch.ops.aten, torch.ops.qcompile
+__all__ = ["audit", "audit_encoders"]
 
 
 def audit(graph: Graph, context: Context) -> int:
@@ -28,15 +40,14 @@ def audit(graph: Graph, context: Context) -> int:
     backward = depends_on_tangents(graph)
     decisions = {decision.site.index: decision for decision in context.plan.quantized}
     for node in graph.nodes:
-        provider, reason = "", ""
-        if is_call(node, ops.quantized_mm.default):
-            operands, fused = [_text(node.args[i], node.args[i + 1]) for i in (0, 4)], True
-            role = "fprop" if node not in backward else _fused_role(node, backward)
-            provider, reason = product_provider(node)
+        provision = Provision("")
+        if product := QuantizedMM.match(node):
+            operands, fused = [_read_as(operand) for operand in product.operands], True
+            role = "fprop" if node not in backward else _fused_role(node, product, backward)
+            provision = mark_of(node, PROVIDER_KEY) or provision
             decision = decisions.get(site_index(node))  # type: ignore[arg-type]
             if decision is not None and role in decision.folded and "dense" in operands:
-                codes = 0 if operands[1] == "dense" else 4
-                reason = why_not_folded(node, codes) or reason
+                provision = provision._replace(reason=mark_of(node, UNFOLDED_KEY) or provision.reason)
         elif is_call(node, *GEMMS) or is_call(node, aten.convolution_backward.default):
             operands, fused = _operand_texts(node), False
             role = _unfused_role(node, backward)
@@ -49,30 +60,28 @@ def audit(graph: Graph, context: Context) -> int:
                 "role": role,
                 "operands": operands,
                 "fused": fused,
-                "provider": provider,
-                "reason": reason,
+                "provider": provision.provider,
+                "reason": provision.reason,
                 "dtype": str(_output_dtype(node)).removeprefix("torch."),
             }
         )
     return 0
 
 
-def _fused_role(node: Node, backward: set[Node]) -> str:
+def _fused_role(node: Node, product: QuantizedMM, backward: set[Node]) -> str:
     """As stated, or by which operand is the gradient: the other one is the weight (dgrad) or the input (wgrad)."""
     if role := stated_role(node):
         return role
-    for tensors in (node.args[0], node.args[4]):
-        first: Any = tensors[0]  # type: ignore[index]
-        if first not in backward:
-            return ROLE_OF_OPERAND[operand_kind(through_views(first))]
+    for operand in product.operands:
+        if operand.first not in backward:
+            return ROLE_OF_OPERAND[operand_kind(through_views(operand.first))]
     return "backward"
 
 
-def _text(tensors: Any, text: Any) -> str:
-    """How an operand of ``quantized_mm`` was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
-    codes = through_views(tensors[0])
-    source: Any = codes.args[0] if is_call(codes, operator.getitem) else None
-    return str(source.args[1] if is_call(source, ops.quantize_compensated.default) else text)
+def _read_as(operand: ProductOperand) -> str:
+    """How an operand was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
+    encoder, _ = encoder_of(through_views(operand.first)) or (None, 0)
+    return str(encoder.operand if isinstance(encoder, QuantizeCompensated) else operand.encoding)
 
 
 def _unfused_role(node: Node, backward: set[Node]) -> str:
@@ -82,19 +91,44 @@ def _unfused_role(node: Node, backward: set[Node]) -> str:
 
 
 def _operand_texts(node: Node) -> list[str]:
-    operands = node.args[:3] if is_call(node, aten.convolution_backward.default) else gemm_operands(node)
-    texts = []
-    for operand in operands:
-        root = decode_root(operand, rotated=True)  # type: ignore[arg-type]
-        if root is None:
-            texts.append("dense")
-        else:
-            quantized = quantized_operand(root)
-            texts.append(_text(quantized.tensors, quantized.text))
-    return texts
+    operands: Any = node.args[:3] if is_call(node, aten.convolution_backward.default) else gemm_operands(node)
+    roots = [decode_root(operand, rotated=True) for operand in operands]
+    return ["dense" if root is None else _read_as(stored_operand(root)) for root in roots]
 
 
 def _output_dtype(node: Node) -> Any:
     value = node.meta["val"]
     # convolution_backward leaves out the gradients nobody asked for.
     return next(v for v in value if v is not None).dtype if isinstance(value, (tuple, list)) else value.dtype
+
+
+# --- encoders -------------------------------------------------------------------------------------------------------
+
+
+def audit_encoders(graph: Graph, context: Context) -> int:
+    """Records what runs the encoders that were emitted; returns 0."""
+    if context.observe is None:
+        return 0
+    for node in graph.nodes:
+        for view in _ENCODERS:
+            if encoder := view.match(node):
+                _record(encoder, context.observe.encoders)
+    return 0
+
+
+_ENCODERS: tuple[type[View], ...] = (
+    Quantize, QuantizeCompensated, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair,
+)  # fmt: skip
+
+
+def _record(encoder: Any, encoders: dict[EncoderKey, list[Provision]]) -> None:
+    value = encoder.x.meta["val"]
+    operand = getattr(encoder, "operand", None)
+    quantizer = operand.stored if operand is not None else encoder.quantizer
+    transform = str(operand.transform if operand is not None else getattr(encoder, "transform", ""))
+    estimator = str(operand.estimator if operand is not None else STE)
+    name = encoder.op.name().removeprefix("qcompile::").partition(".")[0]
+    found = Provision(*provider_of(name, value.device.type, str(quantizer), value.dtype, estimator, transform))
+    known = encoders.setdefault(EncoderKey(str(quantizer), transform, value.dtype), [])
+    if found not in known:
+        known.append(found)

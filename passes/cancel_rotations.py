@@ -25,8 +25,10 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .dialect import aten, gemm_operands, is_call, ops, same_sizes
-from .pass_base import Context, emit
+from .dialect import gemm_operands
+from .graph import aten, emit, input_of, is_call, same_sizes
+from .pass_base import Context
+from .views import Hadamard
 
 __all__ = ["cancel_rotations"]
 
@@ -49,12 +51,12 @@ class Rotation:
 
 def cancel_rotations(graph: Graph, context: Context) -> int:
     """Returns how many products and gradients lost a rotation."""
-    if not graph.find_nodes(op="call_function", target=ops.hadamard.default):
+    if not Hadamard.calls(graph):
         return 0
     count = sum(_contract_unrotated(graph, node) for node in list(graph.nodes))
-    for node in list(graph.find_nodes(op="call_function", target=ops.hadamard.default)):
+    for node in Hadamard.calls(graph):
         x, rotation = _rotation_of(node)
-        if len(node.args) == 3 and _is_rotated(x, rotation):
+        if not _is_masked(node) and _is_rotated(x, rotation):
             node.replace_all_uses_with(_unrotated(graph, x, rotation))
             count += 1
     graph.eliminate_dead_code()  # a product counts once, whichever of its operands is still rotated
@@ -62,8 +64,12 @@ def cancel_rotations(graph: Graph, context: Context) -> int:
 
 
 def _rotation_of(node: Node) -> tuple[Node, Rotation]:
-    x, block, axis = node.args[:3]
-    return x, Rotation(block, axis % x.meta["val"].dim())  # type: ignore[union-attr, arg-type, return-value]
+    view = Hadamard.of(node)
+    return view.x, Rotation(view.block, view.axis % view.x.meta["val"].dim())
+
+
+def _is_masked(node: Node) -> bool:
+    return Hadamard.of(node).mask is not None
 
 
 def _contract_unrotated(graph: Graph, product: Node) -> bool:
@@ -86,13 +92,13 @@ def _contract_unrotated(graph: Graph, product: Node) -> bool:
 
 def _block_along(node: Node, axis: int) -> int | None:
     """Size of the blocks in which an operand, seen through views, is rotated along ``axis``."""
-    while not is_call(node, ops.hadamard.default):
+    while not is_call(node, Hadamard.op):
         source = _source_axis(node, axis)
         if source is None:
             return None
-        node, axis = node.args[0], source  # type: ignore[assignment]
+        node, axis = input_of(node), source
     _, rotation = _rotation_of(node)
-    return rotation.block if rotation.axis == axis and len(node.args) == 3 else None
+    return rotation.block if rotation.axis == axis and not _is_masked(node) else None
 
 
 def _rotate_afterwards(graph: Graph, product: Node) -> bool:
@@ -105,7 +111,7 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
         if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:  # type: ignore
             continue
         with graph.inserting_after(product):
-            rotated = emit(graph, product, ops.hadamard.default, product, block, kept)
+            rotated = Hadamard(product, block, kept).emit(graph, near=product)
         for user in [user for user in product.users if user is not rotated]:
             user.replace_input_with(product, rotated)
         unrotated = _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
@@ -116,15 +122,15 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
 
 def _is_rotated(node: Any, rotation: Rotation) -> bool:
     """Whether :func:`_unrotated` can take the rotation away."""
-    if is_call(node, ops.hadamard.default):
-        return len(node.args) == 3 and _rotation_of(node)[1] == rotation
+    if is_call(node, Hadamard.op):
+        return not _is_masked(node) and _rotation_of(node)[1] == rotation
     return bool(parts := _parts(node, rotation)) and all(_is_rotated(part, of) for part, of in parts.values())
 
 
 def _unrotated(graph: Graph, node: Node, rotation: Rotation) -> Node:
     """What ``node`` is the rotation of; the operations between are repeated on it."""
-    if is_call(node, ops.hadamard.default):
-        return node.args[0]  # type: ignore[return-value]
+    if is_call(node, Hadamard.op):
+        return Hadamard.of(node).x
     arguments = list(node.args)
     for position, (part, of) in _parts(node, rotation).items():
         arguments[position] = _unrotated(graph, part, of)
@@ -137,7 +143,7 @@ def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
     sum, the operand of a product that brings the axis along.
     """
     if (source := _source_axis(node, rotation.axis)) is not None:
-        return {0: (node.args[0], Rotation(rotation.block, source))}
+        return {0: (input_of(node), Rotation(rotation.block, source))}
     if is_call(node, aten.add.Tensor) and not node.kwargs and all(isinstance(term, Node) for term in node.args):
         shapes = [term.meta["val"].shape for term in node.args]
         if same_sizes(*shapes):
@@ -160,7 +166,7 @@ def _source_axis(node: Any, axis: int) -> int | None:
         first, second = (n % node.meta["val"].dim() for n in node.args[1:]) if len(node.args) > 1 else (0, 1)
         return {first: second, second: first}.get(axis, axis)
     if is_call(node, *_RESHAPES):
-        return _kept_axis(node.args[0].meta["val"].shape, node.meta["val"].shape, axis)
+        return _kept_axis(input_of(node).meta["val"].shape, node.meta["val"].shape, axis)
     return None
 
 

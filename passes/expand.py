@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import compat
 
-from .graph import graph_modules
+from .graph import graph_modules, item_of, results_of
 from .spellings import name_of
 
 __all__ = ["COMPOSITES", "expand"]
@@ -93,7 +93,7 @@ def _open(gm: GraphModule, call: Node) -> bool:
                 if node.op == "call_function":
                     new[node] = gm.graph.node_copy(node, new.__getitem__)
                     _describe(new[node], call)
-    result = torch.fx.node.map_arg(traced.graph.output_node().args[0], new.__getitem__)
+    result = torch.fx.node.map_arg(results_of(traced.graph), new.__getitem__)
     _replace(call, result)
     return True
 
@@ -112,7 +112,8 @@ def _replace(call: Node, result: Any) -> None:
         call.replace_all_uses_with(result)
     else:
         for user in list(call.users):
-            user.replace_all_uses_with(result[user.args[1]])
+            _, index = item_of(user)  # type: ignore[misc]
+            user.replace_all_uses_with(result[index])
             call.graph.erase_node(user)
     call.graph.erase_node(call)
 

@@ -16,63 +16,22 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompile import compat
 from qcompile.ir.sharding import local_tensor
 
-from .graph import static_size, value_of
+from .graph import bodies_called, static_size, target_name, value_of
 from .heads import Vocabulary, head_reasons, identity_of
 from .names import Names
-from .origins import Origin, Origins, target_name
+from .origins import Origin, Origins
+from .record import Site
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, TRANSFORM, Recognized, Slot, recognize
 from .subclasses import obstacle_of_class
 
-__all__ = ["Site", "find_gemms"]
+__all__ = ["find_gemms"]
 
 COMPUTES_A_WEIGHT = "computes a weight: neither operand depends on the model's inputs"
 IS_CONSTANT = "a constant, not a weight (a buffer, or a tensor made in the graph)"
 UNDER_NO_GRAD = "under no_grad inside a training graph"
 CONSTANT_WEIGHT = "the weight is a constant"
-
-
-@dataclass
-class Site:
-    """One matrix product.
-
-    Attributes:
-        node: the call. op: how it is spelled. slots: its two operands.
-        obstacle: why it cannot be quantized; empty if it can.
-        reservation: why it is left wide unless a rule says ``quantize=True``; empty if nothing speaks against it.
-        head: why it is taken for an output head; empty if it is none.
-        name: of its layer. aliases: further names of a shared layer. missing: what layer has no name
-            (:class:`names.Name`). body: path of the higher-order op's body it is in.
-        shape: of the operands. contraction: how many terms are summed. sides: of the weight as a matrix (of the whole
-            parameter where the weight is a part of one), ``None`` without a weight. Sizes may be symbolic.
-        anonymous: the higher-order op around it, if any, whose backward does not say which site a node serves.
-        index: of the site in its graph. training: whether a gradient is computed.
-    """
-
-    node: Node
-    op: str
-    slots: tuple[Slot, ...] = ()
-    obstacle: str = ""
-    name: str = ""
-    body: str = ""
-    reservation: str = ""
-    head: str = ""
-    shape: tuple[Any, ...] = ()
-    contraction: Any = 0
-    sides: tuple[Any, Any] | None = None
-    weight_size: Any = None
-    index: int = -1
-    training: bool = True
-    aliases: tuple[str, ...] = ()
-    missing: str = ""
-    anonymous: str = ""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names that rules can match."""
-        return (self.name, *self.aliases)
 
 
 def find_gemms(gm: GraphModule, names: Names) -> list[Site]:
@@ -141,7 +100,7 @@ def _sites_below(body: _Body, vocabulary: Vocabulary, names: Names) -> Iterator[
         origins.visit(node, found is not None)
         if called and any(source.op == "get_attr" for source in node.all_input_nodes):
             state = replace(body, gradients=gradients, autocasts=(*body.autocasts, *autocasts.values()))
-            for inner in _bodies_called(node, state, origins):
+            for inner in _nested_bodies(node, state, origins):
                 nested[inner.module] = inner.merged_with(nested.get(inner.module))
         name = target_name(node)
         if name == "_set_grad_enabled":
@@ -178,10 +137,8 @@ def _dtypes(values: list[Any]) -> str:
     return " × ".join(str(value.dtype).removeprefix("torch.") for value in values)
 
 
-def _bodies_called(call: Node, body: _Body, origins: Origins) -> Iterator[_Body]:
+def _nested_bodies(call: Node, body: _Body, origins: Origins) -> Iterator[_Body]:
     """The graph modules among the arguments of a higher-order op; ``body``: the caller in the state of the call."""
-    arguments = [leaf for leaf in compat.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Node)]
-    inner = {a: m for a in arguments if a.op == "get_attr" and isinstance(m := _attribute(body.module, a), GraphModule)}
     operation = str(call.target)
     obstacle, anonymous = body.obstacle, body.anonymous
     if "autograd_function_apply" in operation:
@@ -190,17 +147,10 @@ def _bodies_called(call: Node, body: _Body, origins: Origins) -> Iterator[_Body]
         obstacle = ATTENTION
     elif operation in _ANONYMOUS_BACKWARD:
         anonymous = operation
-    values = [a for a in arguments if a not in inner]
-    for argument, module in inner.items():
-        placeholders = module.graph.find_nodes(op="placeholder")
-        # The operands come last; what stands before them (a predicate) is the op's own.
-        given = dict(zip(reversed(placeholders), map(origins.of, reversed(values)), strict=False))
-        path = f"{body.path}.{argument.target}" if body.path else str(argument.target)
+    for attribute, module, arguments in bodies_called(call):
+        given = {placeholder: origins.of(argument) for placeholder, argument in arguments.items()}
+        path = f"{body.path}.{attribute.target}" if body.path else str(attribute.target)
         yield replace(body, path=path, module=module, obstacle=obstacle, anonymous=anonymous, given=given)
-
-
-def _attribute(gm: GraphModule, node: Node) -> Any:
-    return getattr(gm, str(node.target), None)
 
 
 def _identities(operands: list[Origin], site: Site) -> frozenset[Any]:

@@ -14,19 +14,19 @@ keeps its explicit dequantize; `hints` then makes the partitioner recompute the 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.encoding import DENSE
 
-from .dialect import decode_root, gemm_operands, is_call, matrix_form, quantized_operand, same_sizes, stored_view
-from .pass_base import Context, emit
+from .dialect import decode_root, gemm_operands, matrix_form, stored_operand, stored_view
+from .graph import aten, emit, input_of, is_call, same_sizes
+from .pass_base import Context
+from .views import ProductOperand, QuantizedMM
 
 __all__ = ["fuse"]
-
-aten, ops = torch.ops.aten, torch.ops.qcompile
 
 
 def fuse(graph: Graph, context: Context) -> int:
@@ -39,12 +39,11 @@ def fuse(graph: Graph, context: Context) -> int:
         if decode_root(left) is None and decode_root(right) is None:
             continue
         with graph.inserting_before(node):
-            sides = [_side(graph, node, operand) for operand in (left, right)]
-            if any(side is None for side in sides):
+            a, b = (_operand(graph, node, seen, is_left) for seen, is_left in ((left, True), (right, False)))
+            if a is None or b is None:
                 continue
-            bias = node.args[0] if is_call(node, aten.addmm.default) else None
-            arguments = [argument for side in sides for argument in side]  # type: ignore[union-attr]
-            fused = emit(graph, node, ops.quantized_mm.default, *arguments, node.meta["val"].dtype, bias)
+            bias = input_of(node) if is_call(node, aten.addmm.default) else None
+            fused = QuantizedMM(a, b, node.meta["val"].dtype, bias).emit(graph, near=node)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         count += 1
@@ -58,41 +57,39 @@ def _plain(node: Node) -> bool:
     }
     if len(dtypes) > 1 or any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return False
-    return not is_call(node, aten.addmm.default) or node.args[0].meta["val"].dim() == 1  # type: ignore[union-attr]
+    return not is_call(node, aten.addmm.default) or input_of(node).meta["val"].dim() == 1
 
 
-def _side(graph: Graph, gemm: Node, operand: Node) -> tuple[list[Node], str, Any, bool] | None:
-    """``(tensors, text, size, transposed)`` of one operand of ``quantized_mm``, or ``None`` if it cannot be read from
-    codes.
-    """
-    root = decode_root(operand)
+def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOperand | None:
+    """An operand of ``gemm`` as ``quantized_mm`` reads it; ``None`` if it cannot be read from codes."""
+    root = decode_root(seen)
     if root is None:
-        return [operand], "dense", 0, False
-    quantized = quantized_operand(root)
-    spec = Operand.parse(quantized.text)
-    form = matrix_form(quantized, operand)
+        return ProductOperand((seen,), DENSE, contracts_rows=not is_left)
+    stored = stored_operand(root)
+    spec, parts = stored.encoding.operand, stored.parts
+    assert spec is not None
+    form = matrix_form(root, stored.length, seen)
     if form is None or (spec.outliers and spec.outliers.per == "tensor"):
         return None
     transposed, lead = form
     kind = spec.quantizer.granularity.kind
-    if kind == "square" and not same_sizes(quantized.codes.meta["val"].shape[:-1], lead):
+    if kind == "square" and not same_sizes(parts.codes.meta["val"].shape[:-1], lead):
         return None  # square blocks span rows, so rows may not be regrouped
-    tensors = []
-    for i, tensor in enumerate(quantized.tensors):
-        shared = (i == 1 and kind in ("tensor", "square")) or (i == 2 and spec.quantizer.scale.two_level)
-        view = (
-            _shared_scale(graph, gemm, tensor, len(lead) + 1, i)
-            if shared
-            else stored_view(tensor, lead, lambda *a: emit(graph, gemm, *a))
-        )
-        if view is None:
-            return None
-        tensors.append(view)
-    return tensors, quantized.text, quantized.size, transposed
+    if kind in ("tensor", "square"):
+        parts = parts._replace(scales=_shared_scale(graph, gemm, parts.scales, len(lead) + 1))
+    one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "square")))
+    views = [
+        stored_view(graph, gemm, tensor, lead) if name in one_per_row else tensor
+        for name, tensor in parts._asdict().items()
+        if tensor is not None
+    ]
+    if any(view is None for view in views):
+        return None
+    return replace(stored, tensors=tuple(views), contracts_rows=transposed == is_left)  # type: ignore[arg-type]
 
 
-def _shared_scale(graph: Graph, gemm: Node, tensor: Node, dims: int, position: int) -> Node:
+def _shared_scale(graph: Graph, gemm: Node, scales: Node, dims: int) -> Node:
     """A scale of the whole tensor keeps one element whatever the rows are; only its rank follows the matrix."""
-    if position == 2 or tensor.meta["val"].dim() == dims or tensor.meta["val"].numel() != 1:
-        return tensor
-    return emit(graph, gemm, aten.view.default, tensor, [1] * dims)
+    if scales.meta["val"].dim() == dims or scales.meta["val"].numel() != 1:
+        return scales
+    return emit(graph, gemm, aten.view.default, scales, [1] * dims)

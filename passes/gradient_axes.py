@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
-from .find_gemms import Site
+from .graph import argument_of
 from .origins import written_by
+from .record import Site
 from .spellings import einsum_letters
 
 __all__ = ["ROLE_OF_OPERAND", "axes_of_result", "role_of_slot", "why_gradient_stays_wide"]
@@ -65,7 +66,7 @@ def _last_two(site: Site, left: int, right: int, result: int) -> Axes:
 
 
 def _einsum(site: Site, left: int, right: int, result: int) -> Axes:
-    terms, output = einsum_letters(str(site.node.args[0] if site.node.args else site.node.kwargs["equation"]))
+    terms, output = einsum_letters(str(argument_of(site.node, 0, "equation")))
     terms = [term.replace("...", "*") for term in terms]
     head, _, tail = output.partition("...")
     letters = [*head, *"*" * (result - len(head) - len(tail)), *tail]

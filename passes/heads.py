@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from qcompile import compat
 
-from .graph import static_size, value_of
+from .graph import argument_of, static_size, value_of
 from .spellings import is_in
 
 __all__ = ["Vocabulary", "head_reasons"]
@@ -70,7 +70,7 @@ class Vocabulary:
         for node in graph.nodes:
             if node.op == "call_function" and is_in(_EMBEDDINGS, node.target):
                 position, keyword = _EMBEDDINGS[node.target]
-                table = node.args[position] if position < len(node.args) else node.kwargs[keyword]
+                table = argument_of(node, position, keyword)
                 for identity in identities(table):
                     self.add(identity, value_of(table).shape[0])
 

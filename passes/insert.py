@@ -26,12 +26,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from qcompile import compat
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 
-from .graph import graph_modules, value_of
-from .origins import target_name, written_by
-from .plan import KIND_KEY, SITE_KEY, Decision, Plan
+from .graph import graph_modules, target_name, value_of
+from .origins import written_by
+from .record import KIND_KEY, SITE_KEY, Decision, Plan, marked
 from .spellings import Frame, Slot
+from .views import FakeQuantize
 
 __all__ = ["insert", "stamp"]
 
@@ -47,8 +48,7 @@ def insert(gm: GraphModule, plan: Plan) -> int:
 def stamp(plan: Plan) -> None:
     """Leave every site's index on its node; AOTAutograd carries ``custom`` to every node traced from it."""
     for decision in plan.decisions:
-        node = decision.site.node
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: decision.site.index}
+        marked(decision.site.node, **{SITE_KEY: decision.site.index})
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
@@ -91,22 +91,26 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, changes: bool,
 
 def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand) -> Node:
     x = source if value_of(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
-    seed: tuple[Node, ...] = ()
+    seed = None
     if operand.quantizer.rounding == "stochastic":
-        seed = (build(torch.randint, 0, 2**31 - 1, (1,), device=value_of(source).device),)
-    fake_quantize = torch.ops.qcompile.fake_quantize.default
+        seed = build(torch.randint, 0, 2**31 - 1, (1,), device=value_of(source).device)
+
+    def quantized(rows: Node, along: int) -> Node:
+        view = FakeQuantize(rows, operand, along, seed)
+        return build(view.op, *view.arguments())
+
     if frame is None:
-        return build(fake_quantize, x, str(operand), axis, *seed)
+        return quantized(x, axis)
     if frame.flatten is not None:
         led = build(torch.movedim, x, frame.lead, 0) if frame.lead else x
         flat = build(torch.flatten, led, frame.flatten)
-        shaped = build(torch.Tensor.view_as, build(fake_quantize, flat, str(operand), axis, *seed), led)
+        shaped = build(torch.Tensor.view_as, quantized(flat, axis), led)
         if not frame.lead:
             return shaped
         # conv_tbc takes views of its operands that only contiguous memory has.
         return build(torch.clone, build(torch.movedim, shaped, 0, frame.lead), memory_format=torch.contiguous_format)
     assert frame.patch is not None
-    return _per_patch(build, x, frame.patch, lambda rows: build(fake_quantize, rows, str(operand), -1, *seed))
+    return _per_patch(build, x, frame.patch, lambda rows: quantized(rows, -1))
 
 
 def _per_patch(build: _Builder, x: Node, patch: tuple[int, ...], quantize: Any) -> Node:
@@ -136,7 +140,8 @@ class _Builder:
             self.graph.call_method(method, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
         )
         node.meta.update({key: self.gemm.meta[key] for key in _KEPT_META if key in self.gemm.meta})
-        node.meta["custom"] = {**self.gemm.meta["custom"], KIND_KEY: self.kind}
+        node.meta["custom"] = self.gemm.meta["custom"]
+        marked(node, **{KIND_KEY: self.kind})
         values = [value_of(a) for a in args]
         with self.fake_mode, torch.no_grad():
             node.meta["example_value"] = target(*values, **kwargs)

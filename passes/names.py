@@ -34,7 +34,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import compat
 
-from .graph import graph_modules
+from .graph import attribute_of, bodies_called, graph_modules
 from .reachable import argument_names, attributes_of, join, reachable
 
 __all__ = ["Name", "Names", "with_parameter"]
@@ -249,35 +249,18 @@ def _arguments(call: compat.CompiledCall) -> list[tuple[str, Any]]:
 def _real_tensor(node: Node) -> Tensor | None:
     """The tensor that a placeholder or attribute of a Dynamo graph stands for."""
     if node.op == "get_attr":
-        owner: Any = node.graph.owning_module
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part, None)
+        owner = attribute_of(node)
         return owner if isinstance(owner, Tensor) else None
     return compat.placeholder_value(node)
 
 
 def _outer_arguments(gm: GraphModule) -> dict[Node, list[Node]]:
-    """What callers hand to the placeholders of bodies of higher-order ops.
-
-    Every such op takes its bodies, then what they read, in order. Where the numbers do not agree nothing is said.
-    """
+    """What callers hand to the placeholders of bodies of higher-order ops."""
     outer: dict[Node, list[Node]] = {}
     for module in graph_modules(gm):
-        for node in module.graph.find_nodes(op="get_attr"):
-            body = getattr(module, str(node.target), None)
-            if not isinstance(body, GraphModule):
-                continue
-            placeholders = body.graph.find_nodes(op="placeholder")
-            for placeholder in placeholders:
-                outer.setdefault(placeholder, [])
-            for caller in node.users:
-                leaves = compat.tree_leaves((caller.args, caller.kwargs))
-                given = [
-                    n for n in leaves if isinstance(n, Node) and (n.op != "get_attr" or _real_tensor(n) is not None)
-                ]
-                if str(caller.target) == "cond":
-                    given = given[1:]  # the predicate, which stands before the bodies
-                if len(given) == len(placeholders):
-                    for placeholder, argument in zip(placeholders, given, strict=True):
-                        outer[placeholder].append(argument)
+        attributes = module.graph.find_nodes(op="get_attr")
+        for caller in dict.fromkeys(user for attribute in attributes for user in attribute.users):
+            for _, body, given in bodies_called(caller):
+                for placeholder in body.graph.find_nodes(op="placeholder"):
+                    outer.setdefault(placeholder, []).extend(filter(None, [given.get(placeholder)]))
     return outer

@@ -19,9 +19,9 @@ from torch.fx import Node
 
 from qcompile import compat
 
-from .graph import value_of
+from .graph import input_of, target_name, value_of
 
-__all__ = ["NOTHING", "Origin", "Origins", "Source", "target_name", "written_by"]
+__all__ = ["NOTHING", "Origin", "Origins", "Source", "written_by"]
 
 #: Python's in-place operators, by name.
 _IN_PLACE_OPERATORS = frozenset(
@@ -166,13 +166,8 @@ class Origins:
         if target_name(node) in _COPIES or not isinstance(value_of(node), torch.Tensor):
             return True  # of a tuple, each item is looked at where it is taken out
         memory = compat.memory_of(value_of(node))
-        source = first if isinstance(value_of(first), torch.Tensor) else first.args[0]
+        source = first if isinstance(value_of(first), torch.Tensor) else input_of(first)
         return memory is not None and memory == compat.memory_of(value_of(source))
-
-
-def target_name(node: Node) -> str:
-    """Name of what a node calls, without the overload."""
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def _tensors(node: Node) -> Iterator[Node]:

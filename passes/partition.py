@@ -16,7 +16,6 @@ returns codes and scales in place of the wide tensor and the backward decodes th
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -27,18 +26,18 @@ from qcompile import compat
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .dialect import is_call, is_relayout, operand_kind, through_views
-from .graph import static_size
-from .pass_base import Context, GraphPass, emit
-from .watch import STATISTICS_KIND
+from .graph import aten, bodies_called, input_of, is_call, is_relayout, item_of, results_of, static_size, through_views
+from .pass_base import Context, GraphPass
+from .record import STATISTICS_KIND, operand_kind
+from .views import ENCODERS, ClampOutliers, Dequantize, EstimatorMask, Hadamard, Quantize, RestoreOutliers, encoder_of
 
 __all__ = ["Partitioner", "Split", "hints", "narrow_saved"]
 
-aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qcompile
+prims = torch.ops.prims
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
 
-_ENCODERS = (ops.quantize.default, ops.quantize_compensated.default, ops.clamp_outliers.default)
-_DECODERS = (ops.dequantize.default, ops.restore_outliers.default)
+_ENCODER_OPS = tuple(view.op for view in ENCODERS)
+_DECODER_OPS = (Dequantize.op, RestoreOutliers.op)
 
 #: ``save=`` option → quantizer of the tensors it narrows.
 SAVE_QUANTIZERS = {"8bit": "e4m3 row absmax even", "4bit": "e2m1 block32 absmax even"}
@@ -54,17 +53,17 @@ def hints(graph: Graph, context: Context) -> int:
         if operand_kind(node) == STATISTICS_KIND:
             continue  # nothing of the monitor's reaches the backward
         weight = operand_kind(node) == "weight" and recompute_weights and node not in overwritten
-        if is_call(node, ops.quantize.default) and operand_kind(node) == "weight" and node not in overwritten:
-            tags.update(dict.fromkeys(_casts(node.args[0]), _RECOMPUTE))
-        if is_call(node, *_DECODERS) or (_keeps_size(node) and node.args[0] in decoded):
+        if is_call(node, Quantize.op) and operand_kind(node) == "weight" and node not in overwritten:
+            tags.update(dict.fromkeys(_casts(Quantize.of(node).x), _RECOMPUTE))
+        if is_call(node, *_DECODER_OPS) or (_keeps_size(node) and input_of(node) in decoded):
             decoded.add(node)
             tags[node] = _RECOMPUTE
-        elif is_call(node, ops.estimator_mask.default):
+        elif is_call(node, EstimatorMask.op):
             tags[node] = _RECOMPUTE if weight else _SAVE
-        elif is_call(node, *_ENCODERS) and weight:
+        elif is_call(node, *_ENCODER_OPS) and weight:
             # The tuple itself has no size to weigh; its elements carry the choice.
             tags[node] = _RECOMPUTE
-        elif is_call(node, operator.getitem) and is_call(node.args[0], *_ENCODERS):
+        elif encoder_of(node) is not None:
             if weight:
                 tags[node] = _RECOMPUTE
             elif not _is_clamped(node):
@@ -76,13 +75,13 @@ def hints(graph: Graph, context: Context) -> int:
 
 def _keeps_size(node: Node) -> bool:
     """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
-    return is_relayout(node) or is_call(node, ops.hadamard.default)
+    return is_relayout(node) or is_call(node, Hadamard.op)
 
 
 def _from_overwritten_inputs(graph: Graph) -> set[Node]:
     """Nodes computed from an input that the graph writes to: the backward would compute them from the new value."""
-    writes = [node for node in graph.nodes if is_call(node, aten.copy_.default) and node.args[0].op == "placeholder"]
-    found = {node.args[0] for node in writes}
+    writes = [node for node in graph.nodes if is_call(node, aten.copy_.default) and input_of(node).op == "placeholder"]
+    found = set(map(input_of, writes))
     for node in graph.nodes if found else ():
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
@@ -94,7 +93,7 @@ def _casts(source: Any) -> list[Node]:
     casts = []
     while is_call(source := through_views(source), prims.convert_element_type.default, aten._to_copy.default):
         casts.append(source)
-        source = source.args[0]
+        source = input_of(source)
     return casts
 
 
@@ -140,7 +139,7 @@ class Partitioner(compat.CustomPartitionerFn):
 def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any]]:
     """One row for each tensor the forward hands to the backward, graph inputs left out: they are alive anyway."""
     rows = []
-    for node in forward.graph.find_nodes(op="output")[0].args[0][kept_outputs:]:
+    for node in results_of(forward.graph)[kept_outputs:]:
         if not isinstance(node, Node) or (producer := _producer(node)).op == "placeholder":
             continue
         value = node.meta.get("val")
@@ -161,28 +160,23 @@ def saved_tensors(forward: GraphModule, kept_outputs: int) -> list[dict[str, Any
 def _producer(node: Node) -> Node:
     """The node that makes a saved tensor, views aside; for a result of a nested region, the node in its body."""
     source = through_views(node)
-    if not is_call(source, operator.getitem) or not is_call(source.args[0], torch.ops.higher_order.invoke_subgraph):
+    item = item_of(source)
+    if item is None or not is_call(item[0], torch.ops.higher_order.invoke_subgraph):
         return source
-    call, index = source.args
-    body, _, *operands = call.args  # type: ignore[union-attr]
-    graph = getattr(node.graph.owning_module, body.target).graph  # type: ignore[union-attr, arg-type]
-    inner = _producer(graph.find_nodes(op="output")[0].args[0][index])
-    if inner.op != "placeholder":
-        return inner
-    return _producer(operands[graph.find_nodes(op="placeholder").index(inner)])
+    ((_, body, given),) = bodies_called(item[0])
+    inner = _producer(results_of(body.graph)[item[1]])
+    return _producer(given[inner]) if inner.op == "placeholder" else inner
 
 
 def _is_encoded(node: Node) -> bool:
     source = through_views(node)
-    if is_call(source, operator.getitem) and is_call(source.args[0], *_ENCODERS):
-        return not _is_clamped(source)
-    return is_call(source, ops.estimator_mask.default)
+    return is_call(source, EstimatorMask.op) or (encoder_of(source) is not None and not _is_clamped(source))
 
 
 def _is_clamped(node: Node) -> bool:
     """The wide result of ``clamp_outliers``; its other two are the residual."""
-    source, index = node.args
-    return is_call(source, ops.clamp_outliers.default) and bool(index == 0)
+    encoder = encoder_of(node)
+    return encoder is not None and isinstance(encoder[0], ClampOutliers) and encoder[1] == 0
 
 
 def narrow_saved(split: Split, context: Context) -> int:
@@ -191,8 +185,7 @@ def narrow_saved(split: Split, context: Context) -> int:
         return 0
     forward, backward, kept_outputs = split
     quantizer = Quantizer.parse(SAVE_QUANTIZERS[context.recipe.save])
-    output = forward.graph.find_nodes(op="output")[0]
-    results = list(output.args[0])
+    output, results = forward.graph.output_node(), list(results_of(forward.graph))
     placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
     narrowed = 0
     for node in dict.fromkeys(results[kept_outputs:]):
@@ -203,8 +196,7 @@ def narrow_saved(split: Split, context: Context) -> int:
             continue
         position = results.index(node, kept_outputs)
         with forward.graph.inserting_before(output):
-            pair = emit(forward.graph, node, ops.quantize.default, node, str(quantizer), -1)
-            parts = [emit(forward.graph, node, operator.getitem, pair, i) for i in range(2)]
+            parts = Quantize(node, quantizer, -1).emit_results(forward.graph, near=node)
         value = node.meta["val"]
         with backward.graph.inserting_before(placeholder):
             received = [backward.graph.placeholder(part.name) for part in parts]
@@ -212,16 +204,8 @@ def narrow_saved(split: Split, context: Context) -> int:
             new.meta["val"] = part.meta["val"]
         first_use = next(n for n in backward.graph.nodes if n.op != "placeholder")
         with backward.graph.inserting_before(first_use):
-            decoded = emit(
-                backward.graph,
-                placeholder,
-                ops.dequantize.default,
-                *received,
-                str(quantizer),
-                -1,
-                value.shape[-1],
-                value.dtype,
-            )
+            decode = Dequantize(received[0], received[1], quantizer, -1, value.shape[-1], value.dtype)
+            decoded = decode.emit(backward.graph, near=placeholder)
         placeholder.replace_all_uses_with(decoded)
         backward.graph.erase_node(placeholder)
         results[position : position + 1] = parts

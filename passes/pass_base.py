@@ -14,18 +14,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, NamedTuple, ParamSpec
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
-from .plan import Plan
+from .record import Plan, Provision
 from .verify import verify
 
-__all__ = ["Context", "GraphPass", "Observations", "Product", "Work", "emit", "run_passes", "size_along"]
+__all__ = ["Context", "EncoderKey", "GraphPass", "Observations", "Product", "Work", "dump", "log", "run_passes"]
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
@@ -54,6 +54,14 @@ class Product:
     where: str
 
 
+class EncoderKey(NamedTuple):
+    """What tells encoders apart: the texts of quantizer and transform, and the dtype of what is encoded."""
+
+    quantizer: str
+    transform: str
+    dtype: torch.dtype
+
+
 @dataclass
 class Observations:
     """What the passes saw of one compiled graph; kept for `explain`, empty otherwise.
@@ -62,6 +70,7 @@ class Observations:
         programs: readable program after each pass, by stage and pass name.
         gemms: rows the joint audit leaves: one a GEMM of the joint graph.
         products: every product that AOTAutograd made of the graph, forward and backward, with its FLOPs and its site.
+        encoders: what runs the ops that quantize, in the post-grad graphs, each as often as it differs.
         saved: tensors the partitioner keeps for the backward.
         plan: the decisions about the graph.
     """
@@ -69,6 +78,7 @@ class Observations:
     programs: dict[str, str] = field(default_factory=dict)
     gemms: list[dict[str, Any]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    encoders: dict[EncoderKey, list[Provision]] = field(default_factory=dict)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
 
@@ -131,7 +141,7 @@ def run_passes(stage: str, passes: Iterable[GraphPass[Graph, Context]], graph: G
         if graph_pass.dumped:
             dump(f"{stage}_{graph_pass.name}", graph, context)
         if context.recipe.debug:
-            verify(graph, stage=f"{stage}/{graph_pass.name}")
+            verify(graph, f"{stage}/{graph_pass.name}", context.recipe.disable_passes)
 
 
 def dump(name: str, graph: Graph, context: Context) -> None:
@@ -162,27 +172,3 @@ def op_diff(before: Counter[str], after: Counter[str]) -> str:
     """Text like ``; aten.mm.default 5 → 0, qcompile.quantized_mm.default 0 → 5``; empty if nothing changed."""
     changed = [op for op in sorted({*before, *after}) if before[op] != after[op]]
     return "".join(f"{', ' if i else '; '}{op} {before[op]} → {after[op]}" for i, op in enumerate(changed))
-
-
-#: Metadata a new node takes over: recomputation and checkpoint tags above all, else checkpointing silently saves more.
-_INHERITED = (
-    "recompute", "ac_graph_id", "partitioner_tag", "seq_nr", "autograd_backward", "custom", "stack_trace",
-    "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack",
-)  # fmt: skip
-
-
-def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """Add a call before the insertion point, with the metadata of the node it serves and its own fake value."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta.update({key: serves.meta[key] for key in _INHERITED if key in serves.meta})
-    values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with compat.fake_mode_of(graph):
-        node.meta["val"] = target(*values[0], **values[1])
-    return node
-
-
-def size_along(graph: Graph, serves: Node, x: Node, axis: int) -> Any:
-    """Length of an axis, as a number or as a node."""
-    value = x.meta["val"]
-    size = value.shape[axis]
-    return size if isinstance(size, int) else emit(graph, serves, torch.ops.aten.sym_size.int, x, axis % value.dim())

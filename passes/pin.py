@@ -17,11 +17,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qcompile import compat
-from qcompile.ir.recipe import Rule
+from qcompile.ir.rules import Rule
 
-from .find_gemms import Site
 from .names import Names
 from .reachable import join
+from .record import Site
 
 __all__ = ["pin"]
 

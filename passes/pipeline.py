@@ -21,10 +21,11 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .account import account
-from .audit import audit
+from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
+from .choose_providers import choose_providers
 from .expand import expand
-from .find_gemms import Site, find_gemms
+from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
 from .insert import insert, stamp
@@ -34,8 +35,9 @@ from .names import Names
 from .partition import Partitioner, hints, narrow_saved
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
-from .plan import Plan, all_rules, make_plan
+from .plan import all_rules, make_plan
 from .quantize_gradients import quantize_gradients
+from .record import Plan, Site
 from .watch import watch
 
 __all__ = ["PASS_NAMES", "PIPELINE", "hooks", "rewrite", "table"]
@@ -125,6 +127,13 @@ JOINT = PipelineStage(
         GraphPass("fuse", fuse),
         GraphPass("fold", fold, changes="yes, if backward= is set"),
         GraphPass("hints", hints),
+        GraphPass(
+            "choose_providers",
+            choose_providers,
+            changes="no (what runs each product)",
+            optional=False,
+            dumped=False,
+        ),
         GraphPass("audit", audit, changes="no (records what is left)", observes=True),
         GraphPass("lower_frozen", lower_frozen, changes="no (inference with freezing)"),
     ),
@@ -137,7 +146,11 @@ PARTITION = PipelineStage(
 POST_GRAD = PipelineStage(
     "post_grad",
     "forward, then backward",
-    (GraphPass("lower", lower), GraphPass("merge_quantize", merge_quantize)),
+    (
+        GraphPass("lower", lower),
+        GraphPass("merge_quantize", merge_quantize),
+        GraphPass("audit_encoders", audit_encoders, changes="no (records what quantizes)", dumped=False),
+    ),
 )
 PIPELINE: tuple[PipelineStage[Any], ...] = (DYNAMO, JOINT, PARTITION, POST_GRAD)
 

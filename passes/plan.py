@@ -8,84 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from qcompile.ir.operand import Operand, override_operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Operand, Recipe, Rule, override_operand
+from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
+from qcompile.ir.rules import Rule
 from qcompile.ir.transforms import Transform
 
-from .find_gemms import Site
 from .gradient_axes import role_of_slot, why_gradient_stays_wide
 from .graph import decided_size, static_size
+from .record import Decision, Plan, Site, without_name
 from .spellings import Slot
 from .subclasses import shard_note
 
-__all__ = ["KIND_KEY", "ROLE_KEY", "SITE_KEY", "Decision", "Plan", "make_plan", "site_index", "transform_at"]
-
-SITE_KEY = "qcompile_site"
-KIND_KEY = "qcompile_kind"
-#: Which gradient the backward of a call computes, where that is one and the same for all its nodes.
-ROLE_KEY = "qcompile_role"
-
-
-@dataclass
-class Decision:
-    """What one site gets.
-
-    ``operands`` follow the site's slots; all may be ``None`` where only gradients are quantized. ``gradients`` says
-    what dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
-    (`quantize_gradients`), for the roles in ``folded`` times the scales of the other operand (`fold`). A role in both
-    is folded if its scales allow it.
-    """
-
-    site: Site
-    quantized: bool
-    reason: str
-    operands: tuple[Operand | None, ...] = ()
-    gradients: dict[str, Operand | None] = field(default_factory=dict)
-    folded: tuple[str, ...] = ()
-    rounded: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """Decisions for one graph, indexed by site, and how often each rule of the user's matched."""
-
-    decisions: list[Decision]
-    matched: Counter[str]
-
-    def digest(self) -> str:
-        """Everything of the plan that later passes act on, for the hooks' cache identity. Layer names are not among
-        it.
-        """
-        return repr([
-            (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
-             d.folded, d.rounded)
-            for d in self.decisions
-        ])  # fmt: skip
-
-    def summary(self, recipe: str) -> str:
-        """One line, whatever the size of the model."""
-        reasons = Counter(d.reason for d in self.decisions if not d.quantized)
-        left = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(3))
-        text = f"{recipe}: {len(self.quantized)} of {len(self.decisions)} GEMM sites quantized"
-        return f"{text} (left alone: {left})" if left else text
-
-    @property
-    def quantized(self) -> list[Decision]:
-        return [d for d in self.decisions if d.quantized]
-
-    @property
-    def nameless(self) -> list[Decision]:
-        """What stays wide because no rule could have matched its layer."""
-        return [d for d in self.decisions if d.site.missing and d.reason == without_name(d.site.missing)]
-
-
-def site_index(node: Node) -> int | None:
-    """Which site a node serves, in the Dynamo, joint or post-grad graph."""
-    return (node.meta.get("custom") or {}).get(SITE_KEY)
+__all__ = ["make_plan", "transform_at"]
 
 
 def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
@@ -118,14 +56,6 @@ def describe(rule: Rule) -> str:
     if changes == {"quantize": False}:
         return f"skip={rule.name!r}"
     return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
-
-
-def without_name(layer: str) -> str:
-    """Why a product stays wide whose ``layer`` is in nothing that was compiled: a rule may have meant it."""
-    return (
-        f"its layer ({layer}) has no name that skip=… or rules=… could match: it is reached from nothing that was "
-        "compiled; make it a submodule or an argument"
-    )
 
 
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:

@@ -26,12 +26,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from .gradient_axes import axes_of_result, role_of_slot
 from .graph import graph_modules
-from .plan import KIND_KEY, ROLE_KEY, Decision, Plan
+from .record import KIND_KEY, ROLE_KEY, Decision, Plan, marked
 from .spellings import Slot
+from .views import SplitGradient
 
 __all__ = ["quantize_gradients"]
-
-ops = torch.ops.qcompile
 
 
 def quantize_gradients(gm: GraphModule, plan: Plan) -> int:
@@ -60,7 +59,7 @@ def _split(graph: Graph, decision: Decision) -> None:
         if role in decision.rounded:
             quantizer = decision.gradients[role].quantizer  # type: ignore[union-attr]
             along = ((), ()) if quantizer.granularity.kind == "tensor" else (axes[position], axes[1 - position])
-            shared.setdefault((str(quantizer), *along), []).append(slot)
+            shared.setdefault((quantizer, *along), []).append(slot)
     rewriter = _Rewriter(graph, decision)
     operands = {slot: slot.of(gemm) for slot in site.slots}
     readers = list(gemm.users)
@@ -68,7 +67,7 @@ def _split(graph: Graph, decision: Decision) -> None:
         result = gemm
         for (quantizer, rows, contracted), slots in shared.items():
             twins = [rewriter.twin(slot) for slot in slots]
-            result = rewriter.call(ops.split_gradient.default, result, twins, quantizer, [*rows], [*contracted])
+            result = rewriter.call(SplitGradient(result, tuple(twins), quantizer, tuple(rows), tuple(contracted)))
     for reader in readers:
         reader.replace_input_with(gemm, result)
     split = [slot for slots in shared.values() for slot in slots]
@@ -76,7 +75,7 @@ def _split(graph: Graph, decision: Decision) -> None:
         for slot in split:
             slot.put(gemm, rewriter.detached(operands[slot], slot.kind))
     if rest := [role_of_slot(site, i) for i, slot in enumerate(site.slots) if slot not in split]:
-        gemm.meta["custom"] = {**gemm.meta["custom"], ROLE_KEY: rest[0]}
+        marked(gemm, **{ROLE_KEY: rest[0]})
 
 
 class _Rewriter:
@@ -85,16 +84,15 @@ class _Rewriter:
     def __init__(self, graph: Graph, decision: Decision) -> None:
         self.graph, self.site, self.gemm = graph, decision.site, decision.site.node
 
-    def call(self, target: Any, *args: Any) -> Node:
-        return self._described(self.graph.call_function(target, args))
+    def call(self, view: SplitGradient) -> Node:
+        return self._described(self.graph.call_function(view.op, view.arguments()))
 
     def twin(self, slot: Slot) -> Node:
         """The product once more; its backward reaches the operand in ``slot`` alone."""
         args, kwargs = torch.fx.map_arg((self.gemm.args, self.gemm.kwargs), self.detached)
         node = self._described(self.graph.create_node(self.gemm.op, self.gemm.target, args, kwargs))
         slot.put(node, slot.of(self.gemm))
-        node.meta["custom"][ROLE_KEY] = role_of_slot(self.site, self.site.slots.index(slot))
-        return node
+        return marked(node, **{ROLE_KEY: role_of_slot(self.site, self.site.slots.index(slot))})
 
     def detached(self, node: Node, kind: str = "") -> Node:
         """``kind``: that of an operand, which its detached form stays."""
@@ -103,9 +101,8 @@ class _Rewriter:
             return node
         made = self._described(self.graph.call_method("detach", (node,)))
         made.meta["example_value"] = value.detach()
-        made.meta["custom"].update({KIND_KEY: kind} if kind else {})
-        return made
+        return marked(made, **{KIND_KEY: kind}) if kind else made
 
     def _described(self, node: Node) -> Node:
-        node.meta = {**self.gemm.meta, "custom": dict(self.gemm.meta["custom"])}
+        node.meta = dict(self.gemm.meta)
         return node

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from .dialect import decode_root, operand_kind
+from .dialect import decode_root
 from .gradient_axes import ROLE_OF_OPERAND
-from .plan import ROLE_KEY
+from .record import operand_kind, stated_role
 
-__all__ = ["depends_on_tangents", "product_role", "stated_role"]
+__all__ = ["depends_on_tangents", "product_role"]
 
 
 def depends_on_tangents(graph: Graph) -> set[Node]:
@@ -23,11 +23,6 @@ def depends_on_tangents(graph: Graph) -> set[Node]:
         if tangent or any(source in backward for source in node.all_input_nodes):
             backward.add(node)
     return backward
-
-
-def stated_role(node: Node) -> str:
-    """The role that `quantize_gradients` gave the call a backward node is traced from; "" if none."""
-    return (node.meta.get("custom") or {}).get(ROLE_KEY, "")
 
 
 def product_role(node: Node, operands: tuple[Node, ...], backward: set[Node]) -> str:

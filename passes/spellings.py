@@ -17,7 +17,7 @@ from torch.fx import Node
 from qcompile import compat
 from qcompile.ir.sharding import local_tensor
 
-from .graph import static_size, value_of
+from .graph import argument_of, static_size, target_name, value_of
 
 __all__ = [
     "ATTENTION", "HIGHER_ORDER_ATTENTION", "OUT_OF_SCOPE", "SPELLINGS", "TRANSFORM", "Frame", "Recognized", "Slot",
@@ -193,20 +193,17 @@ def _conv(groups_at: int, transposed_at: int | None = None) -> Locate:
     since an element that several windows read cannot carry the scale of each."""
 
     def locate(node: Node) -> tuple[Slot, Slot]:
-        def argument(index: int, name: str, default: Any) -> Any:
-            return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
-
         def per_axis(value: Any) -> tuple[int, ...]:
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
             return value * dims if len(value) == 1 else value
 
-        if transposed_at is not None and argument(transposed_at, "transposed", False):
+        if transposed_at is not None and argument_of(node, transposed_at, "transposed", False):
             raise Unsupported(_OVERLAP)
         x_slot, weight_slot = Slot(0, "input", -1), Slot(1, "weight", -1, Frame(flatten=1))
         x, weight = (value_of(slot.of(node)) for slot in (x_slot, weight_slot))
         dims = weight.dim() - 2
-        stride, padding = argument(3, "stride", 1), argument(4, "padding", 0)
-        dilation, groups = per_axis(argument(5, "dilation", 1)), argument(groups_at, "groups", 1)
+        stride, padding = argument_of(node, 3, "stride", 1), argument_of(node, 4, "padding", 0)
+        dilation, groups = per_axis(argument_of(node, 5, "dilation", 1)), argument_of(node, groups_at, "groups", 1)
         kernel = tuple(int(k) for k in weight.shape[2:])
         unpadded = padding == "valid" or (not isinstance(padding, str) and not any(per_axis(padding)))
         channels = x.dim() - dims - 1
@@ -290,7 +287,8 @@ _REASONS: dict[str, str] = {
         scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps
         _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-        _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward _efficient_attention_forward
+        _scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward
+        _cudnn_attention_forward_no_dropout_inplace _efficient_attention_forward
         _flash_attention_forward _flash_attention_forward_no_dropout_inplace _triton_scaled_dot_attention
         torch_attn::_varlen_attn torch_attn::_varlen_attn_out flex_attention flex_attention_backward
     """,
@@ -302,8 +300,8 @@ _REASONS: dict[str, str] = {
     _VECTORS: "dot vdot linalg_vecdot",
     _OUTER: "outer ger addr kron",
     _QUANTIZED: """
-        _int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_grouped_mm _scaled_grouped_mm_v2 scaled_grouped_mm
-        _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
+        _int_mm _scaled_mm _scaled_mm_v2 scaled_mm _scaled_addmm _scaled_grouped_mm _scaled_grouped_mm_v2
+        scaled_grouped_mm _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int4pack_mm _weight_int4pack_mm_for_cpu
         _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _wrapped_quantized_linear_prepacked
         fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight
         fbgemm_linear_int8_weight_fp32_activation quantized_gru quantized_gru_cell quantized_lstm quantized_lstm_cell
@@ -401,24 +399,17 @@ def name_of(node: Node) -> str:
     operator of Python's, or as an ATen op. Ops of other libraries have their namespace before them; "" for a function
     that is not torch's.
     """
-    target: Any = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif node.op != "call_function":
+    is_torch = node.op == "call_function" and (_is_op(node.target) or _is_torch(node.target))
+    if not (is_torch or node.op == "call_method"):
         return ""
-    elif isinstance(target, compat.OpOverload):
-        name = target.name().partition(".")[0].removeprefix("aten::")
-    elif isinstance(target, compat.OpOverloadPacket):
-        name = target._qualified_op_name.removeprefix("aten::")
-    elif isinstance(target, compat.HigherOrderOperator):
-        return target.name()
-    elif _is_torch(target):
-        name = target.__name__
-    else:
-        return ""
+    name = target_name(node)
     if name in ("__matmul__", "__imatmul__", "imatmul"):
         return "matmul"
     return name if name.endswith("__") else name.removesuffix("_")
+
+
+def _is_op(target: Any) -> bool:
+    return isinstance(target, (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator))
 
 
 def _is_torch(function: Any) -> bool:

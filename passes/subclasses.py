@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompile import compat
-from qcompile.ir.recipe import Operand
+from qcompile.ir.operand import Operand
 from qcompile.ir.sharding import is_sharded, local_tensor, shards
 
 if TYPE_CHECKING:

@@ -1,90 +1,196 @@
 """Invariants of a graph in the dialect, checked after every pass in tests and under ``debug=True``.
 
-1. The codes of every quantize reach a dequantize, a quantized_mm, an output, or nothing at all (dead code).
-2. Scales have the shape their granularity says.
-3. Every decoder reads codes of the width its quantizer packs.
-4. No fake_quantize is left once autograd has been traced.
+1. After a stage only such ops stand in the graph as :data:`STAGES` lists for it, in the forms it lists.
+2. The codes of every quantize reach a dequantize, a quantized_mm, an output, or nothing at all (dead code).
+3. Scales have the shape their granularity says.
+4. Every decoder reads codes of the width its quantizer packs.
 5. No product reads 8-bit codes that lie beside their levels (:attr:`Format.tensor_core_offset`) as levels.
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from qcompile import compat
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
-from qcompile.ir.recipe import Operand
 
-from .dialect import is_call, static_size, through_views
+from .graph import aten, is_call, item_of, static_size, through_views
+from .record import PROVIDER_KEY, mark_of
+from .views import (
+    VIEW_OF,
+    ClampOutliers,
+    CountBits,
+    Dequantize,
+    EstimatorMask,
+    FakeQuantize,
+    Hadamard,
+    MaskGradient,
+    Mm1Bit,
+    Mm8Bit,
+    MmBlockScaled,
+    Quantize,
+    Quantize8Bit,
+    Quantize8BitMasked,
+    Quantize8BitPair,
+    Quantize8BitTransposed,
+    QuantizeCompensated,
+    QuantizedMM,
+    Recode,
+    RestoreOutliers,
+    ScaleGradient,
+    View,
+)  # fmt: skip
 
-__all__ = ["VerificationError", "verify"]
-
-ops = torch.ops.qcompile
+__all__ = ["STAGES", "VerificationError", "verify"]
 
 
 class VerificationError(AssertionError):
     """A pass left a graph that breaks an invariant of the dialect."""
 
 
-def verify(graph: Graph, stage: str) -> None:
-    """Raises :class:`VerificationError` naming the stage, the node and the broken invariant."""
+# --- what may stand in a graph after each stage ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pass may leave, all told.
+
+    Attributes:
+        views: of the ops. forms: ``(node, its view) -> what is wrong``, "" if nothing is.
+        takes_out: ops that stay where the pass is disabled, then and in later stages.
+    """
+
+    views: frozenset[type[View]]
+    forms: tuple[Callable[[Node, Any], str], ...] = ()
+    takes_out: frozenset[type[View]] = frozenset()
+
+
+def _has_no_fold(node: Node, view: Any) -> str:
+    if isinstance(view, Quantize) and view.fold is not None:
+        return "folds scales in, which only the pass fold does"
+    levels = isinstance(view, QuantizedMM) and any(operand.encoding.levels for operand in view.operands)
+    return "reads levels without scales, which only the pass fold leaves" if levels else ""
+
+
+def _has_a_provider(node: Node, view: Any) -> str:
+    chosen = not isinstance(view, QuantizedMM) or mark_of(node, PROVIDER_KEY) is not None
+    return "" if chosen else "nothing was chosen to run it"
+
+
+#: What autograd leaves of fake_quantize and split_gradient.
+_TRACED: frozenset[type[View]] = frozenset({
+    Quantize, QuantizeCompensated, Dequantize, Hadamard, ClampOutliers, RestoreOutliers, EstimatorMask, MaskGradient,
+    ScaleGradient,
+})  # fmt: skip
+_FUSED = _TRACED | {QuantizedMM}
+_LOWERED = _TRACED | {Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled}
+_MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
+
+#: By the name of the pass, in the order of the pipeline.
+STAGES: dict[str, Stage] = {
+    "account": Stage(_TRACED, (_has_no_fold,)),
+    "cancel_rotations": Stage(_TRACED, (_has_no_fold,)),
+    "fuse": Stage(_FUSED, (_has_no_fold,)),
+    "fold": Stage(_FUSED),
+    "hints": Stage(_FUSED),
+    "choose_providers": Stage(_FUSED, (_has_a_provider,)),
+    "audit": Stage(_FUSED),
+    "lower_frozen": Stage(_FUSED | _LOWERED),
+    "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
+    "merge_quantize": Stage(_MERGED),
+    "audit_encoders": Stage(_MERGED),
+}
+
+#: What runs before nodes are marked with what runs them.
+_BEFORE_CHOICE = tuple(takewhile(lambda name: name != "choose_providers", STAGES))
+
+
+def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
+    """Raises :class:`VerificationError` naming the stage, the node and the broken invariant.
+
+    ``stage``: a pass, with the hook that ran it before it (``"joint/fuse"``); any other name allows all that passes
+    make. ``disabled``: passes that did not run.
+    """
+    spec = _spec(graph, stage)
+    kept = frozenset(view for name in disabled if name in STAGES for view in STAGES[name].takes_out)
     for node in graph.nodes:
-        if is_call(node, ops.fake_quantize.default):
+        cls = VIEW_OF.get(node.target) if isinstance(node.target, compat.OpOverload) else None
+        if cls is None:
+            continue
+        if cls is FakeQuantize:
             _fail(stage, node, "fake_quantize survived tracing")
-        elif is_call(node, ops.quantize.default):
-            _check_quantize(stage, node)
-        elif is_call(node, ops.dequantize.default):
-            _check_dequantize(stage, node)
-        elif is_call(node, ops.mm_8bit.default):
-            _check_offsets(stage, node)
+        if cls not in spec.views | kept:
+            _fail(stage, node, "this op does not stand in a graph at this stage")
+        view = cls.of(node)
+        for form in spec.forms:
+            if wrong := form(node, view):
+                _fail(stage, node, wrong)
+        if check := _CHECKS.get(cls):
+            check(stage, node, view)
 
 
-def _check_quantize(stage: str, node: Node) -> None:
-    x, text, axis = node.args[:3]
-    quantizer = Quantizer.parse(text)  # type: ignore[arg-type]
-    shape = moved_shape(x.meta["val"].shape, axis)  # type: ignore[union-attr,arg-type]
+def _spec(graph: Graph, stage: str) -> Stage:
+    hook, _, name = stage.rpartition("/")
+    # The body of a nested region comes to the joint hook a second time, with the graph that calls it.
+    if hook == "joint" and name in _BEFORE_CHOICE and any(mark_of(node, PROVIDER_KEY) for node in graph.nodes):
+        name = "lower_frozen"
+    return STAGES.get(name, Stage(_FUSED | _MERGED))
+
+
+# --- single ops -----------------------------------------------------------------------------------------------------
+
+
+def _check_quantize(stage: str, node: Node, view: Quantize) -> None:
+    shape = moved_shape(view.x.meta["val"].shape, view.axis)
     codes, scales = node.meta["val"]
-    _expect(stage, node, "codes", codes, [*shape[:-1], quantizer.packed_size(shape[-1])], torch.uint8)
-    _expect(stage, node, "scales", scales, quantizer.scale_shape(tuple(shape)), storage_dtype(quantizer))
+    _expect_stored(stage, node, view.quantizer, shape, codes, scales)
     for user in node.users:
-        if not is_call(user, operator.getitem):
+        item = item_of(user)
+        if item is None:
             _fail(stage, node, f"its tuple is read by {user.name}")
-        if user.args[1] == 0 and user.users and not any(_consumes_codes(reader) for reader in _readers(user)):
+        elif item[1] == 0 and user.users and not any(_consumes_codes(reader) for reader in _readers(user)):
             _fail(stage, node, "its codes reach neither a dequantize nor a quantized_mm")
 
 
-def _check_dequantize(stage: str, node: Node) -> None:
-    codes, scales, text, axis, _, dtype = node.args[:6]
-    quantizer = Quantizer.parse(text)  # type: ignore[arg-type]
-    shape = moved_shape(node.meta["val"].shape, axis)  # type: ignore[arg-type]
-    value = codes.meta["val"]  # type: ignore[union-attr]
-    _expect(stage, node, "codes", value, [*shape[:-1], quantizer.packed_size(shape[-1])], torch.uint8)
-    _expect(stage, node, "scales", scales.meta["val"], quantizer.scale_shape(tuple(shape)), storage_dtype(quantizer))  # type: ignore[union-attr]
-    if node.meta["val"].dtype != dtype:
-        _fail(stage, node, f"decodes to {node.meta['val'].dtype}, not {dtype}")
+def _check_dequantize(stage: str, node: Node, view: Dequantize) -> None:
+    value = node.meta["val"]
+    shape = moved_shape(value.shape, view.axis)
+    _expect_stored(stage, node, view.quantizer, shape, view.codes.meta["val"], view.scales.meta["val"])
+    if value.dtype != view.dtype:
+        _fail(stage, node, f"decodes to {value.dtype}, not {view.dtype}")
 
 
-def _check_offsets(stage: str, node: Node) -> None:
-    summands: Any = (*node.args[5:], None, None, None)[1:3]
-    for position, other in ((0, 1), (1, 0)):
-        fmt = _format_of_8bit_codes(node.args[position])
-        if fmt is not None and fmt.tensor_core_offset and summands[other] is None:
+def _check_offsets(stage: str, node: Node, view: Mm8Bit) -> None:
+    sides = (view.a, view.offset_b), (view.b, view.offset_a)
+    for position, (codes, sums) in enumerate(sides):
+        fmt = _format_of_8bit_codes(codes)
+        if fmt is not None and fmt.tensor_core_offset and sums is None:
             _fail(stage, node, f"operand {position} has codes of {fmt.name}, without the sums of the other's codes")
 
 
-def _format_of_8bit_codes(codes: Any) -> Format | None:
+_CHECKS: dict[type[View], Callable[[str, Node, Any], None]] = {
+    Quantize: _check_quantize,
+    Dequantize: _check_dequantize,
+    Mm8Bit: _check_offsets,
+}
+
+
+def _format_of_8bit_codes(codes: Node) -> Format | None:
     """The format whose levels 8-bit codes stand for, ``None`` where the graph does not say."""
-    source = codes.args[0] if is_call(codes, operator.getitem) else codes
-    if is_call(source, ops.quantize_8bit_masked.default):
-        return Operand.parse(source.args[1]).stored.format
-    if is_call(source, *_MAKE_8BIT_CODES):
-        return Quantizer.parse(source.args[1]).format
-    return None
+    item = item_of(codes)
+    source = codes if item is None else item[0]
+    if masked := Quantize8BitMasked.match(source):
+        return masked.operand.stored.format
+    views = (cls.match(source) for cls in (Recode, Quantize8Bit, Quantize8BitTransposed, Quantize8BitPair))
+    return next((view.quantizer.format for view in views if view is not None), None)
 
 
 def _readers(node: Node) -> list[Node]:
@@ -95,28 +201,21 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
-_MAKE_8BIT_CODES = (
-    ops.recode.default,
-    ops.quantize_8bit.default,
-    ops.quantize_8bit_transposed.default,
-    ops.quantize_8bit_pair.default,
-)
-
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
-    ops.dequantize.default,
-    ops.quantized_mm.default,
-    ops.recode.default,
-    ops.mm_8bit.default,
-    ops.mm_1bit.default,
-    ops.count_bits.default,
-    ops.mm_block_scaled.default,
-    torch.ops.aten.view.dtype,
+    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled)),
+    aten.view.dtype,
 )
 
 
 def _consumes_codes(node: Node) -> bool:
     return node.op == "output" or is_call(node, *_CODE_READERS)
+
+
+def _expect_stored(stage: str, node: Node, quantizer: Quantizer, shape: Any, codes: Any, scales: Any) -> None:
+    """Codes and scales of a tensor of ``shape``, the axis they were quantized along last."""
+    _expect(stage, node, "codes", codes, [*shape[:-1], quantizer.packed_size(shape[-1])], torch.uint8)
+    _expect(stage, node, "scales", scales, quantizer.scale_shape(tuple(shape)), storage_dtype(quantizer))
 
 
 def _expect(stage: str, node: Node, what: str, value: torch.Tensor, shape: Any, dtype: torch.dtype) -> None:

@@ -20,13 +20,11 @@ from torch.fx import GraphModule, Node
 
 from qcompile import compat
 
-from .dialect import ops
-from .plan import KIND_KEY, SITE_KEY, Plan
+from .graph import results_of
+from .record import KIND_KEY, SITE_KEY, STATISTICS_KIND, Plan, mark_of, operand_kind
+from .views import FakeQuantize, OperandStatistics
 
-__all__ = ["STATISTICS_KIND", "watch"]
-
-#: What `insert`'s mark of an operand's kind says of statistics: they are no operand.
-STATISTICS_KIND = "statistics"
+__all__ = ["watch"]
 
 
 def watch(gm: GraphModule, plan: Plan) -> list[tuple[str, str, str]]:
@@ -34,16 +32,17 @@ def watch(gm: GraphModule, plan: Plan) -> list[tuple[str, str, str]]:
     names = {decision.site.index: decision.site.name for decision in plan.decisions}
     rows, statistics = [], []
     with compat.fake_mode_of(gm.graph):
-        for node in list(gm.graph.find_nodes(op="call_function", target=ops.fake_quantize.default)):
-            custom = node.meta["custom"]
-            rows.append((names[custom[SITE_KEY]], custom[KIND_KEY], str(node.args[1])))
+        for node in FakeQuantize.calls(gm.graph):
+            view = FakeQuantize.of(node)
+            rows.append((names[mark_of(node, SITE_KEY)], operand_kind(node), str(view.operand)))
+            watched = OperandStatistics(view.x, view.operand, view.axis, view.seed)
             with gm.graph.inserting_after(node):
-                statistics.append(_call(gm, ops.operand_statistics.default, *node.args))
+                statistics.append(_call(gm, watched.op, *watched.arguments()))
         if statistics:
             output = gm.graph.output_node()
             with gm.graph.inserting_before(output):
                 table = _call(gm, torch.stack, statistics)
-            output.args = ((*output.args[0], table),)  # type: ignore[misc]
+            output.args = ((*results_of(gm.graph), table),)
             gm.graph.lint()
             gm.recompile()
     return rows

@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -285,11 +285,9 @@ def is_argument(node: Node) -> bool:
     source = source_of(node)
     if source is None:
         return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is None
-    while (base := getattr(source, "base", None)) is not None:
-        if isinstance(source, torch._dynamo.source.NNModuleSource):
-            return False
-        source = base
-    return getattr(source, "is_input", False) and not isinstance(source, torch._dynamo.source.NNModuleSource)
+    *attributes, base = _bases(source)
+    of_module = any(isinstance(step, torch._dynamo.source.NNModuleSource) for step in (*attributes, base))
+    return getattr(base, "is_input", False) and not of_module
 
 
 def guarded_int(size: Any) -> int | None:
@@ -407,10 +405,15 @@ def source_of(placeholder: Node) -> Any:
 
 def local_variable(placeholder: Node) -> tuple[str, Any]:
     """The local variable of the frame that a placeholder is reached from, by name and source; "" if it is none."""
-    source = source_of(placeholder)
-    while (base := getattr(source, "base", None)) is not None:
-        source = base
-    return getattr(source, "local_name", ""), source
+    *_, base = _bases(source_of(placeholder))
+    return getattr(base, "local_name", ""), base
+
+
+def _bases(source: Any) -> Iterator[Any]:
+    """Dynamo's source of a value, what that is an attribute or item of, and so on to the variable it begins with."""
+    yield source
+    while (source := getattr(source, "base", None)) is not None:
+        yield source
 
 
 def guard_identity(source: Any) -> None:

@@ -203,7 +203,9 @@ def gradient_cosine(
     Args:
         model: the module, not compiled; its gradients are left as they were.
         loss: called with a compiled ``model``, returns the loss of a batch; runs twice.
-        backend, options: as for ``torch.compile``. parameters: names to look at, default all that get a gradient.
+        backend: name of a recipe.
+        options: as for ``torch.compile``.
+        parameters: names to look at, default all that get a gradient.
 
     Both runs start from the same random state. A gradient that is all zeros has no direction: NaN.
 

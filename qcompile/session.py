@@ -15,7 +15,8 @@ from collections import Counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from qcompile.passes.plan import Plan, user_rules
+from qcompile.passes.plan import user_rules
+from qcompile.passes.record import Plan
 
 from . import compat
 from .ir.definitions import short_names

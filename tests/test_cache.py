@@ -20,7 +20,7 @@ from qcompile.ir.operand import Operand
 from qcompile.ir.rules import Rule
 from qcompile.passes import pipeline
 from qcompile.passes.pipeline import cache_identity, hooks, source_digest
-from qcompile.passes.plan import Plan
+from qcompile.passes.record import Plan
 from qcompile.recipes.fp4 import FP4
 
 ROOT = Path(__file__).resolve().parents[1]

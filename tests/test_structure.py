@@ -60,6 +60,8 @@ PRIVATE_API = {
     "kernels/choices.py": "overrides one of Inductor's choices: rows that stay in registers",
     "kernels/cpp.py": "builds C++ with Inductor's search for a compiler, its locks and its cache",
     "kernels/lowerings.py": "registers the lowerings below with Inductor",
+    "kernels/formula/inductor_target.py": "prints formulas through Inductor's handler of scalar operations",
+    "kernels/formula/triton_target.py": "printed modules lie in Inductor's cache, as those of its own kernels do",
     "kernels/quantize/inductor.py": "loop bodies, which Inductor fuses with their neighbours",
     "kernels/estimate/inductor.py": "loop bodies",
     "kernels/outliers/inductor.py": "loop bodies",

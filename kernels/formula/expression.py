@@ -5,8 +5,8 @@ A formula is a Python function of :class:`Value` objects. Calling it records whi
 value is used like a tensor of one element per place: operators, the methods below, and torch's functions of the same
 meaning (``torch.where(y < 0, -1.0, y)``). So one function runs on tensors and is printed as C++ and Triton.
 
-Floating-point operations round once and are not contracted, on every target; ``log2``, ``exp2`` and ``power`` are as
-accurate as the target has them.
+Floating-point operations round once and are not contracted, on every target; ``log2``, ``exp2`` and ``power`` (NaN of a
+negative base) are as accurate as the target has them.
 """
 
 from __future__ import annotations

@@ -36,8 +36,10 @@ def minifloat(fmt: Format) -> tuple[int, float] | None:
     Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of the
     biases.
     """
-    for mantissa_bits in range(fmt.bits):
+    for mantissa_bits in range(min(fmt.bits, MANTISSA_BITS)):
         shift = MANTISSA_BITS - mantissa_bits
+        if len(fmt.magnitudes) << shift > 2**31:  # more exponents than float32 has
+            continue
         as_float32 = [float_of(index << shift) for index in range(len(fmt.magnitudes))]
         if not as_float32[-1]:
             return None

@@ -12,6 +12,17 @@ from .expression import Formula, Value
 
 __all__ = ["evaluate"]
 
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded: torch's vectorized root of float32 misses the last place."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """NaN of a negative base, whatever the exponent."""
+    return torch.where(base < 0, float("nan"), base.pow(exponent))
+
+
 _OPS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -22,11 +33,11 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "div": torch.div,
     "neg": torch.neg,
     "abs": torch.abs,
-    "sqrt": torch.sqrt,
+    "sqrt": _sqrt,
     "floor": torch.floor,
     "exp2": torch.exp2,
     "log2": torch.log2,
-    "power": torch.pow,
+    "power": _power,
     "lt": torch.lt,
     "le": torch.le,
     "gt": torch.gt,
@@ -63,5 +74,6 @@ def evaluate(formula: Formula, *inputs: Tensor) -> Any:
             known[id(step)] = _CONVERSIONS[step.op](arguments[0], step.dtype)
         else:
             known[id(step)] = _OPS[step.op](*arguments)
-    outputs = tuple(tensor_of(output) for output in formula.outputs)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in inputs))
+    outputs = tuple(tensor_of(output).expand(shape) for output in formula.outputs)  # a constant has no shape
     return outputs if len(outputs) > 1 else outputs[0]

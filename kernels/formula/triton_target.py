@@ -28,7 +28,7 @@ _OPS = {
     "div": "tl.math.div_rn({0}, {1})",
     "neg": "-{0}",
     "abs": "tl.abs({0})",
-    "sqrt": "tl.sqrt({0})",
+    "sqrt": "tl.sqrt_rn({0})",
     "floor": "tl.floor({0})",
     "exp2": "tl.exp2({0})",
     "log2": "tl.log2({0})",
@@ -48,6 +48,8 @@ _OPS = {
     "to": "{0}.to({type})",
     "bits": "{0}.to({type}, bitcast=True)",
 }
+#: Where float32 needs a function that rounds correctly, the operator of float64 does.
+_OPS_OF_DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})"}
 _HEAD = '''"""Printed by qcompile.kernels.formula.triton_target."""
 import triton
 import triton.language as tl
@@ -78,9 +80,8 @@ def device_function(formula: Formula) -> Any:
 
 
 def _step(step: Value, arguments: Sequence[str]) -> str:
-    if step.op == "div" and step.dtype == torch.float64:
-        return "{} / {}".format(*arguments)
-    return _OPS[step.op].format(*arguments, type=_TYPES[step.dtype])
+    template = _OPS_OF_DOUBLES.get(step.op, _OPS[step.op]) if step.dtype == torch.float64 else _OPS[step.op]
+    return template.format(*arguments, type=_TYPES[step.dtype])
 
 
 def _literal(value: Value) -> str:

@@ -64,6 +64,10 @@ __all__ = [
     "mm_8bit",
 ]
 
+#: TMA copies as Triton 3.9 calls them; 3.6 has them by their former names only.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 #: Most shared memory that a program may take on compute capability 9.0, in bytes (CUDA C++ Programming Guide,
 #: "Technical Specifications per Compute Capability").
 SHARED_MEMORY = 227 * 1024
@@ -168,8 +172,8 @@ def _load(
             mbarrier.expect(arrived, (block_m + block_n) * BLOCK_K)
             for part in gl.static_range(CONSUMERS):
                 place = left.index(stage * CONSUMERS + part)
-                tma.async_copy_global_to_shared(a, [row + part * part_m, depth], arrived, place)
-            tma.async_copy_global_to_shared(b, [column, depth], arrived, right.index(stage))
+                async_load(a, [row + part * part_m, depth], arrived, place)
+            async_load(b, [column, depth], arrived, right.index(stage))
             stage, phase = _next(stage, phase, stages)
 
 
@@ -279,7 +283,7 @@ def _multiply(
                 tma.store_wait(buffers - 1)
                 buffer.store(value.to(out.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(out, [row, at], buffer)
+                async_store(out, [row, at], buffer)
             else:
                 places = at + gl.arange(0, piece_n, gl.SliceLayout(0, layout))
                 address = out + rows.to(gl.int64)[:, None] * n + places[None, :]  # m · n may exceed 2^31

@@ -1,11 +1,8 @@
 """Plain-torch ``quantized_mm``: decode both operands to the output dtype and multiply.
 
-An operand is text and tensors. ``"dense"``: ``[tensor]``. ``"levels <format>"``: ``[codes]``, what they stand for
-without a scale, which has been folded into the other operand. Otherwise the text of an :class:`Operand` and ``[codes,
-scales]``, followed by ``global_scale`` if its scale rule has two levels and by ``values, positions`` if its outlier
-residual is compensated. It is stored ``[batch…, rows, size]`` with the axis it was quantized along last. ``transposed``
-swaps the two: fprop reads W transposed, dgrad reads it as stored, wgrad reads X transposed; the same codes serve all
-three.
+An operand is text and tensors, as :mod:`qcompile.ir.encoding` lists them. It is stored ``[batch…, rows, size]`` with
+the axis it was quantized along last. ``transposed`` swaps the two: fprop reads W transposed, dgrad reads it as stored,
+wgrad reads X transposed; the same codes serve all three.
 """
 
 from __future__ import annotations
@@ -15,42 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.ir.formats import get_format
-from qcompile.ir.operand import Operand
+from qcompile.ir.encoding import Encoding
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = [
-    "LEVELS",
-    "block_of",
-    "count_bits",
-    "decode_operand",
-    "mm_1bit",
-    "mm_8bit",
-    "mm_block_scaled",
-    "quantized_mm",
-]
-
-#: First word of the text of an operand without scales.
-LEVELS = "levels "
+__all__ = ["block_of", "count_bits", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "quantized_mm"]
 
 
 def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.dtype) -> Tensor:
     """The dense operand ``[batch…, rows, size]`` in ``dtype``."""
-    if operand == "dense":
+    encoding = Encoding.parse(operand)
+    if encoding.is_dense:
         return tensors[0]
-    if operand.startswith(LEVELS):
-        fmt = get_format(operand.removeprefix(LEVELS))
-        return decode(unpack(tensors[0], fmt.bits, size), fmt).to(dtype)
-    spec = Operand.parse(operand)
-    codes, scales, *rest = tensors
-    if spec.quantizer.scale.two_level and not rest:
-        msg = f"operand {operand!r} needs codes, scales and the global scale"
-        raise ValueError(msg)
-    global_scale = rest.pop(0) if spec.quantizer.scale.two_level else None
-    dense = torch.ops.qcompile.dequantize(codes, scales, str(spec.quantizer), -1, size, dtype, global_scale)
-    if rest:
-        dense = torch.ops.qcompile.restore_outliers(dense, *rest, str(spec.outliers), -1)
+    codes, scales, global_scale, values, positions = encoding.parts(tensors)
+    spec = encoding.operand
+    if spec is None:
+        return decode(unpack(codes, encoding.format.bits, size), encoding.format).to(dtype)
+    ops = torch.ops.qcompile
+    dense = ops.dequantize(codes, scales, str(spec.quantizer), -1, size, dtype, global_scale)
+    if spec.outliers:
+        dense = ops.restore_outliers(dense, values, positions, str(spec.outliers), -1)
     return dense
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import lowerings
+from torch._inductor.lowering import lowerings, pointwise_cat
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
 from qcompile.ir.outliers import OutlierClamp
@@ -64,10 +64,11 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
     residual = [
         _call(aten.sub.Tensor, _cast(cut, wide), _cast(bound, wide)) for cut, bound in ((below, lower), (above, upper))
     ]
-    positions = _call(aten.cat.default, [below_at, above_at], last)
+    # Not the lowering of aten.cat: in torch 2.11 it takes the graph's node at hand for its own.
+    positions = pointwise_cat([below_at, above_at], last)
     lower, upper = (axis_back(bound, axis) for bound in (lower, upper))
     clamped = _call(aten.minimum.default, _call(aten.maximum.default, x, lower), upper)
-    return clamped, _call(aten.cat.default, residual, last), _cast(positions, index_dtype(size))
+    return clamped, pointwise_cat(residual, last), _cast(positions, index_dtype(size))
 
 
 def _has_kernel(x, clamp: str) -> bool:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
+from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
 from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
-from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas

@@ -102,9 +102,11 @@ def save_repro(
         path: where to write, with or without ``.py``; the folder must exist.
         model: the module (or function), compiled or not. It is pickled. Modules that are not installed are imported
             from the folder they are in now; what is defined in ``__main__`` is copied into the script.
-        args, kwargs: inputs of the forward. backend: a recipe or its name. options: as for ``torch.compile``; a monitor
-            is left out. Formats, estimators and scale rules of the user's are written into the script; their functions
-            are imported or copied as the model's code is.
+        *args: positional inputs of the forward.
+        backend: a recipe or its name.
+        options: as for ``torch.compile``; a monitor is left out. Formats, estimators and scale rules of the user's are
+            written into the script; their functions are imported or copied as the model's code is.
+        **kwargs: keyword inputs of the forward.
 
     Returns the path of the script. Raises ``ValueError``, before anything is written, for an unknown backend or option,
     an option that has no text, a class in place of a model, a model or input that cannot be pickled, and code of

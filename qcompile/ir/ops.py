@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .encoding import Encoding
 from .operand import Operand
 from .outliers import OutlierClamp
 from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
@@ -187,7 +188,8 @@ def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
 def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape
-        return shape if operand == "dense" else (*shape[:-1], size)  # codes are packed along the last axis
+        # Codes are packed along the last axis.
+        return shape if Encoding.parse(operand).is_dense else (*shape[:-1], size)
 
     a_shape, b_shape = stored(a, a_operand, a_size), stored(b, b_operand, b_size)
     rows = a_shape[-1] if a_transposed else a_shape[-2]

@@ -79,7 +79,8 @@ class Granularity:
         return Granularity("square", int(rows))
 
 
-#: What a scale is stored as: name -> torch dtype. Numbers are rounded to the nearest there, ties to even, and saturate.
+#: What a scale is stored as: name -> torch dtype. Numbers are rounded to the nearest there, ties to even, and saturate;
+#: e8m0 keeps the power of two that is not larger.
 SCALE_STORES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -148,8 +149,8 @@ def _inverse_absmax_pow2(amax: Scalar, fmt: Format) -> Scalar:
 def _e8m0_exponent(amax: Scalar, fmt: Format) -> Scalar:
     # One bit of half-integers has a maximum below 1: its amax may be subnormal, and twice it is not.
     shift = max(-fmt.max_exponent, 0)
-    exponent = torch.where(amax.isfinite(), floor_log2(amax * 2.0**shift), -1)
-    return (exponent - (fmt.max_exponent + shift)).clamp(-127, 127)
+    exponent = torch.where(amax.isfinite(), floor_log2(amax * 2.0**shift) - shift, -1)  # −1 is frexp's
+    return (exponent - fmt.max_exponent).clamp(-127, 127)
 
 
 def _e8m0(amax: Scalar, fmt: Format) -> Scalar:

@@ -26,7 +26,7 @@ class Rule:
         quantize: ``False`` keeps the site in high precision, ``True`` undoes an earlier skip.
         bits: operands by width, as in :class:`Recipe`; the other operand options apply on top.
         activation, weight, gradient: operand overrides, as in :class:`Recipe`; ``"off"`` keeps that operand in high
-        precision.
+            precision.
     """
 
     name: str = "*"

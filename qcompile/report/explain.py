@@ -38,8 +38,10 @@ def explain(
 
     Args:
         model: module or function, compiled or not. Its forward runs once, on the device and in the mode it is in.
-        args, kwargs: inputs of the forward.
-        backend: a recipe or its name. options: as for ``torch.compile``.
+        *args: positional inputs of the forward.
+        backend: a recipe or its name.
+        options: as for ``torch.compile``.
+        **kwargs: keyword inputs of the forward.
 
     Raises ``ValueError`` for an unknown backend or option and for a class in place of a model,
     :class:`UnmatchedRuleError` (a ``ValueError``) for a rule of the user's that matches no GEMM of the model.

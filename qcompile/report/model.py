@@ -34,12 +34,14 @@ class Report:
     """The plan of a whole model, with what the later passes made of it.
 
     Attributes:
-        backend: recipe name. rows: see :class:`Row`. programs: program text after each pass, keyed by graph, stage and
-        pass. saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
-        graphs: number of sub-graphs Dynamo handed over (1 if it found no graph break).
+        backend: name of the recipe.
+        rows: one per product and role, see :class:`Row`.
+        programs: text of the program after each pass, keyed by graph, stage and pass.
+        saved: every tensor kept for the backward: node, shape, dtype, bytes, whether it is codes.
+        graphs: number of sub-graphs that Dynamo handed over (1 if it found no graph break).
         ranks: the ranks whose reports are merged in this one (:meth:`merged`); empty for the report of one process.
-        remarks: lines about the whole model: what ran in Python, in no graph of Dynamo's; what training would leave
-        there.
+        remarks: lines about the whole model: modules that Dynamo did not capture, and what training would lose at the
+            recompile limit.
     """
 
     backend: str

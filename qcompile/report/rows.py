@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompile.ir.definitions import short_names
-from qcompile.ir.operand import Operand
-from qcompile.kernels.matmul.reference import LEVELS
-from qcompile.kernels.register import provider_of
-from qcompile.passes.lower import DECODED
-from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import KIND_KEY, SITE_KEY, Decision, transform_at
+from qcompile.ir.encoding import Encoding
+from qcompile.passes.graph import input_of
+from qcompile.passes.pass_base import EncoderKey, Observations
+from qcompile.passes.plan import transform_at
+from qcompile.passes.record import DECODED, SITE_KEY, Decision, operand_kind
 
 __all__ = ["NOT_CAPTURED", "NOT_COMPUTED", "QUANTIZED", "ROLES", "SKIPPED", "Row", "bare_row", "rows_of", "shape_text"]
 
@@ -94,7 +93,7 @@ def rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 role=role,
                 formats=" × ".join(_format(text, product["dtype"]) for text in texts),
                 estimator=_estimators(decision) if role == "fprop" else "",
-                provider="" if dense else _provider(decision, product, role),
+                provider="" if dense else _provider(decision, product, role, observed),
                 saved_bytes=saved if role == "fprop" else 0,
                 decision=SKIPPED if dense else QUANTIZED,
                 reason="both operands are kept in high precision"
@@ -134,8 +133,8 @@ def _needs_gradient(decision: Decision, role: str) -> bool:
     """
     weight = _weight_position(decision)
     node = decision.site.slots[weight if role == "wgrad" else 1 - weight].of(decision.site.node)
-    while KIND_KEY in (node.meta.get("custom") or {}):
-        node = node.args[0]
+    while operand_kind(node):
+        node = input_of(node)
     return bool(node.meta["example_value"].requires_grad)
 
 
@@ -156,31 +155,28 @@ def _implied(decision: Decision, role: str) -> dict[str, Any]:
 def _format(text: str, dense: str) -> str:
     if text == "dense":
         return dense or "high precision"
-    if text.startswith(LEVELS):
-        return text.removeprefix(LEVELS)  # its scales are in the gradient
-    operand = Operand.parse(text)
+    encoding = Encoding.parse(text)
+    operand = encoding.operand
+    if operand is None:
+        return encoding.format.name  # its scales are in the gradient
     quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
     if not (operand.outliers and operand.outliers.compensate):
         return quantizer
     return quantizer + (" + residual" if operand.outliers.residual == "exact" else " + e4m3 outliers")
 
 
-def _provider(decision: Decision, product: dict[str, Any], role: str) -> str:
+def _provider(decision: Decision, product: dict[str, Any], role: str, observed: Observations) -> str:
+    """What runs the product, and (fprop) what quantizes its operands, as they were emitted."""
     product_by = product["provider"] if product["fused"] else DECODED
     if role != "fprop":
         return product_by
-    value = decision.site.node.meta["example_value"]
-    quantizers = [
-        provider_of(
-            _quantize_op(operand), value.device.type, str(operand.stored), value.dtype, transform=str(operand.transform)
-        )
-        for operand in decision.operands
+    node = decision.site.node
+    dtype = node.meta["example_value"].dtype
+    keys = [
+        EncoderKey(str(operand.stored), str(transform_at(slot, operand, node)), dtype)
+        for slot, operand in zip(decision.site.slots, decision.operands, strict=True)
         if operand
     ]
-    names = dict.fromkeys(name if not why else f"{name} ({why})" for name, why in quantizers)
-    return f"{', '.join(names)} quantize; {product_by}"
-
-
-def _quantize_op(operand: Operand) -> str:
-    in_codes = operand.outliers is not None and operand.outliers.residual == "e4m3"
-    return "quantize_compensated" if in_codes else "quantize"
+    encoders = dict.fromkeys(encoder for key in keys for encoder in observed.encoders.get(key, ()))
+    names = ", ".join(name if not why else f"{name} ({why})" for name, why in encoders)
+    return f"{names} quantize; {product_by}" if names else product_by

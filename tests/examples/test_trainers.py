@@ -1,5 +1,5 @@
-"""Training with transformers' Trainer, accelerate and Lightning: the README's commands run as written, train in 4 bits,
-and leave checkpoints of the plain model.
+"""Training with transformers' Trainer, accelerate and Lightning: the commands of docs/training.md run as written, train
+in 4 bits, and leave checkpoints of the plain model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "examples").is_dir():
     pytest.skip("tests the source tree", allow_module_level=True)
 
-SECTION = re.search(r"^## In your training loop\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+SECTION = re.search(r"^## Trainer, accelerate, Lightning\n(.*?)^## ", PAGE, re.M | re.S)[1]
 COMMANDS = re.search(r"```bash\n(.*?)```", SECTION, re.S)[1].splitlines()
 SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.S)[1].splitlines()
 RESOLUTION = 1e-4  # of the losses in the output
@@ -66,19 +67,19 @@ def hand_written(script: Path, backend: str) -> float:
         return model(input_ids=batch, labels=batch).loss.item()
 
 
-def test_the_readme_runs_every_example_of_its_kind():
+def test_the_page_runs_every_example_of_its_kind():
     scripts = sorted(path.stem for path in (ROOT / "examples").glob("train_with_*.py"))
     assert sorted(f"train_with_{library_of(command)}" for command in COMMANDS) == scripts
 
 
-def test_what_the_readme_shows_is_what_the_examples_do():
+def test_what_the_page_shows_is_what_the_examples_do():
     code = [line for line in SNIPPET if line and not line.startswith("#")]
     examples = {line.strip() for path in (ROOT / "examples").glob("train_with_*.py") for line in path.open()}
     assert [line for line in code if line.strip() not in examples] == []
 
 
 def test_accelerate_still_refuses_backends_that_it_does_not_list():
-    """Once it takes any name, README and examples have a shorter way to show."""
+    """Once it takes any name, the page and the examples have a shorter way to show."""
     from accelerate.utils import TorchDynamoPlugin
 
     with pytest.raises(ValueError, match="not a valid DynamoBackend"):

@@ -147,7 +147,8 @@ def _eager_runs(program: Program) -> bool:
 def _run_reference(program: Program, setting: Setting, draw: int) -> _Run:
     leaves = program.make_leaves(draw)
     with _autocast(program):
-        training = any(result.requires_grad for result in program.function()(*program.make_leaves(draw).values()))
+        results = zip(program.results, program.function()(*program.make_leaves(draw).values()), strict=True)
+    training = any(r.requires_grad for name, r in results if not program.is_attribute_of_a_leaf(name))
     parameters, inputs = (
         [leaves[leaf.name] for leaf in program.leaves if program.is_given_as(leaf) == role]
         for role in ("parameter", "input")

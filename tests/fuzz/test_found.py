@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from .check import EXACT, ROUNDED, Outcome, Setting, attempt, check
-from .graphs import Leaf, Program, Step
+from .graphs import SUMS, Leaf, Program, Step, _Builder
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def weight(shape: tuple[int, ...], requires_grad: bool = True) -> Leaf:
@@ -125,6 +125,18 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
         assert attempt(replace(changed, as_module=module), Setting(*EXACT[0]), 0, Outcome()) == ""
 
 
+@pytest.mark.parametrize(
+    ("lines", "trains"), [(["v3 = p0.T"], False), (["h = p0.mH", "v3 = h.T"], False), (["v3 = p0 * 2"], True)]
+)
+def test_under_no_grad_where_a_leaf_is_handed_back(lines, trains):
+    """Dynamo reads an attribute of a leaf after the call, so that nothing trains in the graph: it is inference."""
+    found = program((weight((7, 8)), X_FIXED), "v2 = F.linear(i1, p0)", *lines)
+    found = replace(found, steps=(replace(found.steps[0], no_grad=True), *found.steps[1:]), results=("v2", "v3"))
+    for module in (True, False):
+        outcome = check(replace(found, as_module=module), Setting(*EXACT[0]))
+        assert outcome.quantized != trains
+
+
 def test_a_slope_reads_a_weight_as_it_was_multiplied():
     """Without a gradient of x eager torch saves no weight, so that a computed one may change; DGE reads it again."""
     changed = program((weight((7, 8)), X_FIXED), "w = p0 * 0.5", "v3 = F.linear(i1, w)", "w.fill_(0.25)")
@@ -139,3 +151,42 @@ def test_an_infinity_in_a_row_too_short_for_outliers():
         Leaf("i1", "input", (3, 2), BF16, True),
     )
     assert check(replace(program(leaves, "v2 = F.linear(i0, i1)"), exact=False), Setting(*ROUNDED[0])).quantized == 1
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "not copied"])
+def test_a_weight_of_16_bits_and_its_update(dtype, copied):
+    """Of w + B·A alone Inductor makes an addmm that rounds once; DGE shows it. When it stops, so may the copies."""
+    shapes = {"p0": (33, 17), "p1": (33, 2), "p2": (2, 17)}
+    found = program(
+        (
+            *(Leaf(name, "parameter", shape, dtype, True) for name, shape in shapes.items()),
+            replace(X, shape=(7, 17), dtype=dtype),
+        ),
+        "v4 = p1 @ p2",
+        *(["v5 = v4.clone()"] if copied else []),
+        "w = p0 + v4",
+        "v7 = F.linear(i1, w)",
+    )
+    found = replace(found, exact=False, results=("v5", "v7") if copied else ("v7",))
+    outcome = Outcome()
+    assert bool(attempt(found, Setting(*ROUNDED[0]), 0, outcome)) != copied
+    assert outcome.quantized == 1
+
+
+@pytest.mark.parametrize("template", SUMS)
+@pytest.mark.parametrize("view", ["", "{x}.detach()", "{x}.mT"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "copies"),
+    [(F16, None, True), (BF16, None, True), (F32, BF16, True), (F32, None, False)],
+    ids=["float16", "bfloat16", "autocast", "float32"],
+)
+def test_what_is_added_to_a_product_of_16_bits_leaves_it_another_use(template, view, dtype, autocast, copies):
+    builder = _Builder(lambda strategy: 0, exact=False, dtype=dtype, training=False, autocast=autocast)
+    a, b, c = (builder.leaf((4, 4), dtype, "parameter") for _ in range(3))
+    product = builder.step("{a} @ {b}", product=True, a=a, b=b)
+    term = builder.step(view, x=product) if view else product
+    for x, y in ((c, term), (term, c)):
+        builder.steps.clear()
+        builder.step(template, in_place="add_" in template, x=x, y=y)
+        assert [step.text for step in builder.steps[:-1]] == [f"{term}.clone()"] * copies

@@ -19,8 +19,9 @@ from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E402
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
+from qcompile.kernels.quantize import triton_transformed as kernels  # noqa: E402
 from qcompile.kernels.transform import reference  # noqa: E402
-from qcompile.kernels.transform import triton as kernels  # noqa: E402
+from qcompile.kernels.transform import triton as rotations  # noqa: E402
 from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,7 +94,7 @@ def test_rotations(block):
             if size <= 16384:
                 assert_quantizes(x, f"midrise4 row rms half_up; trust; hadamard({block})")
                 assert_quantizes(x, f"e2m1 row absmax even; clip; hadamard({block})", packed=False)
-            assert_same([kernels.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], (block, size))
+            assert_same([rotations.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], (block, size))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_strided_inputs():
     views = [whole[:, :256], whole[::2, 3:643], whole[:1, :2048].expand(50, -1), whole[:128].t(), whole[1:, 1:129]]
     for x in (*views, whole[:, 8:2056], whole[:, 128:2176], whole[:, 1:2049], whole[3:4, :2048]):
         assert_quantizes(x, MIDRISE4)
-        rotated = kernels.hadamard(x, 128, -1)
+        rotated = rotations.hadamard(x, 128, -1)
         assert_same([rotated], [reference.hadamard(x, 128, -1)])
 
 
@@ -169,7 +170,7 @@ def test_hadamard(dtype):
         moved[..., 0] = float("nan")
         mask[..., 0] &= 254
         for given in (None, mask):
-            actual, expected = kernels.hadamard(x, block, axis, given), reference.hadamard(x, block, axis, given)
+            actual, expected = rotations.hadamard(x, block, axis, given), reference.hadamard(x, block, axis, given)
             assert actual.stride() == expected.stride()
             assert_same([actual], [expected], (shape, given is None))
 
@@ -232,6 +233,6 @@ def test_offsets_beyond_32_bits():
         assert_same([output[part] for output in outputs], expected)
     mask = outputs[3]
     del outputs
-    rotated = kernels.hadamard(x, 128, -1, mask)
+    rotated = rotations.hadamard(x, 128, -1, mask)
     for part in (slice(0, 8), slice(-8, None)):
         assert_same([rotated[part]], [reference.hadamard(x[part], 128, -1, mask[part])])

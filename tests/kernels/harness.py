@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
+
+from qcompile.kernels.triton import launch as triton_launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
@@ -50,6 +55,16 @@ def run_interpreted(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@contextmanager
+def launching(instead: Callable[..., None]) -> Iterator[None]:
+    """Within it ``instead`` is called where a module of kernels/ launches a Triton kernel."""
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("qcompile.kernels.") and getattr(module, "launch", None) is triton_launch:
+                stack.enter_context(mock.patch.object(module, "launch", instead))
+        yield
 
 
 class ClaimedDriver:

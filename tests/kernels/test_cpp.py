@@ -286,6 +286,8 @@ def test_cpp_is_chosen_without_a_reason():
         "quantize", "cuda", "midrise4 row rms half_up", torch.bfloat16, transform="hadamard(64)"
     )
     assert rotated == ("triton", "")
+    by_hand = register.provider_of("quantize_8bit", "cuda", "midrise4 row rms half_up", torch.bfloat16)
+    assert by_hand == ("triton", "")  # nothing is generated, and the one kernel there is asks for extents
     with pytest.raises(KeyError, match="unknown op"):
         register.provider_of("quantise", "cpu", "e2m1", torch.float32)
 

@@ -36,12 +36,12 @@ from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E
 from qcompile.kernels.outliers import row_search  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import grid as grids  # noqa: E402
-from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.kernels.quantize import reference, triton_recode  # noqa: E402
 from qcompile.kernels.quantize import triton as kernels  # noqa: E402
+from qcompile.kernels.quantize import triton_transformed as transform_kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing, unsupported  # noqa: E402
-from qcompile.kernels.transform import triton as transform_kernels  # noqa: E402
 
-from .harness import SM90, compiled, interpreted, run_interpreted  # noqa: E402
+from .harness import SM90, compiled, interpreted, launching, run_interpreted  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
@@ -450,8 +450,7 @@ def launches_of(call: Callable[[], object]) -> list:
         found.append(compile_for_hopper(kernel, arguments, constants, num_warps, maxnreg))
 
     with (
-        mock.patch.object(kernels, "launch", compile_instead),
-        mock.patch.object(outliers, "launch", compile_instead),
+        launching(compile_instead),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
         call()
@@ -495,7 +494,7 @@ def test_cached_kernels_depend_on_what_follows_from_a_format(monkeypatch):
     def keys() -> list[str]:
         operand = Operand.parse("midrise4 row rms half_up; trust")
         passes = passing(str(operand.estimator), operand.stored.format)
-        return [key(kernels._recode, "fmt", grid_of(E2M1)), key(transform_kernels._write_part, "passes", passes)]
+        return [key(triton_recode._recode, "fmt", grid_of(E2M1)), key(transform_kernels._write_part, "passes", passes)]
 
     before = keys()
     assert before == keys()

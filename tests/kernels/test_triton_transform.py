@@ -29,13 +29,14 @@ from qcompile.kernels.formula import estimators as estimator_formulas  # noqa: E
 from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
 from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E402
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
+from qcompile.kernels.quantize import triton_transformed as kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing  # noqa: E402
 from qcompile.kernels.transform import reference  # noqa: E402
-from qcompile.kernels.transform import triton as kernels  # noqa: E402
+from qcompile.kernels.transform import triton as rotations  # noqa: E402
 from qcompile.kernels.triton import row_block  # noqa: E402
 from qcompile.recipes.quest import WIDTHS  # noqa: E402
 
-from .harness import compiled, interpreted, run_interpreted  # noqa: E402
+from .harness import compiled, interpreted, launching, run_interpreted  # noqa: E402
 from .test_triton_quantize import (  # noqa: E402
     assert_same,
     compile_for_hopper,
@@ -119,7 +120,7 @@ def test_what_is_supported():
         (kernels.supports_quantize_8bit_masked(bf16, "midrise4; ste; occ(alpha=0.99)"), "outliers"),
         (kernels.supports_quantize(bf16, "midrise4 block32", ""), "by rows"),
         (kernels.supports_quantize(bf16, "midrise4 row rms half_up", "sparse(2:4)"), "no code"),
-        (kernels.supports_hadamard((torch.float64,)), "float64"),
+        (rotations.supports_hadamard((torch.float64,)), "float64"),
         (quantize_kernels.supports_quantize_8bit(bf16, "midrise4 row rms half_up"), "root mean squares"),
     ):
         assert not refused[0]
@@ -201,7 +202,7 @@ def test_interpreted_rotations(block):
     for size in (block, 3 * block, 37 * block if block <= 8 else 5 * block):
         assert_quantizes(torch.randn(2, size), f"midrise4 row rms half_up; trust; hadamard({block})")
     x = torch.randn(3, 3 * block)
-    assert_same([kernels.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], block)
+    assert_same([rotations.hadamard(x, block, -1)], [reference.hadamard(x, block, -1)], block)
 
 
 @interpreted
@@ -298,11 +299,11 @@ def test_interpreted_hadamard(dtype):
         moved[..., 0] = NAN
         mask[..., 0] &= 254
         for given in (None, mask):
-            actual, expected = kernels.hadamard(x, block, axis, given), reference.hadamard(x, block, axis, given)
+            actual, expected = rotations.hadamard(x, block, axis, given), reference.hadamard(x, block, axis, given)
             assert actual.stride() == expected.stride()
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(ValueError, match="mask"):
-        kernels.hadamard(torch.randn(2, 16), 16, -1, torch.zeros(2, 3, dtype=torch.uint8))
+        rotations.hadamard(torch.randn(2, 16), 16, -1, torch.zeros(2, 3, dtype=torch.uint8))
 
 
 @interpreted
@@ -326,8 +327,7 @@ def launches_of(call: Callable[[], object]) -> list:
         found.append(compile_for_hopper(kernel, arguments, constants, num_warps, maxnreg))
 
     with (
-        mock.patch.object(kernels, "launch", compile_instead),
-        mock.patch.object(quantize_kernels, "launch", compile_instead),
+        launching(compile_instead),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
         call()
@@ -351,8 +351,8 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16, block: int = 128)
         ),
         "stored": lambda: kernels.quantize(x, "midrise4 row rms half_up", -1, None, None, None, transform),
         "mask": lambda: kernels.estimator_mask(x, x, "midrise4 row rms half_up", "trust", -1, None, transform),
-        "hadamard": lambda: kernels.hadamard(x, block, -1),
-        "masked hadamard": lambda: kernels.hadamard(x, block, -1, mask),
+        "hadamard": lambda: rotations.hadamard(x, block, -1),
+        "masked hadamard": lambda: rotations.hadamard(x, block, -1, mask),
     }
 
 
@@ -400,7 +400,7 @@ def test_butterflies_are_additions_between_registers_and_one_exchange(size):
     """
     (kernel,) = launches_of(all_calls(64, size)["stored"])
     (plain,) = launches_of(all_calls(64, size, block=1)["stored"])
-    part = kernels._part(size, 128, row_block(size))
+    part = rotations.part_of(size, 128, row_block(size))
     per_thread = part.block // 32 // part.num_warps
     lanes = math.log2(128 / part.span)
 

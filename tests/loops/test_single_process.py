@@ -292,6 +292,12 @@ def test_evaluation_between_steps_leaves_training_alone(recipe):
     assert graphs() == 2
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.13",
+    strict=True,
+    reason="Dynamo of torch 2.11 does not guard on requires_grad of a parameter: under aot_eager, too, a layer that is "
+    "thawed after the first call gets no gradient",
+)
 def test_layers_thawed_while_training():
     """A frozen block gets no gradient, and the usual one once it is thawed: one more graph, not a stale one."""
     model = Decoder()

@@ -14,7 +14,7 @@ from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.ir.recipe import Recipe
 from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import Decision
+from qcompile.passes.record import Decision
 
 from .reference import Count, Flops, Operands, Reference
 from .zoo import loss_of

@@ -498,16 +498,22 @@ def _grouped(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return 2 * prod(a) * b[-1]
 
 
+def _attention(formula: Callable[..., int], *tensors: Tensor) -> int:
+    """``formula`` with as many heads in keys and values as in queries: flop_counter of torch 2.11 refuses fewer."""
+    heads = tensors[0].shape[1]
+    return formula(*((batch, heads, *matrix) for batch, _, *matrix in (tensor.shape for tensor in tensors)))
+
+
 #: FLOPs from the arguments of what flop_counter does not know, by qualified name.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_grouped_mm": lambda a, b, *_, **__: _grouped(a.shape, b.shape),
     "transformers::grouped_mm_fallback": lambda a, b, *_: _grouped(a.shape, b.shape),
     "transformers::grouped_mm_fallback_backward": lambda a, b, *_: 2 * _grouped(a.shape, b.shape),
-    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-        q.shape, k.shape, v.shape
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (
+        lambda q, k, v, *_, **__: _attention(flop_counter.sdpa_flop_count, q, k, v)
     ),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (
-        lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+        lambda grad, q, k, v, *_, **__: _attention(flop_counter.sdpa_backward_flop_count, grad, q, k, v)
     ),
 }
 #: Ops of the package whose result is an operand as the product reads it.

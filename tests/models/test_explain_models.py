@@ -202,8 +202,6 @@ def test_vit():
 )
 def test_mixture_of_experts(experts, kinds, products):
     """Both products of all experts, by whichever kernel transformers chooses."""
-    if experts != "batched_mm" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        pytest.skip("AOTAutograd of torch 2.11 cannot trace transformers' grouped_mm fallback: Dynamo breaks the graph")
     config = transformers.MixtralConfig(
         **TINY, **TOKENS, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
     )

@@ -593,6 +593,8 @@ class CellLoop(nn.Module):
 # --- the table ------------------------------------------------------------------------------------------------------
 
 CAPTURING = "transformers takes a lock to install the hooks that collect hidden states"
+COPYING = "transformers copies a configuration in the forward" if torch.__version__ < "2.13" else ""
+"""Dynamo of torch 2.11 breaks the graph at ``copy.deepcopy``, later ones trace it."""
 
 ZOO: dict[str, Entry] = {
     "llama": causal("Llama"),
@@ -643,6 +645,7 @@ ZOO: dict[str, Entry] = {
             **TOKENS,
         ),
         text_pair,
+        breaks=COPYING,
     ),
     "bart": Entry(of_transformers("BartForConditionalGeneration", "Bart", **BART), text_pair),
     "whisper": Entry(
@@ -655,6 +658,7 @@ ZOO: dict[str, Entry] = {
             max_target_positions=16,
         ),
         speech,
+        breaks=COPYING,
     ),
     "vit": vision("ViT", 20, **VISION),
     "dinov2": vision("Dinov2", 20, **VISION),

@@ -32,7 +32,7 @@ from qcompile.kernels.estimate import reference as estimate
 from qcompile.kernels.outliers import reference as outliers
 from qcompile.kernels.quantize import reference as quantize
 from qcompile.passes.pass_base import Observations
-from qcompile.passes.plan import Decision
+from qcompile.passes.record import Decision
 from qcompile.recipes import FP4
 
 #: Operands that tell the two kinds apart at a glance: different formats, and estimators that both change the gradient

@@ -32,7 +32,7 @@ from qcompile.ir.rules import Rule, matches_name
 from qcompile.passes import pipeline
 from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT
 from qcompile.passes.names import Names
-from qcompile.passes.plan import Decision
+from qcompile.passes.record import Decision
 from qcompile.report.explain import _with_own_code
 from qcompile.session import UnmatchedRuleError
 

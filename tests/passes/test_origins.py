@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT, CONSTANT_WEIGHT, IS_CONSTANT, UNDER_NO_GRAD, Site, find_gemms
+from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT, CONSTANT_WEIGHT, IS_CONSTANT, UNDER_NO_GRAD, find_gemms
 from qcompile.passes.names import Names
 from qcompile.passes.origins import Origin, Origins, written_by
+from qcompile.passes.record import Site
 
 from .harness import DISTINCT, assert_same, backward, compile_and_run, compiler, fake_quantize, leaf
 

@@ -44,7 +44,8 @@ def is_known(name: str) -> bool:
 
 def test_every_op_with_a_flop_formula_is_known() -> None:
     names = {getattr(op, "__name__", str(op)) for op in flop_registry}
-    assert {"mm", "convolution", "flex_attention"} <= names
+    assert {"mm", "convolution"} <= names
+    assert ("flex_attention" in names) == (torch.__version__ >= "2.13")  # torch 2.11 has no formula for it
     assert {name for name in names if not is_known(name)} == set()
 
 

@@ -51,6 +51,13 @@ class Labelled(Tensor):
     """Plain data of a class of its own, as torchvision's images are."""
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.13",
+    raises=TypeError,
+    strict=True,
+    reason="torch 2.11 runs a compiled graph with the subclass's __torch_function__, and AOTAutograd's check of custom "
+    "ops then refuses the class: a torch.library.custom_op fails alike under aot_eager",
+)
 def test_plain_data_of_another_class_is_quantized():
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 24), torch.randn(6, 32)

@@ -1,0 +1,241 @@
+"""Quantize by rows in Triton: a program keeps its row in registers between absolute maximum and codes.
+
+Reads 2 bytes per element of a 16-bit x and writes 1, ½ more for packed codes. Rows longer than ``LONGEST_ROW`` are read
+twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.triton import (
+    INTERPRETED,
+    LONGEST_ROW,
+    RUN,
+    absolute_maximum,
+    greater,
+    launch,
+    row_block,
+    runs,
+    warps,
+    with_dense_rows,
+)
+
+from . import reference
+from .grid import grid_of
+from .triton_codes import WARP, encoded, halves, nearest, pack_codes, pack_levels, saturated, tensor_core_code
+
+__all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit"]
+
+#: Elements a thread holds: enough to share the cost of scales and reductions, few enough to leave registers for other
+#: programs of the processor. A row in parts has up to twice as many.
+ELEMENTS_PER_THREAD = 64
+#: PTX: of a pair of numbers, not negative, and the magnitudes of another the greater ones; NaN if one is.
+_GREATER_PAIR = "{{.reg .b32 magnitude; abs.{0} magnitude, $2; max.NaN.{0} $0, $1, magnitude;}}"
+GREATER_BF16, GREATER_FP16 = (tl.constexpr(_GREATER_PAIR.format(pair)) for pair in ("bf16x2", "f16x2"))
+
+
+@triton.jit
+def loaded(x, fold, at, inside):
+    """Elements ``at`` of the row x, or float32 products with those of ``fold``; 0 unless ``inside`` (``None``: all)."""
+    other: tl.constexpr = None if inside is None else 0.0
+    value = tl.load(x + at, mask=inside, other=other)
+    if fold is not None:
+        value = value.to(tl.float32) * tl.load(fold + at, mask=inside, other=other)
+    return value
+
+
+@triton.jit
+def _row_maximum(row):
+    """max |x|, float32, of a row in parts [n, RUN]; NaN if there is one."""
+    largest = tl.zeros(row[0].shape, row[0].dtype)
+    for i in tl.static_range(len(row)):
+        largest = _greater_magnitude(largest, row[i])
+    largest = _halved(_halved(_halved(largest)))  # what a thread has becomes one pair
+    return absolute_maximum(largest.to(tl.float32), None)
+
+
+@triton.jit
+def _greater_magnitude(largest, x):
+    """The greater of ``largest``, not negative, and |x|; NaN if one is. 16-bit elements are compared in pairs."""
+    if INTERPRETED or x.dtype == tl.float32:
+        largest = greater(largest.to(tl.float32), tl.abs(x.to(tl.float32))).to(x.dtype)
+    else:
+        ptx: tl.constexpr = GREATER_BF16 if x.dtype == tl.bfloat16 else GREATER_FP16
+        largest = tl.inline_asm_elementwise(ptx, "=r,r,r", [largest, x], dtype=x.dtype, is_pure=True, pack=2)
+    return largest
+
+
+@triton.jit
+def _halved(largest):
+    """[2n, m / 2] from [n, m]: the greater of first and second halves."""
+    first, second = halves(tl.reshape(largest, [2 * largest.shape[0], largest.shape[1] // 2]), 0)
+    return _greater_magnitude(first, second)
+
+
+@triton.jit
+def _write_part(
+    y,
+    codes,
+    stored,
+    start,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    ragged: tl.constexpr,
+    whole: tl.constexpr,
+):
+    """8-bit and packed codes of the ``part`` elements of a row from ``start`` on; ``whole``: the row has as many."""
+    at = start + runs(part, RUN)
+    inside = None if whole else at < size
+    from_levels: tl.constexpr = stored is not None and fmt.pack_8bit != "" and not INTERPRETED
+    if from_levels:
+        level, _ = nearest(y, fmt)
+        eight_bit = tensor_core_code(level, fmt)
+    else:
+        eight_bit, code = encoded(y, fmt)
+    tl.store(codes + at, eight_bit, mask=inside)
+    if stored is not None:
+        # The last byte is filled with zeros.
+        if from_levels:
+            packed = pack_levels(tl.where(inside, level, 0.0) if ragged and not whole else level, fmt)
+        else:
+            packed = pack_codes(tl.where(inside, code, fmt.blank) if ragged and not whole else code, fmt, 1)
+        at = start // fmt.codes_per_byte + runs(part // fmt.codes_per_byte, RUN // fmt.codes_per_byte)
+        tl.store(stored + at, packed, mask=None if whole else at < stored_size)
+
+
+@triton.jit
+def _write_row(
+    row,
+    gamma,
+    codes,
+    stored,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    ragged: tl.constexpr,
+    saturate: tl.constexpr,
+):
+    for i in tl.static_range(len(row)):
+        y = row[i].to(tl.float32) * gamma
+        if saturate:
+            y = saturated(y, fmt)
+        _write_part(y, codes, stored, i * part, size, stored_size, fmt, part, ragged, i < len(row) - 1)
+
+
+@triton.jit
+def _quantize_row(
+    x,
+    fold,
+    codes,
+    scales,
+    stored,
+    row_stride,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
+    ragged: tl.constexpr,
+):
+    """One row, in as many parts as it takes, not padded to a power of two as a block is; all but the last are whole."""
+    number = tl.program_id(0).to(tl.int64)
+    x += number * row_stride
+    codes += number * size
+    if stored is not None:
+        stored += number * stored_size
+    row = ()
+    for i in tl.static_range(parts):
+        at = i * part + runs(part, RUN)
+        row += (loaded(x, fold, at, None if i < parts - 1 else at < size),)  # type: ignore[assignment]
+    amax = greater(_row_maximum(row), fmt.amax_floor)
+    scale, gamma = fmt.scale_pair(amax)
+    tl.store(scales + number, scale)
+    # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
+    if amax <= fmt.plain_limit:
+        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, False)
+    else:
+        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, True)
+
+
+@triton.jit
+def _quantize_long_row(
+    x,
+    fold,
+    codes,
+    scales,
+    stored,
+    row_stride,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    block: tl.constexpr,
+    ragged: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * row_stride
+    running = tl.zeros([block // RUN, RUN], tl.float32)
+    for start in range(0, size, block):
+        at = start + runs(block, RUN)
+        running = greater(running, tl.abs(loaded(x, fold, at, at < size).to(tl.float32)))
+    amax = greater(absolute_maximum(running, None), fmt.amax_floor)
+    scale, gamma = fmt.scale_pair(amax)
+    tl.store(scales + row, scale)
+    if stored is not None:
+        stored += row * stored_size
+    for start in range(0, size, block):
+        at = start + runs(block, RUN)
+        y = saturated(loaded(x, fold, at, at < size).to(tl.float32) * gamma, fmt)
+        _write_part(y, codes + row * size, stored, start, size, stored_size, fmt, block, ragged, False)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def flat(fold: Tensor | None) -> Tensor | None:
+    return None if fold is None else fold.reshape(-1).contiguous()
+
+
+def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`qcompile.kernels.quantize.reference.quantize_8bit`; x float32, bfloat16 or float16, any strides."""
+    if x.numel() == 0:
+        return reference.quantize_8bit(x, quantizer, packed, fold)
+    q, fmt = Quantizer.parse(quantizer), grid_of(quantizer)
+    x = with_dense_rows(x)
+    rows, size = x.shape
+    codes = x.new_empty((rows, size), dtype=tensor_core_dtype(q.format))
+    scales = x.new_empty((rows, 1), dtype=torch.float32)
+    stored = x.new_empty((rows, q.packed_size(size) if packed else 0), dtype=torch.uint8)
+    if size <= LONGEST_ROW:
+        # Of the largest power of two that is not larger.
+        num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
+        part = RUN.value * WARP.value * num_warps
+        kernel, layout = _quantize_row, {"part": part, "parts": triton.cdiv(size, part)}
+    else:
+        num_warps = warps(LONGEST_ROW, ELEMENTS_PER_THREAD)
+        kernel, layout = _quantize_long_row, {"block": LONGEST_ROW}
+    launch(
+        kernel,
+        rows,
+        x,
+        flat(fold),
+        codes,
+        scales,
+        stored if packed else None,
+        x.stride(0),
+        size,
+        stored.shape[1],
+        fmt=fmt,
+        **layout,
+        ragged=size % fmt.codes_per_byte != 0,
+        num_warps=num_warps,
+    )
+    return codes, scales, stored

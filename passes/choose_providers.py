@@ -1,0 +1,139 @@
+"""Joint graph: choose what runs every product that reads codes. Decided here once; `lower` does it, the report says it.
+
+Where 8-bit tensor cores hold both operands exactly, they read the codes; which kernel then multiplies is up to
+:mod:`qcompile.kernels.matmul.providers`, by shape, dtype and card. Signs are read as stored where tensor cores count
+bits, MXFP4 and NVFP4 where they multiply FP4. Everywhere else the operands are decoded for an ATen product.
+
+The choice is a mark of the node (:data:`~.record.PROVIDER_KEY`), which it takes along through the partitioner.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from qcompile import compat
+from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
+from qcompile.kernels.matmul import providers
+
+from .graph import same_sizes, static_size
+from .pass_base import Context
+from .record import DECODED, PROVIDER_KEY, REFERENCE, Provision, marked
+from .views import ProductOperand, QuantizedMM
+
+__all__ = ["choose_providers"]
+
+#: Tensor cores, through whichever kernel fits the extents.
+AT_RUN_TIME = "cublaslt, gluon or triton"
+#: Stands for an extent that is known at run time only: one that keeps no provider away.
+_ALIGNED = 16
+#: Providers that multiply codes as they are stored, which are not those of other extents.
+_AS_STORED = (providers.POPCOUNT[0].name, providers.BLOCK_SCALED[0].name)
+#: What FP4 tensor cores read as it is stored: format, granularity and scale rule.
+_BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values()}
+
+
+def choose_providers(graph: Graph, context: Context) -> int:
+    """Marks every ``quantized_mm``; returns 0, since nothing is rewritten."""
+    left_alone = "lower" in context.recipe.disable_passes
+    for node in QuantizedMM.calls(graph):
+        provision = Provision(REFERENCE, "the pass lower is disabled") if left_alone else _provision(node)
+        marked(node, **{PROVIDER_KEY: provision})
+    return 0
+
+
+def _provision(node: Node) -> Provision:
+    product, value = QuantizedMM.of(node), node.meta["val"]
+    capability = compat.tensor_core_capability(value.device)
+    if capability is None:
+        return Provision(DECODED, f"no 8-bit tensor cores on {value.device.type}")
+    if value.dim() != 2:
+        return Provision(DECODED, "a product of batches")
+    readings, why_not = _readings(*product.operands)
+    bias = None if product.bias is None else product.bias.meta["val"]
+    if bias is not None and not same_sizes(bias.shape, value.shape[1:]):
+        return Provision(DECODED, "a bias that is broadcast over the columns")
+    extents = (static_size(value.shape[0]), static_size(value.shape[1]), _contraction(product.a))
+    m, n, k = (_ALIGNED if extent is None else extent for extent in extents)
+    reasons: list[str] = []
+    for dtypes in readings:
+        described = providers.Product(
+            shape=(m, n, k),
+            dtypes=dtypes,
+            dtype=value.dtype,
+            capability=capability,
+            bias=None if bias is None else bias.dtype,
+            tensor_scales=all(_is_scalar(operand) for operand in product.operands),
+            offsets=any(operand.encoding.format.tensor_core_offset for operand in product.operands),
+        )
+        provider, why = providers.choose(described)
+        reasons.append(why)
+        if provider.name == "reference":
+            continue
+        if None in extents and provider.name not in _AS_STORED:
+            return Provision(AT_RUN_TIME, "extents are known at run time only")
+        return Provision(provider.name, "; ".join(filter(None, reasons)))
+    return Provision(DECODED, "; ".join(filter(None, (*reasons, why_not))))
+
+
+def _readings(a: ProductOperand, b: ProductOperand) -> tuple[list[tuple[torch.dtype, torch.dtype]], str]:
+    """The dtypes as which tensor cores can read the two operands, best first; if not as 8-bit codes, why."""
+    scaled = _block_scales(a)
+    if scaled is not None and scaled == _block_scales(b):
+        return [(providers.FP4, providers.FP4)], ""
+    if why := _why_not_8bit(a) or _why_not_8bit(b):
+        return [], why
+    formats = a.encoding.format, b.encoding.format
+    types = {fmt.tensor_core_type for fmt in formats}
+    if len(types) > 1 and "int8" in types:
+        return [], f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
+    signs = _are_stored_signs(a) and _are_stored_signs(b)
+    as_8bit = tensor_core_dtype(formats[0]), tensor_core_dtype(formats[1])
+    return [*[(providers.ONE_BIT, providers.ONE_BIT)] * signs, as_8bit], ""
+
+
+def _block_scales(operand: ProductOperand) -> tuple[Any, ...] | None:
+    """How codes are scaled, if FP4 tensor cores read them as they are stored, else ``None``."""
+    spec = operand.encoding.operand
+    if spec is None or spec.outliers or operand.contracts_rows:  # a residual beside the codes is read apart
+        return None
+    scaled = spec.quantizer.format, spec.quantizer.granularity, spec.quantizer.scale
+    return scaled if scaled in _BLOCK_SCALED else None
+
+
+def _are_stored_signs(operand: ProductOperand) -> bool:
+    """Whether tensor cores that count bits read the codes, which can be read as 8-bit ones, as they are stored."""
+    one_bit = operand.encoding.operand is not None and operand.encoding.format.bits == 1
+    return one_bit and not operand.contracts_rows and isinstance(operand.size, int)
+
+
+def _why_not_8bit(operand: ProductOperand) -> str:
+    """Why tensor cores cannot read the codes as 8-bit ones; "" if they can."""
+    if operand.encoding.is_dense:
+        return "an operand in high precision"
+    fmt, spec = operand.encoding.format, operand.encoding.operand
+    if fmt.tensor_core_type is None:
+        return f"{fmt.name} fits no 8-bit tensor-core type"
+    if spec is None:
+        return ""
+    granularity, scale = spec.quantizer.granularity, spec.quantizer.scale
+    if granularity.kind not in ("row", "tensor") or scale.storage != "float32":
+        return f"scales {granularity} {scale.name} change along the contraction"
+    if granularity.kind == "row" and operand.contracts_rows:
+        return "scales of rows change along the contraction (backward= folds them into the gradient)"
+    return "the exact residual of the outliers (occ(residual=e4m3) is a code)" if spec.outliers else ""
+
+
+def _is_scalar(operand: ProductOperand) -> bool:
+    """Whether the operand has one scale; where scales were folded away, `lower` gives every row a one."""
+    spec = operand.encoding.operand
+    return spec is not None and spec.quantizer.granularity.kind == "tensor"
+
+
+def _contraction(left: ProductOperand) -> int | None:
+    """Length of the contraction, ``None`` if it is known at run time only."""
+    if left.contracts_rows:
+        return static_size(left.first.meta["val"].shape[-2])
+    return left.size if isinstance(left.size, int) else None
