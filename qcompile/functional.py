@@ -33,7 +33,9 @@ class Quantized:
             ``[..., ⌈K / n⌉]`` for block<n>, ones for tensor.
         global_scale: float32 ``[]``, the scale of the scales; ``None`` unless the rule has two levels.
         quantizer: text that says what the codes mean.
-        axis: the quantized axis of x. size: its length, K. dtype: that of x.
+        axis: the quantized axis of x.
+        size: its length, K.
+        dtype: that of x.
     """
 
     codes: Tensor
@@ -71,7 +73,8 @@ def quantize(x: Tensor, quantizer: str, axis: int = -1, *, seed: Tensor | None =
     Args:
         x: floating point, any shape of at least one axis (two for ``block<n>x<n>``).
         quantizer: ``"<format> [<granularity>] [<scale rule>] [<rounding>]"``, words in any order.
-        axis: as for :func:`fake_quantize`. seed: likewise.
+        axis: as for :func:`fake_quantize`.
+        seed: as for :func:`fake_quantize`.
 
     Raises ``ValueError`` for a text that is not understood and an axis that x does not have, ``TypeError`` for an x
     that is not floating point.

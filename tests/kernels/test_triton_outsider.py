@@ -16,9 +16,9 @@ from qcompile.kernels.formula import estimators as formulas  # noqa: E402
 from qcompile.kernels.formula import rounding, scales  # noqa: E402
 from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
 from qcompile.kernels.formula.triton_target import device_function  # noqa: E402
+from qcompile.kernels.quantize import triton_transformed as kernels  # noqa: E402
 from qcompile.kernels.quantize.reference import pack  # noqa: E402
 from qcompile.kernels.register import provider_of  # noqa: E402
-from qcompile.kernels.transform import triton as kernels  # noqa: E402
 
 from .harness import interpreted, run_interpreted  # noqa: E402
 
