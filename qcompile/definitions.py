@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -48,10 +48,10 @@ class Format(formats.Format):
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         name = _checked_name(FORMATS, self.name, reserved=(*SCALE_RULES.known, *ROUNDINGS))
-        content = {key: value for key, value in vars(self).items() if key != "name"}
-        _define(FORMATS, self, name, sorted(content.items()))
+        object.__setattr__(self, "name", name)
+        super().__post_init__()
+        _define(FORMATS, self, name)
 
     def __str__(self) -> str:
         return self.name
@@ -94,7 +94,7 @@ class Estimator(estimators.Estimator):
             if bound is not None
             for fmt in FORMATS.values()
         ]
-        _define(ESTIMATORS, self, name, sorted(defaults.items()), self.continuous, recorded, bounds)
+        _define(ESTIMATORS, self, name, recorded, bounds)
 
     def __str__(self) -> str:
         return self.name
@@ -131,7 +131,7 @@ class ScaleRule(quantizer.ScaleRule):
             for key, function in (("scale", self.scale), ("reciprocal", self.reciprocal))
             if function is not None
         ]
-        _define(SCALE_RULES, self, name, self.store, self.statistic, self.two_level, self.covers, recorded)
+        _define(SCALE_RULES, self, name, recorded)
 
     def __str__(self) -> str:
         return self.name
@@ -153,8 +153,11 @@ def _checked_name(registry: Registry[Any], given: str, reserved: tuple[str, ...]
     return name
 
 
-def _define(registry: Registry[Any], definition: Any, name: str, *content: object) -> None:
-    object.__setattr__(definition, "name", full_name(name, registry.kind, *content))
+def _define(registry: Registry[Any], definition: Any, name: str, *recorded: object) -> None:
+    """Enter a definition under its full name, whose digest is of all fields: data as it is, functions as recorded."""
+    values = {f.name: getattr(definition, f.name) for f in fields(definition) if f.name != "name"}
+    data = {key: value for key, value in values.items() if not callable(value)}
+    object.__setattr__(definition, "name", full_name(name, registry.kind, data, *recorded))
     registry.define(definition)
 
 
