@@ -50,6 +50,8 @@ DECODED = "dequantize + aten"
 AT_RUN_TIME = "cublaslt, gluon or triton"
 #: Stands for an extent that is known at run time only: one that keeps no provider away.
 _ALIGNED = 16
+#: Levels of codes whose bits tensor cores count.
+_SIGNS = (0.5, -0.5)
 #: What FP4 tensor cores read as it is stored: format, granularity and scale rule.
 _BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values()}
 
@@ -90,7 +92,7 @@ class Side:
     def signs(self, left: bool) -> bool:
         """Whether tensor cores that count bits read the codes as they are stored."""
         stored = not (self.text.startswith(LEVELS) or self.contracts_rows(left))
-        return stored and isinstance(self.size, int) and not self.why_not_8bit(left) and self.format.bits == 1
+        return stored and isinstance(self.size, int) and not self.why_not_8bit(left) and self.format.levels == _SIGNS
 
     def why_not_8bit(self, left: bool) -> str:
         """Why tensor cores cannot read the codes; "" if they can."""

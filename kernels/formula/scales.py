@@ -22,8 +22,16 @@ from .rounding import decode_code, nearest_level, saturate_value
 __all__ = ["Store", "load_bits", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
 
 _MANTISSA_BITS = 23
+
+
+class _ScaleFormat(Format):
+    """A format of scales, which fill up to two bytes beside a sign."""
+
+    MOST_BITS = 16
+
+
 #: Unsigned: five bits of exponent with bias 15, three of mantissa; 0x7f is the largest number below 2¹ in e4m3's sense.
-_UE5M3 = Format(
+_UE5M3 = _ScaleFormat(
     "ue5m3",
     9,
     tuple((1 + m / 8) * 2.0 ** (e - 15) if e else m / 8 * 2.0**-14 for e in range(32) for m in range(8))[:-1],
@@ -94,7 +102,7 @@ def store_of(name: str) -> Store:
 def _half() -> Format:
     """Float16 as a format: its finite magnitudes."""
     finite = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    return Format("fp16", 16, tuple(finite.tolist()))
+    return _ScaleFormat("fp16", 16, tuple(finite.tolist()))
 
 
 # --- recorded, by quantizer -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.transforms import Transform
@@ -234,6 +235,16 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, const float* glo
 }
 """
 
+# The code of the nearest level of a code book with many: a binary search among midpoints, infinity past the last.
+_SEARCH = r"""
+static inline int32_t encode(float y) {
+  y = y == y ? y : HIGHEST;
+  int rank = 0;
+  for (int step = STEP; step; step /= 2) rank += y ABOVE THRESHOLDS[rank + step - 1] ? step : 0;
+  return RANKED_CODES[rank];
+}
+"""
+
 # --- what is supported --------------------------------------------------------------------------------------
 
 
@@ -246,9 +257,16 @@ def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform
         return False, "sparsity has no C++ kernel"
     if spec.rotation > 1 and q.granularity.kind not in ("row", "block"):
         return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
-    if reason := why_not_rounded(q.format):
+    if reason := why_not_rounded(q.format) and why_not_searched(q.format):
         return False, reason
     return supports_dtypes(dtypes)
+
+
+def why_not_searched(fmt: Format) -> str:
+    """Why no table of levels is searched for the nearest one; empty if one is."""
+    if not fmt.codebook:
+        return why_not_rounded(fmt)
+    return f"{fmt.name} tells 0.0 and −0.0 apart, among too many levels" if fmt.negative_zero_code is not None else ""
 
 
 def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
@@ -261,6 +279,20 @@ def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Supp
 
 def _table(name: str, values: list[float]) -> str:
     return f"static const float {name}[] = {{{', '.join(map(float_literal, values))}}};"
+
+
+def _encode_source(q: Quantizer) -> str:
+    """``int32_t encode(float)``: the formula, or a search where there is none."""
+    fmt = q.format
+    if not why_not_rounded(fmt):
+        return cpp_function(rounding.encode(fmt, q.rounding))
+    size = 2 ** len(fmt.thresholds).bit_length()
+    thresholds = [*fmt.thresholds, *[math.inf] * (size - len(fmt.ranked_codes))]
+    codes = ", ".join(map(str, fmt.ranked_codes))
+    above = ">=" if q.rounding == "half_up" else ">"
+    search = _SEARCH.replace("HIGHEST", float_literal(fmt.range[1])).replace("STEP", str(size // 2))
+    tables = _table("THRESHOLDS", thresholds), f"static const uint8_t RANKED_CODES[] = {{{codes}}};"
+    return "\n".join((*tables, search.replace("ABOVE", above)))
 
 
 def _geometry(q: Quantizer, rotation: int = 1) -> str:
@@ -303,7 +335,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
 @cache
 def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    source = scaled_rows_source(q, transform) + cpp_function(rounding.encode(q.format, q.rounding)) + _QUANTIZE
+    source = scaled_rows_source(q, transform) + _encode_source(q) + _QUANTIZE
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
 
 

@@ -7,7 +7,7 @@ All arithmetic is float32. For the elements that share a scale, with M the forma
     s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
            or from their root mean square, in float64 (rms: s = c / M, γ = M / c, c = α · rms + 10^-8)
     y    = x · γ, or of x rotated; a rotation does not change the root mean square of a row
-    code = nearest level of min(|y|, M), sign kept
+    code = nearest level of min(|y|, M), sign kept; of a code book, nearest of all levels
     x̂    = s · level
 
 Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
@@ -15,6 +15,7 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -320,15 +321,39 @@ def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:
 
 
 def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude, positive.
+    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the highest level.
 
-    Elements that are not in ``keep`` (bool, like y) take the code 0.
+    Elements that are not in ``keep`` (bool, like y) take the code of 0.
     """
-    codes = _encode(y, replace(q, format=q.format.grid), seed)
+    if q.format.codebook:
+        codes = _encode_by_book(y, q, seed)
+    else:
+        codes = _encode(y, replace(q, format=q.format.grid), seed)
     if q.format.pruned:  # one magnitude more, the first; and one bit more, below the sign
         index, sign = codes & (2 ** (q.format.bits - 2) - 1), codes >> (q.format.bits - 2)
         codes = (index + 1) | (sign << (q.format.bits - 1))
-    return codes if keep is None else torch.where(keep, codes, codes.new_zeros(()))
+    return codes if keep is None else torch.where(keep, codes, codes.new_full((), q.format.zero_code))
+
+
+def _encode_by_book(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
+    """Codes of a code book: y's rank among the sorted levels, and the code of the level there. Ties: to the lower level,
+    or to the higher one (``half_up``).
+    """
+    book = q.format.codebook
+    # Of two zeros −0.0 comes first, and is left to numbers with that sign.
+    order = sorted(range(len(book)), key=lambda code: (book[code], math.copysign(1.0, book[code])))
+    zeros = [code for code in order if book[code] == 0]
+    if len(zeros) == 2:
+        order.remove(zeros[0])
+    levels = tuple(book[code] for code in order)
+    y = y.clamp(levels[0], levels[-1]).nan_to_num(levels[-1])
+    if q.rounding == "stochastic":
+        rank = _stochastic_index(y, levels, seed)
+    else:
+        midpoints = torch.tensor([(low + high) / 2 for low, high in pairwise(levels)], device=y.device)
+        rank = torch.bucketize(y, midpoints, right=q.rounding == "half_up")
+    codes = torch.tensor(order, dtype=torch.uint8, device=y.device)[rank.long()]
+    return torch.where((codes == zeros[1]) & y.signbit(), zeros[0], codes) if len(zeros) == 2 else codes
 
 
 def _encode(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
@@ -336,7 +361,7 @@ def _encode(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
     negative = torch.signbit(y) & ~y.isnan() if fmt.has_zero else y < 0
     magnitude = y.abs().nan_to_num(fmt.max).clamp(max=fmt.max)
     if q.rounding == "stochastic":
-        index = _stochastic_index(magnitude, fmt, seed)
+        index = _stochastic_index(magnitude, fmt.magnitudes, seed)
     elif fmt.torch_dtype:
         index = magnitude.to(getattr(torch, fmt.torch_dtype)).view(torch.uint8).to(torch.int32)
     else:
@@ -354,12 +379,13 @@ def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: s
     return torch.where(below % 2 == 0, below, above)
 
 
-def _stochastic_index(magnitude: Tensor, fmt: Format, seed: Tensor | None) -> Tensor:
+def _stochastic_index(magnitude: Tensor, levels: tuple[float, ...], seed: Tensor | None) -> Tensor:
+    """Index of the level below or the one above, within ``levels``, which ascend."""
     assert seed is not None, "stochastic rounding needs a seed tensor"
     index = torch.zeros_like(magnitude, dtype=torch.int32)
     fraction = torch.zeros_like(magnitude)
     # Level by level with Python numbers: copying a table to a GPU could not be recorded in a CUDA graph.
-    for i, (low, high) in enumerate(pairwise(fmt.magnitudes)):
+    for i, (low, high) in enumerate(pairwise(levels)):
         above = magnitude >= low
         index = torch.where(above, i, index)
         fraction = torch.where(above, (magnitude - low) / (high - low), fraction)

@@ -196,7 +196,7 @@ SCALE_RULES: dict[str, ScaleRule] = {
 }
 
 ROUNDINGS: dict[str, str] = {
-    "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
+    "even": "nearest; ties go to the even code (IEEE, ml_dtypes), of code books to the lower level (bitsandbytes)",
     "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on mid-rise grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
 }
@@ -221,7 +221,7 @@ class Quantizer:
         if self.format.torch_dtype and self.rounding == "half_up":
             msg = f"{self.format.name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
-        if self.rounding == "stochastic" and not self.format.has_zero:
+        if self.rounding == "stochastic" and not (self.format.has_zero or self.format.codebook):
             msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
