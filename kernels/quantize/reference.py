@@ -26,7 +26,7 @@ from torch import Tensor
 from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
+from qcompile.ir.quantizer import RMS_FLOOR, SMALLEST_BNB_AMAX, Quantizer
 from qcompile.ir.recipe import Operand
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
@@ -254,6 +254,9 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
         case "absmax":
             scale = amax / torch.full_like(amax, largest)
             return scale, scale, _ratio(largest, amax)
+        case "absmax_bnb":
+            scale = amax / torch.full_like(amax, largest)
+            return scale, scale, _ratio(largest, amax.clamp(min=SMALLEST_BNB_AMAX * max(largest, 1.0)))
         case "absmax_pow2":
             # γ = 2^⌊log2(M / amax)⌋; frexp's exponent is exact where a float32 log2 is not.
             exponent = torch.frexp(_ratio(largest, amax)).exponent - 1
@@ -325,10 +328,8 @@ def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None, keep: Tensor | N
 
     Elements that are not in ``keep`` (bool, like y) take the code of 0.
     """
-    if q.format.codebook:
-        codes = _encode_by_book(y, q, seed)
-    else:
-        codes = _encode(y, replace(q, format=q.format.grid), seed)
+    by_book = q.format.codebook
+    codes = _encode_by_book(y, q, seed) if by_book else _encode(y, replace(q, format=q.format.grid), seed)
     if q.format.pruned:  # one magnitude more, the first; and one bit more, below the sign
         index, sign = codes & (2 ** (q.format.bits - 2) - 1), codes >> (q.format.bits - 2)
         codes = (index + 1) | (sign << (q.format.bits - 1))
@@ -336,8 +337,8 @@ def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None, keep: Tensor | N
 
 
 def _encode_by_book(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
-    """Codes of a code book: y's rank among the sorted levels, and the code of the level there. Ties: to the lower level,
-    or to the higher one (``half_up``).
+    """Codes of a code book: y's rank among the sorted levels, and the code of the level there. Ties: to the lower
+    level, or to the higher one (``half_up``).
     """
     book = q.format.codebook
     # Of two zeros −0.0 comes first, and is left to numbers with that sign.

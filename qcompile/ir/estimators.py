@@ -4,13 +4,13 @@ Write y = x / s for the scaled input and q for the level it was rounded to. The 
 estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. No gradient flows through the scale.
 
 * ``ste``: g = 1. Bengio et al., arXiv 1308.3432.
-* ``clip(s=1)``: g = 1[|y| ≤ s · max (1 + 2⁻²²)]: elements outside s times the grid stop learning; of a code book, its
-  lowest and highest level bound y on either side. Courbariaux et al., arXiv 1602.02830; s = 1.3 (1.25 without rotation) is QuEST's rule for one bit.
+* ``clip(s=1)``: g = 1[|y| ≤ s · max (1 + 2⁻²²)]: elements outside s times the grid stop learning; the ends of a code
+  book may differ. Courbariaux et al., arXiv 1602.02830; s = 1.3 (1.25 without rotation) is QuEST's rule for one bit.
 * ``trust``: g = 1[|y − q| ≤ T], q the nearest level (0 for an element that sparsity drops), T = half the widest gap of
   the grid: like ``clip``, but an element less than half a step outside the last level is still trusted. QuEST, arXiv
   2502.05003 §3.2. ``trust(t=…)`` sets T, in grid units.
 * ``dge(k=5,cap=3)``: g = min(|v|^(1/k − 1) / k, cap), v ∈ [−1, 1] the position of y between its two neighbouring
-  levels (of |y| between magnitudes, of y between the levels of a code book). The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level
+  levels. The derivative of a smooth surrogate of the staircase. arXiv 2501.17116 §3.1, eq. 8. Beyond the last level
   (rounding noise of the scale, or a scale rule that clips) g takes its value at the last level, 1/k.
 
 What an estimator needs kept for the backward decides how it is lowered: nothing, one bit per element, or the input.

@@ -6,7 +6,8 @@ holds every value exactly. Adding a format is one entry in :data:`FORMATS`.
 
 Most formats are symmetric and stored as sign and magnitude: ``code = index | sign << (bits - 1)`` where
 ``magnitudes[index]`` is the absolute value. A *code book* is any list of levels: the code is the index into
-:attr:`Format.codebook` as given, sorted or not. Codes are packed lower index first, low bits first, along the last axis.
+:attr:`Format.codebook` as given, sorted or not. Codes are packed lower index first, low bits first, along the last
+axis.
 
 ============ =================================================== ======================================
 name         levels                                              source
@@ -60,8 +61,8 @@ class Format:
         torch_dtype: name of the torch dtype with the same encoding, where there is one; its cast is then the rounding.
         pruned: name of the grid that rounding goes to, for a format that adds 0 to it as index 0: that code is given to
             elements that sparsity drops, and to no other.
-        codebook: the level of every code (rounded to float32), in the order of codes; up to 2^bits levels in any order, of which no two are
-            equal. 0.0 and −0.0 may both be there: the sign bit of what is rounded to 0 then chooses.
+        codebook: the level of every code (rounded to float32), in the order of codes; up to 2^bits levels in any order,
+            of which no two are equal. 0.0 and −0.0 may both be there: the sign bit of what is rounded to 0 then chooses.
 
     Raises ``ValueError`` for values that make no format.
     """
@@ -193,8 +194,8 @@ class Format:
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """Midpoints between neighbours: of the magnitudes, where ``thresholds[i]`` separates index ``i`` from ``i + 1``;
-        of a code book those of :attr:`sorted_levels`, rounded to float32.
+        """Midpoints between neighbours: of magnitudes, where ``thresholds[i]`` separates index ``i`` from ``i + 1``; of a
+        code book those of :attr:`sorted_levels`, rounded to float32.
         """
         if self.codebook:
             return tuple(_float32((low + high) / 2) for low, high in pairwise(self.sorted_levels))

@@ -29,6 +29,9 @@ SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
 #: Smallest float32 scale of a tensor under a two-level rule. The smallest E4M3 number, 2⁻⁹, times it is normal.
 SMALLEST_GLOBAL_SCALE = 2.0 ** (SMALLEST_EXPONENT + 9)
 
+#: Blocks of a smaller absolute maximum are divided by this one in bitsandbytes; times the largest level, above 1.
+SMALLEST_BNB_AMAX = 1e-38
+
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
 
@@ -96,6 +99,8 @@ class ScaleRule:
         two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
         covers: whether no element leaves the grid by more than rounding takes back, as long as γ is a normal number.
             Kernels then clamp only where it is not.
+        floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
+            (:attr:`Quantizer.amax_floor`).
         source: where it is defined.
     """
 
@@ -106,6 +111,7 @@ class ScaleRule:
     statistic: str = "amax"
     two_level: bool = False
     covers: bool = False
+    floor: float | None = None
     source: str = ""
 
     @property
@@ -162,11 +168,24 @@ def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
     return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
+def _inverse_absmax_bnb(amax: Scalar, fmt: Format) -> Scalar:
+    return fmt.max / amax.clamp(min=SMALLEST_BNB_AMAX * max(fmt.max, 1.0))
+
+
 SCALE_RULES: dict[str, ScaleRule] = {
     rule.name: rule
     for rule in (
         ScaleRule(
             "absmax", "fp32", _absmax, _inverse_absmax, covers=True, source="s = amax / max; arXiv 2501.17116 eq. 1"
+        ),
+        ScaleRule(
+            "absmax_bnb",
+            "fp32",
+            _absmax,
+            _inverse_absmax_bnb,
+            covers=True,
+            floor=0.0,
+            source="s = amax / max, 0 of zero blocks; γ of tiny ones is that of 10⁻³⁸; bitsandbytes",
         ),
         ScaleRule(
             "absmax_pow2",
@@ -236,6 +255,8 @@ class Quantizer:
         It and a float32 scale are then normal numbers, and the scale's reciprocal is finite. For E8M0 that scale is the
         smallest there is: 2⁻¹²⁷, byte 0 (OCP MX v1.0 §5.4.1).
         """
+        if self.scale.floor is not None:
+            return self.scale.floor
         if self.scale.name == "e8m0":
             return 2.0 ** (self.format.max_exponent + SMALLEST_E8M0_EXPONENT)
         return max(self.format.max, 1.0) * 2.0**SMALLEST_EXPONENT
