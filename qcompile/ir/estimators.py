@@ -58,7 +58,7 @@ def trust_threshold(fmt: Format, t: float | None = None) -> float:
     """T in grid units: ``t``, or half the widest distance between neighbouring levels, the one across zero included."""
     if t is not None:
         return t
-    return fmt.widest_gap / 2
+    return fmt.half_gap
 
 
 def _trust_bound(fmt: Format, t: float | None) -> float | None:

@@ -62,7 +62,7 @@ class Format:
         pruned: name of the grid that rounding goes to, for a format that adds 0 to it as index 0: that code is given to
             elements that sparsity drops, and to no other.
         codebook: the level of every code (rounded to float32), in the order of codes; up to 2^bits levels in any order,
-            of which no two are equal. 0.0 and −0.0 may both be there: the sign bit of what is rounded to 0 then chooses.
+            of which no two are equal. 0.0 and −0.0 may both be there: the sign of what is rounded to 0 then chooses.
 
     Raises ``ValueError`` for values that make no format.
     """
@@ -194,8 +194,8 @@ class Format:
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """Midpoints between neighbours: of magnitudes, where ``thresholds[i]`` separates index ``i`` from ``i + 1``; of a
-        code book those of :attr:`sorted_levels`, rounded to float32.
+        """Midpoints between neighbours: of magnitudes, where ``thresholds[i]`` separates index ``i`` from ``i + 1``; of
+        a code book those of :attr:`sorted_levels`, rounded to float32.
         """
         if self.codebook:
             return tuple(_float32((low + high) / 2) for low, high in pairwise(self.sorted_levels))
@@ -222,9 +222,14 @@ class Format:
         return borders[at], borders[at + 1]
 
     @cached_property
-    def widest_gap(self) -> float:
-        """The widest distance between neighbouring levels, the one across zero included."""
-        return max(high - low for low, high in pairwise(self.sorted_levels))
+    def half_gap(self) -> float:
+        """How far within the range an element can be from its level: half the widest gap, the one across zero included.
+
+        Thresholds of a code book are rounded, so the farther level counts there.
+        """
+        pairs = list(pairwise(self.sorted_levels))
+        borders = self.thresholds if self.codebook else [(low + high) / 2 for low, high in pairs]
+        return max(max(t - low, high - t) for (low, high), t in zip(pairs, borders, strict=True))
 
     @property
     def codes_per_byte(self) -> int:

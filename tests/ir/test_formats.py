@@ -184,7 +184,8 @@ def test_what_follows_from_a_code_book(fmt):
     assert list(fmt.sorted_levels) == levels
     assert [fmt.codebook[code] for code in fmt.ranked_codes] == levels
     assert list(fmt.thresholds) == [float(np.float32((a + b) / 2)) for a, b in pairwise(levels)]
-    assert fmt.widest_gap == max(b - a for a, b in pairwise(levels))
+    y = torch.cat([torch.tensor(fmt.thresholds), torch.tensor(fmt.thresholds).nextafter(torch.tensor(2.0))])
+    assert fmt.half_gap == (y - decode(encode(y, Quantizer(fmt)), fmt)).abs().max()
     assert fmt.max == max(map(abs, levels)) == 1.0
     assert (fmt.centred, fmt.has_zero) == (levels[0] == -1.0, True)
     assert math.copysign(1.0, fmt.codebook[fmt.zero_code]) == 1.0 == fmt.codebook[fmt.zero_code] + 1.0
@@ -253,7 +254,7 @@ def test_a_code_book_need_not_hold_zero_nor_both_signs():
     """Levels of one sign, unsorted: saturation, NaN, ties and the clip interval are those of the levels there are."""
     fmt = Format("mine", 2, codebook=(5, -1, 2))
     assert (fmt.range, fmt.centred, fmt.has_zero, fmt.max, fmt.levels) == ((-1, 5), False, False, 5, (5, -1, 2, 0))
-    assert (fmt.around_zero, fmt.widest_gap, fmt.thresholds) == (None, 3, (0.5, 3.5))
+    assert (fmt.around_zero, fmt.half_gap, fmt.thresholds) == (None, 1.5, (0.5, 3.5))
     y = torch.tensor([-9.0, -math.inf, 0.5, 0.6, 3.5, 9.0, math.inf, math.nan])
     assert decode(encode(y, Quantizer(fmt)), fmt).tolist() == [-1, -1, -1, 2, 2, 5, 5, 5]
     assert decode(encode(y, Quantizer(fmt, rounding="half_up")), fmt).tolist() == [-1, -1, 2, 2, 5, 5, 5, 5]

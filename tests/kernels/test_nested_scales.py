@@ -20,7 +20,7 @@ def weights(kind: str) -> torch.Tensor:
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(14))
     match kind:
         case "heavy-tailed":
-            return x / x.roll(1).abs().clamp(min=1e-3)  # Cauchy's distribution, but for its last tail
+            return x / x.roll(1).abs().clamp(min=1e-3)  # Cauchy's distribution, but for the end of its tail
         case "zero blocks":
             x.view(-1, 64)[::3] = 0.0
         case "tiny blocks":  # 10^-45 … 1: subnormal maxima, and maxima whose reciprocal is not finite
@@ -40,8 +40,9 @@ def swapped(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nf4_and_nested_scales_are_those_of_bitsandbytes(kind):
-    """Codes, absolute maxima, scales of scales and the offset bitwise. Of the codes of scales those may differ that its
-    CPU look-up table rounds to the second nearest level. Its bytes decode to its own numbers.
+    """Codes, absolute maxima, scales of scales and the offset bitwise. Few codes of scales differ (0.1 to 0.2 % of normal
+    data, more of tails), where its CPU look-up table rounds to a level that is farther away. Its bytes decode to its
+    own numbers.
     """
     bnb = pytest.importorskip("bitsandbytes.functional")
     x = weights(kind)
@@ -55,7 +56,12 @@ def test_nf4_and_nested_scales_are_those_of_bitsandbytes(kind):
     assert torch.equal(nested.scales, state.state2.absmax)
     assert nested.offset is not None
     assert torch.equal(nested.offset, state.offset)
-    assert (nested.codes != state.absmax).float().mean() < 0.002
+    differing = nested.codes != state.absmax
+    assert differing.float().mean() < (0.005 if kind == "heavy-tailed" else 0.002)
+    levels = torch.tensor(FORMATS["dynamic8"].codebook)
+    y = (absmax.reshape(-1) - nested.offset) * (1 / nested.scales).repeat_interleave(256)
+    ours, others = ((y - levels[c.long()]).abs()[differing] for c in (nested.codes, state.absmax))
+    assert (ours <= others).all()
 
     coded = CodedScales(state.absmax, state.state2.absmax, state.offset, absmax.shape)
     decoded = dequantize_scales(coded, BITSANDBYTES)
@@ -102,7 +108,7 @@ def test_any_quantizer_of_scales(text):
     back = dequantize_scales(coded, nested)
     assert back.shape == scales.shape
     n, fmt = nested.quantizer.granularity.size, nested.quantizer.format
-    bound = coded.scales.repeat_interleave(n)[: scales.numel()].view(scales.shape) * (fmt.widest_gap / 2)
+    bound = coded.scales.repeat_interleave(n)[: scales.numel()].view(scales.shape) * fmt.half_gap
     assert ((back - scales).abs() <= bound * (1 + 2.0**-20)).all()
     assert (coded.offset is not None) == nested.mean
     constant = quantize_scales(torch.full((4, 9), 0.3), nested)

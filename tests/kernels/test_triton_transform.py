@@ -81,8 +81,8 @@ def test_limits_decide_as_estimators_do(name):
     for text in ("clip", "clip(s=1.3)", "clip(s=1.25)", "trust", "trust(t=0.6541)", "trust(t=3.3)", "trust(t=0.1)"):
         rule, estimator = passing(text, fmt), Estimator.parse(text)
         assert rule is not None
-        edges = {0.0, *fmt.magnitudes, *fmt.thresholds, rule.limit, rule.limit_at_zero}
-        edges |= {m + s * rule.limit_at_zero for m in fmt.grid.magnitudes for s in (-1, 1)}
+        edges = {0.0, *map(abs, fmt.levels), *fmt.thresholds, rule.limit, rule.limit_at_zero}
+        edges |= {m + s * rule.limit_at_zero for m in fmt.sorted_levels for s in (-1, 1)}
         around = np.array(sorted(edges), dtype=np.float32)
         values = [
             around,
@@ -100,7 +100,9 @@ def test_limits_decide_as_estimators_do(name):
             evaluate(estimator_formulas.mask(estimator, fmt), y, level), mask_of(estimator, y, level, fmt)
         )
         dropped = torch.zeros_like(y)
-        assert torch.equal(y.abs() <= rule.limit_at_zero, estimator.mask(y, dropped, fmt)), text
+        if rule.limit_at_zero:
+            assert torch.equal(y.abs() <= rule.limit_at_zero, estimator.mask(y, dropped, fmt)), text
+        assert bool(rule.limit_at_zero) == (fmt.centred or estimator.name == "trust"), text
     assert passing("ste", fmt) is None
 
 
