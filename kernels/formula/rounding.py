@@ -128,10 +128,10 @@ def _of_codebook(y: Value, fmt: Format, ties_up: bool) -> tuple[Value, Value]:
 def decode_code(code: Value, fmt: Format) -> Value:
     """Float32 level of an int32 code."""
     if fmt.codebook:
-        level = constant(fmt.levels[0])
+        value = constant(fmt.levels[0])
         for last, following in enumerate(fmt.levels[1:]):
-            level = where(code > last, following, level)
-        return level
+            value = where(code > last, following, value)
+        return value
     index = code & 2 ** (fmt.bits - 1) - 1
     sign = (code & 2 ** (fmt.bits - 1)) << (32 - fmt.bits)
     grid, first = fmt.grid, index

@@ -179,15 +179,6 @@ SCALE_RULES: dict[str, ScaleRule] = {
             "absmax", "fp32", _absmax, _inverse_absmax, covers=True, source="s = amax / max; arXiv 2501.17116 eq. 1"
         ),
         ScaleRule(
-            "absmax_bnb",
-            "fp32",
-            _absmax,
-            _inverse_absmax_bnb,
-            covers=True,
-            floor=0.0,
-            source="s = amax / max, 0 of zero blocks; γ of tiny ones is that of 10⁻³⁸; bitsandbytes",
-        ),
-        ScaleRule(
             "absmax_pow2",
             "fp32",
             _absmax_pow2,
@@ -211,6 +202,15 @@ SCALE_RULES: dict[str, ScaleRule] = {
             source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
         ScaleRule("e4m3", "e4m3", _absmax, two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
+        ScaleRule(
+            "absmax_bnb",
+            "fp32",
+            _absmax,
+            _inverse_absmax_bnb,
+            covers=True,
+            floor=0.0,
+            source="s = amax / max, 0 of zero blocks; γ of tiny ones is that of 10⁻³⁸; bitsandbytes",
+        ),
     )
 }
 

@@ -40,9 +40,9 @@ def swapped(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nf4_and_nested_scales_are_those_of_bitsandbytes(kind):
-    """Codes, absolute maxima, scales of scales and the offset bitwise. Few codes of scales differ (0.1 to 0.2 % of normal
-    data, more of tails), where its CPU look-up table rounds to a level that is farther away. Its bytes decode to its
-    own numbers.
+    """Codes, absolute maxima, scales of scales and the offset bitwise. Few codes of scales differ (0.1 to 0.2 % of
+    normal data, more of tails), where its CPU look-up table rounds to a level that is farther away. Its bytes decode to
+    its own numbers.
     """
     bnb = pytest.importorskip("bitsandbytes.functional")
     x = weights(kind)

@@ -121,6 +121,7 @@ def test_what_is_supported():
         (kernels.supports_quantize_8bit_masked(bf16, "midrise4; ste; occ(alpha=0.99)"), "outliers"),
         (kernels.supports_quantize(bf16, "midrise4 block32", ""), "by rows"),
         (kernels.supports_quantize(bf16, "midrise4 row rms half_up", "sparse(2:4)"), "no code"),
+        (kernels.supports_quantize(bf16, "nf4", "sparse(2:4)"), "nf4 has another code than 0 for the elements"),
         (kernels.supports_hadamard((torch.float64,)), "float64"),
         (quantize_kernels.supports_quantize_8bit(bf16, "midrise4 row rms half_up"), "root mean squares"),
     ):
@@ -242,8 +243,19 @@ def test_interpreted_rows_by_descriptor(text, monkeypatch):
     ],
 )
 def test_interpreted_other_rules(text):
-    """Thresholds within the grid, absolute maxima of rotated rows, formats that are 8-bit types, no mask."""
+    """Thresholds within the grid, maxima of rotated rows, formats that are 8-bit types, no mask."""
     assert_quantizes(rows_to_rotate(6, 192), text)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "text", ["nf4 row absmax even; trust; hadamard(64)", "fp4bnb row rms half_up; clip(s=0.9); hadamard(16)"]
+)
+def test_interpreted_code_books(text):
+    """Stored codes and masks; no 8-bit type has the levels."""
+    x = rows_to_rotate(6, 192)
+    actual = kernels.quantize_8bit_masked(x, text, True, False)
+    assert_same(actual, quantize_reference.quantize_8bit_masked(x, text, True, False), text)
 
 
 @interpreted
