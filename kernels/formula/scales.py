@@ -116,8 +116,9 @@ def _inputs(q: Quantizer, **first: torch.dtype) -> dict[str, torch.dtype]:
     return first | ({"global_scale": FLOAT} if q.scale.two_level else {})
 
 
-def _stored(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+def _stored(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
     scale = q.scale.scale(statistic, q.format)
+    scale = scale * factor if factor != 1.0 else scale
     for whole in global_scale:
         scale = scale / whole
     return store_of(q.scale.store).encode(scale)
@@ -130,25 +131,28 @@ def _loaded(q: Quantizer, stored: Value, *global_scale: Value) -> Value:
     return scale
 
 
-def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
     if q.scale.reciprocal is not None:
-        return q.scale.reciprocal(statistic, q.format)
-    scale = _loaded(q, _stored(q, statistic, *global_scale), *global_scale)
+        gamma = q.scale.reciprocal(statistic, q.format)
+        return gamma / factor if factor != 1.0 else gamma
+    scale = _loaded(q, _stored(q, statistic, *global_scale, factor=factor), *global_scale)
     return where(scale == 0.0, 0.0, 1.0 / scale)
 
 
 @cache
-def stored_scale(q: Quantizer) -> Formula:
-    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32."""
+def stored_scale(q: Quantizer, factor: float = 1.0) -> Formula:
+    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32; of the candidate with
+    this factor on the scale.
+    """
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("stored_scale", lambda *values: _stored(q, *values), **inputs)
+    return Formula.record("stored_scale", lambda *values: _stored(q, *values, factor=factor), **inputs)
 
 
 @cache
-def reciprocal(q: Quantizer) -> Formula:
-    """``(statistic[, global scale]) → γ``, float32."""
+def reciprocal(q: Quantizer, factor: float = 1.0) -> Formula:
+    """``(statistic[, global scale]) → γ``, float32, of the candidate with this factor."""
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values), **inputs)
+    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values, factor=factor), **inputs)
 
 
 @cache

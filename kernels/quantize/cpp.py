@@ -8,6 +8,7 @@ rotated row is kept in a buffer between the two. Scales and rounding are the for
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -76,11 +77,46 @@ static inline double statistic(Gathered sum, int64_t count) { return std::sqrt(s
 }
 _REDUCTIONS = {"amax": "max", "rms": "+"}
 
+# Of one candidate: its scale, and γ.
 _SCALES = r"""
-template <class Statistic> static inline Stored scale_of(Statistic value, float global_scale, float* gamma) {
-  *gamma = reciprocal(valueWHOLE);
-  return Stored(stored_scale(valueWHOLE));
+template <class Statistic> static inline Stored scale_ofI(Statistic value, float global_scale, float* gamma) {
+  *gamma = reciprocalI(valueWHOLE);
+  return Stored(stored_scaleI(valueWHOLE));
 }
+"""
+
+# Differences are rounded to float32, so their squares are exact and no contraction changes a sum.
+_SQUARED_ERROR = r"""
+template <class Element>
+static inline double squared_error(const Element* x, int64_t count, float gamma, float scale) {
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const double difference = float(double(round_level(x[k] * gamma)) * double(scale) - double(float(x[k])));
+    sum += difference * difference;
+  }
+  return sum;
+}
+"""
+
+# Whether the candidate's codes err less than those of the best one so far, whose scale and γ it then replaces.
+_CANDIDATE = r"""
+        {
+          float gamma;
+          const Stored other = scale_ofI(value, global_scale, &gamma);
+          const double error = of_block(gamma, scale_from(other, global_scale));
+          if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
+        }
+"""
+_CHOICE = r"""
+        const auto of_block = [&](float gamma, float scale) {
+          if constexpr (ROTATION > 1) return squared_error(elements + s * segment, count, gamma, scale);
+          double sum = 0;
+          for (int64_t row = first; row < last; ++row) {
+            sum += squared_error(x + row * size + s * segment, count, gamma, scale);
+          }
+          return sum;
+        };
+        double least = of_block(reciprocals[s], scale_from(scale, global_scale));
 """
 
 _LOAD_SCALE = r"""
@@ -144,7 +180,9 @@ static void for_each_row(const Element* x, Stored* scales, float global_scale, i
         } else {
           for (int64_t row = first; row < last; ++row) gathered = gather(gathered, x + row * size + s * segment, count);
         }
-        const Stored scale = scale_of(statistic(gathered, (last - first) * count), global_scale, reciprocals + s);
+        const auto value = statistic(gathered, (last - first) * count);
+        Stored scale = scale_of(value, global_scale, reciprocals + s);
+CHOICE
         if (scales) scales[band * segments + s] = scale;
       }
       for (int64_t row = first; row < last; ++row) {
@@ -259,6 +297,8 @@ def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform
         return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
     if reason := why_not_rounded(q.format) and why_not_searched(q.format):
         return False, reason
+    if len(q.scale.candidates) > 1 and (reason := why_not_rounded(q.format)):
+        return False, reason
     return supports_dtypes(dtypes)
 
 
@@ -316,17 +356,22 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
     """C++ that rotates and scales every row as the reference does: ``for_each_row`` and ``for_each_element``."""
     whole = ", global_scale" if q.scale.two_level else ""
     statistic = q.scale.statistic
-    return "\n".join(
-        (
-            _geometry(q, Transform.parse(transform).rotation),
-            ROTATE,
-            _STATISTICS[statistic],
-            cpp_function(scales.stored_scale(q)),
-            cpp_function(scales.reciprocal(q)),
-            _SCALES.replace("WHOLE", whole),
-            _ROWS.replace("REDUCTION", _REDUCTIONS[statistic]),
+    numbered = {str(i or ""): factor for i, factor in enumerate(q.scale.candidates)}
+    source = [_geometry(q, Transform.parse(transform).rotation), ROTATE, _STATISTICS[statistic]]
+    for number, factor in numbered.items():
+        source.append(cpp_function(scales.stored_scale(q, factor), f"stored_scale{number}"))
+        source.append(cpp_function(scales.reciprocal(q, factor), f"reciprocal{number}"))
+        source.append(
+            re.sub(r"(scale_of|reciprocal|stored_scale)I", rf"\g<1>{number}", _SCALES).replace("WHOLE", whole)
         )
-    )
+    choice = ""
+    if len(numbered) > 1:
+        source.append(cpp_function(scales.load_scale(q)) + _LOAD_SCALE.replace("WHOLE", whole))
+        source.append(cpp_function(rounding.round_level(q.format, q.rounding)) + _SQUARED_ERROR)
+        others = (_CANDIDATE.replace("scale_ofI", f"scale_of{number}") for number in list(numbered)[1:])
+        choice = _CHOICE + "".join(others)
+    source.append(_ROWS.replace("REDUCTION", _REDUCTIONS[statistic]).replace("CHOICE", choice))
+    return "\n".join(source)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ from qcompile.kernels.formula import scales as formulas
 from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.transform.reference import kept, rotate
 
+#: Integers by size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 __all__ = [
     "decode",
     "dequantize",
@@ -71,7 +74,7 @@ def quantize(
     if fold is not None:
         x = x * fold.reshape(-1)
     rotated = rotate(x, spec.rotation)
-    stored, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    stored, reciprocal = group_scales(x, rotated, q, global_scale)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
     codes = encode(rotated * spread(reciprocal, x.shape, q), q, seed, keep)
     return pack(codes, q.format.bits), stored
@@ -184,13 +187,45 @@ def scaled_input(
         q = replace(q, rounding="even")
     x = x.movedim(axis, -1).float().contiguous()
     rotated = rotate(x, spec.rotation)
-    _, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    _, reciprocal = group_scales(x, rotated, q, global_scale)
     y = rotated * spread(reciprocal, x.shape, q)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
     return y, decode(encode(y, q, keep=keep), q.format)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stored scales and float32 γ of every group; of a rule with candidates those whose codes err least."""
+    statistic = group_statistic(x, rotated, q)
+    stored, scale, reciprocal = scale_pair(statistic, q, global_scale)
+    if len(q.scale.candidates) > 1 and x.numel():
+        least = _squared_error(rotated, scale, reciprocal, q)
+        for factor in q.scale.candidates[1:]:
+            other, scale, other_reciprocal = scale_pair(statistic, q, global_scale, factor)
+            error = _squared_error(rotated, scale, other_reciprocal, q)
+            better = error < least
+            bits = torch.where(better, *(s.view(_BITS[s.element_size()]) for s in (other, stored)))
+            stored, least = bits.view(stored.dtype), torch.where(better, error, least)
+            reciprocal = torch.where(better, other_reciprocal, reciprocal)
+    return stored, reciprocal
+
+
+def _squared_error(x: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Float64 Σ(s · level − x)² of every group. Differences are rounded to float32, so squares are exact; they are
+    added in the order of elements, then of rows.
+    """
+    level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
+    difference = (level.double() * spread(scale, x.shape, q).double() - x.double()).float().double()
+    return _over_groups(difference.square(), q, _sum_in_order).reshape(scale.shape)
+
+
+def _sum_in_order(values: Tensor, dim: int) -> Tensor:
+    total = torch.zeros_like(values.select(dim, 0))
+    for value in values.unbind(dim):
+        total = total + value
+    return total
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:
@@ -239,9 +274,11 @@ def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
     return values
 
 
-def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def scale_pair(
+    amax: Tensor, q: Quantizer, global_scale: Tensor | None = None, factor: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32), or for root mean
-    squares (float64).
+    squares (float64). ``factor``: of a candidate other than the first, on the scale.
 
     Raises ``ValueError`` if the scale rule has two levels and there is no global scale.
     """
@@ -266,27 +303,27 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
             exponent = (torch.frexp(amax).exponent - 1 - q.format.max_exponent).clamp(-127, 127)
             byte = torch.where(amax.isfinite(), exponent + 127, 255).to(torch.uint8)
             return byte, load_scale(byte, q), _power_of_two(-exponent)
-    if q.scale.name != "e4m3":
-        return _scale_pair_of_formula(amax, q, global_scale)
+    if q.scale.name not in ("e4m3", "e4m3_46"):
+        return _scale_pair_of_formula(amax, q, global_scale, factor)
     if global_scale is None:
         msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
         raise ValueError(msg)
-    stored = (amax / torch.full_like(amax, largest) / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
+    stored = (amax / torch.full_like(amax, largest) * factor / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
     scale = load_scale(stored, q, global_scale)
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
 
 
 def _scale_pair_of_formula(
-    statistic: Tensor, q: Quantizer, global_scale: Tensor | None
+    statistic: Tensor, q: Quantizer, global_scale: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`scale_pair` of a rule that is told by its formula alone, evaluated in torch."""
     inputs = (statistic,) if global_scale is None else (statistic, global_scale)
-    stored = evaluate(formulas.stored_scale(q), *inputs)
+    stored = evaluate(formulas.stored_scale(q, factor), *inputs)
     dtype = getattr(torch, q.scale.storage)
     if dtype != torch.float32:
         bits = stored.to(torch.uint8 if dtype.itemsize == 1 else torch.int16)
         stored = bits if bits.dtype == dtype else bits.view(dtype)
-    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q), *inputs)
+    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q, factor), *inputs)
 
 
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:

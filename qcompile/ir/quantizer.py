@@ -101,6 +101,9 @@ class ScaleRule:
             Kernels then clamp only where it is not.
         floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
             (:attr:`Quantizer.amax_floor`).
+        candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
+            the least squared error; of equal errors the first.
+        largest: the stored scale that the tensor's absolute maximum gets under a two-level rule, before candidates.
         source: where it is defined.
     """
 
@@ -112,6 +115,8 @@ class ScaleRule:
     two_level: bool = False
     covers: bool = False
     floor: float | None = None
+    candidates: tuple[float, ...] = (1.0,)
+    largest: float = 448.0
     source: str = ""
 
     @property
@@ -203,6 +208,15 @@ SCALE_RULES: dict[str, ScaleRule] = {
         ),
         ScaleRule("e4m3", "e4m3", _absmax, two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
         ScaleRule(
+            "e4m3_46",
+            "e4m3",
+            _absmax,
+            two_level=True,
+            candidates=(1.0, 1.5),
+            largest=256.0,
+            source="NVFP4 whose blocks end at 6 or at 4 (s · 1.5), whichever errs less; arXiv 2512.02010",
+        ),
+        ScaleRule(
             "absmax_bnb",
             "fp32",
             _absmax,
@@ -242,6 +256,12 @@ class Quantizer:
             raise ValueError(msg)
         if self.rounding == "stochastic" and not (self.format.has_zero or self.format.codebook):
             msg = f"stochastic rounding on {self.format.name}: its codes keep the sign, which biases values around zero"
+            raise ValueError(msg)
+        if len(self.scale.candidates) > 1 and self.granularity.kind not in ("block", "square"):
+            msg = f"scale rule {self.scale.name} chooses by blocks, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+        if len(self.scale.candidates) > 1 and self.rounding == "stochastic":
+            msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, which biases stochastic; use even"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"
