@@ -206,8 +206,9 @@ def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor 
             other, scale, other_reciprocal = scale_pair(statistic, q, global_scale, factor)
             error = _squared_error(rotated, scale, other_reciprocal, q)
             better = error < least
-            bits = torch.where(better, *(s.view(_BITS[s.element_size()]) for s in (other, stored)))
-            stored, least = bits.view(stored.dtype), torch.where(better, error, least)
+            bits = _BITS[stored.element_size()]
+            stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
+            least = torch.where(better, error, least)
             reciprocal = torch.where(better, other_reciprocal, reciprocal)
     return stored, reciprocal
 

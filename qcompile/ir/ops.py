@@ -196,8 +196,8 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
-    """Float32 scalar tensor amax/(448·max) (256·max where candidates need room) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``. It is at
-    least SMALLEST_GLOBAL_SCALE.
+    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B; of some rules less than
+    448, :attr:`ScaleRule.largest`), else ``None``. It is at least SMALLEST_GLOBAL_SCALE.
     """
     if not quantizer.scale.two_level:
         return None

@@ -261,7 +261,7 @@ class Quantizer:
             msg = f"scale rule {self.scale.name} chooses by blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
         if len(self.scale.candidates) > 1 and self.rounding == "stochastic":
-            msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, which biases stochastic; use even"
+            msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, not of stochastic; use even"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {self.scale.name} needs blocks, for example block16; got {self.granularity}"

@@ -64,7 +64,7 @@ def test_four_over_six_is_that_of_the_paper():
     torch.testing.assert_close(back[everywhere].double(), expected[everywhere], rtol=1e-6, atol=2e-6)
     error, plain = ((b - x).square().mean().item() for b in (back, quantized(x, "e2m1 block16 e4m3")[3]))
     assert abs(error - 7.56e-3) < 0.05e-3
-    assert abs(plain - 9.04e-3) < 0.05e-3
+    assert abs(plain - 9.04e-3) < 0.1e-3
     fours = scales.float() > (x.unflatten(-1, (-1, 16)).abs().amax(-1) / 6 * 1.2 * 1536 / x.abs().amax())
     assert 0.4 < fours.float().mean() < 0.5, "45 % of the blocks end at 4"
 
@@ -113,7 +113,7 @@ def test_who_cannot_choose_says_so():
     assert estimate_inductor.supports_estimator_mask(q, estimate_inductor.Estimator.parse("clip")) == reason
     for text, message in {
         "e2m1 row e4m3_46": "scale rule e4m3_46 chooses by blocks, for example block16; got row",
-        "e2m1 block16 e4m3_46 stochastic": "chooses by the error of nearest rounding, which biases stochastic; use even",
+        "e2m1 block16 e4m3_46 stochastic": "chooses by the error of nearest rounding, not of stochastic; use even",
     }.items():
         with pytest.raises(ValueError, match=message):
             Quantizer.parse(text)
