@@ -34,9 +34,6 @@ from qcompile.kernels.formula import scales as formulas
 from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.transform.reference import kept, rotate
 
-#: Integers by size in bytes.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
 __all__ = [
     "decode",
     "dequantize",
@@ -53,6 +50,9 @@ __all__ = [
     "scaled_input",
     "unpack",
 ]
+
+#: Integers by size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def quantize(
