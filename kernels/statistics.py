@@ -43,15 +43,19 @@ def _statistics(rows: Tensor, spec: Operand, seed: Tensor | None) -> Tensor:
     stored, fmt = spec.stored, spec.stored.format
     rotation = transform_of(spec, rows, -1).rotation
     seen = torch.ops.qcompile.hadamard(rows, rotation, -1) if rotation > 1 else rows
-    size, wide = seen.float().abs(), rows.float()
+    seen, wide = seen.float(), rows.float()
     scale = spread(load_scale(scales, stored, global_scale), rows.shape, stored)
-    zero = torch.zeros_like(scale).expand_as(size)
-    small = (size <= fmt.thresholds[0] * scale) & (size > 0) if fmt.has_zero else zero
+    zero = torch.zeros_like(scale).expand_as(seen)
+    small = zero
+    if fmt.around_zero is not None:
+        low, high = fmt.around_zero
+        small = (seen >= low * scale) & (seen <= high * scale) & (seen != 0)
+    lowest, highest = (level * (1 + 2.0**-22) for level in fmt.range)
     kept = unpack(mask, 1, rows.shape[-1]) if mask is not None else 1.0 - zero
     means = (
         wide.square(),
         (wide - restored.float()).square(),
-        size > fmt.max * (1 + 2.0**-22) * scale,
+        (seen < lowest * scale) | (seen > highest * scale),
         1 - kept.float(),
         small,
     )

@@ -29,6 +29,8 @@ __all__ = ["choose_providers"]
 AT_RUN_TIME = "cublaslt, gluon or triton"
 #: Stands for an extent that is known at run time only: one that keeps no provider away.
 _ALIGNED = 16
+#: Levels of codes whose bits tensor cores count.
+_SIGNS = (0.5, -0.5)
 #: Providers that multiply codes as they are stored, which are not those of other extents.
 _AS_STORED = (providers.POPCOUNT[0].name, providers.BLOCK_SCALED[0].name)
 #: What FP4 tensor cores read as it is stored: format, granularity and scale rule.
@@ -105,7 +107,7 @@ def _block_scales(operand: ProductOperand) -> tuple[Any, ...] | None:
 
 def _are_stored_signs(operand: ProductOperand) -> bool:
     """Whether tensor cores that count bits read the codes, which can be read as 8-bit ones, as they are stored."""
-    one_bit = operand.encoding.operand is not None and operand.encoding.format.bits == 1
+    one_bit = operand.encoding.operand is not None and operand.encoding.format.levels == _SIGNS
     return one_bit and not operand.contracts_rows and isinstance(operand.size, int)
 
 

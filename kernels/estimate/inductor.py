@@ -27,6 +27,7 @@ from qcompile.kernels.quantize.inductor import (
     scale_value,
     supports_scales,
     unpacked,
+    why_not_chosen,
 )
 
 __all__ = [
@@ -46,7 +47,7 @@ def supports_estimator_mask(
     q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None
 ) -> tuple[bool, str]:
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
-    if reason := formulas.why_no_mask(estimator, q.format):
+    if reason := formulas.why_no_mask(estimator, q.format) or why_not_chosen(q):
         return False, reason
     if q.scale.statistic != "amax":
         return False, f"{q.scale.name} scales are not generated"
@@ -58,6 +59,8 @@ def supports_scale_gradient(
 ) -> tuple[bool, str]:
     """Whether :func:`lower_scale_gradient` generates code, and if not, why."""
     if reason := formulas.why_no_slope(estimator, q.format):
+        return False, reason
+    if not estimator.kind.continuous and (reason := why_not_chosen(q)):
         return False, reason
     if not estimator.kind.continuous and q.scale.statistic != "amax":
         return False, f"{q.scale.name} scales are not generated"

@@ -37,7 +37,9 @@ def mask_of(estimator: EstimatorSpec, y: Tensor, level: Tensor, fmt: Format) -> 
     parameters = dict(estimator.parameters)
     match estimator.name:
         case "clip":
-            return y.abs() <= clip_limit(fmt, **parameters)  # type: ignore[arg-type]
+            factor = clip_limit(fmt, **parameters) / fmt.max  # type: ignore[arg-type]
+            lowest, highest = (level * factor for level in fmt.range)
+            return (y >= lowest) & (y <= highest)
         case "trust":
             return (y - level).abs() <= trust_threshold(fmt, **parameters)
     return estimator.mask(y, level, fmt)
@@ -49,8 +51,11 @@ def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
         return estimator.slope(y, fmt)
     k, cap = (value for _, value in estimator.parameters)
     assert k is not None
-    edges = torch.tensor(fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes), device=y.device)
-    magnitude = y.abs().clamp(max=fmt.max)
+    if fmt.codebook:
+        edges, magnitude = torch.tensor(sorted({*fmt.codebook}), device=y.device), y.clamp(*fmt.range)
+    else:
+        lowest = () if fmt.has_zero else (-fmt.magnitudes[0],)
+        edges, magnitude = torch.tensor((*lowest, *fmt.magnitudes), device=y.device), y.abs().clamp(max=fmt.max)
     index = torch.bucketize(magnitude, edges[1:-1].contiguous(), right=True)
     position = 2 * (magnitude - edges[index]) / (edges[index + 1] - edges[index]) - 1
     return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)

@@ -2,7 +2,7 @@
 
 * ``uniform``: magnitude i is (i + o) · step, the step a power of two.
 * ``minifloat``: an index is exponent and mantissa of a small float, subnormal numbers included.
-* anything else with few levels: comparisons with midpoints.
+* anything else with few levels, code books among them: comparisons with midpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_MIDPOINTS = 15
 
 def uniform_offset(fmt: Format) -> float | None:
     """o where magnitude i is ``(i + o) · step`` and the step a power of two (exact division), else ``None``."""
-    if fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
+    if fmt.codebook or fmt.step is None or math.frexp(fmt.step)[0] != 0.5:
         return None
     offset = fmt.magnitudes[0] / fmt.step
     uniform = all(m == (i + offset) * fmt.step for i, m in enumerate(fmt.magnitudes))
@@ -36,7 +36,7 @@ def minifloat(fmt: Format) -> tuple[int, float] | None:
     Shifted to the place of float32's fields it then differs from the magnitude by a factor, the difference of the
     biases.
     """
-    for mantissa_bits in range(min(fmt.bits, MANTISSA_BITS)):
+    for mantissa_bits in range(0 if fmt.codebook else min(fmt.bits, MANTISSA_BITS)):
         shift = MANTISSA_BITS - mantissa_bits
         if len(fmt.magnitudes) << shift > 2**31:  # more exponents than float32 has
             continue
@@ -54,6 +54,8 @@ def why_not_rounded(fmt: Format) -> str:
     fmt = fmt.grid
     if uniform_offset(fmt) is not None or minifloat(fmt) is not None or len(fmt.thresholds) <= MOST_MIDPOINTS:
         return ""
+    if fmt.codebook:
+        return f"{fmt.name} is a code book of more than {MOST_MIDPOINTS + 1} levels"
     return f"{fmt.name} is neither uniform nor a minifloat, and has more than {MOST_MIDPOINTS + 1} magnitudes"
 
 

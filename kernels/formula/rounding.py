@@ -30,11 +30,17 @@ _ROUNDER = 1.5 * 2.0**MANTISSA_BITS
 def saturate_value(y: Value, fmt: Format) -> Value:
     """y within ± the largest magnitude; NaN as the largest, positive."""
     y = where(y.isnan(), fmt.max, y)
+    if fmt.codebook:  # comparisons saturate by themselves
+        return y
     return where(y > fmt.max, fmt.max, where(y < -fmt.max, -fmt.max, y))
 
 
 def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:
-    """The level nearest to y (saturated, no NaN) and its code; ties to the even index, or toward +∞ (``half_up``)."""
+    """The level nearest to y (saturated, no NaN) and its code; ties to the even index, or toward +∞ (``half_up``); of a
+    code book to the lower level or the higher.
+    """
+    if fmt.codebook:
+        return _of_codebook(y, fmt, rounding == "half_up")
     grid = fmt.grid
     ties_up = rounding == "half_up"
     negative = y < 0.0
@@ -107,8 +113,25 @@ def _thresholds(y: Value, negative: Value, fmt: Format, ties_up: bool) -> tuple[
     return level, index
 
 
+def _of_codebook(y: Value, fmt: Format, ties_up: bool) -> tuple[Value, Value]:
+    """The nearest level and its code; each midpoint that y is above (or reaches) selects the next higher level."""
+    level, code = constant(fmt.sorted_levels[0]), constant(fmt.ranked_codes[0], INT)
+    for threshold, higher, its_code in zip(fmt.thresholds, fmt.sorted_levels[1:], fmt.ranked_codes[1:], strict=True):
+        above = y >= threshold if ties_up else y > threshold
+        level, code = where(above, higher, level), where(above, its_code, code)
+    if fmt.negative_zero_code is not None:
+        below_zero = (level == 0.0) & (y.view(INT) < 0)
+        level, code = where(below_zero, -0.0, level), where(below_zero, fmt.negative_zero_code, code)
+    return level, code
+
+
 def decode_code(code: Value, fmt: Format) -> Value:
     """Float32 level of an int32 code."""
+    if fmt.codebook:
+        value = constant(fmt.levels[0])
+        for last, following in enumerate(fmt.levels[1:]):
+            value = where(code > last, following, value)
+        return value
     index = code & 2 ** (fmt.bits - 1) - 1
     sign = (code & 2 ** (fmt.bits - 1)) << (32 - fmt.bits)
     grid, first = fmt.grid, index

@@ -22,8 +22,16 @@ from .rounding import decode_code, nearest_level, saturate_value
 __all__ = ["Store", "load_bits", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
 
 _MANTISSA_BITS = 23
+
+
+class _ScaleFormat(Format):
+    """A format of scales, which fill up to two bytes beside a sign."""
+
+    MOST_BITS = 16
+
+
 #: Unsigned: five bits of exponent with bias 15, three of mantissa; 0x7f is the largest number below 2¹ in e4m3's sense.
-_UE5M3 = Format(
+_UE5M3 = _ScaleFormat(
     "ue5m3",
     9,
     tuple((1 + m / 8) * 2.0 ** (e - 15) if e else m / 8 * 2.0**-14 for e in range(32) for m in range(8))[:-1],
@@ -94,7 +102,7 @@ def store_of(name: str) -> Store:
 def _half() -> Format:
     """Float16 as a format: its finite magnitudes."""
     finite = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    return Format("fp16", 16, tuple(finite.tolist()))
+    return _ScaleFormat("fp16", 16, tuple(finite.tolist()))
 
 
 # --- recorded, by quantizer -----------------------------------------------------------------------------------------
@@ -108,8 +116,9 @@ def _inputs(q: Quantizer, **first: torch.dtype) -> dict[str, torch.dtype]:
     return first | ({"global_scale": FLOAT} if q.scale.two_level else {})
 
 
-def _stored(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+def _stored(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
     scale = q.scale.scale(statistic, q.format)
+    scale = scale * factor if factor != 1.0 else scale
     for whole in global_scale:
         scale = scale / whole
     return store_of(q.scale.store).encode(scale)
@@ -122,25 +131,28 @@ def _loaded(q: Quantizer, stored: Value, *global_scale: Value) -> Value:
     return scale
 
 
-def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value) -> Value:
+def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
     if q.scale.reciprocal is not None:
-        return q.scale.reciprocal(statistic, q.format)
-    scale = _loaded(q, _stored(q, statistic, *global_scale), *global_scale)
+        gamma = q.scale.reciprocal(statistic, q.format)
+        return gamma / factor if factor != 1.0 else gamma
+    scale = _loaded(q, _stored(q, statistic, *global_scale, factor=factor), *global_scale)
     return where(scale == 0.0, 0.0, 1.0 / scale)
 
 
 @cache
-def stored_scale(q: Quantizer) -> Formula:
-    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32."""
+def stored_scale(q: Quantizer, factor: float = 1.0) -> Formula:
+    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32; of the candidate with
+    this factor on the scale.
+    """
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("stored_scale", lambda *values: _stored(q, *values), **inputs)
+    return Formula.record("stored_scale", lambda *values: _stored(q, *values, factor=factor), **inputs)
 
 
 @cache
-def reciprocal(q: Quantizer) -> Formula:
-    """``(statistic[, global scale]) → γ``, float32."""
+def reciprocal(q: Quantizer, factor: float = 1.0) -> Formula:
+    """``(statistic[, global scale]) → γ``, float32, of the candidate with this factor."""
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values), **inputs)
+    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values, factor=factor), **inputs)
 
 
 @cache

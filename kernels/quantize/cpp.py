@@ -8,12 +8,14 @@ rotated row is kept in a buffer between the two. Scales and rounding are the for
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.transforms import Transform
@@ -75,11 +77,46 @@ static inline double statistic(Gathered sum, int64_t count) { return std::sqrt(s
 }
 _REDUCTIONS = {"amax": "max", "rms": "+"}
 
+# Of one candidate: its scale, and γ.
 _SCALES = r"""
-template <class Statistic> static inline Stored scale_of(Statistic value, float global_scale, float* gamma) {
-  *gamma = reciprocal(valueWHOLE);
-  return Stored(stored_scale(valueWHOLE));
+template <class Statistic> static inline Stored scale_ofI(Statistic value, float global_scale, float* gamma) {
+  *gamma = reciprocalI(valueWHOLE);
+  return Stored(stored_scaleI(valueWHOLE));
 }
+"""
+
+# Differences are rounded to float32, so their squares are exact and no contraction changes a sum.
+_SQUARED_ERROR = r"""
+template <class Element>
+static inline double squared_error(const Element* x, int64_t count, float gamma, float scale) {
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const double difference = float(double(round_level(x[k] * gamma)) * double(scale) - double(float(x[k])));
+    sum += difference * difference;
+  }
+  return sum;
+}
+"""
+
+# Whether the candidate's codes err less than those of the best one so far, whose scale and γ it then replaces.
+_CANDIDATE = r"""
+        {
+          float gamma;
+          const Stored other = scale_ofI(value, global_scale, &gamma);
+          const double error = of_block(gamma, scale_from(other, global_scale));
+          if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
+        }
+"""
+_CHOICE = r"""
+        const auto of_block = [&](float gamma, float scale) {
+          if constexpr (ROTATION > 1) return squared_error(elements + s * segment, count, gamma, scale);
+          double sum = 0;
+          for (int64_t row = first; row < last; ++row) {
+            sum += squared_error(x + row * size + s * segment, count, gamma, scale);
+          }
+          return sum;
+        };
+        double least = of_block(reciprocals[s], scale_from(scale, global_scale));
 """
 
 _LOAD_SCALE = r"""
@@ -143,7 +180,9 @@ static void for_each_row(const Element* x, Stored* scales, float global_scale, i
         } else {
           for (int64_t row = first; row < last; ++row) gathered = gather(gathered, x + row * size + s * segment, count);
         }
-        const Stored scale = scale_of(statistic(gathered, (last - first) * count), global_scale, reciprocals + s);
+        const auto value = statistic(gathered, (last - first) * count);
+        Stored scale = scale_of(value, global_scale, reciprocals + s);
+CHOICE
         if (scales) scales[band * segments + s] = scale;
       }
       for (int64_t row = first; row < last; ++row) {
@@ -234,6 +273,16 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, const float* glo
 }
 """
 
+# The code of the nearest level of a code book with many: a binary search among midpoints, infinity past the last.
+_SEARCH = r"""
+static inline int32_t encode(float y) {
+  y = y == y ? y : HIGHEST;
+  int rank = 0;
+  for (int step = STEP; step; step /= 2) rank += y ABOVE THRESHOLDS[rank + step - 1] ? step : 0;
+  return RANKED_CODES[rank];
+}
+"""
+
 # --- what is supported --------------------------------------------------------------------------------------
 
 
@@ -246,9 +295,18 @@ def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform
         return False, "sparsity has no C++ kernel"
     if spec.rotation > 1 and q.granularity.kind not in ("row", "block"):
         return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
-    if reason := why_not_rounded(q.format):
+    if reason := why_not_rounded(q.format) and why_not_searched(q.format):
+        return False, reason
+    if len(q.scale.candidates) > 1 and (reason := why_not_rounded(q.format)):
         return False, reason
     return supports_dtypes(dtypes)
+
+
+def why_not_searched(fmt: Format) -> str:
+    """Why no table of levels is searched for the nearest one; empty if one is."""
+    if not fmt.codebook:
+        return why_not_rounded(fmt)
+    return f"{fmt.name} tells 0.0 and −0.0 apart, among too many levels" if fmt.negative_zero_code is not None else ""
 
 
 def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
@@ -261,6 +319,20 @@ def supports_dequantize(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Supp
 
 def _table(name: str, values: list[float]) -> str:
     return f"static const float {name}[] = {{{', '.join(map(float_literal, values))}}};"
+
+
+def _encode_source(q: Quantizer) -> str:
+    """``int32_t encode(float)``: the formula, or a search where there is none."""
+    fmt = q.format
+    if not why_not_rounded(fmt):
+        return cpp_function(rounding.encode(fmt, q.rounding))
+    size = 2 ** len(fmt.thresholds).bit_length()
+    thresholds = [*fmt.thresholds, *[math.inf] * (size - len(fmt.ranked_codes))]
+    codes = ", ".join(map(str, fmt.ranked_codes))
+    above = ">=" if q.rounding == "half_up" else ">"
+    search = _SEARCH.replace("HIGHEST", float_literal(fmt.range[1])).replace("STEP", str(size // 2))
+    tables = _table("THRESHOLDS", thresholds), f"static const uint8_t RANKED_CODES[] = {{{codes}}};"
+    return "\n".join((*tables, search.replace("ABOVE", above)))
 
 
 def _geometry(q: Quantizer, rotation: int = 1) -> str:
@@ -284,17 +356,22 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
     """C++ that rotates and scales every row as the reference does: ``for_each_row`` and ``for_each_element``."""
     whole = ", global_scale" if q.scale.two_level else ""
     statistic = q.scale.statistic
-    return "\n".join(
-        (
-            _geometry(q, Transform.parse(transform).rotation),
-            ROTATE,
-            _STATISTICS[statistic],
-            cpp_function(scales.stored_scale(q)),
-            cpp_function(scales.reciprocal(q)),
-            _SCALES.replace("WHOLE", whole),
-            _ROWS.replace("REDUCTION", _REDUCTIONS[statistic]),
+    numbered = {str(i or ""): factor for i, factor in enumerate(q.scale.candidates)}
+    source = [_geometry(q, Transform.parse(transform).rotation), ROTATE, _STATISTICS[statistic]]
+    for number, factor in numbered.items():
+        source.append(cpp_function(scales.stored_scale(q, factor), f"stored_scale{number}"))
+        source.append(cpp_function(scales.reciprocal(q, factor), f"reciprocal{number}"))
+        source.append(
+            re.sub(r"(scale_of|reciprocal|stored_scale)I", rf"\g<1>{number}", _SCALES).replace("WHOLE", whole)
         )
-    )
+    choice = ""
+    if len(numbered) > 1:
+        source.append(cpp_function(scales.load_scale(q)) + _LOAD_SCALE.replace("WHOLE", whole))
+        source.append(cpp_function(rounding.round_level(q.format, q.rounding)) + _SQUARED_ERROR)
+        others = (_CANDIDATE.replace("scale_ofI", f"scale_of{number}") for number in list(numbered)[1:])
+        choice = _CHOICE + "".join(others)
+    source.append(_ROWS.replace("REDUCTION", _REDUCTIONS[statistic]).replace("CHOICE", choice))
+    return "\n".join(source)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -303,7 +380,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
 @cache
 def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    source = scaled_rows_source(q, transform) + cpp_function(rounding.encode(q.format, q.rounding)) + _QUANTIZE
+    source = scaled_rows_source(q, transform) + _encode_source(q) + _QUANTIZE
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
 
 

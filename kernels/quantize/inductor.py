@@ -51,6 +51,7 @@ __all__ = [
     "supports_dequantize",
     "supports_quantize",
     "supports_scales",
+    "why_not_chosen",
 ]
 
 #: A value inside a loop body, and an index tuple.
@@ -71,9 +72,14 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
         return False, "stochastic rounding is not generated"
     if q.scale.statistic != "amax":
         return False, f"{q.scale.name} scales are not generated"
-    if reason := why_not_rounded(q.format):
+    if reason := why_not_rounded(q.format) or why_not_chosen(q):
         return False, reason
     return supports_scales(q, device)
+
+
+def why_not_chosen(q: Quantizer) -> str:
+    """Why no code is generated that finds the scales of ``q`` from the elements; empty if it is."""
+    return f"{q.scale.name} tries scales by block, which is not generated" if len(q.scale.candidates) > 1 else ""
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:

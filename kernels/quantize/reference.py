@@ -7,7 +7,7 @@ All arithmetic is float32. For the elements that share a scale, with M the forma
     s, γ = scale and its reciprocal, each rounded once from amax (absmax: s = amax / M, γ = M / amax)
            or from their root mean square, in float64 (rms: s = c / M, γ = M / c, c = α · rms + 10^-8)
     y    = x · γ, or of x rotated; a rotation does not change the root mean square of a row
-    code = nearest level of min(|y|, M), sign kept
+    code = nearest level of min(|y|, M), sign kept; of a code book, nearest of all levels
     x̂    = s · level
 
 Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
@@ -15,6 +15,7 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +27,7 @@ from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import RMS_FLOOR, Quantizer
+from qcompile.ir.quantizer import RMS_FLOOR, SMALLEST_BNB_AMAX, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas
@@ -50,6 +51,9 @@ __all__ = [
     "unpack",
 ]
 
+#: Integers by size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 
 def quantize(
     x: Tensor,
@@ -70,7 +74,7 @@ def quantize(
     if fold is not None:
         x = x * fold.reshape(-1)
     rotated = rotate(x, spec.rotation)
-    stored, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    stored, reciprocal = group_scales(x, rotated, q, global_scale)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
     codes = encode(rotated * spread(reciprocal, x.shape, q), q, seed, keep)
     return pack(codes, q.format.bits), stored
@@ -183,13 +187,46 @@ def scaled_input(
         q = replace(q, rounding="even")
     x = x.movedim(axis, -1).float().contiguous()
     rotated = rotate(x, spec.rotation)
-    _, _, reciprocal = scale_pair(group_statistic(x, rotated, q), q, global_scale)
+    _, reciprocal = group_scales(x, rotated, q, global_scale)
     y = rotated * spread(reciprocal, x.shape, q)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
     return y, decode(encode(y, q, keep=keep), q.format)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stored scales and float32 γ of every group; of a rule with candidates those whose codes err least."""
+    statistic = group_statistic(x, rotated, q)
+    stored, scale, reciprocal = scale_pair(statistic, q, global_scale)
+    if len(q.scale.candidates) > 1 and x.numel():
+        least = _squared_error(rotated, scale, reciprocal, q)
+        for factor in q.scale.candidates[1:]:
+            other, scale, other_reciprocal = scale_pair(statistic, q, global_scale, factor)
+            error = _squared_error(rotated, scale, other_reciprocal, q)
+            better = error < least
+            bits = _BITS[stored.element_size()]
+            stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
+            least = torch.where(better, error, least)
+            reciprocal = torch.where(better, other_reciprocal, reciprocal)
+    return stored, reciprocal
+
+
+def _squared_error(x: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Float64 Σ(s · level − x)² of every group. Differences are rounded to float32, so squares are exact; they are
+    added in the order of elements, then of rows.
+    """
+    level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
+    difference = (level.double() * spread(scale, x.shape, q).double() - x.double()).float().double()
+    return _over_groups(difference.square(), q, _sum_in_order).reshape(scale.shape)
+
+
+def _sum_in_order(values: Tensor, dim: int) -> Tensor:
+    total = torch.zeros_like(values.select(dim, 0))
+    for value in values.unbind(dim):
+        total = total + value
+    return total
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:
@@ -238,9 +275,11 @@ def spread(values: Tensor, shape: torch.Size, q: Quantizer) -> Tensor:
     return values
 
 
-def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def scale_pair(
+    amax: Tensor, q: Quantizer, global_scale: Tensor | None = None, factor: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stored scale, float32 scale s and float32 reciprocal γ for absolute maxima ``amax`` (float32), or for root mean
-    squares (float64).
+    squares (float64). ``factor``: of a candidate other than the first, on the scale.
 
     Raises ``ValueError`` if the scale rule has two levels and there is no global scale.
     """
@@ -253,6 +292,9 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
         case "absmax":
             scale = amax / torch.full_like(amax, largest)
             return scale, scale, _ratio(largest, amax)
+        case "absmax_bnb":
+            scale = amax / torch.full_like(amax, largest)
+            return scale, scale, _ratio(largest, amax.clamp(min=SMALLEST_BNB_AMAX * max(largest, 1.0)))
         case "absmax_pow2":
             # γ = 2^⌊log2(M / amax)⌋; frexp's exponent is exact where a float32 log2 is not.
             exponent = torch.frexp(_ratio(largest, amax)).exponent - 1
@@ -262,27 +304,27 @@ def scale_pair(amax: Tensor, q: Quantizer, global_scale: Tensor | None = None) -
             exponent = (torch.frexp(amax).exponent - 1 - q.format.max_exponent).clamp(-127, 127)
             byte = torch.where(amax.isfinite(), exponent + 127, 255).to(torch.uint8)
             return byte, load_scale(byte, q), _power_of_two(-exponent)
-    if q.scale.name != "e4m3":
-        return _scale_pair_of_formula(amax, q, global_scale)
+    if q.scale.name not in ("e4m3", "e4m3_46"):
+        return _scale_pair_of_formula(amax, q, global_scale, factor)
     if global_scale is None:
         msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
         raise ValueError(msg)
-    stored = (amax / torch.full_like(amax, largest) / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
+    stored = (amax / torch.full_like(amax, largest) * factor / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
     scale = load_scale(stored, q, global_scale)
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
 
 
 def _scale_pair_of_formula(
-    statistic: Tensor, q: Quantizer, global_scale: Tensor | None
+    statistic: Tensor, q: Quantizer, global_scale: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`scale_pair` of a rule that is told by its formula alone, evaluated in torch."""
     inputs = (statistic,) if global_scale is None else (statistic, global_scale)
-    stored = evaluate(formulas.stored_scale(q), *inputs)
+    stored = evaluate(formulas.stored_scale(q, factor), *inputs)
     dtype = getattr(torch, q.scale.storage)
     if dtype != torch.float32:
         bits = stored.to(torch.uint8 if dtype.itemsize == 1 else torch.int16)
         stored = bits if bits.dtype == dtype else bits.view(dtype)
-    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q), *inputs)
+    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q, factor), *inputs)
 
 
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
@@ -320,15 +362,37 @@ def _finite_or_nan(scale: Tensor, amax: Tensor) -> Tensor:
 
 
 def encode(y: Tensor, q: Quantizer, seed: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the largest magnitude, positive.
+    """Unpacked uint8 codes of float32 values in grid units; saturating. NaN takes the highest level.
 
-    Elements that are not in ``keep`` (bool, like y) take the code 0.
+    Elements that are not in ``keep`` (bool, like y) take the code of 0.
     """
-    codes = _encode(y, replace(q, format=q.format.grid), seed)
+    by_book = q.format.codebook
+    codes = _encode_by_book(y, q, seed) if by_book else _encode(y, replace(q, format=q.format.grid), seed)
     if q.format.pruned:  # one magnitude more, the first; and one bit more, below the sign
         index, sign = codes & (2 ** (q.format.bits - 2) - 1), codes >> (q.format.bits - 2)
         codes = (index + 1) | (sign << (q.format.bits - 1))
-    return codes if keep is None else torch.where(keep, codes, codes.new_zeros(()))
+    return codes if keep is None else torch.where(keep, codes, codes.new_full((), q.format.zero_code))
+
+
+def _encode_by_book(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
+    """Codes of a code book: y's rank among the sorted levels, and the code of the level there. Ties: to the lower
+    level, or to the higher one (``half_up``).
+    """
+    book = q.format.codebook
+    # Of two zeros −0.0 comes first, and is left to numbers with that sign.
+    order = sorted(range(len(book)), key=lambda code: (book[code], math.copysign(1.0, book[code])))
+    zeros = [code for code in order if book[code] == 0]
+    if len(zeros) == 2:
+        order.remove(zeros[0])
+    levels = tuple(book[code] for code in order)
+    y = y.clamp(levels[0], levels[-1]).nan_to_num(levels[-1])
+    if q.rounding == "stochastic":
+        rank = _stochastic_index(y, levels, seed)
+    else:
+        midpoints = torch.tensor([(low + high) / 2 for low, high in pairwise(levels)], device=y.device)
+        rank = torch.bucketize(y, midpoints, right=q.rounding == "half_up")
+    codes = torch.tensor(order, dtype=torch.uint8, device=y.device)[rank.long()]
+    return torch.where((codes == zeros[1]) & y.signbit(), zeros[0], codes) if len(zeros) == 2 else codes
 
 
 def _encode(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
@@ -336,7 +400,7 @@ def _encode(y: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
     negative = torch.signbit(y) & ~y.isnan() if fmt.has_zero else y < 0
     magnitude = y.abs().nan_to_num(fmt.max).clamp(max=fmt.max)
     if q.rounding == "stochastic":
-        index = _stochastic_index(magnitude, fmt, seed)
+        index = _stochastic_index(magnitude, fmt.magnitudes, seed)
     elif fmt.torch_dtype:
         index = magnitude.to(getattr(torch, fmt.torch_dtype)).view(torch.uint8).to(torch.int32)
     else:
@@ -354,12 +418,13 @@ def _nearest_index(magnitude: Tensor, negative: Tensor, fmt: Format, rounding: s
     return torch.where(below % 2 == 0, below, above)
 
 
-def _stochastic_index(magnitude: Tensor, fmt: Format, seed: Tensor | None) -> Tensor:
+def _stochastic_index(magnitude: Tensor, levels: tuple[float, ...], seed: Tensor | None) -> Tensor:
+    """Index of the level below or the one above, within ``levels``, which ascend."""
     assert seed is not None, "stochastic rounding needs a seed tensor"
     index = torch.zeros_like(magnitude, dtype=torch.int32)
     fraction = torch.zeros_like(magnitude)
     # Level by level with Python numbers: copying a table to a GPU could not be recorded in a CUDA graph.
-    for i, (low, high) in enumerate(pairwise(fmt.magnitudes)):
+    for i, (low, high) in enumerate(pairwise(levels)):
         above = magnitude >= low
         index = torch.where(above, i, index)
         fraction = torch.where(above, (magnitude - low) / (high - low), fraction)

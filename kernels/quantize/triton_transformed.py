@@ -394,6 +394,8 @@ def _supports(dtypes: tuple[torch.dtype, ...], q: Quantizer, transform: Transfor
         reason = missing_conversion(q.format)
     if not reason and transform.sparsity and not (q.format.pruned or q.format.has_zero):
         reason = f"{q.format.name} has no code for the elements that sparse({transform.sparsity}) drops"
+    if not reason and transform.sparsity and q.format.zero_code:
+        reason = f"{q.format.name} has another code than 0 for the elements that sparse({transform.sparsity}) drops"
     return (False, reason) if reason else supports_dtypes(dtypes)
 
 

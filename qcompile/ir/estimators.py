@@ -4,8 +4,8 @@ Write y = x / s for the scaled input and q for the level it was rounded to. The 
 estimator; an estimator only decides the factor g in ``dL/dx = dL/dx̂ ⊙ g``. No gradient flows through the scale.
 
 * ``ste``: g = 1. Bengio et al., arXiv 1308.3432.
-* ``clip(s=1)``: g = 1[|y| ≤ s · max (1 + 2⁻²²)]: elements outside s times the grid stop learning. Courbariaux et al.,
-  arXiv 1602.02830; s = 1.3 (1.25 without rotation) is QuEST's rule for one bit.
+* ``clip(s=1)``: g = 1[|y| ≤ s · max (1 + 2⁻²²)]: elements outside s times the grid stop learning; the ends of a code
+  book may differ. Courbariaux et al., arXiv 1602.02830; s = 1.3 (1.25 without rotation) is QuEST's rule for one bit.
 * ``trust``: g = 1[|y − q| ≤ T], q the nearest level (0 for an element that sparsity drops), T = half the widest gap of
   the grid: like ``clip``, but an element less than half a step outside the last level is still trusted. QuEST, arXiv
   2502.05003 §3.2. ``trust(t=…)`` sets T, in grid units.
@@ -38,7 +38,10 @@ __all__ = ["ESTIMATORS", "Estimator", "EstimatorSpec"]
 
 
 def _clip_mask(y: Scalar, level: Scalar, fmt: Format, s: float) -> Scalar:
-    return y.abs() <= clip_limit(fmt, s)
+    if fmt.centred:
+        return y.abs() <= clip_limit(fmt, s)
+    lowest, highest = (level * (clip_limit(fmt, s) / fmt.max) for level in fmt.range)
+    return (y >= lowest) & (y <= highest)
 
 
 def _trust_mask(y: Scalar, level: Scalar, fmt: Format, t: float | None) -> Scalar:
@@ -56,10 +59,7 @@ def trust_threshold(fmt: Format, t: float | None = None) -> float:
     """T in grid units: ``t``, or half the widest distance between neighbouring levels, the one across zero included."""
     if t is not None:
         return t
-    fmt = fmt.grid
-    gaps = [hi - lo for lo, hi in pairwise(fmt.magnitudes)]
-    across_zero = fmt.magnitudes[0] if fmt.has_zero else 2 * fmt.magnitudes[0]
-    return max([*gaps, across_zero]) / 2
+    return fmt.half_gap
 
 
 def _trust_bound(fmt: Format, t: float | None) -> float | None:
@@ -67,15 +67,15 @@ def _trust_bound(fmt: Format, t: float | None) -> float | None:
     where y ∓ max is exact: |y| ≤ max + T.
     """
     threshold = float32(trust_threshold(fmt, t))
-    return fmt.max + threshold if trust_threshold(fmt) <= threshold <= fmt.max else None
+    return fmt.max + threshold if fmt.centred and trust_threshold(fmt) <= threshold <= fmt.max else None
 
 
 def _trust_bound_at_zero(fmt: Format, t: float | None) -> float:
     return float32(trust_threshold(fmt, t))
 
 
-def _clip_bound(fmt: Format, s: float) -> float:
-    return float32(clip_limit(fmt, s))
+def _clip_bound(fmt: Format, s: float) -> float | None:
+    return float32(clip_limit(fmt, s)) if fmt.centred else None
 
 
 def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
@@ -84,7 +84,8 @@ def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
     """
     low, to_unit, position = _bin(y, fmt)
     rise = position.sign() * position.abs().pow(1 / k)
-    return torch.where(y < 0, -1.0, 1.0) * (low + (1 + rise) / to_unit)
+    sign = 1.0 if fmt.codebook else torch.where(y < 0, -1.0, 1.0)
+    return sign * (low + (1 + rise) / to_unit)
 
 
 def _dge_slope(y: Scalar, fmt: Format, k: float, cap: float) -> Scalar:
@@ -93,9 +94,12 @@ def _dge_slope(y: Scalar, fmt: Format, k: float, cap: float) -> Scalar:
 
 
 def _bin(y: Scalar, fmt: Format) -> tuple[Scalar, Scalar, Scalar]:
-    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in."""
-    edges = fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
-    magnitude = y.abs().clamp(max=fmt.max)
+    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in; that y lies in, for a code book."""
+    if fmt.codebook:
+        edges, magnitude = fmt.sorted_levels, y.clamp(*fmt.range)
+    else:
+        edges = fmt.magnitudes if fmt.has_zero else (-fmt.magnitudes[0], *fmt.magnitudes)
+        magnitude = y.abs().clamp(max=fmt.max)
     low: Scalar = edges[0]
     to_unit: Scalar = 2 / (edges[1] - edges[0])
     for edge, end in pairwise(edges[1:]):

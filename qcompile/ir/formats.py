@@ -1,20 +1,26 @@
 """Element formats: the values a low-bit code can stand for.
 
-A format is data. Everything the compiler needs follows from the magnitudes a format can represent: its largest
-value, the decision thresholds of nearest rounding, the width of a code, how many codes share a byte, and
-which tensor-core type holds every value exactly. Adding a format is one entry in :data:`FORMATS`.
+A format is data. Everything the compiler needs follows from the values a format can represent: its largest value, the
+decision thresholds of nearest rounding, the width of a code, how many codes share a byte, and which tensor-core type
+holds every value exactly. Adding a format is one entry in :data:`FORMATS`.
 
-All formats here are symmetric and stored as sign and magnitude: ``code = index | sign << (bits - 1)`` where
-``magnitudes[index]`` is the absolute value. Codes are packed lower index first, low bits first, along the last axis.
+Most formats are symmetric and stored as sign and magnitude: ``code = index | sign << (bits - 1)`` where
+``magnitudes[index]`` is the absolute value. A *code book* is any list of levels: the code is the index into
+:attr:`Format.codebook` as given, sorted or not. Codes are packed lower index first, low bits first, along the last
+axis.
 
 ============ =================================================== ======================================
-name         magnitudes                                          source
+name         levels                                              source
 ============ =================================================== ======================================
 e2m1         0 .5 1 1.5 2 3 4 6                                  OCP MX v1.0; arXiv 2501.17116 Table 4
 e1m2         0 .5 1 1.5 2 2.5 3 3.5                              arXiv 2501.17116 Table 4
 e3m0         0 .25 .5 1 2 4 8 16                                 arXiv 2501.17116 Table 4
 e4m3         2**-9 … 448 (the ``fn`` variant: no infinities)     OCP FP8 v1.0
 e5m2         2**-16 … 57344                                      OCP FP8 v1.0
+nf4          -1 … 0 … 1: quantiles of the normal distribution    arXiv 2305.14314 App. E (QLoRA)
+af4          -1 … 0 … 1: of least absolute error, blocks of 64   arXiv 2306.06965 (AbnormalFloat)
+fp4bnb       0 .0625 8 12 4 6 2 3, both signs, over 12           bitsandbytes, ``quant_type="fp4"``
+dynamic8     ±10**-7 … 1, seven decades, 0 and 1                 arXiv 1511.04561; bitsandbytes' 8-bit map
 int2…8       0 1 2 … 2**(b−1) − 1: zero-centred, odd level count the usual symmetric integer grid; int2 is
                                                                  ternary
 midrise1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count   mid-rise: arXiv 2502.05003 §3 (QuEST)
@@ -23,13 +29,20 @@ midrise1p…7p those of midrise1…7 and a 0 that only pruning gives arXiv 2502.
 
 Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
 bits. midrise5…7 are 2v in INT8, since halves are no integers, and midrise8, whose doubles reach ±255, is v − ½ in INT8.
+The levels of the code books above are no such numbers: products decode them.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar
+
+import torch
 
 from .definitions import Registry
 
@@ -38,38 +51,91 @@ __all__ = ["FORMATS", "Format", "codes_per_byte", "get_format", "is_format"]
 
 @dataclass(frozen=True)
 class Format:
-    """A symmetric grid of representable values.
+    """The values that codes stand for: ``magnitudes`` with either sign, or the levels of a ``codebook``.
 
     Attributes:
         name: key in :data:`FORMATS`.
         bits: width of one code, sign included.
-        magnitudes: representable absolute values, ascending; the index is the magnitude part of the code.
-        has_zero: whether 0 is a level. Where it is, the sign bit of a zero input is kept (IEEE −0); where it is
-            not (half-integer grids) zero belongs to the positive side.
+        magnitudes: representable absolute values, ascending; the index is the magnitude part of the code. None for a
+            code book.
         step: distance between levels if the grid is uniform, else ``None``. Uniform grids round by arithmetic, the
             others by comparison with :attr:`thresholds`.
         torch_dtype: name of the torch dtype with the same encoding, where there is one; its cast is then the rounding.
         pruned: name of the grid that rounding goes to, for a format that adds 0 to it as index 0: that code is given to
             elements that sparsity drops, and to no other.
+        codebook: the level of every code (rounded to float32), in the order of codes; up to 2^bits levels in any order,
+            of which no two are equal. 0.0 and −0.0 may both be there: the sign of what is rounded to 0 then chooses.
+
+    Raises ``ValueError`` for values that make no format.
     """
+
+    #: Most bits of a code.
+    MOST_BITS: ClassVar[int] = 8
 
     name: str
     bits: int
-    magnitudes: tuple[float, ...]
-    has_zero: bool = True
+    magnitudes: tuple[float, ...] = ()
     step: float | None = None
     torch_dtype: str | None = None
     pruned: str | None = None
+    codebook: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "magnitudes", tuple(map(float, self.magnitudes)))
-        if not 1 <= len(self.magnitudes) <= 2 ** (self.bits - 1):
-            fits = 2 ** (self.bits - 1)
-            msg = f"format {self.name!r}: {self.bits} bits number 1 to {fits} magnitudes, got {len(self.magnitudes)}"
+        object.__setattr__(self, "magnitudes", tuple(self.magnitudes))
+        object.__setattr__(self, "codebook", tuple(self.codebook))
+        if fault := self._fault():
+            msg = f"format {self.name!r}: {fault}"
             raise ValueError(msg)
-        if self.magnitudes[0] < 0 or any(high <= low for low, high in pairwise(self.magnitudes)):
-            msg = f"format {self.name!r}: magnitudes are not ascending from 0 or above: {self.magnitudes}"
-            raise ValueError(msg)
+        object.__setattr__(self, "codebook", tuple(map(_float32, self.codebook)))
+
+    def _fault(self) -> str:
+        """What makes these values no format, and what to give instead; empty if nothing does."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z]\w*", self.name):
+            return "a name is a lower-case letter, then letters, digits or _"
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= self.MOST_BITS:
+            return f"bits={self.bits!r}; a code has 1 to {self.MOST_BITS} bits"
+        if bool(self.magnitudes) == bool(self.codebook):
+            return "give either magnitudes=, for levels of both signs, or codebook=, the level of every code"
+        for value in (*self.magnitudes, *self.codebook):
+            if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_FLOAT32:
+                return f"level {value!r} is not a finite float32 number"
+        return self._fault_of_codebook() if self.codebook else self._fault_of_magnitudes()
+
+    def _fault_of_codebook(self) -> str:
+        if (count := len(self.codebook)) > 2**self.bits:
+            return f"{count} levels in {self.bits} bits, which hold {2**self.bits}; give more bits or fewer levels"
+        for level, after in pairwise(sorted((_float32(v), math.copysign(1.0, v)) for v in self.codebook)):
+            if level == after:
+                return f"level {level[0]!r} is there twice (as float32); every level has one code"
+        if len({*map(float, self.codebook)}) < 2:
+            return "a code book has two different levels at least"
+        if self.step is not None or self.torch_dtype is not None or self.pruned is not None:
+            return "step=, torch_dtype= and pruned= are for formats with magnitudes="
+        return ""
+
+    def _fault_of_magnitudes(self) -> str:
+        held = 2 ** (self.bits - 1)
+        if self.magnitudes[0] < 0:
+            return f"magnitude {self.magnitudes[0]!r} is negative; give signed levels as codebook="
+        if len(self.magnitudes) > held:
+            return (
+                f"{len(self.magnitudes)} magnitudes in {self.bits} bits, which hold {held} and a sign; give more bits"
+            )
+        for value, after in pairwise(map(_float32, self.magnitudes)):
+            if not value < after:
+                return f"magnitudes {value!r}, {after!r} do not ascend (as float32); sort them and drop repetitions"
+        if self.magnitudes[-1] == 0:
+            return "the only magnitude is 0; give one above"
+        if self.step is not None and any(abs(b - a - self.step) > 1e-6 * b for a, b in pairwise(self.magnitudes)):
+            return f"step={self.step!r}, but the magnitudes are not that far apart; leave step= out"
+        return ""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether elements are rounded to 0. Where they are, sign and magnitude keep the sign of a zero input (IEEE
+        −0); where not (half-integer grids) zero belongs to the positive side.
+        """
+        return not self.pruned and 0.0 in (self.codebook or self.magnitudes)
 
     @property
     def grid(self) -> Format:
@@ -87,14 +153,39 @@ class Format:
             raise ValueError(msg)
         return twins[0]
 
+    @cached_property
+    def zero_code(self) -> int:
+        """The code of elements that sparsity drops, for a format that is its own :attr:`with_zero`."""
+        zeros = [code for code, level in enumerate(self.codebook) if level == 0]
+        return next((code for code in zeros if code != self.negative_zero_code), 0)
+
+    @cached_property
+    def sorted_levels(self) -> tuple[float, ...]:
+        """The different levels that elements are rounded to, of both signs, ascending; 0 once."""
+        grid = self.grid
+        return tuple(sorted({*grid.codebook, *grid.magnitudes, *(-m for m in grid.magnitudes)}))
+
     @property
     def max(self) -> float:
         """Largest representable magnitude."""
-        return self.magnitudes[-1]
+        return max(abs(level) for level in self.codebook) if self.codebook else self.magnitudes[-1]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        return self.sorted_levels[0], self.sorted_levels[-1]
+
+    @property
+    def centred(self) -> bool:
+        """Whether the lowest level is minus the highest."""
+        lowest, highest = self.range
+        return lowest == -highest
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """The level of every code; codes that no level has read as 0."""
+        if self.codebook:
+            return (*self.codebook, *(0.0,) * (2**self.bits - len(self.codebook)))
         unused = (0.0,) * (2 ** (self.bits - 1) - len(self.magnitudes))
         return (*self.magnitudes, *unused, *(-m for m in self.magnitudes), *unused)
 
@@ -105,8 +196,42 @@ class Format:
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """Midpoints between neighbouring magnitudes; ``thresholds[i]`` separates index ``i`` from ``i + 1``."""
-        return tuple((lo + hi) / 2 for lo, hi in zip(self.magnitudes, self.magnitudes[1:], strict=False))
+        """Midpoints between neighbours: of magnitudes, where ``thresholds[i]`` separates index ``i`` from ``i + 1``; of
+        a code book those of :attr:`sorted_levels`, rounded to float32.
+        """
+        if self.codebook:
+            return tuple(_float32((low + high) / 2) for low, high in pairwise(self.sorted_levels))
+        return tuple((lo + hi) / 2 for lo, hi in pairwise(self.magnitudes))
+
+    @cached_property
+    def ranked_codes(self) -> tuple[int, ...]:
+        """Of a code book the code of each of :attr:`sorted_levels`; of 0 the code of 0.0, if −0.0 is there too."""
+        return tuple(self.zero_code if level == 0 else self.codebook.index(level) for level in self.sorted_levels)
+
+    @cached_property
+    def negative_zero_code(self) -> int | None:
+        """Of a code book that tells 0.0 and −0.0 apart the code of −0.0."""
+        zeros = {math.copysign(1.0, level): code for code, level in enumerate(self.codebook) if level == 0}
+        return zeros[-1.0] if len(zeros) == 2 else None
+
+    @cached_property
+    def around_zero(self) -> tuple[float, float] | None:
+        """Between which values elements are rounded to 0, in grid units; ``None`` if none are."""
+        if not self.has_zero:
+            return None
+        at = self.sorted_levels.index(0.0)
+        borders = (-math.inf, *((a + b) / 2 for a, b in pairwise(self.sorted_levels)), math.inf)
+        return borders[at], borders[at + 1]
+
+    @cached_property
+    def half_gap(self) -> float:
+        """How far within the range an element can be from its level: half the widest gap, the one across zero included.
+
+        Thresholds of a code book are rounded, so the farther level counts there.
+        """
+        pairs = list(pairwise(self.sorted_levels))
+        borders = self.thresholds if self.codebook else [(low + high) / 2 for low, high in pairs]
+        return max(max(t - low, high - t) for (low, high), t in zip(pairs, borders, strict=True))
 
     @property
     def codes_per_byte(self) -> int:
@@ -139,7 +264,7 @@ class Format:
 
     @cached_property
     def _tensor_core(self) -> tuple[str | None, float, float]:
-        levels = {*self.magnitudes, *(-m for m in self.magnitudes)}
+        levels = {*self.codebook, *self.magnitudes, *(-m for m in self.magnitudes)}
         for offset, factor in ((0.0, 1.0), (0.0, 2.0), (0.5, 1.0)):
             for candidate, values in _TENSOR_CORE_VALUES.items():
                 if all(level * factor - offset in values for level in levels):
@@ -150,6 +275,15 @@ class Format:
 def codes_per_byte(bits: int) -> int:
     """How many codes of ``bits`` bits are packed into one byte."""
     return 8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1
+
+
+#: The largest finite float32 number.
+_LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
+
+def _float32(value: float) -> float:
+    """The float32 number nearest to ``value``."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
 def _floor_log2(value: float) -> int:
@@ -183,21 +317,48 @@ _TENSOR_CORE_VALUES = {
     "e5m2": _signed(_float_magnitudes(5, 2, reserved=4)),
 }
 
+
+def _dynamic_map() -> tuple[float, ...]:
+    """bitsandbytes' signed 8-bit map: seven decades, each of twice as many numbers as the one below, both signs, 0, 1.
+
+    Numbers are midpoints of equal parts of [0.1, 1], computed in float32 as bitsandbytes does.
+    """
+    positive = []
+    for decade in range(7):
+        borders = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
+        positive += ((borders[:-1] + borders[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
+    return tuple(sorted([*positive, *(-value for value in positive), 0.0, 1.0]))
+
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_AF4 = (
+    *(-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0),
+    *(0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0),
+)
+_FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_CODE_BOOKS = (
+    Format("nf4", 4, codebook=_NF4),
+    Format("af4", 4, codebook=_AF4),
+    Format("fp4bnb", 4, codebook=tuple(sign * level / 12 for sign in (1.0, -1.0) for level in _FP4_BNB)),
+    Format("dynamic8", 8, codebook=_dynamic_map()),
+)
+
 _ALL = (
     Format("e2m1", 4, _float_magnitudes(2, 1)),
     Format("e1m2", 4, _float_magnitudes(1, 2), step=0.5),
     Format("e3m0", 4, _float_magnitudes(3, 0)),
     Format("e4m3", 8, _float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
     Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
-    *(
-        Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), has_zero=False, step=1.0)
-        for b in range(1, 9)
-    ),
+    *_CODE_BOOKS,
+    *(Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), step=1.0) for b in range(1, 9)),
     *(Format(f"int{b}", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),
     *(
-        Format(
-            f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), has_zero=False, pruned=f"midrise{b}"
-        )
+        Format(f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), pruned=f"midrise{b}")
         for b in range(1, 8)
     ),
 )

@@ -48,8 +48,7 @@ def clip_of(name: str) -> float:
 def mean_squared_error(fmt: Format, clip: float) -> float:
     """E[(q(x) − x)²] for x ~ N(0, 1), rounded to the nearest level of ``fmt`` with the last one at ``clip``."""
     grid = fmt.grid
-    positive = [clip / grid.max * magnitude for magnitude in grid.magnitudes]
-    levels = sorted({-level for level in positive} | set(positive))
+    levels = [clip / grid.max * level for level in grid.sorted_levels]
     borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(levels)), math.inf]
     error = 0.0
     for level, (low, high) in zip(levels, pairwise(borders), strict=True):

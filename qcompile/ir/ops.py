@@ -198,15 +198,17 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
-    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B), else ``None``. It is at
-    least SMALLEST_GLOBAL_SCALE.
+    """Float32 scalar tensor amax/(448·max) for two-level scale rules (arXiv 2509.25149 App. B; of some rules less than
+    448, :attr:`ScaleRule.largest`), else ``None``. It is at least SMALLEST_GLOBAL_SCALE.
     """
     if not quantizer.scale.two_level:
         return None
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float32)
     amax = x.detach().abs().amax().float()
-    return (amax / torch.full_like(amax, 448.0 * quantizer.format.max)).clamp(min=SMALLEST_GLOBAL_SCALE)
+    return (amax / torch.full_like(amax, quantizer.scale.largest * quantizer.format.max)).clamp(
+        min=SMALLEST_GLOBAL_SCALE
+    )
 
 
 def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:

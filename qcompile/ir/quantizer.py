@@ -39,6 +39,9 @@ SMALLEST_E8M0_EXPONENT, SMALLEST_EXPONENT = -127, -126
 #: Smallest float32 scale of a tensor under a two-level rule. The smallest E4M3 number, 2⁻⁹, times it is normal.
 SMALLEST_GLOBAL_SCALE = 2.0 ** (SMALLEST_EXPONENT + 9)
 
+#: Blocks of a smaller absolute maximum are divided by this one in bitsandbytes; times the largest level, above 1.
+SMALLEST_BNB_AMAX = 1e-38
+
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
 
@@ -107,6 +110,11 @@ class ScaleRule:
         two_level: whether the stored scale is relative to a float32 scale of the whole tensor.
         covers: whether no element leaves the grid by more than rounding takes back, as long as γ is a normal number.
             Kernels then clamp only where it is not.
+        floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
+            (:attr:`Quantizer.amax_floor`).
+        candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
+            the least squared error; of equal errors the first.
+        largest: the stored scale that the tensor's absolute maximum gets under a two-level rule, before candidates.
         source: where it is defined.
     """
 
@@ -117,6 +125,9 @@ class ScaleRule:
     statistic: str = "amax"
     two_level: bool = False
     covers: bool = False
+    floor: float | None = None
+    candidates: tuple[float, ...] = (1.0,)
+    largest: float = 448.0
     source: str = ""
 
     @property
@@ -173,6 +184,10 @@ def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
     return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
+def _inverse_absmax_bnb(amax: Scalar, fmt: Format) -> Scalar:
+    return fmt.max / amax.clamp(min=SMALLEST_BNB_AMAX * max(fmt.max, 1.0))
+
+
 SCALE_RULES: Registry[ScaleRule] = Registry(
     "scale rule",
     (
@@ -199,6 +214,23 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             source="s = (α · rms + 10⁻⁸) / max, α of gaussian.py; arXiv 2502.05003 §3.1",
         ),
         ScaleRule("e4m3", _absmax, store="e4m3", two_level=True, source="NVFP4: E4M3 × FP32; arXiv 2509.25149 App. B"),
+        ScaleRule(
+            "e4m3_46",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            largest=256.0,
+            source="NVFP4 whose blocks end at 6 or at 4 (s · 1.5), whichever errs less; arXiv 2512.02010",
+        ),
+        ScaleRule(
+            "absmax_bnb",
+            _absmax,
+            _inverse_absmax_bnb,
+            covers=True,
+            floor=0.0,
+            source="s = amax / max, 0 of zero blocks; γ of tiny ones is that of 10⁻³⁸; bitsandbytes",
+        ),
     ),
 )
 
@@ -213,7 +245,7 @@ def get_scale_rule(name: str) -> ScaleRule:
 
 
 ROUNDINGS: dict[str, str] = {
-    "even": "nearest; ties go to the even code (IEEE, ml_dtypes)",
+    "even": "nearest; ties go to the even code (IEEE, ml_dtypes), of code books to the lower level (bitsandbytes)",
     "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on mid-rise grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
 }
@@ -283,9 +315,15 @@ class Quantizer:
             name = short_name(self.format.name)
             msg = f"{name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
-        if self.rounding == "stochastic" and not self.format.has_zero:
+        if self.rounding == "stochastic" and not (self.format.has_zero or self.format.codebook):
             name = short_name(self.format.name)
             msg = f"stochastic rounding on {name}: its codes keep the sign, which biases values around zero"
+            raise ValueError(msg)
+        if len(self.scale.candidates) > 1 and self.granularity.kind not in ("block", "square"):
+            msg = f"scale rule {self.scale.name} chooses by blocks, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+        if len(self.scale.candidates) > 1 and self.rounding == "stochastic":
+            msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, not of stochastic; use even"
             raise ValueError(msg)
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {short_name(self.scale.name)} needs blocks, for example block16; got {self.granularity}"
@@ -299,6 +337,8 @@ class Quantizer:
         It and a float32 scale are then normal numbers, and the scale's reciprocal is finite. For E8M0 that scale is the
         smallest there is: 2⁻¹²⁷, byte 0 (OCP MX v1.0 §5.4.1).
         """
+        if self.scale.floor is not None:
+            return self.scale.floor
         if self.scale.name == "e8m0":
             return 2.0 ** (self.format.max_exponent + SMALLEST_E8M0_EXPONENT)
         return max(self.format.max, 1.0) * 2.0**SMALLEST_EXPONENT

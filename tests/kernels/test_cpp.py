@@ -37,7 +37,7 @@ CASES = [
     ("e2m1 block3x3 rms even", torch.float32),
     *(
         (f"{fmt} row absmax half_up", torch.float32)
-        for fmt in ["e2m1", "e1m2", "e3m0", "midrise1", "midrise4", "midrise5", "midrise8", "int8"]
+        for fmt in ["e2m1", "e1m2", "e3m0", "midrise1", "midrise4", "midrise5", "midrise8", "int8", "nf4", "dynamic8"]
     ),
     *((f"e2m1 {g} absmax even", torch.bfloat16) for g in ("row", "tensor")),
     *((f"e2m1 {g} absmax_pow2 even", torch.bfloat16) for g in ("row", "tensor")),

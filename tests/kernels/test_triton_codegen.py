@@ -275,9 +275,9 @@ def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
 
 # --- numerics in the interpreter ----------------------------------------------------------------------------
 
-#: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, 1, 2, 4 and 8 bits a
-#: code.
-FORMATS = ["e2m1", "e3m0", "midrise4", "int8", "midrise2", "midrise1", "int3"]
+#: One of each way to encode and pack: thresholds (4, 3 bits), uniform grids with and without zero, code books (sorted,
+#: and unsorted with two zeros); 1, 2, 4 and 8 bits a code.
+FORMATS = ["e2m1", "e3m0", "midrise4", "int8", "midrise2", "midrise1", "int3", "nf4", "fp4bnb"]
 GRANULARITIES = ["tensor", "block16", "block5", "block3x3"]
 
 

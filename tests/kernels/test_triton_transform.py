@@ -82,8 +82,8 @@ def test_limits_decide_as_estimators_do(name):
     for text in ("clip", "clip(s=1.3)", "clip(s=1.25)", "trust", "trust(t=0.6541)", "trust(t=3.3)", "trust(t=0.1)"):
         rule, estimator = passing(text, fmt), EstimatorSpec.parse(text)
         assert rule is not None
-        edges = {0.0, *fmt.magnitudes, *fmt.thresholds, rule.limit, rule.limit_at_zero}
-        edges |= {m + s * rule.limit_at_zero for m in fmt.grid.magnitudes for s in (-1, 1)}
+        edges = {0.0, *map(abs, fmt.levels), *fmt.thresholds, rule.limit, rule.limit_at_zero}
+        edges |= {m + s * rule.limit_at_zero for m in fmt.sorted_levels for s in (-1, 1)}
         around = np.array(sorted(edges), dtype=np.float32)
         values = [
             around,
@@ -101,7 +101,9 @@ def test_limits_decide_as_estimators_do(name):
             evaluate(estimator_formulas.mask(estimator, fmt), y, level), mask_of(estimator, y, level, fmt)
         )
         dropped = torch.zeros_like(y)
-        assert torch.equal(y.abs() <= rule.limit_at_zero, estimator.mask(y, dropped, fmt)), text
+        if rule.limit_at_zero:
+            assert torch.equal(y.abs() <= rule.limit_at_zero, estimator.mask(y, dropped, fmt)), text
+        assert bool(rule.limit_at_zero) == (fmt.centred or estimator.name == "trust"), text
     assert passing("ste", fmt) is None
 
 
@@ -121,6 +123,7 @@ def test_what_is_supported():
         (kernels.supports_quantize(bf16, "midrise4 block32", ""), "by rows"),
         (kernels.supports_quantize(bf16, "midrise4 row rms half_up", "sparse(2:4)"), "no code"),
         (rotations.supports_hadamard((torch.float64,)), "float64"),
+        (kernels.supports_quantize(bf16, "nf4", "sparse(2:4)"), "nf4 has another code than 0 for the elements"),
         (quantize_kernels.supports_quantize_8bit(bf16, "midrise4 row rms half_up"), "root mean squares"),
     ):
         assert not refused[0]
@@ -241,8 +244,19 @@ def test_interpreted_rows_by_descriptor(text, monkeypatch):
     ],
 )
 def test_interpreted_other_rules(text):
-    """Thresholds within the grid, absolute maxima of rotated rows, formats that are 8-bit types, no mask."""
+    """Thresholds within the grid, maxima of rotated rows, formats that are 8-bit types, no mask."""
     assert_quantizes(rows_to_rotate(6, 192), text)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "text", ["nf4 row absmax even; trust; hadamard(64)", "fp4bnb row rms half_up; clip(s=0.9); hadamard(16)"]
+)
+def test_interpreted_code_books(text):
+    """Stored codes and masks; no 8-bit type has the levels."""
+    x = rows_to_rotate(6, 192)
+    actual = kernels.quantize_8bit_masked(x, text, True, False)
+    assert_same(actual, quantize_reference.quantize_8bit_masked(x, text, True, False), text)
 
 
 @interpreted

@@ -1,0 +1,90 @@
+"""The outsider's file (``examples/outsider.py``) on a GPU: kernels are its formulas bit for bit, and it trains.
+
+What would break: a product contracted with a sum, a formula printed for another definition, a silent reference.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile.kernels.formula import estimators as formulas
+from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.torch_target import evaluate
+from qcompile.kernels.lowerings import register_lowerings
+from qcompile.kernels.quantize.reference import pack
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ops = torch.ops.qcompile
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "outsider.py"))["recipe"]
+
+
+def compiled(function, *inputs):
+    """Run ``function`` through Inductor with our lowerings."""
+    register_lowerings()
+    torch._dynamo.reset()
+    return torch.compile(function, backend="inductor", fullgraph=True, dynamic=False)(*inputs)
+
+
+@pytest.mark.parametrize("way", ["eager", "inductor"])
+@pytest.mark.parametrize("shape", [(37, 129), (3, 5, 254), (130, 4099)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_the_formulas(recipe, shape, dtype, way):
+    """Codes, scales, mask and slope against the formulas evaluated in torch on the same card."""
+    run = compiled if way == "inductor" else lambda function, *inputs: function(*inputs)
+    activation, weight = recipe.activation, recipe.weight
+    q, text = activation.quantizer, str(activation.quantizer)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    x[..., 0, :] = 0.0
+    grad = torch.randn(shape, device="cuda").to(dtype)
+    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=q.amax_floor)
+    y = x.float() * evaluate(scales.reciprocal(q), amax)
+    level = evaluate(rounding.round_level(q.format, q.rounding), y)
+    codes, stored = run(lambda x: ops.quantize(x, text, -1), x)
+    assert torch.equal(stored, evaluate(scales.stored_scale(q), amax))
+    assert torch.equal(codes, pack(evaluate(rounding.encode(q.format, q.rounding), y).to(torch.uint8), 4))
+    keeps = evaluate(formulas.mask(activation.estimator, q.format), y, level)
+    mask = run(lambda x, s: ops.estimator_mask(x, s, text, str(activation.estimator), -1), x, stored)
+    assert torch.equal(mask, pack(keeps.to(torch.uint8), 1))
+    factor = evaluate(formulas.slope(weight.estimator, q.format), y)
+    sloped = run(lambda g, x, s: ops.scale_gradient(g, x, s, text, str(weight.estimator), -1), grad, x, stored)
+    assert torch.equal(sloped, (grad.float() * factor).to(dtype))
+
+
+def test_8bit_codes_are_the_levels(recipe):
+    """What tensor cores read."""
+    q = recipe.activation.quantizer
+    x = torch.randn(37, 2050, device="cuda", dtype=torch.bfloat16)
+    codes, scale, _ = ops.quantize_8bit(x, str(q), False)
+    amax = x.float().abs().amax(-1, keepdim=True)
+    y = x.float() * evaluate(scales.reciprocal(q), amax)
+    assert torch.equal(codes.float(), evaluate(rounding.round_level(q.format, q.rounding), y))
+    assert torch.equal(scale, evaluate(scales.stored_scale(q), amax))
+
+
+def test_it_trains(recipe):
+    """The loss falls, and the report names no reference."""
+    torch.manual_seed(0)
+    model = nn.Linear(512, 256).to("cuda")
+    step = torch.compile(model, backend=qcompile.backend(recipe))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    losses, x = [], torch.randn(130, 512, device="cuda")
+    for _ in range(8):
+        loss = (step(x) - x[:, :256]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    report = qcompile.explain(model, x, backend=recipe)
+    assert "reference" not in report.rows[0].provider
