@@ -650,7 +650,8 @@ def quantizers(draw) -> Quantizer:
     scale = draw(st.sampled_from(list(SCALE_RULES.values())))
     kind = draw(st.sampled_from(["block", "square"] if scale.two_level else ["tensor", "row", "block", "square"]))
     size = draw(st.integers(1, 4096)) if kind in ("block", "square") else 0
-    excluded = {*(["half_up"] if fmt.torch_dtype else []), *([] if fmt.has_zero else ["stochastic"])}
+    drawn = (fmt.has_zero or bool(fmt.codebook)) and len(scale.candidates) == 1
+    excluded = {*(["half_up"] if fmt.torch_dtype else []), *([] if drawn else ["stochastic"])}
     rounding = draw(st.sampled_from(sorted(set(ROUNDINGS) - excluded)))
     return Quantizer(fmt, Granularity(kind, size), scale, rounding)
 
