@@ -4,8 +4,8 @@
 
 Three ops on one BF16 matrix per size: 8-bit codes by rows, the packed mask of an estimator, and a slope on the gradient
 (a loop that Inductor generates). The built-in ones are E2M1 with ``absmax``, ``trust`` and ``dge``. Outside the
-built-in rules a row may leave the grid, so every element is clamped; a mask without a bound needs the level; and a slope
-that is not known to be continuous searches the row for its scale again.
+built-in rules a row may leave the grid, so every element is clamped; a mask without a bound needs the level; and a
+slope that is not known to be continuous searches the row for its scale again.
 """
 
 from __future__ import annotations
