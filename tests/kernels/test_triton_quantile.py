@@ -235,7 +235,7 @@ def test_machine_code(dtype, tmp_path):
     found = launches_of(clamp(on_meta(16384, 4096, dtype=dtype)))
     assert set(found) == {"_guess", "_count", "_narrow", "_clamp_range"}
     # Triton 3.9 spills a few registers of the one program that looks at a sample; up to 3.8 it spills none.
-    allowed = {"_guess": 16} if triton.__version__ >= "3.9" else {}
+    allowed = {"_guess": 16} if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else {}
     for name, kernel in found.items():
         assert spills(kernel, tmp_path) <= allowed.get(name, 0), name
     for name in ("_count", "_clamp_range"):
