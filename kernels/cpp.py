@@ -184,7 +184,7 @@ PRELUDE = _PRELUDE.replace(
 def find_compiler() -> tuple[bool, str]:
     """Whether there is a C++ compiler, and if not, why. Warns once, since everything then runs many times
     slower."""
-    # Private torch API (2.11 … 2.13): the search Inductor itself does, so that CXX and its config mean the
+    # Private torch API (2.11 … 2.15): the search Inductor itself does, so that CXX and its config mean the
     # same to both.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -212,7 +212,7 @@ def _build(source: str) -> ctypes.CDLL:
     """Compile ``source`` unless the library is on disk, and load it.
 
     The only private torch API here besides the compiler search: ``CppCodeCache`` hashes source and command
-    line, locks between processes, and keeps the library in Inductor's cache directory (2.11 … 2.13).
+    line, locks between processes, and keeps the library in Inductor's cache directory (2.11 … 2.15).
     """
     from torch._inductor.codecache import CppCodeCache
 

@@ -365,7 +365,7 @@ def compiled_call() -> CompiledCall | None:
     """The innermost call of a compiled callable on the Python stack, ``None`` outside of any.
 
     Graph breaks, resumed frames and buckets of DDP all run below the function that ``torch.compile`` puts around its
-    callable. Tried with 2.13 and 2.14.
+    callable.
     """
     enclosing = []
     variables: Mapping[str, Any] = {}
@@ -423,15 +423,26 @@ def guard_identity(source: Any) -> None:
 
 
 def before_next_call(call: CompiledCall, act: Callable[[], None]) -> None:
-    """Run ``act`` once, when the compiled callable is called the next time. What it raises reaches the caller."""
+    """Run ``act`` once, when the compiled callable is called the next time. What it raises reaches the caller.
+
+    It does so after the call: torch would not undo what it has set by then if a hook raised. On 2.11 no code behind a
+    graph break would be compiled any more, in the whole process.
+    """
     context = call.context
 
     def enter() -> Callable[[], None]:
         context.enter_exit_hooks = [hook for hook in context.enter_exit_hooks if hook is not enter]
-        act()
+        try:
+            act()
+        except Exception as error:
+            return functools.partial(_raise, error)
         return lambda: None
 
     context.enter_exit_hooks.append(enter)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def triton_kernel_name(index: int) -> str:

@@ -17,6 +17,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from torch._inductor import config as inductor_config  # noqa: E402
 from torch._inductor.lowering import lowerings, register_lowering  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 
 from qcompile.kernels.matmul import gluon, inductor, providers, reference  # noqa: E402
@@ -68,7 +69,7 @@ def build(
 def assembler_log(kernel: CompiledKernel, folder) -> str:
     """What ptxas says of the registers, and of products that it had to put in sequence."""
     (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
 
 
