@@ -12,6 +12,8 @@ from torch import Tensor
 from qcompile.ir.estimators import EstimatorSpec, clip_limit, trust_threshold
 from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.formula import estimators as formulas
+from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.quantize.reference import pack, scaled_input, unpack
 
 __all__ = ["estimator_mask", "mask_gradient", "mask_of", "scale_gradient", "slope_of"]
@@ -33,7 +35,9 @@ def estimator_mask(
 
 
 def mask_of(estimator: EstimatorSpec, y: Tensor, level: Tensor, fmt: Format) -> Tensor:
-    """Bool: the masks of the papers in plain torch, an outsider's by its own formula."""
+    """Bool: the masks of the papers in plain torch; an outsider's formula as it is recorded: on CUDA torch divides by
+    numbers in its own way.
+    """
     parameters = dict(estimator.parameters)
     match estimator.name:
         case "clip":
@@ -42,13 +46,13 @@ def mask_of(estimator: EstimatorSpec, y: Tensor, level: Tensor, fmt: Format) -> 
             return (y >= lowest) & (y <= highest)
         case "trust":
             return (y - level).abs() <= trust_threshold(fmt, **parameters)
-    return estimator.mask(y, level, fmt)
+    return evaluate(formulas.mask(estimator, fmt), y, level)
 
 
 def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
-    """Float32: the slope of arXiv 2501.17116 eq. 8 in plain torch, an outsider's by its own formula."""
+    """Float32: the slope of arXiv 2501.17116 eq. 8 in plain torch, an outsider's formula as it is recorded."""
     if estimator.name != "dge":
-        return estimator.slope(y, fmt)
+        return evaluate(formulas.slope(estimator, fmt), y)
     k, cap = (value for _, value in estimator.parameters)
     assert k is not None
     if fmt.codebook:
