@@ -159,7 +159,7 @@ def test_what_1bit_products_refuse():
 def test_integers_are_assembled_by_the_assembler_that_inductor_chooses(monkeypatch):
     """Triton's cache holds PTX for it, which an older one refuses."""
     chosen = []
-    monkeypatch.setattr(gluon, "_set_triton_ptxas_path", lambda: chosen.append(True))
+    monkeypatch.setattr(gluon.compat, "use_torchs_ptxas", lambda: chosen.append(True))
     build(gluon.CONFIGS[0], (INT8, INT8))
     assert chosen
 

@@ -212,7 +212,9 @@ def seen_by_passes(observed: list[Observations]) -> dict[str, Any]:
         return {}
     (seen,) = observed
     plan = [(d.site.name, d.quantized, d.reason) for d in seen.plan.decisions]  # type: ignore[union-attr]
-    return {"gemms": seen.gemms, "saved": seen.saved, "plan": plan}
+    # Without the marks of passes, which are no plain data: what ranks hand over is loaded with weights_only=True.
+    saved = [{key: value for key, value in tensor.items() if key != "custom"} for tensor in seen.saved]
+    return {"gemms": seen.gemms, "saved": saved, "plan": plan}
 
 
 def mlp(recipe: str, **options: Any) -> dict[str, Any]:
