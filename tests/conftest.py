@@ -31,6 +31,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import qcompile.kernels.register  # noqa: E402, F401  (kernels of the qcompile:: ops)
+from qcompile.ir.definitions import definitions_as_before  # noqa: E402
+from qcompile.ir.estimators import ESTIMATORS  # noqa: E402
+from qcompile.ir.formats import FORMATS  # noqa: E402
+from qcompile.ir.quantizer import SCALE_RULES  # noqa: E402
 
 
 def _fill_fresh_memory_with_junk() -> None:
@@ -58,6 +62,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _OWN_CACHE:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def definitions_forgotten() -> Iterator[None]:
+    """What the tests of a module define is forgotten after them: other tests go through all that there is."""
+    with definitions_as_before(FORMATS, SCALE_RULES, ESTIMATORS):
+        yield
 
 
 @pytest.fixture(autouse=True)

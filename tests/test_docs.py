@@ -12,11 +12,13 @@ import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 
 import qcompile
 from qcompile import backends, compat
+from qcompile.ir.definitions import definitions_as_before
 from qcompile.ir.estimators import ESTIMATORS
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.quantizer import ROUNDINGS, SCALE_RULES
@@ -52,12 +54,8 @@ def test_the_first_steps_are_among_the_pages_that_run():
 @pytest.fixture
 def _tables_as_before():
     """A page adds rows to the tables of the process."""
-    tables: tuple[dict, ...] = (FORMATS, SCALE_RULES, ESTIMATORS, RECIPES)
-    before = [dict(table) for table in tables]
-    yield
-    for table, rows in zip(tables, before, strict=True):
-        table.clear()
-        table.update(rows)
+    with definitions_as_before(FORMATS, SCALE_RULES, ESTIMATORS), mock.patch.dict(RECIPES):
+        yield
 
 
 @pytest.mark.usefixtures("fresh_dynamo", "_tables_as_before")

@@ -10,7 +10,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 import qcompile
 from qcompile import backends, compat
 from qcompile.ir.definitions import short_names
-from qcompile.ir.estimators import ESTIMATORS, EstimatorSpec
-from qcompile.ir.formats import FORMATS, get_format
+from qcompile.ir.estimators import EstimatorSpec
+from qcompile.ir.formats import get_format
 from qcompile.ir.operand import Operand
-from qcompile.ir.quantizer import SCALE_RULES, Quantizer
+from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.torch_target import evaluate
@@ -39,19 +38,11 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "outsider.py"
 CURVE = (0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _definitions() -> Iterator[None]:
-    """What is defined here is forgotten afterwards: other tests know by name all that there is."""
-    before = [(table, dict(table), dict(table._latest)) for table in (FORMATS, SCALE_RULES, ESTIMATORS)]
-    yield
-    for table, content, latest in before:
-        table.clear()
-        table.update(content)
-        table._latest = latest
+pytestmark = pytest.mark.usefixtures("definitions_forgotten")
 
 
 @pytest.fixture(scope="module")
-def outsider() -> ModuleType:
+def outsider(definitions_forgotten) -> ModuleType:
     """The example as a module, under a name that pickles and scripts can import it by."""
     spec = importlib.util.spec_from_file_location("outsider", EXAMPLE)
     assert spec is not None

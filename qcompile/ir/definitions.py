@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["Registry", "full_name", "named_definitions", "short_name", "short_names"]
+__all__ = [
+    "Registry", "cached_by_text", "definitions_as_before", "full_name", "named_definitions", "short_name",
+    "short_names",
+]  # fmt: skip
 
 _FULL_NAME = re.compile(r"\b([^\W\d]\w*)@[0-9a-f]{8}\b")
 
@@ -25,6 +30,24 @@ class Named(Protocol):
 
 
 Definition = TypeVar("Definition", bound=Named)
+Parsed = TypeVar("Parsed")
+
+_CACHES: list[Callable[[], None]] = []
+
+
+def cached_by_text(parse: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
+    """``parse``, remembering what texts mean until a user's definition may give a short name another meaning.
+
+    Every call of an op parses its texts, so names are not to be looked up each time.
+    """
+    cached = cache(parse)
+    _CACHES.append(cached.cache_clear)
+    return cached
+
+
+def _forget_texts() -> None:
+    for clear in _CACHES:
+        clear()
 
 
 class Registry(dict[str, Definition]):
@@ -39,6 +62,7 @@ class Registry(dict[str, Definition]):
         """Add a user's definition, which its short name stands for from now on."""
         self[definition.name] = definition
         self._latest[short_name(definition.name)] = definition.name
+        _forget_texts()
 
     def resolve(self, name: str) -> str:
         """The full name that ``name`` stands for; ``name`` itself if it is none of a user's."""
@@ -48,6 +72,20 @@ class Registry(dict[str, Definition]):
     def known(self) -> list[str]:
         """Names as people write them."""
         return list(dict.fromkeys(map(short_name, self)))
+
+
+@contextmanager
+def definitions_as_before(*registries: Registry[Any]) -> Iterator[None]:
+    """What is defined within it is forgotten after it."""
+    before = [(registry, dict(registry), dict(registry._latest)) for registry in registries]
+    try:
+        yield
+    finally:
+        for registry, content, latest in before:
+            registry.clear()
+            registry.update(content)
+            registry._latest = latest
+        _forget_texts()
 
 
 def full_name(name: str, *content: object) -> str:

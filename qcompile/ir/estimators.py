@@ -27,7 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .definitions import Registry, short_name
+from .definitions import Registry, cached_by_text, short_name
 from .formats import Format
 from .formulas import Scalar, float32
 
@@ -187,6 +187,7 @@ class EstimatorSpec:
         return ESTIMATORS.resolve(name.strip()) + parenthesis + parameters
 
     @staticmethod
+    @cached_by_text
     def parse(text: str) -> EstimatorSpec:
         """Raises ``ValueError`` for an unknown estimator or parameter, or a non-positive value."""
         return EstimatorSpec._parsed(EstimatorSpec.resolve(text))

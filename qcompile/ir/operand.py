@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from .definitions import short_names
+from .definitions import cached_by_text, short_names
 from .estimators import EstimatorSpec
 from .formats import FORMATS, get_format
 from .options import reject_unknown
@@ -80,6 +80,7 @@ class Operand:
         return "; ".join([Quantizer.resolve(head), *map(EstimatorSpec.resolve, rest)])
 
     @staticmethod
+    @cached_by_text
     def parse(text: str) -> Operand:
         """``"<quantizer>[; <estimator>][; occ(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse of
         ``str()``. The quantizer comes first.

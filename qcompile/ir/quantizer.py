@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from .definitions import Registry, short_name, short_names
+from .definitions import Registry, cached_by_text, short_name, short_names
 from .formats import FORMATS, Format, get_format, is_format
 from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
@@ -352,6 +352,7 @@ class Quantizer:
         return " ".join(SCALE_RULES.resolve(FORMATS.resolve(word)) for word in text.split())
 
     @staticmethod
+    @cached_by_text
     def parse(text: str) -> Quantizer:
         """Inverse of ``str()``. Words may come in any order, and all but the format be left out.
 

@@ -25,7 +25,7 @@ ops = torch.ops.qcompile
 
 
 @pytest.fixture(scope="module")
-def recipe():
+def recipe(definitions_forgotten):
     return runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "outsider.py"))["recipe"]
 
 

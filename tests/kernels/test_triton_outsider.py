@@ -11,10 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from qcompile.ir.estimators import ESTIMATORS  # noqa: E402
-from qcompile.ir.formats import FORMATS  # noqa: E402
 from qcompile.ir.operand import Operand  # noqa: E402
-from qcompile.ir.quantizer import SCALE_RULES  # noqa: E402
 from qcompile.kernels.formula import estimators as formulas  # noqa: E402
 from qcompile.kernels.formula import rounding, scales  # noqa: E402
 from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
@@ -29,14 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::Depre
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The example's; what it defines is forgotten afterwards, since other tests go through all that there is."""
-    before = [(table, dict(table), dict(table._latest)) for table in (FORMATS, SCALE_RULES, ESTIMATORS)]
-    yield runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "outsider.py"))["recipe"]
-    for table, content, latest in before:
-        table.clear()
-        table.update(content)
-        table._latest = latest
+def recipe(definitions_forgotten):
+    return runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "outsider.py"))["recipe"]
 
 
 def test_in_the_interpreter():
