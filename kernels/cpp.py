@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.ir.formulas import float32
+
 __all__ = [
     "ELEMENT_TYPES",
     "PRELUDE",
@@ -238,7 +240,7 @@ def float_literal(value: float) -> str:
         return "NAN"
     if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
-    return f"{float(torch.tensor(value, dtype=torch.float32)).hex()}f"
+    return f"{float32(value).hex()}f"
 
 
 def double_literal(value: float) -> str:

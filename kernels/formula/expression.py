@@ -20,6 +20,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from qcompile.ir.formulas import float32
+
 __all__ = ["Formula", "Number", "Value", "constant", "where"]
 
 #: What stands beside a value in an operation.
@@ -243,7 +245,7 @@ def constant(value: Value | Number, dtype: torch.dtype = FLOAT) -> Value:
     if isinstance(value, Value):
         return value
     if dtype == FLOAT:
-        number: Number = torch.tensor(float(value), dtype=FLOAT).item()
+        number: Number = float32(value)
     elif dtype == DOUBLE:
         number = float(value)
     elif dtype == INT:

@@ -12,16 +12,15 @@ from functools import cache
 
 import torch
 
-from qcompile.ir.formats import Format, get_format
+from qcompile.ir.formats import Format, float_magnitudes, get_format
 from qcompile.ir.formulas import power_of_two
 from qcompile.ir.quantizer import Quantizer, ScaleRule
 
 from .expression import DOUBLE, FLOAT, INT, Formula, Value, where
+from .layout import MANTISSA_BITS
 from .rounding import decode_code, nearest_level, saturate_value
 
-__all__ = ["Store", "load_bits", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
-
-_MANTISSA_BITS = 23
+__all__ = ["Store", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
 
 
 class _ScaleFormat(Format):
@@ -30,28 +29,19 @@ class _ScaleFormat(Format):
     MOST_BITS = 16
 
 
-#: Unsigned: five bits of exponent with bias 15, three of mantissa; 0x7f is the largest number below 2¹ in e4m3's sense.
-_UE5M3 = _ScaleFormat(
-    "ue5m3",
-    9,
-    tuple((1 + m / 8) * 2.0 ** (e - 15) if e else m / 8 * 2.0**-14 for e in range(32) for m in range(8))[:-1],
-)
-
-
 @dataclass(frozen=True)
 class Store:
-    """How a scale is stored: ``encode(float32 ≥ 0, or NaN) → bits`` and its inverse, and the bits' type.
+    """How a scale is stored: ``encode(float32 ≥ 0, or NaN) → bits`` and its inverse.
 
     Bits are int32 values, of which a device keeps the lowest; a float32 store has the number itself.
     """
 
-    dtype: torch.dtype
     encode: Callable[[Value], Value]
     decode: Callable[[Value], Value]
 
 
-def _small_float(fmt: Format, nan: int) -> tuple[Callable[[Value], Value], Callable[[Value], Value]]:
-    """A minifloat whose largest code, or the one given, is NaN; saturating."""
+def _small_float(fmt: Format, nan: int) -> Store:
+    """A minifloat in which the code ``nan`` stands for NaN; saturating."""
 
     def encode(scale: Value) -> Value:
         return where(scale.isnan(), nan, nearest_level(saturate_value(scale, fmt), fmt, "even")[1])
@@ -59,7 +49,7 @@ def _small_float(fmt: Format, nan: int) -> tuple[Callable[[Value], Value], Calla
     def decode(code: Value) -> Value:
         return where(code == nan, float("nan"), decode_code(code, fmt))
 
-    return encode, decode
+    return Store(encode, decode)
 
 
 def _bfloat16(scale: Value) -> Value:
@@ -70,15 +60,11 @@ def _bfloat16(scale: Value) -> Value:
 
 
 def _e8m0_bits(scale: Value) -> Value:
-    return where(scale.isnan(), 255, scale.view(INT) >> _MANTISSA_BITS)
+    return where(scale.isnan(), 255, scale.view(INT) >> MANTISSA_BITS)
 
 
 def _e8m0_scale(byte: Value) -> Value:
     return where(byte == 255, float("nan"), power_of_two(byte - 127))
-
-
-def _store(dtype: torch.dtype, pair: tuple[Callable[[Value], Value], Callable[[Value], Value]]) -> Store:
-    return Store(dtype, *pair)
 
 
 @cache
@@ -86,23 +72,16 @@ def store_of(name: str) -> Store:
     """The store of this name, a key of :data:`qcompile.ir.quantizer.SCALE_STORES`."""
     match name:
         case "fp32":
-            return Store(torch.float32, lambda scale: scale, lambda scale: scale)
+            return Store(lambda scale: scale, lambda scale: scale)
         case "e8m0":
-            return Store(torch.uint8, _e8m0_bits, _e8m0_scale)
+            return Store(_e8m0_bits, _e8m0_scale)
         case "bf16":
-            return Store(torch.bfloat16, _bfloat16, lambda bits: (bits << 16).view(FLOAT))
+            return Store(_bfloat16, lambda bits: (bits << 16).view(FLOAT))
         case "fp16":
-            return _store(torch.float16, _small_float(_half(), 0x7E00))
-        case "ue5m3":
-            return _store(torch.uint8, _small_float(_UE5M3, 0xFF))
-    fmt = get_format(name)
-    return _store(getattr(torch, str(fmt.torch_dtype)), _small_float(fmt, 0x7F))
-
-
-def _half() -> Format:
-    """Float16 as a format: its finite magnitudes."""
-    finite = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    return _ScaleFormat("fp16", 16, tuple(finite.tolist()))
+            return _small_float(_ScaleFormat("fp16", 16, float_magnitudes(5, 10, reserved=1024)), 0x7E00)
+        case "ue5m3":  # no sign, so all eight bits are magnitude
+            return _small_float(_ScaleFormat("ue5m3", 9, float_magnitudes(5, 3, reserved=1)), 0xFF)
+    return _small_float(get_format(name), 0x7F)
 
 
 # --- recorded, by quantizer -----------------------------------------------------------------------------------------
@@ -167,9 +146,3 @@ def load_scale(q: Quantizer) -> Formula:
     """``(stored[, global scale]) → s``, float32."""
     stored = FLOAT if q.scale.store == "fp32" else INT
     return Formula.record("load_scale", lambda *values: _loaded(q, *values), **_inputs(q, stored=stored))
-
-
-@cache
-def load_bits(q: Quantizer) -> Formula:
-    """``(stored) → number``, float32, before it is multiplied with a global scale."""
-    return Formula.record("load_bits", store_of(q.scale.store).decode, stored=INT)

@@ -407,9 +407,7 @@ def pointer_to(global_scale: Tensor | None, q: Quantizer) -> int | None:
     """What kernels take for the scale of the tensor. Raises ``ValueError`` if the scale rule needs one that is not
     given.
     """
-    if q.scale.two_level and global_scale is None:
-        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
-        raise ValueError(msg)
+    q.check_global_scale(global_scale)
     return global_scale.data_ptr() if q.scale.two_level and global_scale is not None else None
 
 

@@ -23,6 +23,7 @@ import torch
 
 from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import Format
+from qcompile.ir.formulas import float32
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
@@ -323,7 +324,7 @@ def passing(estimator: str, fmt: Format) -> Passing | None:
 
 def _largest_float32(bound: float) -> float:
     """The largest float32 number ≤ bound: then |y| ≤ it decides as |y| ≤ bound does."""
-    nearest = float_of(bits_of(bound))
+    nearest = float32(bound)
     return nearest if nearest <= bound else float_of(bits_of(nearest) - 1)
 
 

@@ -283,6 +283,7 @@ def scale_pair(
 
     Raises ``ValueError`` if the scale rule has two levels and there is no global scale.
     """
+    q.check_global_scale(global_scale)
     largest = q.format.max
     match q.scale.name:
         case "rms":
@@ -306,9 +307,7 @@ def scale_pair(
             return byte, load_scale(byte, q), _power_of_two(-exponent)
     if q.scale.name not in ("e4m3", "e4m3_46"):
         return _scale_pair_of_formula(amax, q, global_scale, factor)
-    if global_scale is None:
-        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
-        raise ValueError(msg)
+    assert global_scale is not None
     stored = (amax / torch.full_like(amax, largest) * factor / global_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
     scale = load_scale(stored, q, global_scale)
     return stored, scale, torch.where(scale == 0, 0.0, 1.0 / scale)
@@ -318,27 +317,28 @@ def _scale_pair_of_formula(
     statistic: Tensor, q: Quantizer, global_scale: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`scale_pair` of a rule that is told by its formula alone, evaluated in torch."""
-    inputs = (statistic,) if global_scale is None else (statistic, global_scale)
+    inputs = (statistic, *_if_given(global_scale))
     stored = evaluate(formulas.stored_scale(q, factor), *inputs)
     dtype = getattr(torch, q.scale.storage)
     if dtype != torch.float32:
-        bits = stored.to(torch.uint8 if dtype.itemsize == 1 else torch.int16)
-        stored = bits if bits.dtype == dtype else bits.view(dtype)
+        stored = stored.to(_BITS[dtype.itemsize]).view(dtype)
     return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q, factor), *inputs)
 
 
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
     """The float32 scale that stored scales stand for."""
-    if q.scale.two_level and global_scale is None:
-        msg = f"scale rule {q.scale.name} needs the global scale of the tensor"
-        raise ValueError(msg)
-    if q.scale.store == "e8m0":
-        exponent = stored.to(torch.int32) - 127
-        return torch.where(stored == 255, float("nan"), _power_of_two(exponent))
+    q.check_global_scale(global_scale)
     if q.scale.store == "ue5m3":
-        number = evaluate(formulas.load_bits(q), stored.to(torch.int32))
-        return number if global_scale is None else number * global_scale
-    return stored.float() if global_scale is None else stored.float() * global_scale
+        return evaluate(formulas.load_scale(q), stored.to(torch.int32), *_if_given(global_scale))
+    if q.scale.store == "e8m0":
+        number = torch.where(stored == 255, float("nan"), _power_of_two(stored.to(torch.int32) - 127))
+    else:
+        number = stored.float()
+    return number if global_scale is None else number * global_scale
+
+
+def _if_given(global_scale: Tensor | None) -> tuple[Tensor, ...]:
+    return () if global_scale is None else (global_scale,)
 
 
 def _ratio(numerator: float, amax: Tensor) -> Tensor:

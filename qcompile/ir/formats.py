@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -45,8 +44,9 @@ from typing import ClassVar
 import torch
 
 from .definitions import Registry
+from .formulas import float32
 
-__all__ = ["FORMATS", "Format", "codes_per_byte", "get_format", "is_format"]
+__all__ = ["FORMATS", "Format", "codes_per_byte", "float_magnitudes", "get_format", "is_format"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Format:
         if fault := self._fault():
             msg = f"format {self.name!r}: {fault}"
             raise ValueError(msg)
-        object.__setattr__(self, "codebook", tuple(map(_float32, self.codebook)))
+        object.__setattr__(self, "codebook", tuple(map(float32, self.codebook)))
 
     def _fault(self) -> str:
         """What makes these values no format, and what to give instead; empty if nothing does."""
@@ -104,7 +104,7 @@ class Format:
     def _fault_of_codebook(self) -> str:
         if (count := len(self.codebook)) > 2**self.bits:
             return f"{count} levels in {self.bits} bits, which hold {2**self.bits}; give more bits or fewer levels"
-        for level, after in pairwise(sorted((_float32(v), math.copysign(1.0, v)) for v in self.codebook)):
+        for level, after in pairwise(sorted((float32(v), math.copysign(1.0, v)) for v in self.codebook)):
             if level == after:
                 return f"level {level[0]!r} is there twice (as float32); every level has one code"
         if len({*map(float, self.codebook)}) < 2:
@@ -121,7 +121,7 @@ class Format:
             return (
                 f"{len(self.magnitudes)} magnitudes in {self.bits} bits, which hold {held} and a sign; give more bits"
             )
-        for value, after in pairwise(map(_float32, self.magnitudes)):
+        for value, after in pairwise(map(float32, self.magnitudes)):
             if not value < after:
                 return f"magnitudes {value!r}, {after!r} do not ascend (as float32); sort them and drop repetitions"
         if self.magnitudes[-1] == 0:
@@ -200,7 +200,7 @@ class Format:
         a code book those of :attr:`sorted_levels`, rounded to float32.
         """
         if self.codebook:
-            return tuple(_float32((low + high) / 2) for low, high in pairwise(self.sorted_levels))
+            return tuple(float32((low + high) / 2) for low, high in pairwise(self.sorted_levels))
         return tuple((lo + hi) / 2 for lo, hi in pairwise(self.magnitudes))
 
     @cached_property
@@ -281,11 +281,6 @@ def codes_per_byte(bits: int) -> int:
 _LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
-def _float32(value: float) -> float:
-    """The float32 number nearest to ``value``."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
 def _floor_log2(value: float) -> int:
     exponent = 0
     while 2.0 ** (exponent + 1) <= value:
@@ -295,7 +290,7 @@ def _floor_log2(value: float) -> int:
     return exponent
 
 
-def _float_magnitudes(exponent_bits: int, mantissa_bits: int, reserved: int = 0) -> tuple[float, ...]:
+def float_magnitudes(exponent_bits: int, mantissa_bits: int, reserved: int = 0) -> tuple[float, ...]:
     """Values of an IEEE-like minifloat with bias 2**(E−1) − 1; the top ``reserved`` codes are NaN or infinity."""
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -312,9 +307,9 @@ def _signed(magnitudes: tuple[float, ...]) -> frozenset[float]:
 
 #: Values of the 8-bit tensor-core types, the preferred ones first.
 _TENSOR_CORE_VALUES = {
-    "e4m3": _signed(_float_magnitudes(4, 3, reserved=1)),
+    "e4m3": _signed(float_magnitudes(4, 3, reserved=1)),
     "int8": frozenset(float(i) for i in range(-128, 128)),
-    "e5m2": _signed(_float_magnitudes(5, 2, reserved=4)),
+    "e5m2": _signed(float_magnitudes(5, 2, reserved=4)),
 }
 
 
@@ -349,11 +344,11 @@ _CODE_BOOKS = (
 )
 
 _ALL = (
-    Format("e2m1", 4, _float_magnitudes(2, 1)),
-    Format("e1m2", 4, _float_magnitudes(1, 2), step=0.5),
-    Format("e3m0", 4, _float_magnitudes(3, 0)),
-    Format("e4m3", 8, _float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
-    Format("e5m2", 8, _float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
+    Format("e2m1", 4, float_magnitudes(2, 1)),
+    Format("e1m2", 4, float_magnitudes(1, 2), step=0.5),
+    Format("e3m0", 4, float_magnitudes(3, 0)),
+    Format("e4m3", 8, float_magnitudes(4, 3, reserved=1), torch_dtype="float8_e4m3fn"),
+    Format("e5m2", 8, float_magnitudes(5, 2, reserved=4), torch_dtype="float8_e5m2"),
     *_CODE_BOOKS,
     *(Format(f"midrise{b}", b, tuple(i + 0.5 for i in range(2 ** (b - 1))), step=1.0) for b in range(1, 9)),
     *(Format(f"int{b}", b, tuple(float(i) for i in range(2 ** (b - 1))), step=1.0) for b in range(2, 9)),

@@ -5,6 +5,7 @@ Each takes tensors, or the scalar values of :mod:`qcompile.kernels.formula.expre
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -29,5 +30,5 @@ def floor_log2(value: Scalar) -> Scalar:
 
 
 def float32(number: float) -> float:
-    """The float32 number nearest to ``number``: what a formula compares with."""
-    return torch.tensor(number, dtype=torch.float32).item()
+    """The float32 number nearest to ``number``, which a formula computes with; infinite beyond the largest."""
+    return ctypes.c_float(number).value

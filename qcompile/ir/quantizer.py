@@ -374,6 +374,12 @@ class Quantizer:
             get_format(words["format"]), granularity, get_scale_rule(words["scale rule"]), words["rounding"]
         )
 
+    def check_global_scale(self, global_scale: object) -> None:
+        """Raises ``ValueError`` if the scale rule has two levels and there is no global scale."""
+        if self.scale.two_level and global_scale is None:
+            msg = f"scale rule {self.scale.name} needs the global scale of the tensor"
+            raise ValueError(msg)
+
     def packed_size(self, size: int) -> int:
         """Bytes that hold ``size`` codes of one row."""
         per_byte = self.format.codes_per_byte

@@ -282,22 +282,25 @@ def test_slopes(name: str, text: str):
     assert (got[number].view(torch.int32) - expected[number].view(torch.int32)).abs().max() <= 1
 
 
-def test_a_rule_of_its_formula_alone():
+@pytest.mark.parametrize("two_level", [False, True])
+def test_a_rule_of_its_formula_alone(two_level: bool):
     """Reference, C++ and dequantize of a rule that nothing names: by blocks, stored in each of the stores."""
+    whole = (torch.tensor(0.37),) if two_level else ()
     x = torch.randn(5, 77, generator=torch.Generator().manual_seed(2)) * 3
     x[1] = 0
     x[2, 3] = NAN
     for store in SCALE_STORES:
-        rule = ScaleRule(f"nine_tenths_{store}", lambda amax, fmt: amax * 0.9 / fmt.max, store=store)
+        name = f"nine_tenths_{store}_{'two' if two_level else 'one'}"
+        rule = ScaleRule(name, lambda amax, fmt: amax * 0.9 / fmt.max, store=store, two_level=two_level)
         SCALE_RULES[rule.name] = rule
         try:
             text = f"e2m1 block16 {rule.name} even"
-            expected = reference.quantize(x, text, -1)
-            got = torch.ops.qcompile.quantize(x, text, -1)
+            expected = reference.quantize(x, text, -1, *whole)
+            got = torch.ops.qcompile.quantize(x, text, -1, *whole)
             for a, b in zip(got, expected, strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), store
-            wide = torch.ops.qcompile.dequantize(*got, text, -1, 77, torch.float32)
-            assert same_bits(wide, reference.dequantize(*expected, text, -1, 77, torch.float32)), store
+            wide = torch.ops.qcompile.dequantize(*got, text, -1, 77, torch.float32, *whole)
+            assert same_bits(wide, reference.dequantize(*expected, text, -1, 77, torch.float32, *whole)), store
             finite = wide[[0, 3, 4]]
             assert ((finite - x[[0, 3, 4]]).abs() <= x[[0, 3, 4]].abs().amax(1, keepdim=True)).all()  # no garbage
         finally:
