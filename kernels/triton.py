@@ -18,7 +18,6 @@ __all__ = [
     "LONGEST_ROW",
     "MAGNITUDE",
     "RUN",
-    "SIGN",
     "absolute_maximum",
     "as_bits",
     "as_float",
@@ -46,7 +45,6 @@ LONGEST_ROW = 16384
 RUN = tl.constexpr(16)
 
 #: Of the bits of a float32 number.
-SIGN = tl.constexpr(-(2**31))
 MAGNITUDE = tl.constexpr(2**31 - 1)
 
 

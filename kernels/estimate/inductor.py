@@ -27,7 +27,7 @@ from qcompile.kernels.quantize.inductor import (
     scale_value,
     supports_scales,
     unpacked,
-    why_not_chosen,
+    why_not_scaled,
 )
 
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 _MASK_BITS_PER_BYTE = 8
+
+
 # --- what is supported --------------------------------------------------------------------------------------
 
 
@@ -47,10 +49,8 @@ def supports_estimator_mask(
     q: Quantizer, estimator: EstimatorSpec, device: torch.device | None = None
 ) -> tuple[bool, str]:
     """Whether :func:`lower_estimator_mask` generates code, and if not, why."""
-    if reason := formulas.why_no_mask(estimator, q.format) or why_not_chosen(q):
+    if reason := formulas.why_no_mask(estimator, q.format) or why_not_scaled(q):
         return False, reason
-    if q.scale.statistic != "amax":
-        return False, f"{q.scale.name} scales are not generated"
     return supports_scales(q, device)  # rounding takes no part in it
 
 
@@ -60,10 +60,8 @@ def supports_scale_gradient(
     """Whether :func:`lower_scale_gradient` generates code, and if not, why."""
     if reason := formulas.why_no_slope(estimator, q.format):
         return False, reason
-    if not estimator.kind.continuous and (reason := why_not_chosen(q)):
+    if not estimator.kind.continuous and (reason := why_not_scaled(q)):
         return False, reason
-    if not estimator.kind.continuous and q.scale.statistic != "amax":
-        return False, f"{q.scale.name} scales are not generated"
     return supports_scales(q, device)  # rounding takes no part in it
 
 

@@ -9,38 +9,24 @@ import torch
 
 from qcompile.kernels.cpp import double_literal, float_literal
 
-from .expression import Formula, Value
+from .expression import OPERATORS, Formula, Value
 
 __all__ = ["cpp_function"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.bool: "bool"}
 
 _OPS = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "exact_mul": "{0} * {1}",
+    **OPERATORS,
     "exact_fma": "exact_fma({0}, {1}, {2})",
     "at_least": "select({0} < {1}, {1}, {0})",
-    "div": "{0} / {1}",
-    "neg": "-{0}",
     "abs": "std::fabs({0})",
     "sqrt": "std::sqrt({0})",
     "floor": "std::floor({0})",
     "exp2": "std::exp2({0})",
     "log2": "std::log2({0})",
     "power": "power({0}, {1})",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
     "not": "!{0}",
     "shift_left": "int32_t(uint32_t({0}) << {1})",
-    "shift_right": "{0} >> {1}",
     "where": "select({0}, {1}, {2})",
     "to": "{type}({0})",
     "bits": "bits_as<{type}>({0})",
@@ -51,10 +37,7 @@ def cpp_function(formula: Formula, name: str = "") -> str:
     """``static inline T name(inputs)`` of a formula with one output."""
     (output,) = formula.outputs
     lines = formula.lines(_step, _literal)
-    body = [
-        f"  const {_TYPES[step.dtype]} {formula.name_of(step)} = {line};"
-        for step, line in zip(formula.steps(), lines, strict=True)
-    ]
+    body = [f"  const {_TYPES[step.dtype]} {variable} = {line};" for step, variable, line in lines]
     inputs = ", ".join(f"{_TYPES[value.dtype]} {value.args[0]}" for value in formula.inputs)
     head = f"static inline {_TYPES[output.dtype]} {name or formula.name}({inputs}) {{"
     return "\n".join([head, *body, f"  return {formula.results(_literal)[0]};", "}", ""])

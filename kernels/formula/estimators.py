@@ -53,5 +53,5 @@ def why_no_slope(estimator: EstimatorSpec, fmt: Format) -> str:
 
 
 def _too_long(formula: Formula) -> str:
-    count = sum(1 for _ in formula.steps())
+    count = len(formula.steps)
     return f"its {formula.name} takes {count} operations, more than {MOST_STEPS}" if count > MOST_STEPS else ""

@@ -22,12 +22,32 @@ import torch
 
 from qcompile.ir.formulas import float32
 
-__all__ = ["Formula", "Number", "Value", "constant", "where"]
+__all__ = ["OPERATORS", "Formula", "Number", "Value", "constant", "where"]
 
 #: What stands beside a value in an operation.
 Number = float | int | bool
 
 FLOAT, DOUBLE, INT, BOOL = torch.float32, torch.float64, torch.int32, torch.bool
+
+#: Operations that C++ and Python spell alike.
+OPERATORS = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "exact_mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "shift_left": "{0} << {1}",
+    "shift_right": "{0} >> {1}",
+}
 
 _INTERNED: WeakValueDictionary[tuple, Value] = WeakValueDictionary()
 
@@ -312,29 +332,31 @@ class Formula:
                 raise TypeError(msg)
         return Formula(name, values, outputs)
 
-    def steps(self) -> Iterator[Value]:
+    @cached_property
+    def steps(self) -> tuple[Value, ...]:
         """Every operation that an output needs, after its arguments."""
-        seen: set[int] = set()
+        found: dict[int, Value] = {}
 
-        def visit(value: Value) -> Iterator[Value]:
-            if id(value) in seen:
+        def visit(value: Value) -> None:
+            if id(value) in found or value.op in ("input", "constant"):
                 return
-            seen.add(id(value))
             for argument in value.args:
                 if isinstance(argument, Value):
-                    yield from visit(argument)
-            if value.op not in ("input", "constant"):
-                yield value
+                    visit(argument)
+            found[id(value)] = value
 
         for output in self.outputs:
-            yield from visit(output)
+            visit(output)
+        return tuple(found.values())
 
-    def lines(self, target: Callable[[Value, Sequence[str]], str], literal: Callable[[Value], str]) -> list[str]:
-        """``target(step, texts of its arguments)`` of every step, which may refer to earlier ones as ``v0``, ``v1`` …
-
-        Returns one line per step; :meth:`results` are the texts of the outputs.
+    def lines(
+        self, target: Callable[[Value, Sequence[str]], str], literal: Callable[[Value], str]
+    ) -> Iterator[tuple[Value, str, str]]:
+        """Every step, its name and ``target(step, texts of its arguments)``, which may refer to earlier ones by name:
+        ``v0``, ``v1`` … :meth:`results` are the texts of the outputs.
         """
-        return [target(step, [self._text(a, literal) for a in step.args]) for step in self.steps()]
+        for step in self.steps:
+            yield step, self._names[id(step)], target(step, [self._text(a, literal) for a in step.args])
 
     def results(self, literal: Callable[[Value], str]) -> list[str]:
         """The texts of the outputs, beside :meth:`lines`."""
@@ -347,15 +369,11 @@ class Formula:
             return literal(argument)
         if argument.op == "input":
             return argument.args[0]
-        return self.name_of(argument)
-
-    def name_of(self, step: Value) -> str:
-        """What a step is called where it is printed."""
-        return f"v{self._numbers[id(step)]}"
+        return self._names[id(argument)]
 
     @cached_property
-    def _numbers(self) -> dict[int, int]:
-        return {id(step): i for i, step in enumerate(self.steps())}
+    def _names(self) -> dict[int, str]:
+        return {id(step): f"v{i}" for i, step in enumerate(self.steps)}
 
     @cached_property
     def text(self) -> str:
@@ -367,7 +385,7 @@ class Formula:
 
         lines = self.lines(lambda step, args: f"{_name(step.dtype)} {step.op}({', '.join(args)})", literal)
         inputs = ", ".join(f"{_name(v.dtype)} {v.args[0]}" for v in self.inputs)
-        return "\n".join([f"({inputs})", *lines, f"return {', '.join(self.results(literal))}"])
+        return "\n".join([f"({inputs})", *(line for _, _, line in lines), f"return {', '.join(self.results(literal))}"])
 
     @cached_property
     def digest(self) -> str:

@@ -30,7 +30,7 @@ def emit(formula: Formula, *inputs: Body) -> Any:
             return ops.constant(argument.args[0], argument.dtype)
         return known[id(argument)]
 
-    for step in formula.steps():
+    for step in formula.steps:
         arguments = [body_of(argument) for argument in step.args]
         if step.op in _CONVERSIONS:
             known[id(step)] = _CONVERSIONS[step.op](arguments[0], step.dtype, step.args[0].dtype)
@@ -44,7 +44,7 @@ def emit(formula: Formula, *inputs: Body) -> Any:
 
 def _summands(formula: Formula) -> set[int]:
     """What is added to something, or subtracted."""
-    return {id(a) for step in formula.steps() if step.op in ("add", "sub") for a in step.args if isinstance(a, Value)}
+    return {id(a) for step in formula.steps if step.op in ("add", "sub") for a in step.args if isinstance(a, Value)}
 
 
 def exact_div(a: Body, b: Body) -> Body:
@@ -80,11 +80,8 @@ def _same_named(name: str, *arguments: Body) -> Body:
 
 
 _OPS: dict[str, Callable[..., Body]] = {
-    **{
-        name: partial(_same_named, name)
-        for name in ("add", "sub", "mul", "neg", "abs", "sqrt", "floor", "exp2", "log2")
-    },
-    **{name: partial(_same_named, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "where")},
+    **{name: partial(_same_named, name) for name in ("add", "sub", "mul", "neg", "abs", "sqrt", "floor")},
+    **{name: partial(_same_named, name) for name in ("exp2", "log2", "lt", "le", "gt", "ge", "eq", "ne", "where")},
     "exact_mul": partial(_same_named, "mul"),
     "exact_fma": lambda a, b, c: ops.add(ops.mul(a, b), c),
     "at_least": lambda a, b: ops.where(ops.lt(a, b), b, a),  # without the instructions that pass on NaN

@@ -68,7 +68,7 @@ def evaluate(formula: Formula, *inputs: Tensor) -> Any:
             return torch.full((), argument.args[0], dtype=argument.dtype, device=device)
         return known[id(argument)]
 
-    for step in formula.steps():
+    for step in formula.steps:
         arguments = [tensor_of(argument) for argument in step.args]
         if step.op in _CONVERSIONS:
             known[id(step)] = _CONVERSIONS[step.op](arguments[0], step.dtype)

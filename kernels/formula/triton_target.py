@@ -12,44 +12,30 @@ from typing import Any
 
 import torch
 
-from .expression import Formula, Value
+from .expression import OPERATORS, Formula, Value
 
 __all__ = ["device_function", "triton_source"]
 
 _TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64", torch.int32: "tl.int32", torch.bool: "tl.int1"}
 
 _OPS = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "exact_mul": "{0} * {1}",
+    **OPERATORS,
     "exact_fma": "tl.fma({0}, {1}, {2})",
     "at_least": "tl.maximum({0}, {1})",
     "div": "tl.math.div_rn({0}, {1})",
-    "neg": "-{0}",
     "abs": "tl.abs({0})",
     "sqrt": "tl.sqrt_rn({0})",
     "floor": "tl.floor({0})",
     "exp2": "tl.exp2({0})",
     "log2": "tl.log2({0})",
     "power": "tl.exp2(tl.log2({0}) * {1})",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
     "not": "{0} == 0",
-    "shift_left": "{0} << {1}",
-    "shift_right": "{0} >> {1}",
     "where": "tl.where({0}, {1}, {2})",
     "to": "{0}.to({type})",
     "bits": "{0}.to({type}, bitcast=True)",
 }
 #: Where float32 needs a function that rounds correctly, the operator of float64 does.
-_OPS_OF_DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})"}
+_OPS_OF_DOUBLES = {"div": OPERATORS["div"], "sqrt": "tl.sqrt({0})"}
 _HEAD = '''"""Printed by qcompile.kernels.formula.triton_target."""
 import triton
 import triton.language as tl
@@ -61,8 +47,7 @@ import triton.language as tl
 
 def triton_source(formula: Formula) -> str:
     """The device function ``name(inputs)`` of ``formula`` as Python text."""
-    lines = formula.lines(_step, _literal)
-    body = [f"    {formula.name_of(step)} = {line}" for step, line in zip(formula.steps(), lines, strict=True)]
+    body = [f"    {variable} = {line}" for _, variable, line in formula.lines(_step, _literal)]
     inputs = ", ".join(value.args[0] for value in formula.inputs)
     return "\n".join(
         [f"def {formula.name}({inputs}):", *body, f"    return {', '.join(formula.results(_literal))}", ""]

@@ -44,7 +44,6 @@ _STORED_TYPES = {4: "float", 2: "uint16_t", 1: "uint8_t"}
 #: end. In float64 the order of summation does not show once a scale is rounded.
 _STATISTICS = {
     "amax": r"""
-
 using Gathered = uint32_t;  // the bits of a magnitude
 
 template <class Element> static inline Gathered gather(Gathered top, const Element* x, int64_t count) {
@@ -58,7 +57,6 @@ static inline float statistic(Gathered top, int64_t) {
 }
 """,
     "rms": r"""
-
 using Gathered = double;
 
 template <class Element> static inline Gathered gather(Gathered sum, const Element* x, int64_t count) {

@@ -51,7 +51,7 @@ __all__ = [
     "supports_dequantize",
     "supports_quantize",
     "supports_scales",
-    "why_not_chosen",
+    "why_not_scaled",
 ]
 
 #: A value inside a loop body, and an index tuple.
@@ -70,15 +70,15 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
-    if q.scale.statistic != "amax":
-        return False, f"{q.scale.name} scales are not generated"
-    if reason := why_not_rounded(q.format) or why_not_chosen(q):
+    if reason := why_not_scaled(q) or why_not_rounded(q.format):
         return False, reason
     return supports_scales(q, device)
 
 
-def why_not_chosen(q: Quantizer) -> str:
+def why_not_scaled(q: Quantizer) -> str:
     """Why no code is generated that finds the scales of ``q`` from the elements; empty if it is."""
+    if q.scale.statistic != "amax":
+        return f"{q.scale.name} scales are not generated"
     return f"{q.scale.name} tries scales by block, which is not generated" if len(q.scale.candidates) > 1 else ""
 
 

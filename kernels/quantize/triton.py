@@ -15,7 +15,6 @@ from qcompile.ir.formats import Format
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED
 from qcompile.ir.quantizer import Quantizer
-from qcompile.kernels.formula.layout import why_not_rounded
 from qcompile.kernels.triton import (
     supports_dtypes,
     supports_size,
@@ -71,11 +70,7 @@ def supports_columns(dtypes: tuple[torch.dtype, ...], quantizer: str, by_columns
 @cache
 def supports_recode(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
     """Whether :func:`recode` handles codes of ``quantizer``, and if not, why; ``dtypes`` is empty."""
-    q = Quantizer.parse(quantizer)
-    fmt = q.format
-    if fmt.codes_per_byte == 1 and not fmt.torch_dtype and (reason := why_not_rounded(fmt)):
-        return False, reason
-    return supports_quantize_8bit(dtypes, str(Quantizer(fmt)))
+    return supports_quantize_8bit(dtypes, str(Quantizer(Quantizer.parse(quantizer).format)))
 
 
 def supports_quantize_compensated(dtypes: tuple[torch.dtype, ...], operand: str, size: int) -> Support:
