@@ -70,7 +70,7 @@ class _View:
 
 @dataclass(frozen=True)
 class _Allocation:
-    size: torch.Size
+    size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -170,7 +170,7 @@ class _Recorder(compat.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
-            self._made(result, _Allocation(result.shape, result.stride(), result.dtype, result.device))
+            self._made(result, _Allocation(tuple(result.shape), result.stride(), result.dtype, result.device))
         elif self._knows(*args):
             self._note(func, args, kwargs or {}, result)
         return result

@@ -55,6 +55,7 @@ __all__ = [
     "before_next_call",
     "cache_counters",
     "captures_recurrent_layers",
+    "card_name",
     "compile_fx",
     "compiled_call",
     "current_frame",
@@ -254,6 +255,11 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, ``None`` for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def card_name(device: torch.device) -> str:
+    """What torch calls a CUDA device; the type of others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
 def will_freeze(graph: Graph) -> bool:
@@ -465,7 +471,9 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or torch._C._cuda_getDevice() == device.index
 
 
-def empty_strided(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty_strided(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """``torch.empty_strided``; on the current CUDA device as generated code does it, in half the time."""
     if device.type == "cuda":
         return torch._C._dynamo.guards._empty_strided_cuda(size, stride, dtype)  # type: ignore[attr-defined]
