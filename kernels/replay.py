@@ -80,6 +80,16 @@ class _Allocation:
 
 
 @dataclass(frozen=True)
+class _Empty:
+    """A tensor without elements, which all calls can share."""
+
+    tensor: Tensor
+
+    def run(self, slots: list[Any], stream: int) -> None:
+        slots.append(self.tensor)
+
+
+@dataclass(frozen=True)
 class _Copy:
     """A call of one of :data:`_COPIES`, the only operations that compute."""
 
@@ -170,7 +180,8 @@ class _Recorder(compat.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
-            self._made(result, _Allocation(tuple(result.shape), result.stride(), result.dtype, result.device))
+            made = _Allocation(tuple(result.shape), result.stride(), result.dtype, result.device)
+            self._made(result, made if result.numel() else _Empty(result))
         elif self._knows(*args):
             self._note(func, args, kwargs or {}, result)
         return result

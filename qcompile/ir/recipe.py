@@ -186,7 +186,7 @@ class Recipe:
                 changes[key] = names_of(key, value)
             else:
                 changes[key] = _checked(key, value)
-        if self.backward == "auto" and "backward" not in changes and options.get("gradient", "") is None:
+        if self.backward == "auto" and "backward" not in changes and changes.get("gradient", "") is None:
             changes["backward"] = "bf16"  # a wide dY was asked for
         recipe = replace(self, **changes)
         recipe._refuse_wide_gradient(options)
