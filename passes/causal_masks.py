@@ -160,7 +160,8 @@ class _Rewriter:
             with self.fake_mode, _Recorder() as recorder:
                 result = function(**{name: narrowed(value) for name, value in values.items()})
             extents = zip(result.shape, result.stride(), strict=True)
-            self.kernels[key] = _Kernel(recorder.kernel, tuple(step for size, step in extents if size != 1))
+            strides = ", ".join(str(step) for size, step in extents if static_size(size) != 1)
+            self.kernels[key] = _Kernel(recorder.kernel, strides)
         return self.kernels[key]
 
 
@@ -169,7 +170,7 @@ class _Kernel:
     """What runs attention: the ATen op of a fused kernel, "" for single operations; and how the result is laid out."""
 
     op: str
-    strides: tuple[Any, ...]
+    strides: str
 
     def __str__(self) -> str:
         return f"{self.op or 'no fused kernel'} (strides {self.strides})"

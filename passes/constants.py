@@ -22,8 +22,8 @@ from .spellings import name_of
 
 __all__ = ["EXACT", "LIMIT", "Constants", "NotConstant"]
 
-#: Bytes that one evaluation may allocate: a comparison of 32768 × 32768 positions takes half of it.
-LIMIT = 2 << 30
+#: Bytes that may be alive at a time in an evaluation: a comparison of 32768 × 32768 positions takes a quarter of it.
+LIMIT = 4 << 30
 
 #: Where a ``vmap`` begins and ends; they have no results, and what is between them needs all of them.
 _NESTING = frozenset({"lazy_load_decompositions", "vmap_increment_nesting", "vmap_decrement_nesting"})
@@ -158,9 +158,9 @@ class Constants:
     def erase_unused(self) -> None:
         """Erase the calls that have lost their last user since this was made, and writes that served them."""
         for node in reversed(self.module.graph.nodes):
-            is_call = node.op in ("call_function", "call_method") and _name(node) not in _NESTING
             is_left = not node.users and (node not in self._unused or node in self._evaluated)
-            if is_call and is_left and not _is_read_later(node):
+            is_call = is_left and node.op in ("call_function", "call_method") and _name(node) not in _NESTING
+            if is_call and not _is_read_later(node):
                 self.module.graph.erase_node(node)
 
     def _run(self, node: Node, values: dict[Node, Any]) -> Any:
@@ -235,30 +235,49 @@ def _what_varies(node: Node) -> str:
 
 
 def _check_size(nodes: list[Node], result: Node) -> None:
-    """Raises :class:`NotConstant` for values that together take more than :data:`LIMIT`, views counted once."""
-    largest = value_of(result).numel() * value_of(result).itemsize
-    sizes: dict[Any, Any] = {}
-    for node in nodes:
-        value = value_of(node)
-        if isinstance(value, Tensor):
-            memory = compat.memory_of(value)
-            # A value under vmap does not show its mapped axes; it is part of the result.
-            sizes[memory or node] = largest if memory is None else value.untyped_storage().nbytes()
-    known = [static_size(size) for size in sizes.values()]
-    total = sum(size for size in known if size is not None)
-    if None in known:
+    """Raises :class:`NotConstant` if the values of ``nodes`` that are alive at a time take more than :data:`LIMIT`."""
+    memories = {node: _memory(node) for node in nodes}
+    last_use = {memories[node]: place for place, user in enumerate(nodes) for node in _in(memories, user)}
+    last_use[memories[result]] = len(nodes)
+    live: dict[Any, int] = {}
+    for place, node in enumerate(nodes):
+        live.setdefault(memories[node], _bytes(node, result))
+        if sum(live.values()) > LIMIT:
+            size = sum(live.values()) / 2**30
+            msg = f"its evaluation takes {size:.1f} GiB, more than {LIMIT / 2**30:.0f} GiB"
+            raise NotConstant(msg)
+        live = {memory: size for memory, size in live.items() if last_use[memory] > place}
+
+
+def _in(memories: dict[Node, Any], user: Node) -> list[Node]:
+    """A node and what it reads, as far as it is evaluated."""
+    return [node for node in (user, *user.all_input_nodes) if node in memories]
+
+
+def _memory(node: Node) -> Any:
+    """What tells the memory of a value from others; views share theirs."""
+    return compat.memory_of(value_of(node)) or node
+
+
+def _bytes(node: Node, result: Node) -> int:
+    """Size of a value's memory. One under vmap does not show its mapped axes; it is part of the result."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        return 0
+    if compat.memory_of(value) is None:
+        value = value_of(result)
+    size = static_size(value.untyped_storage().nbytes())
+    if size is None:
         msg = "a size is symbolic"
         raise NotConstant(msg)
-    if total > LIMIT:
-        msg = f"its evaluation takes {total / 2**30:.1f} GiB, more than {LIMIT / 2**30:.0f} GiB"
-        raise NotConstant(msg)
+    return size
 
 
 def _stand_in(node: Node) -> Tensor:
     """Something with the shape and dtype of a value that is not read (``x.new_ones(…)``)."""
     value = value_of(node)
-    shape = [static_size(size) for size in value.shape]
-    if None in shape:
+    shape = [size for size in map(static_size, value.shape) if size is not None]
+    if len(shape) < value.dim():
         msg = "a size is symbolic"
         raise NotConstant(msg)
     return torch.empty((), dtype=value.dtype).expand(shape)
