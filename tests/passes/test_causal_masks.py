@@ -483,7 +483,7 @@ def test_where_nothing_is_quantized_no_bit_changes():
 
 @pytest.fixture
 def llama(monkeypatch) -> nn.Module:
-    """Two layers with grouped heads, whose mask is built as before torch 2.12: transformers dared not leave it out."""
+    """Two layers with grouped heads, whose mask is built without a condition, as on torch 2.11."""
     monkeypatch.setattr(transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
