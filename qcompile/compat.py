@@ -84,6 +84,7 @@ __all__ = [
     "memory_of",
     "min_cut_partition",
     "nll_loss_nd",
+    "no_fake_mode",
     "placeholder_value",
     "raw_stream",
     "recompile_limits",
@@ -117,6 +118,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
+
+#: Within it, tensors have data even where the user compiles under ``FakeTensorMode``.
+no_fake_mode = torch._subclasses.fake_tensor.unset_fake_temporarily
 
 
 @functools.cache
