@@ -124,7 +124,7 @@ def _is_training(gm: GraphModule) -> bool:
     """
     values = [value_of(node) for node in gm.graph.output_node().all_input_nodes]
     results = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
-    return not all((v._base if v._is_view() else v).is_leaf for v in results)
+    return not all((v if v._base is None else v._base).is_leaf for v in results)
 
 
 def _mixed_precision(site: Site, autocasts: tuple[tuple[str, bool], ...]) -> str:

@@ -177,7 +177,7 @@ def _run_reference(program: Program, setting: Setting, draw: int) -> _Run:
 
 def _is_trained(result: Tensor) -> bool:
     """Whether a gradient would come from it through something that is computed: not of a leaf, nor of a view of one."""
-    whole = result._base if result._is_view() else result
+    whole = result if result._base is None else result._base
     return result.requires_grad and not whole.is_leaf
 
 

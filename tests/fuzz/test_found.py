@@ -136,7 +136,7 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
     ],
 )
 def test_under_no_grad_where_a_leaf_is_handed_back(lines, trains):
-    """No gradient comes from a view of a leaf, so it is inference. (``.T`` is a result of the graph since torch 2.14.)"""
+    """No gradient comes from a view of a leaf, so it is inference. (Since torch 2.14 the graph returns ``.T``.)"""
     found = program((weight((7, 8)), X_FIXED), "v2 = F.linear(i1, p0)", *lines)
     found = replace(found, steps=(replace(found.steps[0], no_grad=True), *found.steps[1:]), results=("v2", "v3"))
     for module in (True, False):
