@@ -311,7 +311,8 @@ def row_bounds(tiles, size, low, high, pair: tl.constexpr):
         least_above = tl.full(tiles[0].shape, float("inf"), tl.float32)
         most_below = -least_above
         for i in tl.static_range(len(tiles)):
-            value, inside = tiles[i], i * width + tl.arange(0, width)[None, :] < size
+            value = tiles[i]
+            inside = i * width + tl.arange(0, width)[None, :] < size
             least_above = tl.minimum(least_above, tl.where(inside & (value >= highest[:, None]), value, float("inf")))
             most_below = tl.maximum(most_below, tl.where(inside & (value <= lowest[:, None]), value, float("-inf")))
         highest, lowest = tl.min(least_above, 1), tl.max(most_below, 1)
