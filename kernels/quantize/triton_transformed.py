@@ -42,6 +42,7 @@ from qcompile.kernels.quantize.triton_codes import (
     saturated,
     tensor_core_code,
 )
+from qcompile.kernels.quantize.triton_rows import write_rows
 from qcompile.kernels.transform.triton import (
     LARGEST_SPAN,
     Part,
@@ -419,6 +420,13 @@ def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform
     return bool(suits) and bounded and size % RUN.value == 0 and _is_hopper(x.device)
 
 
+def _is_plain(fmt: Grid, passes: Passing, part: Part) -> bool:
+    """Whether rows are neither rotated nor sparse, and scaled by their maximum, while the mask needs levels: then no
+    element has to meet another one, and 16-bit ones are kept as such.
+    """
+    return part.rotation == 1 and part.unit == 0 and not fmt.of_squares and not passes.by_limits(sparse=False)
+
+
 def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
     """Whether rows of x come by tensor descriptors, in lines of 128 bytes that are columns.
 
@@ -466,6 +474,10 @@ def _by_rows(
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
     source: Any = x
+    outputs = codes if eight_bit else None, scales if scaled else None, packed if stored else None
+    if passes is not None and _is_plain(fmt, passes, part):
+        write_rows(x, fmt, *outputs, mask, passes)
+        return [codes, scales, packed, mask]
     kernel, programs = (_quantize_row, rows) if size <= LONGEST_ROW else (_quantize_long_row, rows)
     most_registers = None
     if _by_descriptor(x, fmt, part):
@@ -477,9 +489,7 @@ def _by_rows(
         kernel,
         programs,
         source,
-        codes if eight_bit else None,
-        scales if scaled else None,
-        packed if stored else None,
+        *outputs,
         mask if masked else None,
         x.stride(0),
         rows,
