@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qcompile.ir.quantizer import RMS_FLOOR
-from qcompile.kernels.formula.layout import MANTISSA_BITS
+from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of
 from qcompile.kernels.triton import (
     INTERPRETED,
     as_bits,
@@ -25,16 +25,18 @@ __all__ = [
     "WARP",
     "biased_code",
     "biased_level",
+    "eighths",
     "encoded",
     "halves",
+    "in_float32",
     "nearest",
     "pack_bits",
     "pack_codes",
     "pack_levels",
+    "quarters",
     "rms_scale_pair",
     "saturated",
     "tensor_core_code",
-    "widened",
 ]
 
 WARP = tl.constexpr(32)
@@ -50,7 +52,7 @@ _WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 #: that multiplies adds under a condition at full rate.
 _PACK_BITS = tl.constexpr(
     "{.reg .pred bit; .reg .f32 sum; mov.f32 sum, 0f4b000000;"
-    + "".join(f"setp.ne.u32 bit, ${i + 1}, 0; @bit add.rn.f32 sum, sum, {2.0**i};" for i in range(8))
+    + "".join(f"setp.ne.u32 bit, ${i + 1}, 0; @bit add.rn.f32 sum, sum, 0f{bits_of(2.0**i):08x};" for i in range(8))
     + "mov.b32 $0, sum;}"
 )
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
@@ -247,7 +249,7 @@ def encoded(y, fmt: tl.constexpr):
 
 
 @triton.jit
-def widened(x):
+def in_float32(x):
     """x in float32; bfloat16 in pairs, at an instruction per element instead of one and a half."""
     if INTERPRETED or x.dtype != tl.bfloat16:
         wide = x.to(tl.float32)
@@ -264,6 +266,24 @@ def halves(x, axis: tl.constexpr):
     return tl.split(
         tl.reshape(x, [n, m // 2, 2]) if axis == 1 else tl.permute(tl.reshape(x, [n // 2, 2, m]), (0, 2, 1))
     )
+
+
+@triton.jit
+def quarters(x, axis: tl.constexpr):
+    """Every first, second, third and fourth of four neighbours."""
+    even, odd = halves(x, axis)
+    first, third = halves(even, axis)
+    second, fourth = halves(odd, axis)
+    return first, second, third, fourth
+
+
+@triton.jit
+def eighths(x, axis: tl.constexpr):
+    """Every first to eighth of eight neighbours."""
+    even, odd = halves(x, axis)
+    first, third, fifth, seventh = quarters(even, axis)
+    second, fourth, sixth, eighth = quarters(odd, axis)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @triton.jit
@@ -287,11 +307,9 @@ def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
-def pack_bits(keeps):
-    """Bool [n, 8k] as bytes [n, k], the lower index in the lower bits."""
-    even, odd = halves(keeps.to(tl.int32), 1)
-    b0, b2, b4, b6 = _quarters(even)
-    b1, b3, b5, b7 = _quarters(odd)
+def pack_bits(keeps, axis: tl.constexpr):
+    """Bool as bytes, packed along ``axis`` of a matrix, the lower index in the lower bits."""
+    b0, b1, b2, b3, b4, b5, b6, b7 = eighths(keeps.to(tl.int32), axis)
     if INTERPRETED:
         byte = b0 | b1 << 1 | b2 << 2 | b3 << 3 | b4 << 4 | b5 << 5 | b6 << 6 | b7 << 7
     else:
@@ -299,15 +317,6 @@ def pack_bits(keeps):
             _PACK_BITS, "=r,r,r,r,r,r,r,r,r", [b0, b1, b2, b3, b4, b5, b6, b7], dtype=tl.int32, is_pure=True, pack=1
         )
     return byte.to(tl.uint8)
-
-
-@triton.jit
-def _quarters(x):
-    """Every first, second, third and fourth of four neighbours along axis 1 of a matrix."""
-    even, odd = halves(x, 1)
-    first, third = halves(even, 1)
-    second, fourth = halves(odd, 1)
-    return first, second, third, fourth
 
 
 @triton.jit

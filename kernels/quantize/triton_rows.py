@@ -32,13 +32,13 @@ from .triton_codes import (
     WARP,
     encoded,
     halves,
+    in_float32,
     nearest,
     pack_bits,
     pack_codes,
     pack_levels,
     saturated,
     tensor_core_code,
-    widened,
 )
 
 __all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit", "write_rows"]
@@ -131,7 +131,7 @@ def _write_part(
         tl.store(stored + at, packed, mask=None if whole else at < stored_size)
     if mask is not None:
         keeps = passes.keeps(y, level)
-        bits = pack_bits(keeps & inside if ragged and not whole else keeps)
+        bits = pack_bits(keeps & inside if ragged and not whole else keeps, 1)
         at = start // 8 + runs(part // 8, run // 8)
         tl.store(mask + at, bits, mask=None if whole else at < mask_size)
 
@@ -152,7 +152,7 @@ def _write_row(
     saturate: tl.constexpr,
 ):
     for i in tl.static_range(len(row)):
-        y = widened(row[i]) * gamma
+        y = in_float32(row[i]) * gamma
         _write_part(y, codes, stored, mask, i * part, sizes, fmt, passes, part, run, ragged, saturate, i < len(row) - 1)
 
 

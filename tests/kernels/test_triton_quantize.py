@@ -40,7 +40,7 @@ from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E
 from qcompile.kernels.outliers import row_search  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import grid as grids  # noqa: E402
-from qcompile.kernels.quantize import reference, triton_recode  # noqa: E402
+from qcompile.kernels.quantize import reference, triton_codes, triton_recode  # noqa: E402
 from qcompile.kernels.quantize import triton as kernels  # noqa: E402
 from qcompile.kernels.quantize import triton_transformed as transform_kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing, unsupported  # noqa: E402
@@ -160,6 +160,13 @@ def test_ptx_of_packing_8bit_codes(name):
             assert run_ptx(grid.pack_8bit, ["$0"], words) == [turned(as_word(pairs), turn)], pairs
 
 
+def test_ptx_of_packed_bits():
+    """Every bit alone: one in the wrong place would mask a neighbour."""
+    for bit in range(8):
+        words = {f"${i + 1}": int(i == bit) for i in range(8)}
+        assert run_ptx(triton_codes._PACK_BITS.value, ["$0"], words)[0] & 255 == 1 << bit
+
+
 def test_only_small_floats_are_packed_from_8bit_codes():
     """Where no function of bits is found there has to be no PTX either, not one that is wrong for some codes."""
     packed = {text.split()[0] for text in quantizers() if grid_of(text).pack_8bit}
@@ -195,7 +202,9 @@ def run_ptx(text: str, results: list[str], inputs: dict[str, Any]) -> list[int]:
     other lanes read.
     """
     registers = dict(inputs)
-    for instruction, operands in re.findall(rf"\b((?:{'|'.join(PTX)})[.\w]*) ([^;]*);", text):
+    for predicate, instruction, operands in re.findall(rf"(?:@(\w+) )?\b((?:{'|'.join(PTX)})[.\w]*) ([^;]*);", text):
+        if predicate and not registers[predicate]:
+            continue
         destination, *sources = re.findall(r"{[^}]*}|[^,\s]+", operands)
         function = PTX.get(instruction) or PTX[instruction.partition(".")[0]]
         registers[destination] = function(*(_operand(source, registers) for source in sources)) & 2**32 - 1
@@ -285,6 +294,8 @@ PTX: dict[str, Callable[..., int]] = {
     "fma.rn.sat.f32": partial(_fused, saturate=True),
     "fma.rm.sat.f32": partial(_fused, down=True, saturate=True),
     "shfl.sync.idx.b32": lambda lanes, lane, *whole_warp: lanes[lane & 31],
+    "add.rn.f32": lambda a, b: _fused(a, 0x3F800000, b),
+    "setp.ne.u32": operator.ne,
     "add.rn.f16x2": lambda a, b: _word(_pairs(a, np.float16) + _pairs(b, np.float16)),
     "min.relu.s16x2": lambda a, b: _word(np.maximum(np.minimum(_pairs(a, np.int16), _pairs(b, np.int16)), 0)),
     "cvt.rn.satfinite.e4m3x2.f16x2": _to_e4m3,
