@@ -113,7 +113,7 @@ def _write_part(
     inside = None if whole else at < size
     within = saturated(y, fmt) if saturate else y
     by_bits: tl.constexpr = stored is not None and fmt.pack_8bit != "" and not INTERPRETED
-    from_levels: tl.constexpr = mask is not None or by_bits
+    from_levels: tl.constexpr = codes is None or mask is not None or by_bits
     if from_levels:
         level, code = nearest(within, fmt)
         eight_bit = tensor_core_code(level, fmt) if codes is not None else None

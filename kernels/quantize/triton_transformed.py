@@ -10,6 +10,7 @@ Per element of a 16-bit x, in bytes of device memory:
 
 * **by rows** (2 in; 1 out as 8-bit codes, up to 1 as stored codes, ⅛ as mask, whichever are asked for): sum of squares
   in float64, rotation, scale, codes and mask in one pass. Rows longer than ``LONGEST_ROW`` are read twice.
+* **by rows that are not transformed**, where levels are looked up or a mask needs them: :mod:`.triton_rows`.
 * **transposed** (2 in, up to 1 out as stored codes; these in again, 1 out).
 """
 
@@ -420,11 +421,12 @@ def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform
     return bool(suits) and bounded and size % RUN.value == 0 and _is_hopper(x.device)
 
 
-def _is_plain(fmt: Grid, passes: Passing, part: Part) -> bool:
-    """Whether rows are neither rotated nor sparse, and scaled by their maximum, while the mask needs levels: then no
-    element has to meet another one, and 16-bit ones are kept as such.
+def _is_plain(fmt: Grid, passes: Passing | None, part: Part) -> bool:
+    """Whether no element meets another one, and levels are looked up or a mask needs them: the kernel of such rows
+    holds 16-bit elements as they are.
     """
-    return part.rotation == 1 and part.unit == 0 and not fmt.of_squares and not passes.by_limits(sparse=False)
+    alone = part.rotation == 1 and part.unit == 0 and not fmt.of_squares
+    return alone and (fmt.buckets is not None if passes is None else not passes.by_limits(sparse=False))
 
 
 def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
@@ -474,9 +476,10 @@ def _by_rows(
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
     source: Any = x
-    outputs = codes if eight_bit else None, scales if scaled else None, packed if stored else None
-    if passes is not None and _is_plain(fmt, passes, part):
-        write_rows(x, fmt, *outputs, mask, passes)
+    wanted = ((codes, eight_bit), (scales, scaled), (packed, stored), (mask, masked))
+    outputs = [output if is_wanted else None for output, is_wanted in wanted]
+    if _is_plain(fmt, passes, part):
+        write_rows(x, fmt, *outputs, passes)
         return [codes, scales, packed, mask]
     kernel, programs = (_quantize_row, rows) if size <= LONGEST_ROW else (_quantize_long_row, rows)
     most_registers = None
@@ -490,7 +493,6 @@ def _by_rows(
         programs,
         source,
         *outputs,
-        mask if masked else None,
         x.stride(0),
         rows,
         size,
