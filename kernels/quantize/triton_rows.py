@@ -259,18 +259,18 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     codes = x.new_empty((rows, size), dtype=tensor_core_dtype(q.format))
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     stored = x.new_empty((rows, q.packed_size(size) if packed else 0), dtype=torch.uint8)
-    write_rows(x, grid_of(quantizer), codes, scales, stored if packed else None, fold=fold)
+    write_rows(x, grid_of(quantizer), None, codes, scales, stored if packed else None, None, fold)
     return codes, scales, stored
 
 
 def write_rows(
     x: Tensor,
     fmt: Grid,
+    passes: Passing | None,
     codes: Tensor | None,
     scales: Tensor | None,
     stored: Tensor | None,
-    mask: Tensor | None = None,
-    passes: Passing | None = None,
+    mask: Tensor | None,
     fold: Tensor | None = None,
 ) -> None:
     """Write what is not ``None`` of x ``[R, K]`` with dense rows, whose scales follow from the absolute maximum."""

@@ -479,7 +479,7 @@ def _by_rows(
     wanted = ((codes, eight_bit), (scales, scaled), (packed, stored), (mask, masked))
     outputs = [output if is_wanted else None for output, is_wanted in wanted]
     if _is_plain(fmt, passes, part):
-        write_rows(x, fmt, *outputs, passes)
+        write_rows(x, fmt, passes, *outputs)
         return [codes, scales, packed, mask]
     kernel, programs = (_quantize_row, rows) if size <= LONGEST_ROW else (_quantize_long_row, rows)
     most_registers = None
