@@ -187,24 +187,17 @@ def _quantize_row(
     if scales is not None:
         tl.store(scales + number, scale)
     sizes = size, stored_size, mask_size
-    codes, stored, mask = _rows_of(codes, stored, mask, number, sizes)
+    if codes is not None:
+        codes += number * size
+    if stored is not None:
+        stored += number * stored_size
+    if mask is not None:
+        mask += number * mask_size
     # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
     if fmt.buckets is not None or not (amax <= fmt.plain_limit):
         _write_row(row, gamma, codes, stored, mask, sizes, fmt, passes, part, run, ragged, True)
     else:
         _write_row(row, gamma, codes, stored, mask, sizes, fmt, passes, part, run, ragged, False)
-
-
-@triton.jit
-def _rows_of(codes, stored, mask, number, sizes):
-    """Where the row of this number begins in each."""
-    if codes is not None:
-        codes += number * sizes[0]
-    if stored is not None:
-        stored += number * sizes[1]
-    if mask is not None:
-        mask += number * sizes[2]
-    return codes, stored, mask
 
 
 @triton.jit
@@ -235,7 +228,12 @@ def _quantize_long_row(
     if scales is not None:
         tl.store(scales + number, scale)
     sizes = size, stored_size, mask_size
-    codes, stored, mask = _rows_of(codes, stored, mask, number, sizes)
+    if codes is not None:
+        codes += number * size
+    if stored is not None:
+        stored += number * stored_size
+    if mask is not None:
+        mask += number * mask_size
     for start in range(0, size, block):
         at = start + runs(block, RUN)
         y = loaded(x, fold, at, at < size).to(tl.float32) * gamma
