@@ -2,8 +2,8 @@
 
     python benchmarks/outsider_kernels.py --out benchmarks/h200/outsider_kernels.csv
 
-Four ops on one BF16 matrix per size: 8-bit codes by rows; these, packed codes and the mask in one kernel, as a training
-step takes them; the mask alone; and a slope on the gradient, a loop that Inductor generates. The built-in ones are E2M1
+Four ops on BF16 matrices: 8-bit codes by rows; these, packed codes and the mask in one kernel, as a training step takes
+them; the mask alone; and a slope on the gradient, a loop that Inductor generates. The built-in ones are E2M1
 with ``absmax``, ``trust`` and ``dge``. First the first rows of every result are compared with the reference: bit for
 bit, but for the powers of ``dge``.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import runpy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,12 @@ from qcompile.kernels.register import REFERENCES
 __all__ = ["main"]
 
 SIZES = [(16384, 4096), (16384, 2048), (16384, 14336)]
-OPS = ["quantize_8bit", "quantize_8bit_masked", "estimator_mask", "scale_gradient"]
+OPS = {
+    "quantize_8bit": SIZES,
+    "quantize_8bit_masked": SIZES[:1],
+    "estimator_mask": SIZES,
+    "scale_gradient": SIZES,
+}
 BUILT_IN = "e2m1 row absmax even", "trust", "dge(k=5,cap=3)"
 #: Rows that are compared with the reference.
 CHECKED = 32
@@ -59,8 +63,8 @@ def main() -> None:
     recipe = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "outsider.py"))["recipe"]
     outsider = str(recipe.activation.quantizer), str(recipe.activation.estimator), str(recipe.weight.estimator)
     found = []
-    for size in SIZES:
-        for op in OPS:
+    for op, sizes in OPS.items():
+        for size in sizes:
             built_in_us, outsider_us = time_of(op, size, *BUILT_IN), time_of(op, size, *outsider)
             found.append(Row(op, *size, built_in_us, outsider_us, outsider_us / built_in_us))
             print(found[-1], flush=True)
@@ -75,9 +79,12 @@ def time_of(op: str, size: tuple[int, int], quantizer: str, mask: str, slope: st
         "estimator_mask": (quantizer, mask, -1),
         "scale_gradient": (quantizer, slope, -1),
     }[op]
-    run: Callable[..., Tensor | tuple[Tensor, ...]] = partial(_called, getattr(torch.ops.qcompile, op), texts)
-    if op == "scale_gradient":
-        run = torch.compile(run, dynamic=False)
+    kernel = getattr(torch.ops.qcompile, op)
+
+    def call(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return kernel(*tensors, *texts)
+
+    run = torch.compile(call, dynamic=False) if op == "scale_gradient" else call
     sets = []
     for _ in range(rotations(4 * math.prod(size))):
         grad, x = torch.randn(2, *size, device="cuda", dtype=torch.bfloat16).unbind()
@@ -86,10 +93,6 @@ def time_of(op: str, size: tuple[int, int], quantizer: str, mask: str, slope: st
     approximate = op == "scale_gradient" and EstimatorSpec.parse(slope).kind.continuous
     check(run(*sets[0]), REFERENCES[op](*(t[:CHECKED].cpu() for t in sets[0]), *texts), approximate)
     return microseconds([partial(run, *tensors) for tensors in sets])
-
-
-def _called(function: Callable, texts: tuple, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-    return function(*tensors, *texts)
 
 
 def check(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...], approximate: bool) -> None:
