@@ -59,27 +59,29 @@ fma.rn.f32 $0, $1, rise, below;
 
 @dataclass(frozen=True)
 class Buckets:
-    """Constants of a table; numbers are those of magnitudes, or of signed values for a code book.
+    """Constants of a table.
 
     Attributes:
         lowest: what lies below is taken for this.
         per_unit: buckets per unit, a power of two.
         first: where the first begins, in buckets.
         steepness: a power of two; times it every difference from an edge is more than 1.
-        signed: whether numbers are magnitudes, and levels get the sign of y.
+        of_magnitudes: whether |y| is looked up.
+        signed: whether levels and codes get the sign of y.
     """
 
     lowest: float
     per_unit: float
     first: int
     steepness: float
+    of_magnitudes: bool
     signed: bool
 
     @property
     def look_up(self) -> str:
         """PTX, see :data:`_LOOK_UP`."""
         return _LOOK_UP.format(
-            size=_MAGNITUDE if self.signed else _VALUE.format(lowest=_ptx(self.lowest)),
+            size=_MAGNITUDE if self.of_magnitudes else _VALUE.format(lowest=_ptx(self.lowest)),
             width=_ptx(self.per_unit * 2.0**-24),
             origin=_ptx(1 - (BUCKETS + self.first) * 2.0**-24),
             steepness=_ptx(self.steepness),
@@ -91,15 +93,16 @@ def buckets_of(fmt: Format, rounding: str) -> Buckets | None:
     grid = fmt.grid
     if uniform_offset(grid) is not None or minifloat(grid) is not None or why_not_rounded(grid):
         return None
-    levels = grid.sorted_levels if grid.codebook else grid.magnitudes
-    midpoints = [float32(midpoint) for midpoint in grid.thresholds]
+    of_magnitudes = not grid.codebook and rounding == "even"  # of others ties depend on the sign
+    levels = grid.magnitudes if of_magnitudes else grid.sorted_levels
+    midpoints = sorted(map(float32, grid.thresholds))
+    if not (of_magnitudes or grid.codebook):
+        midpoints = [*(-midpoint for midpoint in reversed(midpoints)), *([] if grid.has_zero else [0.0]), *midpoints]
     if len(midpoints) < FEWEST_MIDPOINTS or 0.0 in midpoints or fmt.negative_zero_code is not None:
-        return None
-    if rounding == "half_up" and not grid.codebook:  # then ties of magnitudes depend on the sign
         return None
     if not all(map(_is_found, pairwise(levels), midpoints)):
         return None
-    lowest = _neighbour(midpoints[0], -1) if grid.codebook else 0.0
+    lowest = 0.0 if of_magnitudes else _neighbour(midpoints[0], -1)
     least, most = min(map(abs, midpoints)), max(map(abs, midpoints))
     steepness = 2.0 ** (MANTISSA_BITS + 3 - math.frexp(least)[1])
     if most * steepness >= 2.0**126 or least < 2.0**-64:
@@ -111,7 +114,7 @@ def buckets_of(fmt: Format, rounding: str) -> Buckets | None:
         # A midpoint on the border of two buckets may be in either: in the first, if the tie goes up.
         parted = all(math.floor(place) < math.ceil(following) - 1 for place, following in pairwise(places))
         if parted and places[-1] < BUCKETS and -BUCKETS <= first < 2**20:
-            return Buckets(lowest, per_unit, first, steepness, signed=not grid.codebook)
+            return Buckets(lowest, per_unit, first, steepness, of_magnitudes, signed=not grid.codebook)
     return None
 
 

@@ -175,7 +175,7 @@ def _looked_up(y, fmt: tl.constexpr):
     buckets: tl.constexpr = fmt.buckets
     below, rise, edge, code, code_rise = _bucket_table(fmt)
     if INTERPRETED:
-        size = tl.abs(y) if buckets.signed else tl.where(y < buckets.lowest, buckets.lowest, y)
+        size = tl.abs(y) if buckets.of_magnitudes else tl.where(y < buckets.lowest, buckets.lowest, y)
         number = tl.floor(size * buckets.per_unit) - buckets.first
         lane = tl.where(number < WARP - 1, number + 1.0, 0.0).to(tl.int32)
         step = tl.where(size * buckets.steepness + _of_lane(lane, edge) > 0.0, 1.0, 0.0)

@@ -19,6 +19,7 @@ from qcompile.kernels.formula import rounding, scales  # noqa: E402
 from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
 from qcompile.kernels.formula.triton_target import device_function  # noqa: E402
 from qcompile.kernels.quantize import triton_transformed as kernels  # noqa: E402
+from qcompile.kernels.quantize.buckets import buckets_of  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of  # noqa: E402
 from qcompile.kernels.quantize.reference import pack  # noqa: E402
 from qcompile.kernels.quantize.triton_codes import nearest, saturated  # noqa: E402
@@ -88,17 +89,20 @@ def _round(source, levels, codes, size, fmt: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @interpreted
+@pytest.mark.parametrize("rounding_name", ["even", "half_up"])
 @pytest.mark.parametrize("fmt", TABLES, ids=lambda fmt: fmt.name)
-def test_interpreted_table(fmt, definitions_forgotten):
+def test_interpreted_table(fmt, rounding_name, definitions_forgotten):
     """Levels that are looked up in a table, which the kernel fills."""
     if fmt.name not in FORMATS:
         fmt = qcompile.Format(fmt.name, fmt.bits, fmt.magnitudes, codebook=fmt.codebook)
-    grid = grid_of(f"{fmt.name} row", eight_bit=False)
-    y = points(fmt, grid.buckets)
+    grid = grid_of(f"{fmt.name} row {rounding_name}", eight_bit=False)
+    y = points(fmt, buckets_of(fmt, "even"))
     levels, codes = torch.empty_like(y), torch.empty(y.shape, dtype=torch.int32)
     _round[(-(-len(y) // 64),)](y, levels, codes, len(y), grid, 64)
-    assert torch.equal(levels.view(torch.int32), evaluate(rounding.round_level(fmt, "even"), y).view(torch.int32))
-    assert torch.equal(codes, evaluate(rounding.encode(fmt, "even"), y))
+    assert torch.equal(
+        levels.view(torch.int32), evaluate(rounding.round_level(fmt, rounding_name), y).view(torch.int32)
+    )
+    assert torch.equal(codes, evaluate(rounding.encode(fmt, rounding_name), y))
 
 
 def test_no_provider_on_cuda_is_the_reference(recipe):
