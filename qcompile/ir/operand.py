@@ -37,10 +37,10 @@ class Operand:
         if self.outliers and self.estimator.kind.slope:
             msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
             raise ValueError(msg)
-        if self.outliers and self.outliers.residual == "e4m3":
-            if why := _why_no_e4m3_residual(self.quantizer, self.estimator):
-                msg = f"occ: residual=e4m3 goes with {why}; residual=exact goes with all"
-                raise ValueError(msg)
+        e4m3 = self.outliers is not None and self.outliers.residual == "e4m3"
+        if e4m3 and (why := _why_no_e4m3_residual(self.quantizer, self.estimator)):
+            msg = f"occ: residual=e4m3 goes with {why}; residual=exact goes with all"
+            raise ValueError(msg)
 
     def _check_transform(self) -> None:
         if self.outliers:

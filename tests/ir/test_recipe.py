@@ -225,7 +225,7 @@ def test_rules_from_plain_data():
     [
         (
             {"activations": None},
-            "unknown option 'activations'; did you mean 'activation'? Known: bits, defaults, variant, activation, weight, ",
+            "unknown option 'activations'; did you mean 'activation'? Known: bits, defaults, variant, ",
         ),
         ({"wieght": "e2m1"}, "unknown option 'wieght'; did you mean 'weight'?"),
         ({"zzz": 1}, "unknown option 'zzz'"),
