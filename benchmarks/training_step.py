@@ -236,6 +236,9 @@ ARMS: dict[str, Arm] = {
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
     "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "ours_bf16_occ", **MASKED),
     "quest_masked": without_options("qcompile_quest", "QuEST, no causal_masks", "quest_bf16", **MASKED),
+    "ours_no_occ_masked": without_options(
+        "qcompile_fp4", "FP4 without OCC, no causal_masks", "ours_bf16", **NO_OUTLIERS, **MASKED
+    ),
     "ours_paper": without_options("qcompile_fp4", "FP4, as printed", "", variant="paper"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
