@@ -17,11 +17,12 @@ from qcompile.ir.formats import Format
 from .expression import FLOAT, INT, Formula, Value, constant, where
 from .layout import MANTISSA_BITS, bits_of, minifloat, uniform_offset, why_not_rounded
 
-__all__ = ["decode", "encode", "nearest", "round_level", "saturated"]
+__all__ = ["ROUNDER", "decode", "encode", "nearest", "round_level", "saturated"]
 
 _MAGNITUDE, _SIGN = 2**31 - 1, -(2**31)
 _EXPONENT = 0xFF << MANTISSA_BITS
-_ROUNDER = 1.5 * 2.0**MANTISSA_BITS
+#: Float32 numbers around it are one apart: added to another, it rounds that to an integer in its low bits.
+ROUNDER = 1.5 * 2.0**MANTISSA_BITS
 
 
 # --- the formulas ---------------------------------------------------------------------------------------------------
@@ -63,13 +64,13 @@ def _uniform(y: Value, negative: Value, fmt: Format, offset: float, ties_up: boo
     """Magnitude and index in a uniform grid. Additions of 1.5·2²³ round, all else is exact."""
     assert fmt.step is not None
     position = abs(y).exact_product(1 / fmt.step) - offset
-    raised = position + _ROUNDER
+    raised = position + ROUNDER
     if ties_up:
-        rest = position - (raised - _ROUNDER)
+        rest = position - (raised - ROUNDER)
         up = (rest == 0.5) & (y > 0.0)
-        down = (rest == -0.5) & negative & (raised > _ROUNDER)
+        down = (rest == -0.5) & negative & (raised > ROUNDER)
         raised = raised + where(up, 1.0, 0.0) - where(down, 1.0, 0.0)
-    level = (raised - _ROUNDER + offset).exact_product(fmt.step)
+    level = (raised - ROUNDER + offset).exact_product(fmt.step)
     return level, raised.view(INT) & 2 ** (fmt.bits - 1) - 1
 
 

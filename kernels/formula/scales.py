@@ -13,14 +13,23 @@ from functools import cache
 import torch
 
 from qcompile.ir.formats import Format, float_magnitudes, get_format
-from qcompile.ir.formulas import power_of_two
-from qcompile.ir.quantizer import Quantizer, ScaleRule
+from qcompile.ir.formulas import floor_log2, power_of_two
+from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, Quantizer, ScaleRule
 
 from .expression import DOUBLE, FLOAT, INT, Formula, Value, where
-from .layout import MANTISSA_BITS
-from .rounding import decode_code, nearest_level, saturate_value
+from .layout import MANTISSA_BITS, bits_of
+from .rounding import ROUNDER, decode_code, nearest_level, saturate_value
 
-__all__ = ["Store", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
+__all__ = [
+    "Store",
+    "error_unit",
+    "load_scale",
+    "reciprocal",
+    "scale_and_reciprocal",
+    "scaled_error",
+    "store_of",
+    "stored_scale",
+]
 
 
 class _ScaleFormat(Format):
@@ -146,3 +155,30 @@ def load_scale(q: Quantizer) -> Formula:
     """``(stored[, global scale]) → s``, float32."""
     stored = FLOAT if q.scale.store == "fp32" else INT
     return Formula.record("load_scale", lambda *values: _loaded(q, *values), **_inputs(q, stored=stored))
+
+
+# --- what candidates are compared by --------------------------------------------------------------------------------
+
+
+@cache
+def error_unit() -> Formula:
+    """``(absolute maximum) → factor`` from differences to the units that errors of its block are counted in; 0 of a
+    block that is not finite.
+    """
+
+    def unit(amax: Value) -> Value:
+        return where(amax.isfinite(), power_of_two(-floor_log2(amax) + ERROR_BITS), 0.0)
+
+    return Formula.record("error_unit", unit, amax=FLOAT)
+
+
+@cache
+def scaled_error() -> Formula:
+    """``(x, level, scale, unit) → error`` of the level, an int32 count of units."""
+
+    def error(x: Value, level: Value, scale: Value, unit: Value) -> Value:
+        units = (level * scale - x).exact_product(unit)
+        units = where(abs(units) <= MOST_ERROR, units, MOST_ERROR)
+        return (units + ROUNDER).view(INT) - bits_of(ROUNDER)
+
+    return Formula.record("scaled_error", error, x=FLOAT, level=FLOAT, scale=FLOAT, unit=FLOAT)

@@ -83,14 +83,13 @@ template <class Statistic> static inline Stored scale_ofI(Statistic value, float
 }
 """
 
-# Differences are rounded to float32, so their squares are exact and no contraction changes a sum.
 _SQUARED_ERROR = r"""
 template <class Element>
-static inline double squared_error(const Element* x, int64_t count, float gamma, float scale) {
-  double sum = 0;
+static inline int64_t squared_error(const Element* x, int64_t count, float gamma, float scale, float unit) {
+  int64_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
-    const double difference = float(double(round_level(x[k] * gamma)) * double(scale) - double(float(x[k])));
-    sum += difference * difference;
+    const int64_t error = scaled_error(x[k], round_level(x[k] * gamma), scale, unit);
+    sum += error * error;
   }
   return sum;
 }
@@ -101,20 +100,21 @@ _CANDIDATE = r"""
         {
           float gamma;
           const Stored other = scale_ofI(value, global_scale, &gamma);
-          const double error = of_block(gamma, scale_from(other, global_scale));
+          const int64_t error = of_block(gamma, scale_from(other, global_scale));
           if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
         }
 """
 _CHOICE = r"""
+        const float unit = error_unit(value);
         const auto of_block = [&](float gamma, float scale) {
-          if constexpr (ROTATION > 1) return squared_error(elements + s * segment, count, gamma, scale);
-          double sum = 0;
+          if constexpr (ROTATION > 1) return squared_error(elements + s * segment, count, gamma, scale, unit);
+          int64_t sum = 0;
           for (int64_t row = first; row < last; ++row) {
-            sum += squared_error(x + row * size + s * segment, count, gamma, scale);
+            sum += squared_error(x + row * size + s * segment, count, gamma, scale, unit);
           }
           return sum;
         };
-        double least = of_block(reciprocals[s], scale_from(scale, global_scale));
+        int64_t least = of_block(reciprocals[s], scale_from(scale, global_scale));
 """
 
 _LOAD_SCALE = r"""
@@ -365,6 +365,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
     choice = ""
     if len(numbered) > 1:
         source.append(cpp_function(scales.load_scale(q)) + _LOAD_SCALE.replace("WHOLE", whole))
+        source += [cpp_function(scales.error_unit()), cpp_function(scales.scaled_error())]
         source.append(cpp_function(rounding.round_level(q.format, q.rounding)) + _SQUARED_ERROR)
         others = (_CANDIDATE.replace("scale_ofI", f"scale_of{number}") for number in list(numbered)[1:])
         choice = _CHOICE + "".join(others)

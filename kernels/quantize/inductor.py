@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -34,6 +34,7 @@ from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import emit
 from qcompile.kernels.formula.layout import why_not_rounded
 
@@ -70,7 +71,7 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
-    if reason := why_not_scaled(q) or why_not_rounded(q.format):
+    if reason := why_not_rounded(q.format) or why_not_scaled(q):
         return False, reason
     return supports_scales(q, device)
 
@@ -79,7 +80,7 @@ def why_not_scaled(q: Quantizer) -> str:
     """Why no code is generated that finds the scales of ``q`` from the elements; empty if it is."""
     if q.scale.statistic != "amax":
         return f"{q.scale.name} scales are not generated"
-    return f"{q.scale.name} tries scales by block, which is not generated" if len(q.scale.candidates) > 1 else ""
+    return why_not_rounded(q.format) if len(q.scale.candidates) > 1 else ""  # which candidates are compared by
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
@@ -284,8 +285,8 @@ def rounded(value: Value, dtype: torch.dtype) -> Value:
 class GridUnits:
     """The tensor ``y = x · γ`` that is rounded, computed where it is read, and the scales that belong to it.
 
-    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reduction to
-    absolute maxima takes as many, so that Inductor can put both into one kernel.
+    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reductions to absolute
+    maxima, and to the errors of candidates, take as many, so that Inductor can put all of them into one kernel.
     """
 
     def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None, fold=None) -> None:
@@ -301,14 +302,15 @@ class GridUnits:
         self._load_fold = flat.make_loader() if flat is not None else None
         # Buffers, so that a reader in another kernel does not divide once per element; inside one kernel they
         # are registers.
-        self._load_amax = self._reduce_amax().make_loader()
-        self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
+        self._load_amax = self._over_groups(self._magnitude, ops.maximum, "max", _FP32)
+        self._load_errors = self._errors() if len(q.scale.candidates) > 1 else []
+        self._load_reciprocal = self._per_group(_FP32, self._of_best(scales.reciprocal)).make_loader()
 
     def load_x(self, index: Index) -> Value:
         x = rounded(self._load_x(index), self._dtype)
         return x if self._load_fold is None else ops.mul(x, self._load_fold([index[-1]]))
 
-    def _magnitude(self, index: Index) -> Value:
+    def _magnitude(self, index: Index, group: Index) -> Value:
         return ops.abs(self.load_x(index))
 
     def load(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> Value:
@@ -317,21 +319,67 @@ class GridUnits:
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
-        return self._per_group(storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global))
+        dtype, stored = storage_dtype(self.q), self._of_best(scales.stored_scale)
+        return self._per_group(dtype, lambda index: as_stored(stored(index), dtype))
 
-    def _reciprocal(self, amax: Value) -> Value:
-        return reciprocal(amax, self.q, self._load_global)
+    def _amax(self, index: Index) -> Value:
+        # maximum passes NaN on
+        return ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32))
 
-    def _per_group(self, dtype: torch.dtype, formula: Callable[[Value], Value]) -> ir.TensorBox:
+    def _of(self, formula: Callable[[Quantizer, float], Formula], factor: float) -> Callable[[Index], Value]:
+        """A formula of the absolute maximum, of the candidate with this factor."""
+        return lambda index: emit(formula(self.q, factor), *_with_global(self._amax(index), self._load_global))
+
+    def _of_best(self, formula: Callable[[Quantizer, float], Formula]) -> Callable[[Index], Value]:
+        """The same of the candidate that errs least; of equal ones the first."""
+        first, *others = (self._of(formula, factor) for factor in self.q.scale.candidates)
+
         def element(index: Index) -> Value:
-            # maximum passes NaN on
-            return formula(ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32)))
+            value, errors = first(index), [load(index) for load in self._load_errors]
+            for other, error in zip(others, errors[1:], strict=True):
+                better = ops.lt(error, errors[0])
+                value, errors[0] = ops.where(better, other(index), value), ops.where(better, error, errors[0])
+            return value
 
+        return element
+
+    def _errors(self) -> list[Callable[[Index], Value]]:
+        """Loaders of every candidate's squared error by group, int64."""
+        load_unit = self._per_group(_FP32, lambda index: emit(scales.error_unit(), self._amax(index))).make_loader()
+        loaders = []
+        for factor in self.q.scale.candidates:
+            stored, reciprocal = (self._of(formula, factor) for formula in (scales.stored_scale, scales.reciprocal))
+
+            def scale(index: Index, stored=stored) -> Value:
+                return scale_of_bits(stored(index), self.q, self._load_global)
+
+            load_scale, load_reciprocal = (self._per_group(_FP32, f).make_loader() for f in (scale, reciprocal))
+
+            def squared(index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal) -> Value:
+                x = self.load_x(index)
+                level = _rounded(ops.mul(x, load_reciprocal(group)), self.q)
+                error = emit(scales.scaled_error(), x, level, load_scale(group), load_unit(group))
+                error = ops.to_dtype(error, torch.int64)
+                return ops.mul(error, error)
+
+            loaders.append(self._over_groups(squared, ops.add, "sum", torch.int64))
+        return loaders
+
+    def _per_group(self, dtype: torch.dtype, element: Callable[[Index], Value]) -> ir.TensorBox:
         values = ir.Pointwise.create(device=self.device, dtype=dtype, inner_fn=element, ranges=self.groups)
         values.realize()
         return values
 
-    def _reduce_amax(self) -> ir.TensorBox:
+    def _over_groups(
+        self,
+        value: Callable[[Index, Index], Value],
+        combine: Callable[[Value, Value], Value],
+        name: Literal["max", "sum"],
+        dtype: torch.dtype,
+    ) -> Callable[[Index], Value]:
+        """A loader of the reduction ``name`` of ``value(index, group)`` over the elements that share a scale; zeros do
+        not change it. ``combine``: of two values.
+        """
         kind, n, size = self.q.granularity.kind, self.q.granularity.size, self.shape[-1]
         step = self.per_byte if kind in ("tensor", "row") or n % self.per_byte == 0 else 1
         along_k = CeilDiv(size, step) if kind in ("tensor", "row") else sympy.Integer(n // step)
@@ -345,48 +393,40 @@ class GridUnits:
                 lead[-1] = n * lead[-1] + row[0]
                 if not _divides(n, self.shape[-2]):
                     bounds.append((lead[-1], self.shape[-2]))
-            largest = None
+            total = None
             for i in range(step):
                 k = step * j + i + (n * group[-1] if n else 0)
                 inside = _divides(n or step, size) or (not n and i == 0)
                 in_row = [] if inside else [(k, size)]
-                value = guarded([*bounds, *in_row], partial(self._magnitude, [*lead, k]))
-                largest = value if largest is None else ops.maximum(largest, value)
-            return largest
+                part = guarded([*bounds, *in_row], partial(value, [*lead, k], group))
+                total = part if total is None else combine(total, part)
+            return total
 
         # With p codes to a byte a row is read in p strides of p, which Inductor takes for a column; it would
         # then split the reduction over two kernels, and the codes would need a third.
         in_rows = self.axis_is_last and kind != "tensor"
         hint = ReductionHint.INNER if in_rows else ReductionHint.DEFAULT
         with config.patch(split_reductions=config.split_reductions and not in_rows):
-            amax = ir.Reduction.create(
+            reduced = ir.Reduction.create(
                 device=self.device,
-                dst_dtype=_FP32,
-                src_dtype=_FP32,
+                dst_dtype=dtype,
+                src_dtype=dtype,
                 inner_fn=element,
                 ranges=self.groups,
                 reduction_ranges=[*rows, along_k],
-                reduction_type="max",
+                reduction_type=name,
                 reduction_hint=hint,
             )
-        amax.realize()
-        return amax
+        reduced.realize()
+        return reduced.make_loader()
 
 
-def stored_scale(amax: Value, q: Quantizer, load_global=None) -> Value:
-    """The scale as it is stored, from a group's absolute maximum."""
-    stored = emit(scales.stored_scale(q), *_with_global(amax, load_global))
-    dtype = storage_dtype(q)
+def as_stored(stored: Value, dtype: torch.dtype) -> Value:
+    """A scale in the dtype it is stored in: float32, or that of its bits, int32, of which it takes the lowest."""
     if dtype == _FP32:
         return stored
-    # Of the bits a dtype takes the lowest.
     bits = ops.to_dtype(stored, _BITS[dtype.itemsize])
     return bits if dtype == _BITS[dtype.itemsize] else ops.to_dtype_bitcast(bits, dtype, _BITS[dtype.itemsize])
-
-
-def reciprocal(amax: Value, q: Quantizer, load_global=None) -> Value:
-    """γ, the float32 factor from x to grid units."""
-    return emit(scales.reciprocal(q), *_with_global(amax, load_global))
 
 
 def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
@@ -395,8 +435,12 @@ def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
     if dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16):
         scale = ops.to_dtype(stored, _FP32)  # the device's own conversion, which is exact
         return scale if load_global is None else ops.mul(scale, load_global([]))
-    value = stored if dtype == _FP32 else ops.to_dtype(stored, _INT32)
-    return emit(scales.load_scale(q), *_with_global(value, load_global))
+    return scale_of_bits(stored if dtype == _FP32 else ops.to_dtype(stored, _INT32), q, load_global)
+
+
+def scale_of_bits(stored: Value, q: Quantizer, load_global=None) -> Value:
+    """The same from a float32 scale, or the bits of another as int32."""
+    return emit(scales.load_scale(q), *_with_global(stored, load_global))
 
 
 def _with_global(value: Value, load_global) -> tuple[Value, ...]:

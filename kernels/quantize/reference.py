@@ -27,7 +27,7 @@ from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import RMS_FLOOR, SMALLEST_BNB_AMAX, Quantizer
+from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas
@@ -201,10 +201,10 @@ def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor 
     statistic = group_statistic(x, rotated, q)
     stored, scale, reciprocal = scale_pair(statistic, q, global_scale)
     if len(q.scale.candidates) > 1 and x.numel():
-        least = _squared_error(rotated, scale, reciprocal, q)
+        least = _squared_error(rotated, statistic, scale, reciprocal, q)
         for factor in q.scale.candidates[1:]:
             other, scale, other_reciprocal = scale_pair(statistic, q, global_scale, factor)
-            error = _squared_error(rotated, scale, other_reciprocal, q)
+            error = _squared_error(rotated, statistic, scale, other_reciprocal, q)
             better = error < least
             bits = _BITS[stored.element_size()]
             stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
@@ -213,20 +213,16 @@ def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor 
     return stored, reciprocal
 
 
-def _squared_error(x: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
-    """Float64 Σ(s · level − x)² of every group. Differences are rounded to float32, so squares are exact; they are
-    added in the order of elements, then of rows.
+def _squared_error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Int64 Σ n² of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at most 2²¹ of
+    them. All n of a group that is not finite are 0 or 2²¹.
     """
     level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
-    difference = (level.double() * spread(scale, x.shape, q).double() - x.double()).float().double()
-    return _over_groups(difference.square(), q, _sum_in_order).reshape(scale.shape)
-
-
-def _sum_in_order(values: Tensor, dim: int) -> Tensor:
-    total = torch.zeros_like(values.select(dim, 0))
-    for value in values.unbind(dim):
-        total = total + value
-    return total
+    exponent = ERROR_BITS + 1 - torch.frexp(amax.clamp(min=2.0**-126)).exponent
+    unit = torch.where(amax.isfinite(), _power_of_two(exponent), 0.0)
+    count = (level * spread(scale, x.shape, q) - x) * spread(unit, x.shape, q)
+    count = torch.where(count.abs() <= MOST_ERROR, count, MOST_ERROR).round().long()
+    return _over_groups(count.square(), q, Tensor.sum).reshape(scale.shape)
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:

@@ -42,6 +42,13 @@ SMALLEST_GLOBAL_SCALE = 2.0 ** (SMALLEST_EXPONENT + 9)
 #: Blocks of a smaller absolute maximum are divided by this one in bitsandbytes; times the largest level, above 1.
 SMALLEST_BNB_AMAX = 1e-38
 
+#: Candidates are compared by integers, whose sum is the same in any order: an error is counted in units of this many
+#: bits below the power of two that a block's absolute maximum begins with, rounded to the nearest, ties to even. One of
+#: more than MOST_ERROR units, NaN included, counts as that many.
+ERROR_BITS, MOST_ERROR = 19, 2.0**21
+#: Squares of as many errors may not fit int64.
+MOST_COMPARED = int(2**63 / MOST_ERROR**2)
+
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
 
@@ -57,6 +64,11 @@ class Granularity:
 
     kind: str
     size: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many share a scale in blocks and squares."""
+        return self.size**2 if self.kind == "square" else self.size
 
     def __str__(self) -> str:
         return f"block{self.size}x{self.size}" if self.kind == "square" else f"{self.kind}{self.size or ''}"
@@ -113,7 +125,7 @@ class ScaleRule:
         floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
             (:attr:`Quantizer.amax_floor`).
         candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
-            the least squared error; of equal errors the first.
+            the least squared error (:data:`ERROR_BITS`); of equal errors the first.
         largest: the stored scale that the tensor's absolute maximum gets under a two-level rule, before candidates.
         source: where it is defined.
     """
@@ -321,6 +333,10 @@ class Quantizer:
             raise ValueError(msg)
         if len(self.scale.candidates) > 1 and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {self.scale.name} chooses by blocks, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+        if len(self.scale.candidates) > 1 and self.granularity.elements >= MOST_COMPARED:
+            most = MOST_COMPARED - 1
+            msg = f"scale rule {self.scale.name} adds up errors of at most {most} elements; got {self.granularity}"
             raise ValueError(msg)
         if len(self.scale.candidates) > 1 and self.rounding == "stochastic":
             msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, not of stochastic; use even"

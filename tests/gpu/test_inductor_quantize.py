@@ -25,7 +25,7 @@ QUANTIZERS = [
       for name in ("e2m1", "e1m2", "e3m0", "midrise4", "int4", "int8", "midrise8", "midrise3", "midrise1")],
     "e4m3 row absmax", "e5m2 tensor absmax", "e2m1 tensor absmax", "midrise4 block32 absmax", "e2m1 block5x5 absmax",
     "e2m1 row absmax_pow2 half_up", "e2m1 block32 e8m0", "e4m3 block32 e8m0",
-    "e2m1 block16 e4m3", "e2m1 block16x16 e4m3",
+    "e2m1 block16 e4m3", "e2m1 block16x16 e4m3", "e2m1 block16 e4m3_46", "midrise4 block5x5 e4m3_46 half_up",
 ]  # fmt: skip
 SHAPES = [(37, 129), (3, 5, 254), (1030, 34), (5, 4099)]
 

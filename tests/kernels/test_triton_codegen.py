@@ -151,7 +151,13 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 @compiled
 @pytest.mark.parametrize(
-    "text", ["e2m1 block16 e4m3 even", "midrise4 block32 absmax even", "e2m1 row absmax_pow2 half_up"]
+    "text",
+    [
+        "e2m1 block16 e4m3 even",
+        "e2m1 block16 e4m3_46 even",
+        "midrise4 block32 absmax even",
+        "e2m1 row absmax_pow2 half_up",
+    ],
 )
 def test_one_kernel_for_other_scales(generate, text):
     """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
@@ -443,6 +449,32 @@ def test_interpreted_estimators(generate):
         # y is off by two units in the last place, relative to a bin up to 12 times as much, and the slope |v|^-0.8 is
         # steepest where the cap takes over, at |v| = 0.034: 0.8 · 2 · 2^-23 · 12 / 0.034.
         torch.testing.assert_close(got, expected, rtol=7e-5, atol=0)
+
+
+CHOOSING = ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46", "midrise4 block16 e4m3_46"]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_candidates(generate, dtype):
+    """The block's choice among scales, and masks of it; short last blocks, values that are not finite."""
+    whole = torch.tensor(0.011)
+    xs = [rows_of_everything(19, 38, Quantizer.parse(text).format).to(dtype) for text in CHOOSING]
+
+    def all_of_them(*xs):
+        mask = torch.ops.qcompile.estimator_mask
+        coded = [quantize(x, text, -1, whole) for x, text in zip(xs, CHOOSING, strict=True)]
+        return coded, [
+            mask(x, s, t, "trust(t=0.3)", -1, whole) for x, t, (_, s) in zip(xs, CHOOSING, coded, strict=True)
+        ]
+
+    (coded, masks), kernels = generate(all_of_them, *xs)
+    assert kernels
+    for text, x, (codes, scales), mask in zip(CHOOSING, xs, coded, masks, strict=True):
+        expected_codes, expected = reference.quantize(x, text, -1, whole)
+        assert torch.equal(scales.view(torch.uint8), expected.view(torch.uint8)), text
+        assert torch.equal(codes, expected_codes), text
+        assert torch.equal(mask, estimate_reference.estimator_mask(x, scales, text, "trust(t=0.3)", -1, whole)), text
 
 
 @interpreted
