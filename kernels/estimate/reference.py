@@ -55,6 +55,7 @@ def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
         return evaluate(formulas.slope(estimator, fmt), y)
     k, cap = (value for _, value in estimator.parameters)
     assert k is not None
+    fmt = fmt.grid
     if fmt.codebook:
         edges, magnitude = torch.tensor(sorted({*fmt.codebook}), device=y.device), y.clamp(*fmt.range)
     else:

@@ -105,6 +105,8 @@ SCALE_STORES = {
     "ue5m3": "uint8",
     "e8m0": "uint8",
 }
+#: The largest number of those that torch has no type for.
+_LARGEST_OF_BYTES = {"ue5m3": 61440.0, "e8m0": 2.0**127}
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ class ScaleRule:
     def storage(self) -> str:
         """Name of the torch dtype of stored scales."""
         return SCALE_STORES[self.store]
+
+    @property
+    def largest_stored(self) -> float:
+        """The largest finite scale that is stored."""
+        return _LARGEST_OF_BYTES.get(self.store) or torch.finfo(getattr(torch, self.storage)).max
 
 
 def _absmax(amax: Scalar, fmt: Format) -> Scalar:
