@@ -18,6 +18,7 @@ Index tuples are of x with the quantization axis moved last: ``[..., r, k]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ __all__ = [
     "lower_dequantize",
     "lower_quantize",
     "lower_quantize_8bit",
+    "mark_of",
     "packed_bytes",
     "rounded",
     "run_reference",
@@ -80,7 +82,7 @@ def why_not_scaled(q: Quantizer) -> str:
     """Why no code is generated that finds the scales of ``q`` from the elements; empty if it is."""
     if q.scale.statistic != "amax":
         return f"{q.scale.name} scales are not generated"
-    return why_not_rounded(q.format) if len(q.scale.candidates) > 1 else ""  # which candidates are compared by
+    return why_not_rounded(q.format) if len(q.candidates) > 1 else ""  # which candidates are compared by
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
@@ -92,7 +94,7 @@ def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tup
 
 def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, str]:
     """Whether the device has the conversions of ``q``: Triton has E4M3's from compute capability 8.9 on."""
-    needs_e4m3 = "float8_e4m3fn" in (q.format.torch_dtype, q.scale.storage)
+    needs_e4m3 = "float8_e4m3fn" in (*(grid.torch_dtype for grid in q.format.choices), q.scale.storage)
     if needs_e4m3 and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device if device and device.type == "cuda" else None)
         if capability < (8, 9):
@@ -121,7 +123,7 @@ def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, f
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return run_reference(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
-    codes = packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
+    codes = packed_bytes(units, lambda index, byte: encode(q, *units.inputs(index, byte)))
     return codes, units.stored_scale()
 
 
@@ -160,8 +162,9 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
 
     def element(index: Index) -> Value:
         code = unpacked(load_codes, index, q.format.codes_per_byte)
-        scale = scale_value(load_scales(group_of(index, q)), q, load_global)
-        return ops.to_dtype(ops.mul(decode(code, q.format), scale), dtype)
+        stored = load_scales(group_of(index, q))
+        level = decode(q.format, code, *mark_of(stored, q))
+        return ops.to_dtype(ops.mul(level, scale_value(stored, q, load_global)), dtype)
 
     shape = [*codes.get_size()[:-1], size]
     moved = ir.Pointwise.create(device=codes.get_device(), dtype=dtype, inner_fn=element, ranges=shape)
@@ -303,7 +306,7 @@ class GridUnits:
         # Buffers, so that a reader in another kernel does not divide once per element; inside one kernel they
         # are registers.
         self._load_amax = self._over_groups(self._magnitude, ops.maximum, "max", _FP32)
-        self._load_errors = self._errors() if len(q.scale.candidates) > 1 else []
+        self._load_errors = self._errors() if len(q.candidates) > 1 else []
         self._load_reciprocal = self._per_group(_FP32, self._of_best(scales.reciprocal)).make_loader()
 
     def load_x(self, index: Index) -> Value:
@@ -315,7 +318,14 @@ class GridUnits:
 
     def load(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> Value:
         """Float32 y at ``index``, whose code goes to ``byte``."""
-        return product(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
+        return self.inputs(index, byte, product)[0]
+
+    def inputs(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> tuple[Value, ...]:
+        """What formulas of elements are given: y, and of a pair of grids whether the block has the second."""
+        gamma = self._load_reciprocal(group_of(index, self.q, byte, self.per_byte))
+        if not self.q.format.grids:
+            return (product(self.load_x(index), gamma),)
+        return product(self.load_x(index), ops.abs(gamma)), has_sign(gamma)
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
@@ -326,13 +336,13 @@ class GridUnits:
         # maximum passes NaN on
         return ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32))
 
-    def _of(self, formula: Callable[[Quantizer, float], Formula], factor: float) -> Callable[[Index], Value]:
-        """A formula of the absolute maximum, of the candidate with this factor."""
-        return lambda index: emit(formula(self.q, factor), *_with_global(self._amax(index), self._load_global))
+    def _of(self, formula: Callable[[Quantizer, int], Formula], number: int) -> Callable[[Index], Value]:
+        """A formula of the absolute maximum, of the candidate with this number."""
+        return lambda index: emit(formula(self.q, number), *_with_global(self._amax(index), self._load_global))
 
-    def _of_best(self, formula: Callable[[Quantizer, float], Formula]) -> Callable[[Index], Value]:
+    def _of_best(self, formula: Callable[[Quantizer, int], Formula]) -> Callable[[Index], Value]:
         """The same of the candidate that errs least; of equal ones the first."""
-        first, *others = (self._of(formula, factor) for factor in self.q.scale.candidates)
+        first, *others = (self._of(formula, number) for number in range(len(self.q.candidates)))
 
         def element(index: Index) -> Value:
             value, errors = first(index), [load(index) for load in self._load_errors]
@@ -347,17 +357,20 @@ class GridUnits:
         """Loaders of every candidate's squared error by group, int64."""
         load_unit = self._per_group(_FP32, lambda index: emit(scales.error_unit(), self._amax(index))).make_loader()
         loaders = []
-        for factor in self.q.scale.candidates:
-            stored, reciprocal = (self._of(formula, factor) for formula in (scales.stored_scale, scales.reciprocal))
+        for number, candidate in enumerate(self.q.candidates):
+            stored, reciprocal = (self._of(formula, number) for formula in (scales.stored_scale, scales.reciprocal))
+            of = replace(self.q, format=candidate.grid)
 
             def scale(index: Index, stored=stored) -> Value:
                 return scale_of_bits(stored(index), self.q, self._load_global)
 
             load_scale, load_reciprocal = (self._per_group(_FP32, f).make_loader() for f in (scale, reciprocal))
 
-            def squared(index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal) -> Value:
+            def squared(
+                index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal, of=of
+            ) -> Value:
                 x = self.load_x(index)
-                level = _rounded(ops.mul(x, load_reciprocal(group)), self.q)
+                level = _rounded(ops.mul(x, ops.abs(load_reciprocal(group))), of)
                 error = emit(scales.scaled_error(), x, level, load_scale(group), load_unit(group))
                 error = ops.to_dtype(error, torch.int64)
                 return ops.mul(error, error)
@@ -434,8 +447,19 @@ def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
     dtype = storage_dtype(q)
     if dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16):
         scale = ops.to_dtype(stored, _FP32)  # the device's own conversion, which is exact
+        scale = ops.abs(scale) if q.format.grids else scale
         return scale if load_global is None else ops.mul(scale, load_global([]))
     return scale_of_bits(stored if dtype == _FP32 else ops.to_dtype(stored, _INT32), q, load_global)
+
+
+def mark_of(stored: Value, q: Quantizer) -> tuple[Value, ...]:
+    """Of a pair of grids, whether a stored scale is that of a block which has the second; nothing of another format."""
+    return (has_sign(ops.to_dtype(stored, _FP32)),) if q.format.grids else ()
+
+
+def has_sign(value: Value) -> Value:
+    """Whether the sign of a float32 value is set, which may be 0."""
+    return ops.lt(ops.to_dtype_bitcast(value, _INT32, _FP32), _int(0))
 
 
 def scale_of_bits(stored: Value, q: Quantizer, load_global=None) -> Value:
@@ -450,8 +474,14 @@ def _with_global(value: Value, load_global) -> tuple[Value, ...]:
 # --- codes --------------------------------------------------------------------------------------------------
 
 
-def encode(y: Value, q: Quantizer) -> Value:
-    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive."""
+def encode(q: Quantizer, y: Value, marked: Value | None = None) -> Value:
+    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive.
+
+    ``marked``: of a pair of grids, whether the block has the second.
+    """
+    if marked is not None:
+        first, second = (encode(replace(q, format=grid), y) for grid in q.format.choices)
+        return ops.where(marked, second, first)
     if q.format.torch_dtype is None:
         return emit(rounding.encode(q.format, q.rounding), y)
     # The conversion of the device is the rounding.
@@ -476,12 +506,15 @@ def tensor_core_code(y: Value, q: Quantizer) -> Value:
 def _rounded(y: Value, q: Quantizer) -> Value:
     """Float32 level."""
     if q.format.torch_dtype:
-        return decode(encode(y, q), q.format)
+        return decode(q.format, encode(q, y))
     return emit(rounding.round_level(q.format, q.rounding), y)
 
 
-def decode(code: Value, fmt: Format) -> Value:
-    """Float32 level of an int32 code."""
+def decode(fmt: Format, code: Value, marked: Value | None = None) -> Value:
+    """Float32 level of an int32 code; ``marked`` as in :func:`encode`."""
+    if marked is not None:
+        first, second = (decode(grid, code) for grid in fmt.choices)
+        return ops.where(marked, second, first)
     if fmt.torch_dtype is None:
         return emit(rounding.decode(fmt), code)
     byte, dtype = ops.to_dtype(code, torch.uint8), getattr(torch, fmt.torch_dtype)

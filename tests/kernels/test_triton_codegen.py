@@ -451,30 +451,47 @@ def test_interpreted_estimators(generate):
         torch.testing.assert_close(got, expected, rtol=7e-5, atol=0)
 
 
-CHOOSING = ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46", "midrise4 block16 e4m3_46"]
+CHOOSING = {
+    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46"],
+    "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up", "midrise4/e2m1 block3x3 e4m3_46"],
+}
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interpreted_candidates(generate, dtype):
-    """The block's choice among scales, and masks of it; short last blocks, values that are not finite."""
-    whole = torch.tensor(0.011)
-    xs = [rows_of_everything(19, 38, Quantizer.parse(text).format).to(dtype) for text in CHOOSING]
+@pytest.mark.parametrize(("kind", "dtype"), [("scales", torch.float32), ("grids", torch.bfloat16)])
+def test_interpreted_choices_of_blocks(generate, kind, dtype):
+    """Codes and scales, decoding, masks and slopes; short last blocks, values that are not finite."""
+    ops, texts = torch.ops.qcompile, CHOOSING[kind]
+    wholes = [torch.tensor(0.011) if Quantizer.parse(text).scale.two_level else None for text in texts]
+    xs = [rows_of_everything(11, 22, Quantizer.parse(text).candidates[0].grid).to(dtype) for text in texts]
+    finite = [x[9:].clone() for x in xs]
+    coded, decoded = (
+        [reference.quantize(x, text, -1, whole) for x, text, whole in zip(of, texts, wholes, strict=True)]
+        for of in (xs, finite)
+    )
+    grad = torch.randn(2, 22)
 
-    def all_of_them(*xs):
-        mask = torch.ops.qcompile.estimator_mask
-        coded = [quantize(x, text, -1, whole) for x, text in zip(xs, CHOOSING, strict=True)]
-        return coded, [
-            mask(x, s, t, "trust(t=0.3)", -1, whole) for x, t, (_, s) in zip(xs, CHOOSING, coded, strict=True)
-        ]
+    def all_of_them(xs, finite, coded, decoded):
+        out = []
+        for i, (text, whole) in enumerate(zip(texts, wholes, strict=True)):
+            dense = ops.dequantize(*decoded[i], text, -1, 22, torch.float32, whole)
+            mask = ops.estimator_mask(xs[i], coded[i][1], text, "trust(t=0.3)", -1, whole)
+            slope = ops.scale_gradient(grad, finite[i], decoded[i][1], text, "dge", -1, whole)
+            out.append((*quantize(xs[i], text, -1, whole), dense, mask, slope))
+        return out
 
-    (coded, masks), kernels = generate(all_of_them, *xs)
+    outputs, kernels = generate(all_of_them, xs, finite, coded, decoded)
     assert kernels
-    for text, x, (codes, scales), mask in zip(CHOOSING, xs, coded, masks, strict=True):
-        expected_codes, expected = reference.quantize(x, text, -1, whole)
-        assert torch.equal(scales.view(torch.uint8), expected.view(torch.uint8)), text
-        assert torch.equal(codes, expected_codes), text
-        assert torch.equal(mask, estimate_reference.estimator_mask(x, scales, text, "trust(t=0.3)", -1, whole)), text
+    for i, (text, whole, (codes, scales, dense, mask, slope)) in enumerate(zip(texts, wholes, outputs, strict=True)):
+        assert torch.equal(scales.view(torch.uint8), coded[i][1].view(torch.uint8)), text
+        assert torch.equal(codes, coded[i][0]), text
+        # The interpreter converts the NaN of E4M3 to a number.
+        assert torch.equal(dense, reference.dequantize(*decoded[i], text, -1, 22, torch.float32, whole)), text
+        assert torch.equal(mask, estimate_reference.estimator_mask(xs[i], scales, text, "trust(t=0.3)", -1, whole)), (
+            text
+        )
+        expected = estimate_reference.scale_gradient(grad, finite[i], decoded[i][1], text, "dge", -1, whole)
+        torch.testing.assert_close(slope, expected, rtol=7e-5, atol=0)  # as in test_interpreted_estimators
 
 
 @interpreted
