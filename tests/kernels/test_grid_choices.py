@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import qcompile
+from qcompile.apps.repro import _user_definitions
 from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import FORMATS, Format, get_format
 from qcompile.ir.ops import global_scale_of
@@ -109,6 +112,10 @@ def test_users_name_pairs_and_make_them_of_their_own_grids():
         q = Quantizer.parse("mine/int4 block16")
         assert q.format.choices == (mine, FORMATS["int4"])
         assert Quantizer.parse(str(q)) == q
+    both = qcompile.Format("both", 4, grids=("mine", "int4"))
+    assert both.choices[0] == mine
+    source, _ = _user_definitions(f"{both} block16")
+    assert re.findall(r"Format\('(\w+)'", source) == ["mine", "both"], "a repro defines grids before their pair"
 
 
 def test_what_the_monitor_counts_is_by_the_blocks_own_grid():
