@@ -46,7 +46,7 @@ from typing import ClassVar
 
 import torch
 
-from .definitions import Registry
+from .definitions import Registry, short_names
 from .formulas import float32
 
 __all__ = ["FORMATS", "Format", "codes_per_byte", "float_magnitudes", "get_format", "is_format", "resolve_format"]
@@ -63,7 +63,7 @@ class Format:
     block, the values of one of two ``grids``.
 
     Attributes:
-        name: key in :data:`FORMATS`.
+        name: key in :data:`FORMATS`, or two of them (``"e2m1/int4"``).
         bits: width of one code, sign included.
         magnitudes: representable absolute values, ascending; the index is the magnitude part of the code. None for a
             code book.
@@ -98,7 +98,7 @@ class Format:
         object.__setattr__(self, "codebook", tuple(self.codebook))
         if fault := self._fault():
             msg = f"format {self.name!r}: {fault}"
-            raise ValueError(msg)
+            raise ValueError(short_names(msg))
         object.__setattr__(self, "codebook", tuple(map(float32, self.codebook)))
 
     def _fault(self) -> str:
@@ -124,11 +124,13 @@ class Format:
             return f"grids={self.grids!r} are not two formats, for example ('e2m1', 'int4')"
         for name in self.grids:
             grid = get_format(name)
-            if not grid.magnitudes or grid.pruned or grid.bits != self.bits:
-                what = (
-                    "is pruned" if grid.pruned else f"has {grid.bits} bits" if grid.magnitudes else "has no magnitudes"
-                )
-                return f"{name} {what}; its grids have magnitudes and {self.bits} bits both"
+            faults = {
+                "has no magnitudes": not grid.magnitudes,
+                "is pruned": grid.pruned,
+                f"has {grid.bits} bits": grid.bits != self.bits,
+            }
+            if fault := next((fault for fault, is_so in faults.items() if is_so), ""):
+                return f"{name} {fault}; grids of a pair have magnitudes, and {self.bits} bits both"
         return ""
 
     def _fault_of_codebook(self) -> str:
