@@ -1,19 +1,20 @@
-"""The Llama that the benchmarks train: plain torch, nothing of qcompile in it.
+"""The Llamas that the benchmarks train: transformers' own, and one in plain torch. Nothing of qcompile is in them.
 
-RMSNorm, rotary positions, grouped-query attention through ``F.scaled_dot_product_attention``, SwiGLU, an untied head
-and cross-entropy, as in arXiv 2307.09288. ``forward`` returns the loss, so that ``torch.compile`` sees all of it.
+The plain one has RMSNorm, rotary positions, grouped-query attention through ``F.scaled_dot_product_attention``, SwiGLU,
+an untied head and cross-entropy, as in arXiv 2307.09288. Its ``forward`` returns the loss; that of transformers' an
+output that holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SIZES", "Block", "Llama", "Size", "build", "random_batch"]
+__all__ = ["MODELS", "SIZES", "Block", "Llama", "Size", "build", "random_batch"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Size:
         return self.block_weights + (2 * self.layers + 1) * self.hidden + 2 * self.vocabulary * self.hidden
 
 
-#: The two shapes of the step benchmark, the one of the loss curves (bytes for tokens), and one for tests on a CPU.
+#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), and one for tests on a CPU.
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
         Size("d4096", 4096, 4, 14336, heads=32, kv_heads=8, sequence=4096, batch=4),
         Size("d2048", 2048, 8, 8192, heads=32, kv_heads=8, sequence=2048, batch=8),
+        Size("d1024", 1024, 12, 4096, heads=16, kv_heads=8, sequence=1024, batch=16),
+        Size("d640", 640, 6, 1792, heads=10, kv_heads=10, sequence=512, batch=64),
         Size("d768", 768, 4, 2304, heads=12, kv_heads=6, sequence=256, batch=32, vocabulary=256),
         Size("tiny", 128, 2, 256, heads=4, kv_heads=2, sequence=32, batch=4, vocabulary=128),
     )
@@ -124,7 +127,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """``model(tokens, targets)``: mean cross-entropy, float32 scalar, of int64 ``[batch, sequence]`` each."""
+    """``model(input_ids, labels)``: mean cross-entropy, float32 scalar, of int64 ``[batch, sequence]`` each."""
 
     cosine: Tensor
     sine: Tensor
@@ -140,26 +143,48 @@ class Llama(nn.Module):
         self.register_buffer("cosine", angle.cos(), persistent=False)
         self.register_buffer("sine", angle.sin(), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
         for block in self.layers:
             x = block(x, self.cosine, self.sine)
         logits = self.lm_head(self.norm(x))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def transformers_llama(size: Size, dtype: torch.dtype) -> nn.Module:
+    """``LlamaForCausalLM`` of transformers, as it comes: ``sdpa`` attention, no key-value cache in training."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.sequence,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+#: How a model of a size and dtype is made, by name.
+MODELS: dict[str, Callable[[Size, torch.dtype], nn.Module]] = {"transformers": transformers_llama, "plain": Llama}
 
 
 @torch.no_grad()
-def build(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
+def build(size: Size, device: torch.device, dtype: torch.dtype, seed: int, model: str = "plain") -> nn.Module:
     """Weights are normal with deviation 0.02, the last of each branch by √(2·layers) less; the seed decides them."""
     with device:
-        model = Llama(size, dtype)
+        built = MODELS[model](size, dtype)
     generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in built.named_parameters():
         if parameter.dim() == 2:
             ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
             deviation = 0.02 / (2 * size.layers) ** 0.5 if ends_branch else 0.02
             parameter.normal_(0, deviation, generator=generator)
-    return model
+    return built
 
 
 def random_batch(size: Size, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@
     python benchmarks/training_step.py --arms ours_fp8,ours_fp8_occ --sizes d4096      # or --arms all
     python benchmarks/training_step.py --arms bf16,quest_fp8,quest_plain --sizes d4096 # QuEST, and its math unfused
 
-A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py). Arms
-run one after the other on the same seed and data, BF16 first and once more at the end: the difference of the two is the
-drift of the run, and ratios are against their mean. Compiling takes most of the time. BF16's second compilation is read
-from Inductor's cache.
+A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py):
+transformers' own, by ``torch.compile(model.forward)``, or with ``--model plain`` one in plain torch. Arms run one after
+the other on the same seed and data, BF16 first and once more at the end: the difference of the two is the drift of the
+run, and ratios are against their mean. Compiling takes most of the time. BF16's second compilation is read from
+Inductor's cache. ``host_ms`` is the time that Python takes to queue a step; no step takes less.
 
 Nothing is timed before it is right. An arm's first loss must be within 2 % of BF16's, which says little: at
 initialization it is close to the logarithm of the vocabulary whatever the model computes. Gradients say more. Those of
@@ -39,7 +40,7 @@ from typing import Any, ClassVar
 import torch
 import torch._logging
 from measure import environment, failure, fresh_log, milliseconds, quiet_stderr, write_rows
-from model import SIZES, Llama, Size, build, random_batch
+from model import MODELS, SIZES, Size, build, random_batch
 from torch import Tensor, nn
 
 from qcompile import Monitor
@@ -83,7 +84,7 @@ class Arm:
 
 
 def inductor(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-    return torch.compile(model, dynamic=False, options=dict(options) or None)
+    return torch.compile(model.forward, dynamic=False, options=dict(options) or None)
 
 
 def torchao(recipe: str) -> Arm:
@@ -105,12 +106,25 @@ def torchao(recipe: str) -> Arm:
 
 def ours(label: str, recipe: Options) -> Arm:
     def compile_fp4(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model, dynamic=False, backend="qcompile_fp4", options={**recipe, **options})
+        return torch.compile(model.forward, dynamic=False, backend="qcompile_fp4", options={**recipe, **options})
 
     roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
     outliers = recipe["activation"]["outliers"] is not None
     exact = "ours_bf16_occ" if outliers else "ours_bf16"
     return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
+
+
+#: Attention stays what the model calls, as it does in BF16.
+MASKED = {"disable_passes": ["causal_masks"]}
+
+
+def without_options(backend: str, label: str, counterpart: str, **chosen: Any) -> Arm:
+    """A backend of ours as its name alone gives it, but for ``chosen``."""
+
+    def compile_plainly(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        return torch.compile(model.forward, dynamic=False, backend=backend, options={**chosen, **options} or None)
+
+    return Arm(label, compile_plainly, "ours", frozenset(ROLES_OF_BACKWARD["fp8"]), counterpart=counterpart)
 
 
 def monitored(name: str) -> Arm:
@@ -126,7 +140,7 @@ def quest(variant: str, backward: str) -> Arm:
     recipe = {"backward": backward, **options_of_variant}
 
     def compile_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
+        return torch.compile(model.forward, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
 
     roles = frozenset(ROLES_OF_BACKWARD[backward])
     counterpart = f"quest_bf16{variant}" if backward != "bf16" else ""
@@ -218,6 +232,11 @@ ARMS: dict[str, Arm] = {
     "torchao_tensorwise": torchao("tensorwise"),
     "torchao_rowwise": torchao("rowwise"),
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
+    "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
+    "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
+    "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "ours_bf16_occ", **MASKED),
+    "quest_masked": without_options("qcompile_quest", "QuEST, no causal_masks", "quest_bf16", **MASKED),
+    "ours_paper": without_options("qcompile_fp4", "FP4, as printed", "", variant="paper"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
     **{
@@ -252,6 +271,7 @@ class Result:
     min_ms: float = math.nan
     speedup: float = math.nan
     peak_gib: float = math.nan
+    host_ms: float = math.nan
     tokens_per_second: float = math.nan
     compile_s: float = math.nan
     first_loss: float = math.nan
@@ -268,6 +288,7 @@ class Run:
     warm_up: int = 5
     seed: int = 0
     cudagraphs: bool = False
+    model: str = "plain"
 
     @property
     def options(self) -> Options:
@@ -279,16 +300,17 @@ class Trainer:
 
     def __init__(self, arm: Arm, size: Size, run: Run) -> None:
         self.run, self.monitor = run, arm.monitor
-        self.model: Llama = build(size, run.device, torch.bfloat16, run.seed)
+        self.model = build(size, run.device, torch.bfloat16, run.seed, run.model)
         self.compiled = arm.compile(self.model, run.options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
-        self.batch = random_batch(size, run.device, run.seed)
+        self.batch = dict(zip(("input_ids", "labels"), random_batch(size, run.device, run.seed), strict=True))
 
     def forward_backward(self) -> Tensor:
         """The loss, detached; gradients in the parameters."""
         if self.run.cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
-        loss = self.compiled(*self.batch)
+        output = self.compiled(**self.batch)
+        loss: Tensor = getattr(output, "loss", output)
         loss.backward()
         return loss.detach().clone()  # a CUDA graph writes the next one to the same place
 
@@ -308,6 +330,16 @@ class Trainer:
         losses = deque[Tensor](maxlen=1)
         times = milliseconds(lambda: losses.append(self.step()), steps, self.run.device.type == "cuda")
         return times, losses[0].item()
+
+    def host_milliseconds(self, steps: int = 5) -> float:
+        """Median time until the host has queued a step for an idle card."""
+        times = []
+        for _ in range(steps):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
 
     def gradients(self) -> dict[str, Tensor]:
         """About 16,384 evenly spread elements of every parameter's gradient, float32 on the CPU."""
@@ -357,6 +389,7 @@ def measure(arm: Arm, size: Size, run: Run, reference: Reference | None) -> tupl
         "median_ms": median,
         "min_ms": min(times),
         "peak_gib": (torch.cuda.max_memory_allocated() - held_before) / 2**30 if cuda else math.nan,
+        "host_ms": trainer.host_milliseconds() if cuda else math.nan,
         "tokens_per_second": 1e3 * size.tokens / median,
         "compile_s": first_seconds - median / 1e3,
         "first_loss": own.loss,
@@ -480,13 +513,14 @@ def line(result: Result) -> str:
         return f"{head} {result.status}"
     return (
         f"{head} {result.median_ms:8.1f} {result.min_ms:8.1f} {result.speedup:8.3f} {result.peak_gib:8.2f}"
+        f" {result.host_ms:7.1f}"
         f" {result.tokens_per_second:9.0f} {result.compile_s:8.1f} {result.first_loss:7.3f} {result.last_loss:7.3f}"
         f" {result.gradient_cosine:7.3f}"
     )
 
 
 HEAD = (
-    f"{'size':6} {'arm':22} {'ms':>8} {'min ms':>8} {'× BF16':>8} {'GiB':>8} {'tokens/s':>9} {'compile':>8}"
+    f"{'size':6} {'arm':22} {'ms':>8} {'min ms':>8} {'× BF16':>8} {'GiB':>8} {'host':>7} {'tokens/s':>9} {'compile':>8}"
     f" {'loss 1':>7} {'last':>7} {'cosine':>7}"
 )
 
@@ -507,6 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=lambda s: names_from(SIZES, s), default=["d4096", "d2048"])
     parser.add_argument("--steps", type=int, default=15, help="measured steps per arm")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them, the first one not counted")
+    parser.add_argument("--model", choices=MODELS, default="transformers")
     parser.add_argument("--cudagraphs", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("training_step.csv"))
@@ -515,7 +550,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("training_step: needs a CUDA card (or --device cpu)", file=sys.stderr)
         return 2
     torch._logging.set_logs(all=logging.CRITICAL)
-    run = Run(torch.device(given.device), given.steps, given.warm_up, cudagraphs=given.cudagraphs)
+    run = Run(torch.device(given.device), given.steps, given.warm_up, cudagraphs=given.cudagraphs, model=given.model)
     log = fresh_log(given.out)
     results: list[Result] = []
     for size in given.sizes:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, lowerings, register_lowering
 
 from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.quantizer import Quantizer
 
 from .estimate import inductor as estimate
+from .extern import own_kernel
 from .matmul import inductor as matmul
 from .outliers import inductor as outliers
 from .quantize import inductor as quantize
+from .register import DIRECT
 
 __all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
 
@@ -53,6 +56,11 @@ def register_lowerings() -> None:
         op = getattr(torch.ops.qcompile, name).default
         if op not in lowerings:
             register_lowering(op, type_promotion_kind=None)(entry.lower)
+    for name in DIRECT.keys() - LOWERINGS.keys():  # never generated; with the strides of the graph, as extern calls are
+        op = getattr(torch.ops.qcompile, name).default
+        if op not in lowerings:
+            add_layout_constraint(op, constrain_to_fx_strides)
+            register_lowering(op, type_promotion_kind=None)(partial(own_kernel, op))
 
 
 def cuda_provider(

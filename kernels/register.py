@@ -2,7 +2,8 @@
 
 An op has a list of providers per device type, best first; a call runs the first that supports its dtypes,
 quantizer and estimator. The last one is always the plain-torch reference, also the default of other devices.
-:func:`provider_of` says which one runs and why; the report prints it.
+:func:`provider_of` says which one runs and why; the report prints it. On CUDA, calls of a kind are recorded once and
+replayed (:mod:`qcompile.kernels.replay`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
 from .quantize import cpp as quantize_cpp
 from .quantize import reference as quantize
+from .replay import replayed
 from .transform import cpp as transform_cpp
 from .transform import reference as transform
 
-__all__ = ["REFERENCES", "Provider", "provider_of"]
+__all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of"]
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
@@ -349,6 +351,10 @@ def _dispatcher(op_name: str, providers: tuple[Provider, ...]) -> Callable[..., 
 
 for _name, _reference in REFERENCES.items():
     LIB.impl(_name, _reference, "CompositeExplicitAutograd")
-for _device_type, _table in PROVIDERS.items():
-    for _name, _providers in _table.items():
-        LIB.impl(_name, _dispatcher(_name, _providers), _device_type.upper())
+for _name, _providers in PROVIDERS["cpu"].items():
+    LIB.impl(_name, _dispatcher(_name, _providers), "CPU")
+
+#: By name of the op, its kernel on CUDA. Generated code calls it directly: the dispatcher takes as long as a launch.
+DIRECT = {_name: replayed(_dispatcher(_name, _providers)) for _name, _providers in PROVIDERS["cuda"].items()}
+for _name, _kernel in DIRECT.items():
+    LIB.impl(_name, _kernel, "CUDA")

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .replay import note_launch
+
 __all__ = [
     "INTERPRETED",
     "LONGEST_ROW",
@@ -115,13 +117,15 @@ def as_rows(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
     return with_dense_rows(moved.reshape(-1, moved.shape[-1])), moved.shape
 
 
-def launch(kernel, programs: int | tuple[int, int], *arguments, **constants) -> None:
-    """Run ``kernel`` on the device of its first argument, a tensor or its descriptor; products and sums are not
-    contracted.
+def launch(kernel, programs: int | tuple[int, int], *arguments, contract: bool = False, **constants) -> None:
+    """Run ``kernel`` on the device of its first argument, a tensor or its descriptor. ``contract``: products and sums
+    may become fused multiply-adds.
     """
     grid = programs if isinstance(programs, tuple) else (programs,)
+    options = {} if contract else {"enable_fp_fusion": False}
     with torch.cuda.device_of(getattr(arguments[0], "base", arguments[0])):
-        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+        compiled = kernel[grid](*arguments, **constants, **options)
+    note_launch(kernel, compiled, grid, arguments, constants)
 
 
 @cache

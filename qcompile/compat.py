@@ -55,10 +55,12 @@ __all__ = [
     "before_next_call",
     "cache_counters",
     "captures_recurrent_layers",
+    "card_name",
     "compile_fx",
     "compiled_call",
     "current_frame",
     "eager_inner_compile",
+    "empty_strided",
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
@@ -71,6 +73,7 @@ __all__ = [
     "inductor_option_names",
     "inductor_options",
     "is_argument",
+    "is_current",
     "is_inductor_option",
     "is_parameter",
     "is_tracing",
@@ -81,11 +84,12 @@ __all__ = [
     "memory_of",
     "min_cut_partition",
     "nll_loss_nd",
+    "no_fake_mode",
     "placeholder_value",
+    "raw_stream",
     "recompile_limits",
     "register_backend",
     "set_grad_enabled",
-    "size_hint",
     "source_line",
     "source_of",
     "stable_topological_sort",
@@ -114,6 +118,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
+
+#: Within it, tensors have data even where the user compiles under ``FakeTensorMode``.
+no_fake_mode = torch._subclasses.fake_tensor.unset_fake_temporarily
 
 
 @functools.cache
@@ -252,6 +259,11 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, ``None`` for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def card_name(device: torch.device) -> str:
+    """What torch calls a CUDA device; the type of others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
 def will_freeze(graph: Graph) -> bool:
@@ -451,6 +463,25 @@ def triton_kernel_name(index: int) -> str:
 
     kernel = kernel_side_table.get_kernel(index)
     return str(getattr(getattr(kernel, "fn", kernel), "__name__", type(kernel).__name__))
+
+
+def raw_stream(device: torch.device) -> int:
+    """Address of the current stream of a CUDA device, as kernel launches take it; 0 of a CPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to the device now."""
+    return device.type != "cuda" or torch._C._cuda_getDevice() == device.index
+
+
+def empty_strided(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """``torch.empty_strided``; on the current CUDA device as generated code does it, in half the time."""
+    if device.type == "cuda":
+        return torch._C._dynamo.guards._empty_strided_cuda(size, stride, dtype)  # type: ignore[attr-defined]
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def size_hint(size: Any) -> int:

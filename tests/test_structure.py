@@ -59,6 +59,7 @@ PRIVATE_API = {
     "qcompile/compat.py": "gives it a name and a docstring for everything else",
     "kernels/choices.py": "overrides one of Inductor's choices: rows that stay in registers",
     "kernels/cpp.py": "builds C++ with Inductor's search for a compiler, its locks and its cache",
+    "kernels/extern.py": "an extern kernel of Inductor's, with another name in generated code",
     "kernels/lowerings.py": "registers the lowerings below with Inductor",
     "kernels/formula/inductor_target.py": "prints formulas through Inductor's handler of scalar operations",
     "kernels/formula/triton_target.py": "printed modules lie in Inductor's cache, as those of its own kernels do",

@@ -13,6 +13,7 @@ from torch._inductor.virtualized import ops
 
 from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
 from qcompile.kernels.quantize.inductor import (
@@ -24,7 +25,6 @@ from qcompile.kernels.quantize.inductor import (
     mark_of,
     packed_bytes,
     rounded,
-    run_reference,
     scale_value,
     supports_scales,
     unpacked,
@@ -80,7 +80,7 @@ def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, g
     supported = not transform and supports_estimator_mask(q, spec, x.get_device())[0]
     if not ir.is_triton(x) or is_empty(x) or not supported:
         op = torch.ops.qcompile.estimator_mask.default
-        return run_reference(op, x, scales, quantizer, estimator, axis, global_scale, transform)
+        return own_kernel(op, x, scales, quantizer, estimator, axis, global_scale, transform)
     bound = None if q.format.grids else spec.bound(q.format)
     units = GridUnits(x, q, axis, _MASK_BITS_PER_BYTE, global_scale)
 
@@ -98,7 +98,7 @@ def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, g
 def lower_mask_gradient(grad, mask, axis: int):
     """``qcompile::mask_gradient``: a loop over the gradient."""
     if not ir.is_triton(grad) or is_empty(grad):
-        return run_reference(torch.ops.qcompile.mask_gradient.default, grad, mask, axis)
+        return own_kernel(torch.ops.qcompile.mask_gradient.default, grad, mask, axis)
     load_grad, load_mask, dtype = grad.make_loader(), mask.make_loader(), grad.get_dtype()
 
     def element(index) -> Value:
@@ -118,7 +118,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
     q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     if not ir.is_triton(grad) or is_empty(grad) or not supports_scale_gradient(q, spec, grad.get_device())[0]:
         op = torch.ops.qcompile.scale_gradient.default
-        return run_reference(op, grad, x, scales, quantizer, estimator, axis, global_scale)
+        return own_kernel(op, grad, x, scales, quantizer, estimator, axis, global_scale)
     load_grad, dtype = grad.make_loader(), grad.get_dtype()
     load_x, load_scale = x.make_loader(), scales.make_loader()
     load_global = global_scale.make_loader() if global_scale is not None else None

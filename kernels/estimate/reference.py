@@ -64,7 +64,7 @@ def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
         edges, magnitude = torch.tensor((*lowest, *fmt.magnitudes), device=y.device), y.abs().clamp(max=fmt.max)
     index = torch.bucketize(magnitude, edges[1:-1].contiguous(), right=True)
     position = 2 * (magnitude - edges[index]) / (edges[index + 1] - edges[index]) - 1
-    return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)
+    return (position.abs().pow(1 / k - 1) * (1 / k)).clamp(max=cap)
 
 
 def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:

@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qcompile.kernels.triton import launch
+
 from .reference import block_of
 from .triton import TMA_ALIGNMENT, Config, card_of, first_element
 
@@ -125,28 +127,30 @@ def mm_block_scaled(
     config = config or config_for(card_of(a.device).capability)
     row_bytes = a.shape[1]
     tile_bytes = config.block_k // 2
-    with torch.cuda.device_of(a):
-        kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
-            TensorDescriptor(a, [m, row_bytes], [row_bytes, 1], [config.block_m, tile_bytes]),
-            TensorDescriptor(b, [n, row_bytes], [row_bytes, 1], [config.block_n, tile_bytes]),
-            out,
-            scale_a,
-            scale_b,
-            global_a,
-            global_b,
-            bias if bias is None else bias.contiguous(),
-            m,
-            n,
-            row_bytes,
-            scale_a.shape[1] // CHUNK.value,
-            block,
-            config.block_m,
-            config.block_n,
-            config.block_k,
-            config.group_m,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    launch(
+        kernel,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        TensorDescriptor(a, [m, row_bytes], [row_bytes, 1], [config.block_m, tile_bytes]),
+        TensorDescriptor(b, [n, row_bytes], [row_bytes, 1], [config.block_n, tile_bytes]),
+        out,
+        scale_a,
+        scale_b,
+        global_a,
+        global_b,
+        bias if bias is None else bias.contiguous(),
+        m,
+        n,
+        row_bytes,
+        scale_a.shape[1] // CHUNK.value,
+        block,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.group_m,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        contract=True,
+    )
     return out
 
 

@@ -47,6 +47,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.cache import get_cache_manager
 
 from qcompile import compat
+from qcompile.kernels.triton import launch
 
 from .triton import TMA_ALIGNMENT, Problem, accumulator_of, card_of, fastest, first_element, predicted_cycles
 from .triton import Config as TritonConfig
@@ -480,7 +481,7 @@ def _product(
         def run(config: Config) -> None:
             arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense)
             tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-            kernel[(min(tiles, card.processors),)](*arguments, **options)
+            launch(kernel, min(tiles, card.processors), *arguments, contract=True, **options)
 
         problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
         run(config or best_config(problem, run, tune, of_columns))

@@ -23,11 +23,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.kernel.mm import aten__fp8_mm
 from torch._inductor.kernel.mm_common import persistent_mm_grid
-from torch._inductor.lowering import lowerings
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.select_algorithm import ExternKernelChoice, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
 
-from qcompile.kernels.quantize.inductor import is_empty, run_reference
+from qcompile.kernels.extern import own_kernel
+from qcompile.kernels.quantize.inductor import is_empty
 
 from .providers import Product, choose
 
@@ -124,9 +125,9 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_
     """``qcompile::mm_8bit``: ``[M, N]`` in ``dtype``; M may be symbolic."""
     summands = {"bias": bias, "offset_a": offset_a, "offset_b": offset_b}
     arguments = (a, b, scale_a, scale_b, dtype, *summands.values())
-    own_kernel = partial(run_reference, torch.ops.qcompile.mm_8bit.default, *arguments)
+    as_extern = partial(own_kernel, torch.ops.qcompile.mm_8bit.default, *arguments)
     if not ir.is_triton(a) or is_empty(a, b):
-        return own_kernel()
+        return as_extern()
     from . import triton as gemm  # imports Triton, which a build of torch for CPUs does without
 
     names = tuple(name for name, x in summands.items() if x is not None)
@@ -164,7 +165,7 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_
         for config in configs[: _MEASURED_CONFIGS if measure else 1]:
             _append_template(choices, operands, names, layout, config, card)
     if not choices:
-        return own_kernel()
+        return as_extern()
     if len(choices) == 1:
         return choices[0].output_node()
     selected = autotune_select_algorithm("qcompile_mm_8bit", choices, inputs, layout)
@@ -206,7 +207,7 @@ def _of_own_dtype(x):
     layout = x.get_layout()
     stored = ir.FixedLayout(layout.device, x.data.get_dtype(), layout.size, layout.stride, layout.offset)
     unviewed = ir.TensorBox(ir.ReinterpretView(data=x.data, layout=stored))
-    return _realized(run_reference(torch.ops.aten.view.dtype, unviewed, x.get_dtype()))
+    return _realized(fallback_handler(torch.ops.aten.view.dtype, add_to_fallback_set=False)(unviewed, x.get_dtype()))
 
 
 def _transposed(x):

@@ -38,6 +38,8 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qcompile.kernels.triton import launch
+
 __all__ = [
     "CONFIGS",
     "EXPERIMENTAL_CONFIGS",
@@ -466,7 +468,9 @@ def _launch_tma(
 
     tma_store = config.tma_store and _aligned(out, n)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    _tma_kernel[(min(tiles, card.processors * config.resident),)](
+    launch(
+        _tma_kernel,
+        min(tiles, card.processors * config.resident),
         descriptor(a, k, config.block_m, config.block_k),
         descriptor(b, k, config.block_n, config.block_k),
         descriptor(out, n, config.block_m, config.block_n // config.parts) if tma_store else out,
@@ -489,6 +493,7 @@ def _launch_tma(
         config.warp_specialize,
         num_warps=config.warps,
         num_stages=config.stages,
+        contract=True,
     )
 
 
@@ -496,4 +501,5 @@ def _launch_pointers(a, b, out, scale_a, scale_b, bias, offset_a, offset_b, m, n
     block_m, block_n, block_k = 64 if m <= 64 else 128, 128, 64
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     arguments = (a, b, out, scale_a, scale_b, bias, offset_a, offset_b, m, n, k, *rest)
-    _pointer_kernel[(tiles,)](*arguments, block_m, block_n, block_k, 8, num_warps=8, num_stages=3)
+    constants = {"num_warps": 8, "num_stages": 3}
+    launch(_pointer_kernel, tiles, *arguments, block_m, block_n, block_k, 8, contract=True, **constants)

@@ -13,7 +13,8 @@ from torch._inductor.lowering import lowerings, pointwise_cat
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
 from qcompile.ir.outliers import OutlierClamp
-from qcompile.kernels.quantize.inductor import axis_last, is_empty, run_reference
+from qcompile.kernels.extern import own_kernel
+from qcompile.kernels.quantize.inductor import axis_last, is_empty
 
 __all__ = [
     "lower_clamp_outliers",
@@ -44,15 +45,15 @@ def lower_clamp_outliers(x, clamp: str, axis: int):
     op = torch.ops.qcompile.clamp_outliers.default
     spec = OutlierClamp.parse(clamp)
     if not ir.is_triton(x) or is_empty(x) or spec.per == "tensor":
-        return run_reference(op, x, clamp, axis)
+        return own_kernel(op, x, clamp, axis)
     axis %= len(x.get_size())
     if axis == len(x.get_size()) - 1 and _has_kernel(x, clamp):
         rows = ir.TensorBox(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)))
-        return run_reference(op, rows, clamp, axis)
+        return own_kernel(op, rows, clamp, axis)
     rows = axis_last(x, axis)
     size = _known(rows.get_size()[-1])
     if size is None:  # top-k asks for numbers
-        return run_reference(op, x, clamp, axis)
+        return own_kernel(op, x, clamp, axis)
     low, high = clamped_counts(spec, size)
     last = len(rows.get_size()) - 1
     below, below_at = _call(aten.topk.default, rows, low + 1, last, False, True)
@@ -82,7 +83,7 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
     """``qcompile::restore_outliers``: x with the residual added at its positions."""
     if not ir.is_triton(x) or is_empty(x, values):
         op = torch.ops.qcompile.restore_outliers.default
-        return run_reference(op, x, values, positions, clamp, axis)
+        return own_kernel(op, x, values, positions, clamp, axis)
     axis %= len(x.get_size())
     rows = axis_last(x, axis)
     shape = rows.get_size()

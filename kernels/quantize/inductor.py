@@ -25,7 +25,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch._inductor import config, ir
-from torch._inductor.lowering import fallback_handler, lowerings
+from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
@@ -34,6 +34,7 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import emit
@@ -50,7 +51,6 @@ __all__ = [
     "mark_of",
     "packed_bytes",
     "rounded",
-    "run_reference",
     "supports_dequantize",
     "supports_quantize",
     "supports_scales",
@@ -102,11 +102,6 @@ def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, st
     return True, ""
 
 
-def run_reference(op: torch._ops.OpOverload, *args):
-    """Call the op's own kernel from the generated program (an extern call)."""
-    return fallback_handler(op, add_to_fallback_set=False)(*args)
-
-
 def is_empty(*tensors: ir.TensorBox) -> bool:
     """Whether one is known to have no elements: there is no loop to generate then."""
     return any(size == 0 for tensor in tensors for size in tensor.get_size())
@@ -121,7 +116,7 @@ def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, f
     supported = not transform and supports_quantize(q, x.get_device())[0]
     if not ir.is_triton(x) or is_empty(x) or not supported:
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
-        return run_reference(torch.ops.qcompile.quantize.default, *arguments)
+        return own_kernel(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
     codes = packed_bytes(units, lambda index, byte: encode(q, *units.inputs(index, byte)))
     return codes, units.stored_scale()
@@ -138,7 +133,7 @@ def lower_quantize_8bit(x, quantizer: str, packed: bool, fold=None):
     q = Quantizer.parse(quantizer)
     fused = ir.is_triton(x) and not (packed or is_empty(x) or is_in_memory(x))
     if not fused or not supports_quantize(q, x.get_device())[0]:
-        return run_reference(torch.ops.qcompile.quantize_8bit.default, x, quantizer, packed, fold)
+        return own_kernel(torch.ops.qcompile.quantize_8bit.default, x, quantizer, packed, fold)
     units = GridUnits(x, q, 1, 1, fold=fold)
     rows, size = units.shape
     codes = ir.Pointwise.create(
@@ -156,7 +151,7 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     q = Quantizer.parse(quantizer)
     if not ir.is_triton(codes) or is_empty(codes) or not supports_dequantize(q, codes.get_device())[0]:
         args = (codes, scales, quantizer, axis, size, dtype, global_scale)
-        return run_reference(torch.ops.qcompile.dequantize.default, *args)
+        return own_kernel(torch.ops.qcompile.dequantize.default, *args)
     load_codes, load_scales = codes.make_loader(), scales.make_loader()
     load_global = global_scale.make_loader() if global_scale is not None else None
 
