@@ -82,6 +82,10 @@ class InterpretedLibdevice:
     def log2(x):
         return triton.language.log2(x)
 
+    @staticmethod
+    def floor(x):
+        return triton.language.floor(x)
+
 
 @pytest.fixture
 def generate(tmp_path, monkeypatch):
