@@ -119,7 +119,11 @@ def _segments(edges: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
 
 
 def _bin(y: Scalar, fmt: Format) -> tuple[Scalar, Scalar, Scalar]:
-    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in; that y lies in, for a code book."""
+    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in; that y lies in, for a code book.
+
+    Bins lie between levels that elements are rounded to, of which the 0 of a pruned format is none.
+    """
+    fmt = fmt.grid
     if fmt.codebook:
         edges, magnitude = fmt.sorted_levels, y.clamp(*fmt.range)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .definitions import cached_by_text, short_names
 from .estimators import EstimatorSpec
-from .formats import FORMATS, get_format
+from .formats import get_format, resolve_format
 from .options import reject_unknown
 from .outliers import OutlierClamp
 from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
@@ -185,7 +185,7 @@ def resolve_override(value: Any) -> Any:
     if isinstance(value, str):
         return Operand.resolve(value)
     if isinstance(value, Mapping):
-        resolve = {"format": FORMATS.resolve, "scale": SCALE_RULES.resolve, "estimator": EstimatorSpec.resolve}
+        resolve = {"format": resolve_format, "scale": SCALE_RULES.resolve, "estimator": EstimatorSpec.resolve}
         return {key: resolve.get(key, lambda part: part)(part) for key, part in value.items()}
     return value
 
