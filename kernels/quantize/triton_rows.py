@@ -6,6 +6,8 @@ longer than ``LONGEST_ROW`` are read twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -273,7 +275,7 @@ def write_rows(
 ) -> None:
     """Write what is not ``None`` of x ``[R, K]`` with dense rows, whose scales follow from the absolute maximum."""
     rows, size = x.shape
-    layout: dict[str, int]
+    layout: dict[str, Any]
     if size <= LONGEST_ROW:
         # Of the largest power of two that is not larger.
         num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
