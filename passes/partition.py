@@ -29,7 +29,18 @@ from qcompile.ir.quantizer import Quantizer
 from .graph import aten, bodies_called, input_of, is_call, is_relayout, item_of, results_of, static_size, through_views
 from .pass_base import Context, GraphPass
 from .record import STATISTICS_KIND, operand_kind
-from .views import ENCODERS, ClampOutliers, Dequantize, EstimatorMask, Hadamard, Quantize, RestoreOutliers, encoder_of
+from .views import (
+    ENCODERS,
+    ClampOutliers,
+    Dequantize,
+    EncodeCompensated,
+    EstimatorMask,
+    Hadamard,
+    Quantize,
+    QuantizedMM,
+    RestoreOutliers,
+    encoder_of,
+)  # fmt: skip
 
 __all__ = ["Partitioner", "Split", "hints", "narrow_saved"]
 
@@ -38,6 +49,11 @@ _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.M
 
 _ENCODER_OPS = tuple(view.op for view in ENCODERS)
 _DECODER_OPS = (Dequantize.op, RestoreOutliers.op)
+
+#: What the min-cut may compute again in the backward, as it may torch's own elementwise operations, and what it may not
+#: unless a memory budget makes it.
+_ELEMENTWISE = (EncodeCompensated.op, Dequantize.op)
+_PRODUCTS = (QuantizedMM.op,)
 
 #: ``save=`` option → quantizer of the tensors it narrows.
 SAVE_QUANTIZERS = {"8bit": "e4m3 row absmax even", "4bit": "e2m1 block32 absmax even"}
@@ -118,7 +134,8 @@ class Partitioner(compat.CustomPartitionerFn):
             forward, backward = self.chained(gm, joint_inputs, **kwargs)
         else:
             kwargs.setdefault("compiler", "inductor")
-            forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
+            with compat.partitioner_knows(elementwise=_ELEMENTWISE, products=_PRODUCTS):
+                forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
         kept_outputs = kwargs["num_fwd_outputs"]
         for graph_pass in self.passes:
             if graph_pass.name not in self.context.recipe.disable_passes:

@@ -71,6 +71,7 @@ def _quantize_compensated_row(
     x,
     codes,
     scales,
+    bounds,
     row_stride,
     size,
     low,
@@ -91,6 +92,9 @@ def _quantize_compensated_row(
         amax = greater(greater(tl.abs(lowest), tl.abs(highest)), fmt.amax_floor)
     scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
+    tl.store(bounds + 3 * row, lowest)
+    tl.store(bounds + 3 * row + 1, highest)
+    tl.store(bounds + 3 * row + 2, gamma)
     x += row * row_stride
     codes += row * size
     if amax <= fmt.plain_limit:
@@ -102,7 +106,7 @@ def _quantize_compensated_row(
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor]:
+def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize_compensated`.
 
     x float32, bfloat16 or float16, any strides; at most ``LONGEST_ROW`` elements along ``axis``. Where a bound is zero
@@ -115,13 +119,14 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     rows, shape = as_rows(x, axis)
     size = shape[-1]
     codes = x.new_empty(shape, dtype=torch.uint8)
-    scales = x.new_empty((*shape[:-1], 1), dtype=torch.float32)
+    scales, bounds = (x.new_empty((*shape[:-1], n), dtype=torch.float32) for n in (1, 3))
     launch(
         _quantize_compensated_row,
         rows.shape[0],
         rows,
         codes,
         scales,
+        bounds,
         rows.stride(0),
         size,
         *clamped_counts(spec.outliers, size),
@@ -130,4 +135,4 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         **search_constants(rows, spec.outliers.alpha, SEARCHED_BYTES_PER_THREAD // x.element_size()),
         maxnreg=most_registers(rows),
     )
-    return codes, scales
+    return codes, scales, bounds
