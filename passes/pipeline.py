@@ -32,12 +32,12 @@ from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .names import Names
-from .partition import Partitioner, hints, narrow_saved
+from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
 from .plan import all_rules, make_plan
 from .quantize_gradients import quantize_gradients
-from .recompute_codes import recompute_codes, share_codes
+from .recompute_codes import recompute_codes
 from .record import Plan, Site
 from .watch import watch
 

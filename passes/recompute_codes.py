@@ -9,7 +9,7 @@ row) codes are elementwise, and fuse with what computes x::
     wgrad reads codes                                            wgrad reads encode_compensated(x, bounds)
 
 The same numbers, so which of the two is saved, the codes or what x is computed from, is the min-cut's choice by size
-(`partition.py`). Where it saves the codes, :func:`share_codes` leaves one encoder in the forward.
+(`partition.py`). Where it saves the codes, `share_codes` leaves one encoder in the forward.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import operator
 
 from torch.fx import Graph, Node
 
-from .graph import emit, item_of, result, through_views
-from .partition import Split
+from .graph import emit, is_read_by, is_view, result
 from .pass_base import Context
 from .record import STATISTICS_KIND, operand_kind
 from .roles import depends_on_tangents
 from .views import EncodeCompensated, QuantizeCompensated
 
-__all__ = ["recompute_codes", "share_codes"]
+__all__ = ["recompute_codes"]
 
 #: Whose codes the backward computes again already (a weight's) or never reads.
 _OTHER_KINDS = ("weight", STATISTICS_KIND)
@@ -39,7 +38,7 @@ def recompute_codes(graph: Graph, context: Context) -> int:
         # A checkpoint region has decided for itself.
         if codes is None or operand_kind(node) in _OTHER_KINDS or "ac_graph_id" in node.meta:
             continue
-        if not _is_read(codes, backward):
+        if not is_read_by(codes, backward):
             continue
         call = QuantizeCompensated.of(node)
         with graph.inserting_before(codes.next):
@@ -50,39 +49,12 @@ def recompute_codes(graph: Graph, context: Context) -> int:
     return count
 
 
-def _is_read(codes: Node, readers: set[Node]) -> bool:
-    """Whether one of ``readers`` reads the codes, or a view of them."""
-    return any(user in readers or (_is_view(user) and _is_read(user, readers)) for user in codes.users)
-
-
 def _give(graph: Graph, codes: Node, again: Node, readers: set[Node]) -> None:
     """Let ``readers`` read ``again`` instead of ``codes``, through views of its own."""
     for user in list(codes.users):
         if user in readers:
             user.replace_input_with(codes, again)
-        elif _is_view(user) and _is_read(user, readers):
+        elif is_view(user) and is_read_by(user, readers):
             with graph.inserting_before(user.next):
                 view = graph.node_copy(user, lambda node: again if node is codes else node)
             _give(graph, user, view, readers)
-
-
-def _is_view(node: Node) -> bool:
-    return through_views(node) is not node
-
-
-def share_codes(split: Split, context: Context) -> int:
-    """Let the forward return the codes it has, where it would compute them again for the backward to be given; returns
-    of how many encoders.
-    """
-    graph = split.forward.graph
-    again = EncodeCompensated.calls(graph)
-    for node in again:
-        encoder = item_of(EncodeCompensated.of(node).bounds)
-        assert encoder is not None
-        codes = result(encoder[0], 0)
-        assert codes is not None
-        node.replace_all_uses_with(codes)
-        graph.erase_node(node)
-    if again:
-        split.forward.recompile()
-    return len(again)

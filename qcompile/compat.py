@@ -254,12 +254,12 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 
 @contextmanager
 def partitioner_knows(elementwise: Iterable[OpOverload], products: Iterable[OpOverload]) -> Iterator[None]:
-    """Within it, torch's min-cut treats these ops as it treats its own of the kind: what is elementwise fuses and may be
-    computed again, products are compute-intensive. There is no way to register them.
+    """Within it, torch's min-cut treats these ops as its own of the kind: what is elementwise fuses and may be computed
+    again, products are compute-intensive. There is no way to register them.
     """
     module = torch._functorch.partitioners
     torchs_own = module.get_default_op_list
-    cheap, dear = ([op.overloadpacket for op in ops] for ops in (elementwise, products))
+    cheap, dear = ({op.overloadpacket for op in ops} for ops in (elementwise, products))
 
     def op_list() -> Any:
         types = torchs_own()

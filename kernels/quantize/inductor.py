@@ -190,9 +190,7 @@ def lower_encode_compensated(x, bounds, operand: str, axis: int):
         raised = ops.add(level, uncontracted_product(ops.sub(value, clamped), reciprocal))
         return ops.to_dtype(encode(ops.where(ops.eq(value, clamped), level, raised), compensated), torch.uint8)
 
-    return ir.Pointwise.create(
-        device=x.get_device(), dtype=torch.uint8, inner_fn=element, ranges=list(rows.get_size())
-    )
+    return ir.Pointwise.create(device=x.get_device(), dtype=torch.uint8, inner_fn=element, ranges=list(rows.get_size()))
 
 
 def is_in_memory(x) -> bool:

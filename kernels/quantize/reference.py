@@ -38,6 +38,7 @@ __all__ = [
     "decode",
     "dequantize",
     "encode",
+    "encode_compensated",
     "pack",
     "quantize",
     "quantize_8bit",
@@ -45,7 +46,6 @@ __all__ = [
     "quantize_8bit_pair",
     "quantize_8bit_transposed",
     "quantize_compensated",
-    "encode_compensated",
     "recode",
     "scale_pair",
     "scaled_input",
@@ -109,8 +109,8 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     x = x.movedim(axis, -1).contiguous()
     low, high = clamped_counts(spec.outliers, x.shape[-1])
     if x.numel() == 0:
-        empty = (x.new_empty([*x.shape[:-1], n], dtype=torch.float32) for n in (1, 3))
-        return x.new_empty(x.shape, dtype=torch.uint8), *empty
+        scale, bounds = (x.new_empty([*x.shape[:-1], n], dtype=torch.float32) for n in (1, 3))
+        return x.new_empty(x.shape, dtype=torch.uint8), scale, bounds
     lower = x.topk(low + 1, largest=False).values[..., -1:].float()
     upper = x.topk(high + 1).values[..., -1:].float()
     x = x.float()

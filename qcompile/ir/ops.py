@@ -67,8 +67,8 @@ _SCHEMAS = (
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
-    # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; scales; and bounds,
-    # float32 [..., R, 3]: what a row was clamped to, and γ.
+    # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; scales; and
+    # bounds, float32 [..., R, 3]: what a row was clamped to, and γ.
     "quantize_compensated(Tensor x, str operand, int axis) -> (Tensor, Tensor, Tensor)",
     # The same codes from the same x, where the bounds are known.
     "encode_compensated(Tensor x, Tensor bounds, str operand, int axis) -> Tensor",
