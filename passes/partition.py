@@ -178,6 +178,10 @@ class Partitioner(compat.CustomPartitionerFn):
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self  # as in pipeline.Hook
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As its identity: torch pickles its config for the caches' keys, this hook included."""
+        return str, (repr(self.uuid()),)
+
     def uuid(self) -> Any:
         chained = self.chained.uuid() if self.chained is not None else None
         return ("qcompile.partitioner", self.identity, chained)
