@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 
 TOKENS = 256
+E4M3_OUTLIERS = {"outliers": "occ(alpha=0.99,residual=e4m3)"}
 #: Column → options; without any, the recipe as published.
 ARMS: dict[str, dict[str, Any]] = {
     "inductor": {"enabled": False},
@@ -26,6 +27,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "without OCC": {"activation": {"outliers": None}},
     "save=8bit": {"save": "8bit"},
     "save=4bit": {"save": "4bit"},
+    "residual=e4m3": {"activation": E4M3_OUTLIERS},
+    "residual=e4m3, save=8bit": {"activation": E4M3_OUTLIERS, "save": "8bit"},
 }
 
 
@@ -39,8 +42,12 @@ def models() -> Iterator[tuple[str, nn.Module, dict[str, Any], bool]]:
         mlp = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to(dtype)
         yield f"MLP 256-512-256, {name}", mlp, {"input": torch.randn(TOKENS, 256, dtype=dtype)}, autocast
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
-    for name, autocast in (("FP32", False), ("autocast", True)):
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **sizes))
+    for name, dtype, autocast in (
+        ("FP32", torch.float32, False),
+        ("BF16", torch.bfloat16, False),
+        ("autocast", torch.float32, True),
+    ):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **sizes)).to(dtype)
         yield f"Llama 2 × 128, {name}", llama, {"input_ids": torch.zeros(2, TOKENS // 2, dtype=torch.long)}, autocast
 
 

@@ -39,6 +39,7 @@ class Lowering:
 LOWERINGS: dict[str, Lowering] = {
     "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
+    "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated, texts=0),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
     "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
     "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),

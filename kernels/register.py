@@ -36,6 +36,7 @@ __all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of"]
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "quantize_compensated": quantize.quantize_compensated,
+    "encode_compensated": quantize.encode_compensated,
     "quantize_8bit": quantize.quantize_8bit,
     "quantize_8bit_masked": quantize.quantize_8bit_masked,
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,

@@ -6,7 +6,7 @@ What they share about the ``qcompile::`` ops is in `views.py` and `dialect.py`, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from qcompile import compat
 
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "graph_modules", "input_of",
-    "is_call", "is_relayout", "item_of", "result", "results_of", "same_size", "same_sizes", "size_along",
-    "static_size", "target_name", "through_views", "value_of",
+    "is_call", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size", "same_sizes",
+    "size_along", "static_size", "target_name", "through_views", "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -106,6 +106,15 @@ def through_views(node: Node) -> Node:
     while is_call(node, *_VIEWS):
         node = input_of(node)
     return node
+
+
+def is_view(node: Any) -> bool:
+    return is_call(node, *_VIEWS)
+
+
+def is_read_by(node: Node, readers: Collection[Node]) -> bool:
+    """Whether one of ``readers`` reads a tensor, or a view of it."""
+    return any(user in readers or (is_view(user) and is_read_by(user, readers)) for user in node.users)
 
 
 def input_of(node: Node) -> Node:

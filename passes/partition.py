@@ -7,6 +7,7 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
   saved but decoded again;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
   instead), unless the forward changes that parameter: its codes are saved then;
+* a copy that repeats a smaller tensor (keys and values, once for every query head of their group) is made again;
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else;
 * what reads an input that the forward changes is not computed again, since the backward would read the new value
   (Inductor and ``aot_eager`` do, and get such gradients wrong).
@@ -18,7 +19,7 @@ returns codes and scales in place of the wide tensor and the backward decodes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,26 +32,50 @@ from qcompile.ir.quantizer import Quantizer
 from .graph import (
     aten,
     bodies_called,
+    emit,
     input_of,
     is_call,
+    is_read_by,
     is_relayout,
+    is_view,
     item_of,
+    result,
     results_of,
     static_size,
     through_views,
     value_of,
-)
+)  # fmt: skip
 from .pass_base import Context, GraphPass
 from .record import STATISTICS_KIND, operand_kind
-from .views import ENCODERS, ClampOutliers, Dequantize, EstimatorMask, Hadamard, Quantize, RestoreOutliers, encoder_of
+from .roles import depends_on_tangents
+from .views import (
+    ENCODERS,
+    ClampOutliers,
+    Dequantize,
+    EncodeCompensated,
+    EstimatorMask,
+    Hadamard,
+    Quantize,
+    QuantizedMM,
+    RestoreOutliers,
+    encoder_of,
+)  # fmt: skip
 
-__all__ = ["Partitioner", "Split", "hints", "narrow_saved"]
+__all__ = ["Partitioner", "Split", "hints", "narrow_saved", "share_codes"]
 
 prims = torch.ops.prims
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
 
 _ENCODER_OPS = tuple(view.op for view in ENCODERS)
 _DECODER_OPS = (Dequantize.op, RestoreOutliers.op)
+
+#: What the min-cut may compute again in the backward, as it may torch's own elementwise operations, and what it may not
+#: unless a memory budget makes it.
+_ELEMENTWISE = (EncodeCompensated.op, Dequantize.op)
+_PRODUCTS = (QuantizedMM.op,)
+
+#: What torch puts between a mask and an attention kernel that wants its rows aligned.
+_PADDING = (aten.constant_pad_nd.default, aten.slice.Tensor, aten.clone.default)
 
 #: ``save=`` option → quantizer of the tensors it narrows.
 SAVE_QUANTIZERS = {"8bit": "e4m3 row absmax even", "4bit": "e2m1 block32 absmax even"}
@@ -63,6 +88,7 @@ def hints(graph: Graph, context: Context) -> int:
     recompute_weights = context.recipe.saved_weights == "recompute"
     inputs = _overwritten_inputs(graph)
     overwritten = _computed_from(inputs, graph)
+    backward = depends_on_tangents(graph)
     for node in graph.nodes:
         if operand_kind(node) == STATISTICS_KIND:
             continue  # nothing of the monitor's reaches the backward
@@ -71,6 +97,8 @@ def hints(graph: Graph, context: Context) -> int:
             tags.update(dict.fromkeys(_casts(Quantize.of(node).x), _RECOMPUTE))
         if is_call(node, *_DECODER_OPS) or (_keeps_size(node) and input_of(node) in decoded):
             decoded.add(node)
+            tags[node] = _RECOMPUTE
+        elif _repeats(node) and is_read_by(node, backward):
             tags[node] = _RECOMPUTE
         elif is_call(node, EstimatorMask.op):
             tags[node] = _RECOMPUTE if weight else _SAVE
@@ -91,6 +119,14 @@ def hints(graph: Graph, context: Context) -> int:
 def _keeps_size(node: Node) -> bool:
     """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
     return is_relayout(node) or is_call(node, Hadamard.op)
+
+
+def _repeats(node: Node) -> bool:
+    """A copy with more elements than there are in memory of what it copies."""
+    if not is_call(node, aten.clone.default):
+        return False
+    value = input_of(node).meta["val"]
+    return any(stride == 0 and static_size(size) != 1 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def _overwritten_inputs(graph: Graph) -> list[Node]:
@@ -148,7 +184,8 @@ class Partitioner(compat.CustomPartitionerFn):
             forward, backward = self.chained(gm, joint_inputs, **kwargs)
         else:
             kwargs.setdefault("compiler", "inductor")
-            forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
+            with compat.partitioner_knows(elementwise=_ELEMENTWISE, products=_PRODUCTS):
+                forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
         kept_outputs = kwargs["num_fwd_outputs"]
         for graph_pass in self.passes:
             if graph_pass.name not in self.context.recipe.disable_passes:
@@ -160,6 +197,10 @@ class Partitioner(compat.CustomPartitionerFn):
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self  # as in pipeline.Hook
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As its identity: torch pickles its config for the caches' keys, this hook included."""
+        return str, (repr(self.uuid()),)
 
     def uuid(self) -> Any:
         chained = self.chained.uuid() if self.chained is not None else None
@@ -209,6 +250,24 @@ def _is_clamped(node: Node) -> bool:
     return encoder is not None and isinstance(encoder[0], ClampOutliers) and encoder[1] == 0
 
 
+def share_codes(split: Split, context: Context) -> int:
+    """Let the forward return the codes it has, where it would compute them again for the backward to be given; returns
+    of how many encoders.
+    """
+    graph = split.forward.graph
+    again = EncodeCompensated.calls(graph)
+    for node in again:
+        encoder = item_of(EncodeCompensated.of(node).bounds)
+        assert encoder is not None
+        codes = result(encoder[0], 0)
+        assert codes is not None
+        node.replace_all_uses_with(codes)
+        graph.erase_node(node)
+    if again:
+        split.forward.recompile()
+    return len(again)
+
+
 def narrow_saved(split: Split, context: Context) -> int:
     """Replace wide saved activations by codes and scales in both graphs; returns how many were narrowed."""
     if context.recipe.save == "exact" or not context.plan.quantized:
@@ -217,25 +276,30 @@ def narrow_saved(split: Split, context: Context) -> int:
     quantizer = Quantizer.parse(SAVE_QUANTIZERS[context.recipe.save])
     output, results = forward.graph.output_node(), list(results_of(forward.graph))
     placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    kept = {through_views(node) for node in results[:kept_outputs] if isinstance(node, Node)}
     narrowed = 0
     for node in dict.fromkeys(results[kept_outputs:]):
-        if not _can_narrow(node, results[:kept_outputs], quantizer):
+        order = _memory_order(node, kept, quantizer)
+        if order is None:
             continue
         placeholder = placeholders.get(node.name)
         if placeholder is None:
             continue
         position = results.index(node, kept_outputs)
-        with forward.graph.inserting_before(output):
-            parts = Quantize(node, quantizer, -1).emit_results(forward.graph, near=node)
+        # Where the tensor is made: at the end of the forward all of them would be alive at once.
+        with forward.graph.inserting_before(node.next):
+            rows = _permuted(forward.graph, node, order)
+            parts = Quantize(rows, quantizer, -1).emit_results(forward.graph, near=node)
         value = node.meta["val"]
         with backward.graph.inserting_before(placeholder):
             received = [backward.graph.placeholder(part.name) for part in parts]
         for new, part in zip(received, parts, strict=True):
             new.meta["val"] = part.meta["val"]
-        first_use = next(n for n in backward.graph.nodes if n.op != "placeholder")
+        first_use = next(n for n in backward.graph.nodes if n in placeholder.users)
         with backward.graph.inserting_before(first_use):
             decode = Dequantize(received[0], received[1], quantizer, -1, value.shape[-1], value.dtype)
-            decoded = decode.emit(backward.graph, near=placeholder)
+            rows = decode.emit(backward.graph, near=placeholder)
+            decoded = _permuted(backward.graph, rows, sorted(range(len(order)), key=order.__getitem__))
         placeholder.replace_all_uses_with(decoded)
         backward.graph.erase_node(placeholder)
         results[position : position + 1] = parts
@@ -247,23 +311,40 @@ def narrow_saved(split: Split, context: Context) -> int:
     return narrowed
 
 
-def _can_narrow(node: Any, kept: list[Any], quantizer: Quantizer) -> bool:
-    """Wide, computed, row-shaped floating-point activations; never a result of the user's, a mask, or what is codes
-    already.
+def _permuted(graph: Graph, x: Node, order: Sequence[int]) -> Node:
+    return x if list(order) == sorted(order) else emit(graph, x, aten.permute.default, x, list(order))
+
+
+def _memory_order(node: Any, kept: set[Node], quantizer: Quantizer) -> list[int] | None:
+    """The axes of a tensor to narrow as they lie in memory, rows last; ``None`` for one that stays as it is.
+
+    Narrowed are wide, computed floating-point activations with dense rows; never a result of the user's (``kept``,
+    which is alive anyway), a mask, or what is codes already.
     """
-    if not isinstance(node, Node) or node in kept or through_views(node).op == "placeholder" or _is_encoded(node):
-        return False
+    if not isinstance(node, Node) or through_views(node).op == "placeholder" or _is_encoded(node):
+        return None
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
+        return None
     width = static_size(value.shape[-1]) if value.dim() >= 2 else None
-    if width is None or width < 32 or not value.is_contiguous():
-        return False
-    # −inf masks and per-row statistics (log-sum-exp, reciprocal norms) lose their meaning in few bits.
-    additive_mask = any(
-        "scaled_dot_product" in str(user.target) and user.args.index(node) > 2
-        for user in node.users
-        if user.op == "call_function" and node in user.args
-    )
+    if width is None or width < 32 or through_views(node) in kept or _masks_attention(node):
+        return None
+    # As attention has its heads: transposed, but dense.
+    strides = [compat.size_hint(stride) for stride in value.stride()]
+    order = sorted(range(value.dim()), key=lambda axis: -strides[axis])
+    if order[-1] != value.dim() - 1 or not value.permute(order).is_contiguous():
+        return None
+    # Statistics per row (log-sum-exp, reciprocal norms) are no wider than 32 and lose their meaning in few bits.
     saved = value.dtype.itemsize - quantizer.format.bits / 8 - storage_dtype(quantizer).itemsize / width
-    return not additive_mask and bool(saved > 0)
+    return order if saved > 0 else None
+
+
+def _masks_attention(node: Node) -> bool:
+    """Whether attention takes a tensor, or a view of it, as anything but queries, keys and values: −∞ is no code."""
+    for user in node.users:
+        if is_view(user) or is_call(user, *_PADDING):
+            if _masks_attention(user):
+                return True
+        elif "scaled_dot_product" in str(user.target) and node not in user.args[:3]:
+            return True
+    return False

@@ -33,11 +33,12 @@ from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .names import Names
-from .partition import Partitioner, hints, narrow_saved
+from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
 from .plan import all_rules, make_plan
 from .quantize_gradients import quantize_gradients
+from .recompute_codes import recompute_codes
 from .record import Plan, Site
 from .watch import watch
 
@@ -151,12 +152,16 @@ JOINT = PipelineStage(
         ),
         GraphPass("audit", audit, changes="no (records what is left)", observes=True),
         GraphPass("lower_frozen", lower_frozen, changes="no (inference with freezing)"),
+        GraphPass("recompute_codes", recompute_codes),
     ),
 )
 PARTITION = PipelineStage(
     "partition",
     "joint → forward, backward",
-    (GraphPass("narrow_saved", narrow_saved, changes="yes, if save= is set", optional=False),),
+    (
+        GraphPass("share_codes", share_codes, optional=False),
+        GraphPass("narrow_saved", narrow_saved, changes="yes, if save= is set", optional=False),
+    ),
 )
 POST_GRAD = PipelineStage(
     "post_grad",
@@ -205,7 +210,7 @@ def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:
     for stage in stages:
         hook = f"{stage.name}_custom_pre_pass"
         config[hook] = Hook(stage, context, identity, compat.user_hook(hook, patches))
-    if context.recipe.save != "exact" or context.observe is not None:
+    if context.plan.quantized or context.observe is not None:
         chained = compat.user_hook("custom_partitioner_fn", patches)
         config["custom_partitioner_fn"] = Partitioner(context, identity, chained, PARTITION.passes)
     return config

@@ -29,6 +29,7 @@ from .views import (
     ClampOutliers,
     CountBits,
     Dequantize,
+    EncodeCompensated,
     EstimatorMask,
     FakeQuantize,
     Hadamard,
@@ -91,7 +92,8 @@ _TRACED: frozenset[type[View]] = frozenset({
     ScaleGradient,
 })  # fmt: skip
 _FUSED = _TRACED | {QuantizedMM}
-_LOWERED = _TRACED | {Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled}
+_RECOMPUTED = _FUSED | {EncodeCompensated}
+_LOWERED = _TRACED | {EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled}
 _MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
 
 #: By the name of the pass, in the order of the pipeline.
@@ -104,6 +106,7 @@ STAGES: dict[str, Stage] = {
     "choose_providers": Stage(_FUSED, (_has_a_provider,)),
     "audit": Stage(_FUSED),
     "lower_frozen": Stage(_FUSED | _LOWERED),
+    "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
     "merge_quantize": Stage(_MERGED),
     "audit_encoders": Stage(_MERGED),

@@ -31,8 +31,9 @@ from qcompile.ir.transforms import Transform
 from .graph import emit, is_call, item_of
 
 __all__ = [
-    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EstimatorMask", "FakeQuantize",
-    "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "OperandStatistics", "ProductOperand", "Quantize",
+    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EncodeCompensated", "EstimatorMask",
+    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "OperandStatistics",
+    "ProductOperand", "Quantize",
     "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated",
     "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View", "encoder_of",
 ]  # fmt: skip
@@ -165,6 +166,15 @@ class Quantize(View):
 class QuantizeCompensated(View):
     op = ops.quantize_compensated.default
     x: Node
+    operand: Operand
+    axis: int
+
+
+@dataclass(frozen=True)
+class EncodeCompensated(View):
+    op = ops.encode_compensated.default
+    x: Node
+    bounds: Node
     operand: Operand
     axis: int
 

@@ -10,9 +10,9 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -85,6 +85,7 @@ __all__ = [
     "min_cut_partition",
     "nll_loss_nd",
     "no_fake_mode",
+    "partitioner_knows",
     "placeholder_value",
     "raw_stream",
     "recompile_limits",
@@ -254,6 +255,31 @@ def eager_inner_compile(gm: GraphModule, example_inputs: list[Any], **kwargs: An
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+@contextmanager
+def partitioner_knows(elementwise: Iterable[OpOverload], products: Iterable[OpOverload]) -> Iterator[None]:
+    """Within it, torch's min-cut treats these ops as its own of the kind: what is elementwise fuses and may be computed
+    again, products are compute-intensive. There is no way to register them.
+    """
+    module = torch._functorch.partitioners
+    torchs_own = module.get_default_op_list
+    cheap, dear = ({op.overloadpacket for op in ops} for ops in (elementwise, products))
+
+    def op_list() -> Any:
+        types = torchs_own()
+        return replace(
+            types,
+            fusible_ops=types.fusible_ops | cheap,
+            recomputable_ops=types.recomputable_ops | cheap,
+            compute_intensive_ops=types.compute_intensive_ops | dear,
+        )
+
+    module.get_default_op_list = op_list
+    try:
+        yield
+    finally:
+        module.get_default_op_list = torchs_own
 
 
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:

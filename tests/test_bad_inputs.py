@@ -48,7 +48,7 @@ def rule(**fields: Any) -> dict[str, Any]:
 
 
 FORMATS = r"known formats: e2m1, e1m2, e3m0, .*int8$"
-OPTIONS = r"Known: bits, defaults, activation, weight, gradient, backward, .*, and Inductor's$"
+OPTIONS = r"Known: bits, defaults, variant, activation, weight, gradient, backward, .*, and Inductor's$"
 QUANTIZER = r"is not '<format> \[<granularity>\] \[<scale rule>\] \[<rounding>\]', in any order$"
 
 #: What the user does → options, and a regular expression for the whole line.
@@ -200,11 +200,11 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "residual as code of eight bits": (
         {"activation": "midrise8; occ(residual=e4m3)"},
-        r"option 'activation': .*residual=e4m3 goes with a grid of up to 4 bits, .* not midrise8 row absmax even",
+        r"option 'activation': .*residual=e4m3 goes with a grid of up to 4 bits, .* not midrise8 row absmax even; .*",
     ),
     "residual as code and trust": (
         {"activation": "e2m1; trust; occ(residual=e4m3)"},
-        r"option 'activation': .*goes with the estimator ste, not trust",
+        r"option 'activation': .*goes with the estimator ste, not trust; residual=exact .*",
     ),
     "two-level scales of rows": (
         {"weight": "e2m1 row e4m3"},
@@ -247,7 +247,7 @@ BAD: dict[str, tuple[Any, str]] = {
         r"name the layers that the rule is for",
     ),
     # switches
-    "unknown backward": ({"backward": "fp4"}, r"option 'backward': 'fp4' is not one of bf16, dgrad_fp8, fp8"),
+    "unknown backward": ({"backward": "fp4"}, r"option 'backward': 'fp4' is not one of bf16, dgrad_fp8, fp8, auto"),
     "text for fuel": ({"fuel": "3"}, r"option 'fuel': '3' is not an integer ≥ 0 or None"),
     "negative fuel": ({"fuel": -1}, r"option 'fuel': -1 is not an integer ≥ 0 or None"),
     "save in two bits": ({"save": "2bit"}, r"option 'save': '2bit' is not one of exact, 8bit, 4bit"),
@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "one for True": ({"attention": 1}, r"option 'attention': 1 is not True or False"),
     "unknown pass": (
         {"disable_passes": ["fusee"]},
-        r"option 'disable_passes': there is no pass 'fusee'; passes: expand, insert, .*",
+        r"option 'disable_passes': there is no pass 'fusee'; passes: expand, causal_masks, insert, .*",
     ),
     "pass not in a list": ({"disable_passes": "fuse"}, r"option 'disable_passes' takes a list of names, got 'fuse'"),
     "layer not in a list": ({"skip": "lm_head"}, r"option 'skip' takes a list of names, got 'lm_head'"),

@@ -71,7 +71,7 @@ def arms(monkeypatch):
         BASELINE: EAGER,
         "right": replace(EAGER, provider="ours"),
         "raises": Arm("raises", broken),
-        "wrong_loss": Arm("wrong loss", lambda model, options: lambda *batch: 1.5 * model(*batch)),
+        "wrong_loss": Arm("wrong loss", lambda model, options: lambda **batch: 1.5 * model(**batch)),
         "wrong_gradient": Arm("wrong gradient", lambda model, options: OneWrongGradient(model), counterpart=BASELINE),
     }
     monkeypatch.setattr(training_step, "ARMS", table)

@@ -31,13 +31,14 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 
 from qcompile.ir.formats import Format
-from qcompile.ir.ops import storage_dtype
+from qcompile.ir.operand import Operand
+from qcompile.ir.ops import COMPENSATED, storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.expression import Formula
-from qcompile.kernels.formula.inductor_target import emit
+from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
 
 __all__ = [
@@ -46,12 +47,14 @@ __all__ = [
     "index_of_moved",
     "is_empty",
     "lower_dequantize",
+    "lower_encode_compensated",
     "lower_quantize",
     "lower_quantize_8bit",
     "mark_of",
     "packed_bytes",
     "rounded",
     "supports_dequantize",
+    "supports_encode_compensated",
     "supports_quantize",
     "supports_scales",
     "why_not_scaled",
@@ -100,6 +103,11 @@ def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, st
         if capability < (8, 9):
             return False, f"E4M3 needs compute capability 8.9, this device has {capability}"
     return True, ""
+
+
+def supports_encode_compensated(device: torch.device | None = None) -> tuple[bool, str]:
+    """Whether :func:`lower_encode_compensated` generates code, and if not, why."""
+    return supports_scales(Quantizer.parse(COMPENSATED), device)
 
 
 def is_empty(*tensors: ir.TensorBox) -> bool:
@@ -166,6 +174,27 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     order = list(range(len(shape) - 1))
     order.insert(axis % len(shape), len(shape) - 1)
     return lowerings[torch.ops.aten.permute.default](moved, order)
+
+
+def lower_encode_compensated(x, bounds, operand: str, axis: int):
+    """``qcompile::encode_compensated``: a loop over elements that fuses with what computes x."""
+    q, compensated = Operand.parse(operand).quantizer, Quantizer.parse(COMPENSATED)
+    supported = not why_not_rounded(q.format) and supports_encode_compensated(x.get_device())[0]
+    if not ir.is_triton(x) or is_empty(x) or not supported:
+        return own_kernel(torch.ops.qcompile.encode_compensated.default, x, bounds, operand, axis)
+    rows, dtype = axis_last(x, axis), x.get_dtype()
+    load_x, load_bounds = rows.make_loader(), bounds.make_loader()
+
+    def element(index: Index) -> Value:
+        lower, upper, reciprocal = (load_bounds([*index[:-1], sympy.Integer(i)]) for i in range(3))
+        value = rounded(load_x(index), dtype)
+        # Comparisons leave zeros their sign, as the kernel that has found the bounds does.
+        clamped = ops.where(ops.lt(value, lower), lower, ops.where(ops.gt(value, upper), upper, value))
+        level = _rounded(ops.mul(clamped, reciprocal), q)
+        raised = ops.add(level, uncontracted_product(ops.sub(value, clamped), reciprocal))
+        return ops.to_dtype(encode(ops.where(ops.eq(value, clamped), level, raised), compensated), torch.uint8)
+
+    return ir.Pointwise.create(device=x.get_device(), dtype=torch.uint8, inner_fn=element, ranges=list(rows.get_size()))
 
 
 def is_in_memory(x) -> bool:

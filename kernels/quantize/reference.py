@@ -39,6 +39,7 @@ __all__ = [
     "decode",
     "dequantize",
     "encode",
+    "encode_compensated",
     "marks",
     "pack",
     "quantize",
@@ -100,8 +101,9 @@ def dequantize(
     return (levels * spread(scale, levels.shape, q)).to(dtype).movedim(-1, axis)
 
 
-def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 ``[..., R, K]`` of E4M3 and scales ``[..., R, 1]`` of an operand with outliers.
+def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 ``[..., R, K]`` of E4M3, scales ``[..., R, 1]``, and bounds float32 ``[..., R, 3]`` of an operand
+    with outliers.
 
     The levels of the clamped row, plus (x − clamped) · γ rounded to E4M3, saturating, where x was clamped. A row with
     a NaN or an infinity takes its absolute maximum for the scale, so that nothing of it decodes to a finite value.
@@ -111,17 +113,29 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     x = x.movedim(axis, -1).contiguous()
     low, high = clamped_counts(spec.outliers, x.shape[-1])
     if x.numel() == 0:
-        return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty([*x.shape[:-1], 1], dtype=torch.float32)
+        scale, bounds = (x.new_empty([*x.shape[:-1], n], dtype=torch.float32) for n in (1, 3))
+        return x.new_empty(x.shape, dtype=torch.uint8), scale, bounds
     lower = x.topk(low + 1, largest=False).values[..., -1:].float()
     upper = x.topk(high + 1).values[..., -1:].float()
     x = x.float()
     largest, floor = x.abs().amax(-1, keepdim=True), spec.quantizer.amax_floor
     amax = torch.where(largest.isfinite(), torch.maximum(lower.abs(), upper.abs()).clamp(min=floor), largest)
     scale, _, reciprocal = scale_pair(amax, spec.quantizer)
+    bounds = torch.cat([lower, upper, reciprocal], -1)
+    return encode_compensated(x, bounds, operand, -1), scale, bounds
+
+
+def encode_compensated(x: Tensor, bounds: Tensor, operand: str, axis: int) -> Tensor:
+    """The codes of :func:`quantize_compensated`, with its bounds: nothing is searched for, and elements are
+    independent.
+    """
+    spec = Operand.parse(operand)
+    x = x.movedim(axis, -1).float().contiguous()
+    lower, upper, reciprocal = bounds.split(1, -1)
     clamped = x.clamp(lower, upper)
     levels = decode(encode(clamped * reciprocal, spec.quantizer), spec.quantizer.format)
     raised = levels + (x - clamped) * reciprocal
-    return encode(torch.where(x == clamped, levels, raised), Quantizer.parse(COMPENSATED)), scale
+    return encode(torch.where(x == clamped, levels, raised), Quantizer.parse(COMPENSATED))
 
 
 def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,6 +86,7 @@ def _quantize_compensated_rows(
     x,
     codes,
     scales,
+    bounds,
     row_stride,
     rows,
     size,
@@ -108,6 +109,9 @@ def _quantize_compensated_rows(
     amax = tl.where(amax < float("inf"), inner, amax)
     scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
+    tl.store(bounds + 3 * row, lowest)
+    tl.store(bounds + 3 * row + 1, highest)
+    tl.store(bounds + 3 * row + 2, gamma)
     codes += (row * size)[:, None]
     lowest, highest, gamma = lowest[:, None], highest[:, None], gamma[:, None]
     if tl.min((amax <= fmt.plain_limit).to(tl.int32), 0) != 0:
@@ -119,7 +123,7 @@ def _quantize_compensated_rows(
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor]:
+def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize_compensated`.
 
     x float32, bfloat16 or float16, any strides; at most ``LONGEST_ROW`` elements along ``axis``. Where a bound is zero
@@ -132,7 +136,7 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     rows, shape = as_rows(x, axis)
     size = shape[-1]
     codes = x.new_empty(shape, dtype=torch.uint8)
-    scales = x.new_empty((*shape[:-1], 1), dtype=torch.float32)
+    scales, bounds = (x.new_empty((*shape[:-1], n), dtype=torch.float32) for n in (1, 3))
     constants = search_constants(rows, SEARCHED_REGISTERS)
     launch(
         _quantize_compensated_rows,
@@ -140,6 +144,7 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         rows,
         codes,
         scales,
+        bounds,
         rows.stride(0),
         rows.shape[0],
         size,
@@ -149,4 +154,4 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
         part=constants["width"] * math.gcd(constants["tiles"], WRITTEN_TILES),
         **constants,
     )
-    return codes, scales
+    return codes, scales, bounds

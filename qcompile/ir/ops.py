@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .encoding import Encoding
 from .operand import Operand
@@ -66,8 +67,11 @@ _SCHEMAS = (
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
     # x + residual.
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
-    # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; and scales.
-    "quantize_compensated(Tensor x, str operand, int axis) -> (Tensor, Tensor)",
+    # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; scales; and
+    # bounds, float32 [..., R, 3]: what a row was clamped to, and γ.
+    "quantize_compensated(Tensor x, str operand, int axis) -> (Tensor, Tensor, Tensor)",
+    # The same codes from the same x, where the bounds are known.
+    "encode_compensated(Tensor x, Tensor bounds, str operand, int axis) -> Tensor",
     # Which elements let their gradient pass, one bit each, packed along `axis` (moved last): uint8 [..., R, ceil(K/8)].
     # With a `transform` they are elements of what it makes of x.
     "estimator_mask(Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
@@ -164,8 +168,14 @@ def _(x, values, positions, clamp, axis):
 
 @register_fake("quantize_compensated")
 def _(x, operand, axis):
-    shape = moved_shape(x.shape, axis)
-    return x.new_empty(shape, dtype=torch.uint8), x.new_empty([*shape[:-1], 1], dtype=torch.float32)
+    *rows, size = moved_shape(x.shape, axis)
+    codes = x.new_empty([*rows, size], dtype=torch.uint8)
+    return codes, *(x.new_empty([*rows, n], dtype=torch.float32) for n in (1, 3))
+
+
+@register_fake("encode_compensated")
+def _(x, bounds, operand, axis):
+    return x.new_empty(moved_shape(x.shape, axis), dtype=torch.uint8)
 
 
 @register_fake("estimator_mask")
@@ -195,6 +205,13 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
     rows = a_shape[-1] if a_transposed else a_shape[-2]
     columns = b_shape[-2] if b_transposed else b_shape[-1]
     return a[0].new_empty([*a_shape[:-2], rows, columns], dtype=dtype)
+
+
+@register_flop_formula(torch.ops.qcompile.quantized_mm)
+def _(a, a_operand, a_size, a_transposed, *rest, out_shape, **keywords):
+    """Multiplications and additions, of which a memory budget of torch's partitioner asks."""
+    rows = a[0][-2]
+    return 2 * math.prod(out_shape) * (rows if a_transposed else a_size)
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:
@@ -238,7 +255,7 @@ class _FakeQuantize(torch.autograd.Function):
         values = positions = mask = None
         clamped = x
         if clamp and spec.outliers.residual == "e4m3":  # type: ignore[union-attr]
-            codes, scales = ops.quantize_compensated(x, operand, axis)
+            codes, scales, _ = ops.quantize_compensated(x, operand, axis)
             return ops.dequantize(codes, scales, COMPENSATED, axis, x.shape[axis], x.dtype), scales, None, None
         if clamp:
             clamped, values, positions = ops.clamp_outliers(x, clamp, axis)

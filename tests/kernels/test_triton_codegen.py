@@ -34,6 +34,7 @@ from qcompile.kernels.quantize import reference  # noqa: E402
 from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
 
 E2M1 = "e2m1 row absmax even"
+COMPENSATED_OPERAND = f"{E2M1}; ste; occ(alpha=0.9,residual=e4m3)"
 quantize, dequantize = torch.ops.qcompile.quantize, torch.ops.qcompile.dequantize
 
 
@@ -168,6 +169,21 @@ def test_one_kernel_for_other_scales(generate, text):
     scale = torch.ones(()) if "e4m3" in text else None
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, scale), torch.randn(37, 256))
     assert len(kernels) == 1
+
+
+@compiled
+def test_codes_computed_again_fuse_with_swiglu_and_its_backward(generate):
+    """One kernel reads gate, up and dY once, for the codes that the next layer's wgrad reads and for both gradients."""
+    gate, up, dy = (torch.randn(37, 254, dtype=torch.bfloat16) for _ in range(3))
+
+    def backward(gate, up, dy, bounds):
+        codes = torch.ops.qcompile.encode_compensated(F.silu(gate) * up, bounds, COMPENSATED_OPERAND, -1)
+        return codes, dy * F.silu(gate), torch.ops.aten.silu_backward(dy * up, gate)
+
+    _, kernels = generate(backward, gate, up, dy, torch.ones(37, 3))
+    assert len(kernels) == 1
+    assert "encode_compensated" in kernels[0].name
+    assert "e4m3x2" in kernels[0].ptx()
 
 
 @compiled
@@ -368,6 +384,23 @@ def test_interpreted_granularities_and_scale_rules(generate, axis):
     texts += ["e2m1 row absmax_pow2", "midrise4 block4 absmax_pow2 half_up", "e2m1 block16 e8m0", "e3m0 block5x5 e8m0"]
     xs = [rows_of_everything(19, 38, Quantizer.parse(text).format) for text in texts]
     assert_quantizes_as_the_reference(generate, texts, xs, axis)
+
+
+@interpreted
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_interpreted_codes_computed_again(generate, axis):
+    """Equal to those of the search, outliers and cast included. (Their residuals are exact here: the interpreter does
+    not round to E4M3.)
+    """
+    x = torch.randint(-6, 7, (19, 40)).float()
+    x[:, :4], x[:, 4:8], x[3], x[5] = 6.0, -6.0, 0.0, x[5] * 2.0**-20
+    x[7, 8:11], x[9, 11:14] = torch.tensor([8.0, 12.0, -20.0]), torch.tensor([-10.0, 64.0, 14.0])
+    x = x.movedim(-1, axis).contiguous()
+    codes, _, bounds = reference.quantize_compensated(x, COMPENSATED_OPERAND, axis)
+    encode = torch.ops.qcompile.encode_compensated
+    again, kernels = generate(lambda x: encode(x.half() * 1, bounds, COMPENSATED_OPERAND, axis), x)
+    assert kernels
+    assert torch.equal(again, codes)
 
 
 @interpreted

@@ -57,7 +57,7 @@ class _FoldedLinear(torch.autograd.Function):
         ctx.roles, ctx.gradient, ctx.shape = roles, gradient, x.shape
         rows = x.reshape(-1, x.shape[-1])
         if "residual=e4m3" in activation:
-            codes, s_x = ops.quantize_compensated(rows, activation, -1)
+            codes, s_x, _ = ops.quantize_compensated(rows, activation, -1)
             x_levels = codes.view(torch.float8_e4m3fn).float()
         else:
             codes, s_x = ops.quantize(rows, activation.split(";")[0], -1)
