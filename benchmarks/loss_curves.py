@@ -1,6 +1,7 @@
-"""What the modes do to training: loss of 300 steps on real text, in BF16 and with 4-bit forward products.
+"""What the modes do to training: loss on real text, in BF16 and with 4-bit forward products.
 
     python benchmarks/loss_curves.py --out benchmarks/h200/loss_curves.json
+    python benchmarks/loss_curves.py --arms bf16,default,fp8,paper --steps 2000 --text text.txt
 
 A Llama of 28 million parameters (model.py, "d768") reads Shakespeare as bytes, all arms with the same seed and batches;
 BF16 runs a second seed too, whose distance from the first is the noise that gaps have to be read against. Precision is
@@ -58,6 +59,9 @@ BASELINE = "bf16"
 ARMS: dict[str, Arm] = {
     BASELINE: Arm("BF16", "black"),
     "bf16_seed1": Arm("BF16, another seed", "0.6", seed=1, style="--"),
+    "default": Arm("FP4, no options", "tab:purple", "qcompile_fp4"),
+    "paper": Arm("FP4, as printed", "tab:cyan", "qcompile_fp4", {"variant": "paper"}),
+    "quest": Arm("QuEST W4A4, no options", "tab:brown", "qcompile_quest"),
     "forward": fp4("FP4 forward, BF16 backward", "tab:blue", "ours_bf16_occ"),
     "dgrad_fp8": fp4("FP4 forward, dgrad FP8", "tab:green", "ours_dgrad_fp8_occ"),
     "fp8": fp4("FP4 forward, backward FP8", "tab:orange", "ours_fp8_occ"),

@@ -50,6 +50,8 @@ OCC = "e2m1 row absmax even; ste; occ(alpha=0.99,residual=e4m3)"
 
 ACTIVATIONS = [(16384, 4096), (16384, 14336), (16384, 2048)]
 WEIGHTS = [(14336, 4096)]
+#: Of small models, whose rows are short.
+SHORT_ROWS = [(32768, 640), (16384, 1024), (32768, 1792)]
 #: In and out features of the linears that the cost of outlier clamping is set against.
 LINEARS = [(4096, 4096), (4096, 14336), (14336, 4096)]
 
@@ -182,7 +184,9 @@ CASES: dict[str, Case] = {
     "recode e2m1 transposed": Case(
         lambda k, x: k.recode(x, FP4, 2 * x.shape[1], True), packed_codes, ACTIVATIONS, bitwise
     ),
-    "quantize_compensated e2m1": Case(lambda k, x: k.quantize_compensated(x, OCC, -1), normal, ACTIVATIONS, bitwise),
+    "quantize_compensated e2m1": Case(
+        lambda k, x: k.quantize_compensated(x, OCC, -1), normal, SHORT_ROWS + ACTIVATIONS, bitwise
+    ),
     "clamp_outliers": Case(lambda k, x: k.clamp_outliers(x, CLAMP, -1), normal, ACTIVATIONS, clamps_differently),
     "clamp_outliers per=tensor": Case(
         lambda k, x: k.clamp_outliers(x, CLAMP_TENSOR, -1), normal, ACTIVATIONS, clamps_differently
@@ -328,6 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide all shapes by this, to try things out")
+    parser.add_argument("--only", default="", help="leave out all kernels whose names do not contain this")
     parser.add_argument("--out", type=Path, default=Path("quantize_kernels.csv"))
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -336,7 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     log = fresh_log(given.out)
     rows: list[Row] = []
     print(HEAD)
-    for row in measure_all(CASES, given.scale, given.device, log):
+    cases = {name: case for name, case in CASES.items() if given.only in name}
+    for row in measure_all(cases, given.scale, given.device, log):
         rows.append(row)
         write_rows(given.out, rows)
         print(line(row), flush=True)

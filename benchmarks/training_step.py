@@ -114,11 +114,15 @@ def ours(label: str, recipe: Options) -> Arm:
     return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
 
 
-def without_options(backend: str, label: str, counterpart: str) -> Arm:
-    """A backend of ours as its name alone gives it."""
+#: Attention stays what the model calls, as it does in BF16.
+MASKED = {"disable_passes": ["causal_masks"]}
+
+
+def without_options(backend: str, label: str, counterpart: str, **chosen: Any) -> Arm:
+    """A backend of ours as its name alone gives it, but for ``chosen``."""
 
     def compile_plainly(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model.forward, dynamic=False, backend=backend, options=dict(options) or None)
+        return torch.compile(model.forward, dynamic=False, backend=backend, options={**chosen, **options} or None)
 
     return Arm(label, compile_plainly, "ours", frozenset(ROLES_OF_BACKWARD["fp8"]), counterpart=counterpart)
 
@@ -230,6 +234,12 @@ ARMS: dict[str, Arm] = {
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
     "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
+    "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "ours_bf16_occ", **MASKED),
+    "quest_masked": without_options("qcompile_quest", "QuEST, no causal_masks", "quest_bf16", **MASKED),
+    "ours_no_occ_masked": without_options(
+        "qcompile_fp4", "FP4 without OCC, no causal_masks", "ours_bf16", **NO_OUTLIERS, **MASKED
+    ),
+    "ours_paper": without_options("qcompile_fp4", "FP4, as printed", "", variant="paper"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
     **{

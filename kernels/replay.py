@@ -6,9 +6,9 @@ and alignment of its tensors, and its other arguments. So the first call of a ki
 ones allocate what it allocated and launch what it launched, with their own addresses. That takes a few microseconds
 per launch where the host function takes tens, which a model of small layers waits for.
 
-A function is repeated if it does nothing but allocate, view, copy and launch (:func:`qcompile.kernels.triton.launch`).
-Any other operation, a tensor from elsewhere, or a launch that gives no compiled kernel (Triton's interpreter), and the
-function itself runs at every call of that kind.
+A function is repeated if it does nothing to its arguments, and what it makes of them, but allocate, view, copy and
+launch (:func:`qcompile.kernels.triton.launch`). Any other operation on them, a tensor from elsewhere, or a launch that
+gives no compiled kernel (Triton's interpreter), and the function itself runs at every call of that kind.
 """
 
 from __future__ import annotations
@@ -70,13 +70,23 @@ class _View:
 
 @dataclass(frozen=True)
 class _Allocation:
-    size: torch.Size
+    size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def run(self, slots: list[Any], stream: int) -> None:
         slots.append(compat.empty_strided(self.size, self.stride, self.dtype, self.device))
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """A tensor without elements, which all calls can share."""
+
+    tensor: Tensor
+
+    def run(self, slots: list[Any], stream: int) -> None:
+        slots.append(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -169,11 +179,13 @@ class _Recorder(compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        tensors = [value for value in compat.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if func in _ALLOCATIONS:
-            self._made(result, _Allocation(result.shape, result.stride(), result.dtype, result.device))
-        elif self._knows(*args):
+            made = _Allocation(tuple(result.shape), result.stride(), result.dtype, result.device)
+            self._made(result, made if result.numel() else _Empty(result))
+        elif any(id(tensor) in self.slot_of for tensor in tensors) and self._knows(*tensors):
             self._note(func, args, kwargs or {}, result)
-        return result
+        return result  # of other tensors, constants that a first call works out: no step of the call
 
     def _note(self, func: Any, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         aliases = [returned.alias_info for returned in func._schema.returns]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import LIB, quantized, transform_of, without_autocast
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.sharding import local_tensor
-from qcompile.kernels.quantize.reference import load_scale, spread, unpack
+from qcompile.kernels.quantize.reference import by_grid, load_scale, marks, spread, unpack
 
 __all__ = ["STATISTICS"]
 
@@ -40,24 +41,30 @@ def operand_statistics(x: Tensor, operand: str, axis: int, seed: Tensor | None =
 
 def _statistics(rows: Tensor, spec: Operand, seed: Tensor | None) -> Tensor:
     restored, scales, mask, global_scale = quantized(rows, str(spec), -1, seed)
-    stored, fmt = spec.stored, spec.stored.format
+    stored = spec.stored
     rotation = transform_of(spec, rows, -1).rotation
     seen = torch.ops.qcompile.hadamard(rows, rotation, -1) if rotation > 1 else rows
     seen, wide = seen.float(), rows.float()
     scale = spread(load_scale(scales, stored, global_scale), rows.shape, stored)
-    zero = torch.zeros_like(scale).expand_as(seen)
-    small = zero
-    if fmt.around_zero is not None:
-        low, high = fmt.around_zero
-        small = (seen >= low * scale) & (seen <= high * scale) & (seen != 0)
-    lowest, highest = (level * (1 + 2.0**-22) for level in fmt.range)
-    kept = unpack(mask, 1, rows.shape[-1]) if mask is not None else 1.0 - zero
+    marked = marks(scales, rows.shape, stored)
+
+    def clipped(of: Quantizer) -> Tensor:
+        lowest, highest = (level * (1 + 2.0**-22) for level in of.format.range)
+        return (seen < lowest * scale) | (seen > highest * scale)
+
+    def underflow(of: Quantizer) -> Tensor:
+        if of.format.around_zero is None:
+            return torch.zeros_like(seen, dtype=torch.bool)
+        low, high = of.format.around_zero
+        return (seen >= low * scale) & (seen <= high * scale) & (seen != 0)
+
+    kept = unpack(mask, 1, rows.shape[-1]) if mask is not None else torch.ones_like(seen)
     means = (
         wide.square(),
         (wide - restored.float()).square(),
-        (seen < lowest * scale) | (seen > highest * scale),
+        by_grid(stored, marked, clipped),
         1 - kept.float(),
-        small,
+        by_grid(stored, marked, underflow),
     )
     return torch.stack([values.float().mean() for values in means])
 

@@ -116,6 +116,8 @@ def _why_not_8bit(operand: ProductOperand) -> str:
     if operand.encoding.is_dense:
         return "an operand in high precision"
     fmt, spec = operand.encoding.format, operand.encoding.operand
+    if fmt.grids:
+        return f"which grid of {fmt.name} a code is of, its block's scale says"
     if fmt.tensor_core_type is None:
         return f"{fmt.name} fits no 8-bit tensor-core type"
     if spec is None:

@@ -119,8 +119,12 @@ def _sites_below(body: _Body, vocabulary: Vocabulary, names: Names) -> Iterator[
 
 
 def _is_training(gm: GraphModule) -> bool:
-    """Whether a result of the graph requires a gradient."""
-    return any(getattr(value_of(n), "requires_grad", False) for n in gm.graph.output_node().all_input_nodes)
+    """Whether a result of the graph requires a gradient. Leaves that are handed back, and views of them, do not count:
+    it is torch's version that decides whether ``p.T`` is a result of the graph.
+    """
+    values = [value_of(node) for node in gm.graph.output_node().all_input_nodes]
+    results = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    return not all((v if v._base is None else v._base).is_leaf for v in results)
 
 
 def _mixed_precision(site: Site, autocasts: tuple[tuple[str, bool], ...]) -> str:

@@ -1,4 +1,4 @@
-"""Joint graph: quantize dY for 8-bit tensor cores (``backward="dgrad_fp8" | "fp8"``).
+"""Joint graph: quantize dY for 8-bit tensor cores (``backward="auto" | "dgrad_fp8" | "fp8"``).
 
 The scales of the codes that a backward product reads lie along its contraction: an output channel's scale along
 dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY can take them before it is quantized::
@@ -11,28 +11,49 @@ A dY that `quantize_gradients` has quantized without them is quantized anew, wit
 
 So one set of codes serves all three products exactly, and dY is the only operand that is rounded. dgrad takes dY's
 scales along its rows and wgrad along its columns.
+
+With ``"auto"`` a product is left to be decoded where no tensor cores would multiply its codes, or where that is
+estimated to be faster than to quantize dY first (:mod:`qcompile.kernels.matmul.costs`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
+from qcompile import compat
 from qcompile.ir.encoding import Encoding
 from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.matmul import costs
 
 from .gradient_axes import ROLE_OF_OPERAND
 from .graph import aten, emit, input_of, is_call, size_along, through_views
 from .pass_base import Context
-from .record import UNFOLDED_KEY, marked, operand_kind, site_index
+from .record import UNFOLDED_KEY, Decision, marked, operand_kind, site_index
 from .roles import depends_on_tangents
 from .views import ProductOperand, Quantize, QuantizedMM
 
 __all__ = ["fold"]
+
+
+class _Backward(NamedTuple):
+    """A backward product of a site, and which operand of it is the gradient and which one is codes."""
+
+    node: Node
+    product: QuantizedMM
+    gradient: str
+    codes: str
+    role: str
+    decision: Decision
+
+    @property
+    def product_codes(self) -> ProductOperand:
+        return getattr(self.product, self.codes)
 
 
 def fold(graph: Graph, context: Context) -> int:
@@ -40,42 +61,80 @@ def fold(graph: Graph, context: Context) -> int:
     decisions = {d.site.index: d for d in context.plan.quantized if d.folded}
     if not decisions:
         return 0
-    backward, count = depends_on_tangents(graph), 0
-    for node in list(graph.nodes):
+    foldable: list[_Backward] = []
+    for candidate in _backward_products(graph, decisions):
+        if why := _why_not(candidate):
+            marked(candidate.node, **{UNFOLDED_KEY: why})
+        elif candidate.role in candidate.decision.folded:
+            foldable.append(candidate)
+    slower = _slower(foldable)
+    for candidate in foldable:
+        node = candidate.node
+        if node in slower:
+            marked(node, **{UNFOLDED_KEY: slower[node]})
+            continue
+        gradient = candidate.decision.gradients[candidate.role]
+        assert gradient is not None
+        with graph.inserting_before(node):
+            folded = _folded(graph, node, candidate.product, candidate.gradient, candidate.codes, gradient.quantizer)
+        node.replace_all_uses_with(folded)
+        graph.erase_node(node)
+    return len(foldable) - len(slower)
+
+
+def _backward_products(graph: Graph, decisions: dict[int, Decision]) -> list[_Backward]:
+    backward, found = depends_on_tangents(graph), []
+    for node in graph.nodes:
         decision = decisions.get(site_index(node))  # type: ignore[arg-type]
         product = QuantizedMM.match(node) if node in backward else None
         if decision is None or product is None:
             continue
-        sides = _gradient_and_codes(product, backward)
-        if sides is None:
-            continue
-        codes = getattr(product, sides[1])
-        if why := _why_not(node, codes):
-            marked(node, **{UNFOLDED_KEY: why})
-            continue
-        role = ROLE_OF_OPERAND[operand_kind(through_views(codes.first))]
-        gradient = decision.gradients.get(role)
-        if gradient is None or role not in decision.folded:
-            continue
-        with graph.inserting_before(node):
-            folded = _folded(graph, node, product, *sides, gradient.quantizer)
-        node.replace_all_uses_with(folded)
-        graph.erase_node(node)
-        count += 1
-    return count
+        for gradient, codes in (("a", "b"), ("b", "a")):
+            first, second = (getattr(product, side) for side in (gradient, codes))
+            if first.first in backward and second.first not in backward and not second.encoding.is_dense:
+                role = ROLE_OF_OPERAND[operand_kind(through_views(second.first))]
+                if decision.gradients.get(role) is not None:
+                    found.append(_Backward(node, product, gradient, codes, role, decision))
+    return found
 
 
-def _gradient_and_codes(product: QuantizedMM, backward: set[Node]) -> tuple[str, str] | None:
-    """Which operand is the gradient, and which one is codes."""
-    for gradient, codes in (("a", "b"), ("b", "a")):
-        first, second = (getattr(product, side) for side in (gradient, codes))
-        if first.first in backward and second.first not in backward and not second.encoding.is_dense:
-            return gradient, codes
-    return None
+def _slower(foldable: list[_Backward]) -> dict[Node, str]:
+    """The products of ``"auto"`` that are estimated to be slower on 8-bit codes, and what the estimates are."""
+    sites: dict[int, list[_Backward]] = {}
+    for candidate in foldable:
+        if candidate.decision.by_cost:
+            sites.setdefault(candidate.decision.site.index, []).append(candidate)
+    readers = Counter(through_views(c.product_codes.first) for c in foldable if c.role == "wgrad")
+    slower = {}
+    for candidates in sites.values():
+        by_role = {candidate.role: candidate for candidate in sorted(candidates, key=lambda c: c.role)}
+        roles, (m, n, k) = tuple(by_role), _extents(candidates[0])
+        value = candidates[0].node.meta["val"]
+        rates, measured = costs.rates_of(compat.card_name(value.device))
+        shared = readers[through_views(by_role["wgrad"].product_codes.first)] if "wgrad" in by_role else 1
+        chosen, estimates = costs.best_backward((m, n, k), roles, shared, value.dtype, rates)
+        for role in set(roles) - set(chosen):
+            estimate = f"{estimates[chosen]:.0f} µs estimated for the backward, {estimates[roles]:.0f} in 8 bits"
+            slower[by_role[role].node] = estimate if measured else f"{estimate}, at the rates of {rates.card}"
+    return slower
 
 
-def _why_not(node: Node, codes: ProductOperand) -> str:
-    """Why the scales of ``codes`` cannot be folded into the gradient; "" if they can."""
+def _extents(candidate: _Backward) -> tuple[int, int, int]:
+    """(M, N, K) of the site: rows, outputs and inputs of the layer, as far as they are known."""
+    of_gradient, of_codes = map(compat.size_hint, candidate.node.meta["val"].shape)
+    if candidate.gradient == "b":
+        of_gradient, of_codes = of_codes, of_gradient
+    gradient: ProductOperand = getattr(candidate.product, candidate.gradient)
+    contracted = compat.size_hint(gradient.first.meta["val"].shape[-2 if gradient.contracts_rows else -1])
+    # dX is [M, K] and contracts N; dW is [N, K] and contracts M.
+    return (of_gradient, contracted, of_codes) if candidate.role == "dgrad" else (contracted, of_gradient, of_codes)
+
+
+def _why_not(candidate: _Backward) -> str:
+    """Why the scales of the codes cannot be folded into the gradient; "" if they can."""
+    node, codes = candidate.node, candidate.product_codes
+    if candidate.decision.by_cost and compat.tensor_core_capability(node.meta["val"].device) is None:
+        return f"no 8-bit tensor cores on {node.meta['val'].device.type}"
     spec = codes.encoding.operand
     assert spec is not None
     quantizer = spec.quantizer

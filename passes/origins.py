@@ -21,7 +21,7 @@ from qcompile import compat
 
 from .graph import input_of, target_name, value_of
 
-__all__ = ["NOTHING", "Origin", "Origins", "Source", "written_by"]
+__all__ = ["NOTHING", "Origin", "Origins", "Source", "values_read", "written_by"]
 
 #: Python's in-place operators, by name.
 _IN_PLACE_OPERATORS = frozenset(
@@ -142,7 +142,7 @@ class Origins:
         return _INPUT if compat.is_argument(node) else _CONSTANT
 
     def _call(self, node: Node, is_product: bool) -> Origin:
-        read = [self.of(argument) for argument in _arguments_read(node)]
+        read = [self.of(argument) for argument in _derived_from(node)]
         origin = NOTHING
         for other in read:
             origin = origin | other
@@ -177,19 +177,23 @@ def _tensors(node: Node) -> Iterator[Node]:
             yield leaf
 
 
-def _arguments_read(node: Node) -> Iterator[Node]:
-    """The arguments whose values a call reads; of ``zeros_like`` and ``new_zeros``, none.
+def values_read(node: Node) -> Iterator[Node]:
+    """The tensors among a call's arguments, or tuples of them, whose values it reads; of ``zeros_like`` and
+    ``new_zeros``, none.
+    """
+    name = target_name(node)
+    if not (name.endswith("_like") or name.startswith("new_")):
+        yield from islice(_tensors(node), 1 if name in _FIRST_ARGUMENT_ONLY else None)
+
+
+def _derived_from(node: Node) -> Iterator[Node]:
+    """The arguments that a call's result derives from: those it reads, and of selections what they pick from.
 
     Whole matrices that are picked from a stack (the experts of a token) are the stack's, whatever picks them; rows that
     are picked from a matrix are not (an embedding).
     """
-    name = target_name(node)
-    if name.endswith("_like") or name.startswith("new_"):
-        return
-    tensors = _tensors(node)
-    if name in _FIRST_ARGUMENT_ONLY:
-        tensors = islice(tensors, 1)
-    elif name in _SELECTIONS and (first := next(tensors, None)) is not None:
+    tensors = values_read(node)
+    if target_name(node) in _SELECTIONS and (first := next(tensors, None)) is not None:
         yield first
         stacked = isinstance(value_of(first), torch.Tensor) and value_of(first).dim() > 2
         tensors = islice(tensors, 0 if stacked else None)

@@ -8,7 +8,9 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
   instead), unless the forward changes that parameter: its codes are saved then;
 * a copy that repeats a smaller tensor (keys and values, once for every query head of their group) is made again;
-* a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else.
+* a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else;
+* what reads an input that the forward changes is not computed again, since the backward would read the new value
+  (Inductor and ``aot_eager`` do, and get such gradients wrong).
 
 ``save="8bit" | "4bit"``: packed GEMM inputs replace only part of what a training step keeps; residual streams, gates
 and attention inputs remain. :class:`Partitioner` narrows those too, after the min-cut has chosen them: the forward
@@ -41,7 +43,8 @@ from .graph import (
     results_of,
     static_size,
     through_views,
-)  # fmt: skip
+    value_of,
+)
 from .pass_base import Context, GraphPass
 from .record import STATISTICS_KIND, operand_kind
 from .roles import depends_on_tangents
@@ -83,7 +86,8 @@ def hints(graph: Graph, context: Context) -> int:
     tags: dict[Node, Any] = {}
     decoded: set[Node] = set()
     recompute_weights = context.recipe.saved_weights == "recompute"
-    overwritten = _from_overwritten_inputs(graph)
+    inputs = _overwritten_inputs(graph)
+    overwritten = _computed_from(inputs, graph)
     backward = depends_on_tangents(graph)
     for node in graph.nodes:
         if operand_kind(node) == STATISTICS_KIND:
@@ -106,6 +110,7 @@ def hints(graph: Graph, context: Context) -> int:
                 tags[node] = _RECOMPUTE
             elif not _is_clamped(node):
                 tags[node] = _SAVE
+    tags.update(dict.fromkeys(_readers(inputs, overwritten), _SAVE))
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
     return len(tags)
@@ -124,14 +129,29 @@ def _repeats(node: Node) -> bool:
     return any(stride == 0 and static_size(size) != 1 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
-def _from_overwritten_inputs(graph: Graph) -> set[Node]:
-    """Nodes computed from an input that the graph writes to: the backward would compute them from the new value."""
-    writes = [node for node in graph.nodes if is_call(node, aten.copy_.default) and input_of(node).op == "placeholder"]
-    found = set(map(input_of, writes))
+def _overwritten_inputs(graph: Graph) -> list[Node]:
+    """Inputs that the graph writes to: what the backward computes from one, it computes from the new value."""
+    written = map(input_of, graph.find_nodes(op="call_function", target=aten.copy_.default))
+    return [node for node in written if node.op == "placeholder"]
+
+
+def _computed_from(inputs: list[Node], graph: Graph) -> dict[Node, None]:
+    """``inputs`` and all that depends on them, in order."""
+    found = dict.fromkeys(inputs)
     for node in graph.nodes if found else ():
         if any(source in found for source in node.all_input_nodes):
-            found.add(node)
+            found[node] = None
     return found
+
+
+def _readers(inputs: list[Node], dependent: Iterable[Node]) -> list[Node]:
+    """Nodes that compute something of their own from the memory of ``inputs``, views of them aside."""
+    written = {compat.memory_of(value_of(node)) for node in inputs} - {None}
+
+    def is_alias(node: Node) -> bool:
+        return not written.isdisjoint(map(compat.memory_of, compat.tree_leaves(value_of(node))))
+
+    return [node for node in dependent if not is_alias(node) and any(map(is_alias, node.all_input_nodes))]
 
 
 def _casts(source: Any) -> list[Node]:

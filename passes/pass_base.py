@@ -25,7 +25,10 @@ from qcompile.ir.recipe import Recipe
 from .record import Plan, Provision
 from .verify import verify
 
-__all__ = ["Context", "EncoderKey", "GraphPass", "Observations", "Product", "Work", "dump", "log", "run_passes"]
+__all__ = [
+    "Context", "EncoderKey", "GraphPass", "MaskedAttention", "Observations", "Product", "Work", "dump", "log",
+    "run_passes",
+]  # fmt: skip
 
 log = logging.getLogger("qcompile")
 if _level := os.environ.get("QCOMPILE_LOGS"):
@@ -54,6 +57,20 @@ class Product:
     where: str
 
 
+@dataclass(frozen=True)
+class MaskedAttention:
+    """What became of a call of ``scaled_dot_product_attention`` with a mask (`causal_masks`).
+
+    Attributes:
+        became: what it is told instead of the mask; empty where the mask stays. grouped: whether it reads the heads of
+        keys and values before they are repeated. reason: why the mask, or the repetition, stays.
+    """
+
+    became: str = ""
+    grouped: bool = False
+    reason: str = ""
+
+
 class EncoderKey(NamedTuple):
     """What tells encoders apart: the texts of quantizer and transform, and the dtype of what is encoded."""
 
@@ -73,6 +90,7 @@ class Observations:
         encoders: what runs the ops that quantize, in the post-grad graphs, each as often as it differs.
         saved: tensors the partitioner keeps for the backward.
         plan: the decisions about the graph.
+        masked: calls of attention that were given a mask.
     """
 
     programs: dict[str, str] = field(default_factory=dict)
@@ -81,6 +99,7 @@ class Observations:
     encoders: dict[EncoderKey, list[Provision]] = field(default_factory=dict)
     saved: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan | None = None
+    masked: list[MaskedAttention] = field(default_factory=list)
 
     @property
     def unaccounted(self) -> list[Product]:

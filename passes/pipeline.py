@@ -23,6 +23,7 @@ from qcompile.ir.recipe import Recipe
 from .account import account
 from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
+from .causal_masks import causal_masks
 from .choose_providers import choose_providers
 from .expand import expand
 from .find_gemms import find_gemms
@@ -74,6 +75,19 @@ class Capture:
         stamp(plan)
         return len(plan.quantized)
 
+    def causal_masks(self) -> int:
+        """Attention's kernels round otherwise, so not where nothing is quantized: the off switch changes no bit."""
+        if not self.context.plan.quantized:
+            return 0
+        found = causal_masks(self.gm)
+        changed = sum(bool(call.became) for call in found)
+        if self.observe is not None:
+            self.observe.masked = found
+        if changed:
+            log.debug("dynamo/causal_masks: %d of %d calls of attention with a mask", changed, len(found))
+            dump("dynamo_causal_masks", self.gm.graph, self.context)
+        return changed
+
     def insert(self) -> int:
         plan = self.context.plan
         wrapped = insert(self.gm, plan)
@@ -114,6 +128,7 @@ DYNAMO = PipelineStage(
         GraphPass("expand", Capture.expand),
         GraphPass("find_gemms", Capture.find_gemms, optional=False),
         GraphPass("plan", Capture.make_plan, optional=False),
+        GraphPass("causal_masks", Capture.causal_masks, changes="no (attention's kernel, where a mask is only causal)"),
         GraphPass("insert", Capture.insert, changes="yes, by the recipe"),
         GraphPass("quantize_gradients", Capture.quantize_gradients, changes="yes, if gradient= is set"),
         GraphPass("watch", Capture.watch, changes="no (statistics, if monitor= is set)", optional=False),

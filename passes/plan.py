@@ -84,7 +84,8 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     operands = tuple(chosen[kind] for kind in kinds)
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
-    decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward])
+    by_cost = recipe.backward == "auto"
+    decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward], by_cost=by_cost)
     notes = [slot.note for slot in site.slots if slot.note]
     notes += _decide_gradients(decision, recipe, applicable)
     if not any(operands) and not decision.rounded:
@@ -104,6 +105,8 @@ def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]
         rules = [r for r in applicable if role in r.roles]
         gradient = _resolve(recipe, recipe.gradient or default, rules, "gradient")
         decision.gradients[role] = gradient
+        if decision.by_cost and gradient is not default:  # as it is asked for, on every card
+            decision.folded = tuple(folded for folded in decision.folded if folded != role)
         if gradient is None:
             continue
         if role in decision.folded:

@@ -124,7 +124,7 @@ class Decision:
     ``operands`` follow the site's slots; all may be ``None`` where only gradients are quantized. ``gradients`` says
     what dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
     (`quantize_gradients`), for the roles in ``folded`` times the scales of the other operand (`fold`). A role in both
-    is folded if its scales allow it.
+    is folded if its scales allow it; ``by_cost``: and if that is estimated to be faster.
     """
 
     site: Site
@@ -134,6 +134,7 @@ class Decision:
     gradients: dict[str, Operand | None] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
+    by_cost: bool = False
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Plan:
         """
         return repr([
             (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
-             d.folded, d.rounded)
+             d.folded, d.rounded, d.by_cost)
             for d in self.decisions
         ])  # fmt: skip
 

@@ -55,6 +55,7 @@ __all__ = [
     "before_next_call",
     "cache_counters",
     "captures_recurrent_layers",
+    "card_name",
     "compile_fx",
     "compiled_call",
     "current_frame",
@@ -83,6 +84,7 @@ __all__ = [
     "memory_of",
     "min_cut_partition",
     "nll_loss_nd",
+    "no_fake_mode",
     "partitioner_knows",
     "placeholder_value",
     "raw_stream",
@@ -117,6 +119,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
+
+#: Within it, tensors have data even where the user compiles under ``FakeTensorMode``.
+no_fake_mode = torch._subclasses.fake_tensor.unset_fake_temporarily
 
 
 @functools.cache
@@ -280,6 +285,11 @@ def partitioner_knows(elementwise: Iterable[OpOverload], products: Iterable[OpOv
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, ``None`` for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def card_name(device: torch.device) -> str:
+    """What torch calls a CUDA device; the type of others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
 def will_freeze(graph: Graph) -> bool:
@@ -491,7 +501,9 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or torch._C._cuda_getDevice() == device.index
 
 
-def empty_strided(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty_strided(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """``torch.empty_strided``; on the current CUDA device as generated code does it, in half the time."""
     if device.type == "cuda":
         return torch._C._dynamo.guards._empty_strided_cuda(size, stride, dtype)  # type: ignore[attr-defined]

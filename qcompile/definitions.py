@@ -109,8 +109,8 @@ class ScaleRule(quantizer.ScaleRule):
     float32. Elements are multiplied by 1 / scale, or by ``reciprocal=`` of the same arguments.
 
     Arguments are the attributes of :class:`qcompile.ir.quantizer.ScaleRule`. Raises ``ValueError`` for a name that
-    texts could not tell from another word, an unknown store or statistic, and for a formula that kernels cannot be
-    printed from, naming what it cannot use.
+    texts could not tell from another word, an unknown store or statistic, numbers that cannot be meant, and for a
+    formula that kernels cannot be printed from, naming what it cannot use.
     """
 
     def __post_init__(self) -> None:
@@ -125,6 +125,10 @@ class ScaleRule(quantizer.ScaleRule):
             if value not in known:
                 msg = f"{where}: {key}={value!r} is not one of {', '.join(map(str, known))}"
                 raise ValueError(msg)
+        if fault := self._fault_of_numbers():
+            msg = f"{where}: {fault}"
+            raise ValueError(msg)
+        object.__setattr__(self, "candidates", tuple(map(float, self.candidates)))
         statistic = {"statistic": torch.float64 if self.statistic == "rms" else _FLOAT}
         recorded = [
             _recorded(f"{where}: {key}", function, _FLOAT, **statistic)
@@ -133,8 +137,30 @@ class ScaleRule(quantizer.ScaleRule):
         ]
         _define(SCALE_RULES, self, name, recorded)
 
+    def _fault_of_numbers(self) -> str:
+        """What is wrong with a number, and what to give instead; empty if nothing is."""
+        factors, most = self.candidates, self.largest_stored
+        if not isinstance(factors, (tuple, list)) or not all(_is_number(f) and f > 0 for f in factors):
+            return f"candidates={factors!r} are not positive numbers, for example (1.0, 1.5)"
+        if not factors or factors[0] != 1.0:
+            return f"candidates={factors!r} do not begin with 1.0, the scale of the formula; put it first"
+        if len({*factors}) < len(factors):
+            return f"candidates={factors!r} name a factor twice; give each once"
+        if len(factors) > 1 and self.statistic != "amax":
+            return f"candidates={factors!r} are compared relative to the absolute maximum; use statistic='amax'"
+        if self.floor is not None and not (_is_number(self.floor) and self.floor >= 0):
+            return f"floor={self.floor!r} is not a finite number from 0 on, or None"
+        if not (_is_number(self.largest) and 0 < self.largest <= most):
+            return f"largest={self.largest!r} is not a positive number that {self.store} holds, at most {most:g}"
+        return ""
+
     def __str__(self) -> str:
         return self.name
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number of Python's."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _checked_name(registry: Registry[Any], given: str, reserved: tuple[str, ...]) -> str:

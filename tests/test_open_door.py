@@ -266,6 +266,36 @@ def test_two_words_of_one_set(text, message):
             "scale rule 'r': store='fp9' is not one of fp32",
         ),
         (lambda: qcompile.ScaleRule("r", lambda a, f: a, statistic="max"), "statistic='max' is not one of amax, rms"),
+        *(
+            (lambda numbers=numbers: qcompile.ScaleRule("r", lambda a, f: a, **numbers), f"scale rule 'r': {message}")
+            for numbers, message in (
+                ({"candidates": 1.5}, r"candidates=1.5 are not positive numbers, for example \(1.0, 1.5\)"),
+                ({"candidates": (1.0, -1.5)}, r"candidates=\(1.0, -1.5\) are not positive numbers"),
+                ({"candidates": (1.0, float("nan"))}, r"candidates=\(1.0, nan\) are not positive numbers"),
+                ({"candidates": ()}, r"candidates=\(\) do not begin with 1.0"),
+                (
+                    {"candidates": [1.5, 1.0]},
+                    r"candidates=\[1.5, 1.0\] do not begin with 1.0, the scale of the formula",
+                ),
+                ({"candidates": (1, 1.5, 1.5)}, r"candidates=\(1, 1.5, 1.5\) name a factor twice"),
+                (
+                    {"candidates": (1.0, 2.0), "statistic": "rms"},
+                    r"candidates=.* relative to the absolute maximum; use",
+                ),
+                ({"floor": -1.0}, "floor=-1.0 is not a finite number from 0 on, or None"),
+                ({"floor": "tiny"}, "floor='tiny' is not a finite number"),
+                ({"floor": float("inf")}, "floor=inf is not a finite number"),
+                ({"largest": 0}, "largest=0 is not a positive number that fp32 holds"),
+                (
+                    {"largest": 500.0, "store": "e4m3"},
+                    "largest=500.0 is not a positive number that e4m3 holds, at most 448",
+                ),
+                (
+                    {"largest": 1e6, "store": "ue5m3"},
+                    "largest=1000000.0 is not a positive number that ue5m3 holds, at most 61440",
+                ),
+            )
+        ),
         (lambda: qcompile.ScaleRule("r", lambda a, f: a > 1), "scale rule 'r': scale returns bool, not float32"),
         (lambda: qcompile.Estimator("x"), "estimator 'x': give mask=… or slope=…"),
         (lambda: qcompile.Estimator("ste", slope=lambda y, f: y), "estimator 'ste' is defined by qcompile"),

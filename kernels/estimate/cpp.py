@@ -19,7 +19,13 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula.cpp_target import cpp_function
-from qcompile.kernels.quantize.cpp import matrix_count, pointer_to, scaled_rows_source, supports_quantize
+from qcompile.kernels.quantize.cpp import (
+    matrix_count,
+    pointer_to,
+    scaled_element,
+    scaled_rows_source,
+    supports_quantize,
+)
 
 __all__ = [
     "estimator_mask",
@@ -37,9 +43,7 @@ extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* mask, 
                     int64_t size, int64_t threads) {
   for_each_row(x, (Stored*)nullptr, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
-    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      buffer[k] = keeps(values[k] * reciprocal);
-    });
+    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = keeps(SCALED); });
     pack<8>(buffer, mask + row * ((size + 7) / 8), size);
   });
 }
@@ -72,7 +76,7 @@ extern "C" void run(const ELEMENT* x, const float* global_scale, const GRADIENT*
     const GRADIENT* from = grad + row * size;
     GRADIENT* to = out + row * size;
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      to[k] = GRADIENT::from(from[k] * slope(values[k] * reciprocal));
+      to[k] = GRADIENT::from(from[k] * slope(SCALED));
     });
   });
 }
@@ -109,7 +113,7 @@ def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: s
 def _mask_kernel(quantizer: str, estimator: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
     keeps = cpp_function(formulas.mask_of_input(spec, q.format, q.rounding))
-    source = scaled_rows_source(q, transform) + keeps + _ESTIMATOR_MASK
+    source = scaled_rows_source(q, transform) + keeps + _ESTIMATOR_MASK.replace("SCALED", scaled_element(q.format))
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
 
 
@@ -122,7 +126,8 @@ def _mask_gradient_kernel(dtype: torch.dtype) -> Callable[..., None]:
 def _slope_kernel(quantizer: str, estimator: str, dtype: torch.dtype, gradient: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
     slope = cpp_function(formulas.slope(EstimatorSpec.parse(estimator), q.format))
-    source = (scaled_rows_source(q) + slope + _SCALE_GRADIENT).replace("ELEMENT", ELEMENT_TYPES[dtype])
+    scaling = _SCALE_GRADIENT.replace("SCALED", scaled_element(q.format))
+    source = (scaled_rows_source(q) + slope + scaling).replace("ELEMENT", ELEMENT_TYPES[dtype])
     return load(source.replace("GRADIENT", ELEMENT_TYPES[gradient]), pointers=4, integers=4)
 
 

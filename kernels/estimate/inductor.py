@@ -22,6 +22,7 @@ from qcompile.kernels.quantize.inductor import (
     group_of,
     index_of_moved,
     is_empty,
+    mark_of,
     packed_bytes,
     rounded,
     scale_value,
@@ -80,16 +81,15 @@ def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, g
     if not ir.is_triton(x) or is_empty(x) or not supported:
         op = torch.ops.qcompile.estimator_mask.default
         return own_kernel(op, x, scales, quantizer, estimator, axis, global_scale, transform)
-    bound = spec.bound(q.format)
+    bound = None if q.format.grids else spec.bound(q.format)
     units = GridUnits(x, q, axis, _MASK_BITS_PER_BYTE, global_scale)
 
     def keep(index, byte) -> Value:
         if bound is not None:
             inside = ops.le(ops.abs(units.load(index, byte)), _float(bound))
         else:
-            inside = emit(
-                formulas.mask_of_input(spec, q.format, q.rounding), units.load(index, byte, uncontracted_product)
-            )
+            formula = formulas.mask_of_input(spec, q.format, q.rounding)
+            inside = emit(formula, *units.inputs(index, byte, uncontracted_product))
         return ops.to_dtype(inside, torch.int32)
 
     return packed_bytes(units, keep)
@@ -124,15 +124,16 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
     load_global = global_scale.make_loader() if global_scale is not None else None
     units = None if spec.kind.continuous else GridUnits(x, q, axis, 1, global_scale)
 
-    def scaled(index) -> Value:
+    def inputs(index) -> tuple[Value, ...]:
         if units is not None:
-            return units.load(index_of_moved(index, axis), product=uncontracted_product)
-        scale = scale_value(load_scale(group_of(index_of_moved(index, axis), q)), q, load_global)
+            return units.inputs(index_of_moved(index, axis), product=uncontracted_product)
+        stored = load_scale(group_of(index_of_moved(index, axis), q))
+        scale = scale_value(stored, q, load_global)
         y = ops.truediv(rounded(load_x(index), x.get_dtype()), scale)
-        return ops.where(ops.eq(scale, _float(0.0)), _float(0.0), y)
+        return ops.where(ops.eq(scale, _float(0.0)), _float(0.0), y), *mark_of(stored, q)
 
     def element(index) -> Value:
-        slope = emit(formulas.slope(spec, q.format), scaled(index))
+        slope = emit(formulas.slope(spec, q.format), *inputs(index))
         return ops.to_dtype(ops.mul(ops.to_dtype(load_grad(index), torch.float32), slope), dtype)
 
     return ir.Pointwise.create(device=grad.get_device(), dtype=dtype, inner_fn=element, ranges=list(grad.get_size()))

@@ -14,7 +14,7 @@ from qcompile.ir.formats import Format
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.formula import estimators as formulas
 from qcompile.kernels.formula.torch_target import evaluate
-from qcompile.kernels.quantize.reference import pack, scaled_input, unpack
+from qcompile.kernels.quantize.reference import by_grid, pack, scaled_input, unpack
 
 __all__ = ["estimator_mask", "mask_gradient", "mask_of", "scale_gradient", "slope_of"]
 
@@ -29,8 +29,9 @@ def estimator_mask(
     transform: str = "",
 ) -> Tensor:
     """Uint8 ``[..., R, ⌈K/8⌉]``: bit i of byte j is set where element 8j + i lets its gradient pass."""
-    y, level = scaled_input(x, scales, quantizer, axis, global_scale, transform)
-    mask = mask_of(EstimatorSpec.parse(estimator), y, level, Quantizer.parse(quantizer).format)
+    y, level, marked = scaled_input(x, scales, quantizer, axis, global_scale, transform)
+    spec, q = EstimatorSpec.parse(estimator), Quantizer.parse(quantizer)
+    mask = by_grid(q, marked, lambda of: mask_of(spec, y, level, of.format))
     return pack(mask.to(torch.uint8), bits=1)
 
 
@@ -55,6 +56,7 @@ def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
         return evaluate(formulas.slope(estimator, fmt), y)
     k, cap = (value for _, value in estimator.parameters)
     assert k is not None
+    fmt = fmt.grid
     if fmt.codebook:
         edges, magnitude = torch.tensor(sorted({*fmt.codebook}), device=y.device), y.clamp(*fmt.range)
     else:
@@ -62,7 +64,7 @@ def slope_of(estimator: EstimatorSpec, y: Tensor, fmt: Format) -> Tensor:
         edges, magnitude = torch.tensor((*lowest, *fmt.magnitudes), device=y.device), y.abs().clamp(max=fmt.max)
     index = torch.bucketize(magnitude, edges[1:-1].contiguous(), right=True)
     position = 2 * (magnitude - edges[index]) / (edges[index + 1] - edges[index]) - 1
-    return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)
+    return (position.abs().pow(1 / k - 1) * (1 / k)).clamp(max=cap)
 
 
 def mask_gradient(grad: Tensor, mask: Tensor, axis: int) -> Tensor:
@@ -81,6 +83,7 @@ def scale_gradient(
     global_scale: Tensor | None = None,
 ) -> Tensor:
     """``grad ⊙ slope(x / s)`` in the dtype of ``grad``; the product is taken in float32."""
-    y, _ = scaled_input(x, scales, quantizer, axis, global_scale)
-    slope = slope_of(EstimatorSpec.parse(estimator), y, Quantizer.parse(quantizer).format)
+    y, _, marked = scaled_input(x, scales, quantizer, axis, global_scale)
+    spec, q = EstimatorSpec.parse(estimator), Quantizer.parse(quantizer)
+    slope = by_grid(q, marked, lambda of: slope_of(spec, y, of.format))
     return torch.empty_like(grad).copy_(grad.float() * slope.movedim(-1, axis))

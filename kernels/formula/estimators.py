@@ -8,7 +8,7 @@ from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.formats import Format
 
 from .expression import FLOAT, Formula
-from .rounding import nearest_level, saturate_value, why_not_rounded
+from .rounding import chosen, inputs, nearest_level, saturate_value, why_not_rounded
 
 __all__ = ["mask", "mask_of_input", "slope", "why_no_mask", "why_no_slope"]
 
@@ -24,25 +24,33 @@ def mask(estimator: EstimatorSpec, fmt: Format) -> Formula:
 
 @cache
 def mask_of_input(estimator: EstimatorSpec, fmt: Format, rounding: str) -> Formula:
-    """``(y) → bool``, the level being the nearest one."""
+    """``(y[, marked]) → bool``, the level being the nearest one."""
 
-    def keeps(y):
-        return estimator.mask(y, nearest_level(saturate_value(y, fmt), fmt, rounding)[0], fmt)
+    def keeps(y, *marked):
+        def of(grid):
+            return estimator.mask(y, nearest_level(saturate_value(y, grid), grid, rounding)[0], grid)
 
-    return Formula.record("keeps", keeps, y=FLOAT)
+        return chosen(fmt, marked, of)
+
+    return Formula.record("keeps", keeps, **inputs(fmt, y=FLOAT))
 
 
 @cache
 def slope(estimator: EstimatorSpec, fmt: Format) -> Formula:
-    """``(y) → factor on the gradient``, float32."""
-    return Formula.record("slope", lambda y: estimator.slope(y, fmt), y=FLOAT)
+    """``(y[, marked]) → factor on the gradient``, float32."""
+
+    def factor(y, *marked):
+        return chosen(fmt, marked, lambda grid: estimator.slope(y, grid))
+
+    return Formula.record("slope", factor, **inputs(fmt, y=FLOAT))
 
 
 def why_no_mask(estimator: EstimatorSpec, fmt: Format) -> str:
     """Why kernels have no mask of ``estimator``; empty if they have."""
     if estimator.kind.mask is None:
         return f"estimator {estimator} has no mask"
-    return why_not_rounded(fmt) or _too_long(mask(estimator, fmt))
+    masks = (mask(estimator, grid) for grid in fmt.choices)
+    return why_not_rounded(fmt) or next(filter(None, map(_too_long, masks)), "")
 
 
 def why_no_slope(estimator: EstimatorSpec, fmt: Format) -> str:

@@ -51,6 +51,8 @@ def minifloat(fmt: Format) -> tuple[int, float] | None:
 
 def why_not_rounded(fmt: Format) -> str:
     """Why there is no formula that rounds to ``fmt``; empty if there is one."""
+    if fmt.grids:
+        return next(filter(None, map(why_not_rounded, fmt.choices)), "")
     fmt = fmt.grid
     if uniform_offset(fmt) is not None or minifloat(fmt) is not None or len(fmt.thresholds) <= MOST_MIDPOINTS:
         return ""

@@ -8,20 +8,24 @@ which 0 has its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
 from qcompile.ir.formats import Format
 
-from .expression import FLOAT, INT, Formula, Value, constant, where
+from .expression import BOOL, FLOAT, INT, Formula, Value, constant, where
 from .layout import MANTISSA_BITS, bits_of, minifloat, uniform_offset, why_not_rounded
 
-__all__ = ["decode", "encode", "nearest", "round_level", "saturated"]
+__all__ = ["ROUNDER", "SIGN", "chosen", "decode", "encode", "inputs", "nearest", "round_level", "saturated"]
 
-_MAGNITUDE, _SIGN = 2**31 - 1, -(2**31)
+_MAGNITUDE = 2**31 - 1
+#: The bit of float32 that is its sign, as int32.
+SIGN = -(2**31)
 _EXPONENT = 0xFF << MANTISSA_BITS
-_ROUNDER = 1.5 * 2.0**MANTISSA_BITS
+#: Float32 numbers around it are one apart: added to another, it rounds that to an integer in its low bits.
+ROUNDER = 1.5 * 2.0**MANTISSA_BITS
 
 
 # --- the formulas ---------------------------------------------------------------------------------------------------
@@ -52,7 +56,7 @@ def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:
     else:  # without mantissa bits the even index is not the even multiple of a unit in the last place
         level, index = _thresholds(y, negative, grid, ties_up)
     # The sign goes in as a bit, which keeps −0 where 0 is a level.
-    sign = y.view(INT) & _SIGN if fmt.has_zero else where(negative, _SIGN, 0)
+    sign = y.view(INT) & SIGN if fmt.has_zero else where(negative, SIGN, 0)
     level = ((level.view(INT) & _MAGNITUDE) | sign).view(FLOAT)
     if fmt.pruned:
         index = index + 1
@@ -63,13 +67,13 @@ def _uniform(y: Value, negative: Value, fmt: Format, offset: float, ties_up: boo
     """Magnitude and index in a uniform grid. Additions of 1.5·2²³ round, all else is exact."""
     assert fmt.step is not None
     position = abs(y).exact_product(1 / fmt.step) - offset
-    raised = position + _ROUNDER
+    raised = position + ROUNDER
     if ties_up:
-        rest = position - (raised - _ROUNDER)
+        rest = position - (raised - ROUNDER)
         up = (rest == 0.5) & (y > 0.0)
-        down = (rest == -0.5) & negative & (raised > _ROUNDER)
+        down = (rest == -0.5) & negative & (raised > ROUNDER)
         raised = raised + where(up, 1.0, 0.0) - where(down, 1.0, 0.0)
-    level = (raised - _ROUNDER + offset).exact_product(fmt.step)
+    level = (raised - ROUNDER + offset).exact_product(fmt.step)
     return level, raised.view(INT) & 2 ** (fmt.bits - 1) - 1
 
 
@@ -154,6 +158,17 @@ def decode_code(code: Value, fmt: Format) -> Value:
 # --- recorded, by format --------------------------------------------------------------------------------------------
 
 
+def inputs(fmt: Format, **first: torch.dtype) -> dict[str, torch.dtype]:
+    """``first``, and of a pair of grids whether the scale is marked."""
+    return first | ({"marked": BOOL} if fmt.grids else {})
+
+
+def chosen(fmt: Format, marked: Sequence[Value], value: Callable[[Format], Value]) -> Value:
+    """``value(grid)`` of the grid that the block has taken."""
+    values = [value(grid) for grid in fmt.choices]
+    return where(marked[0], values[1], values[0]) if fmt.grids else values[0]
+
+
 def _checked(fmt: Format) -> Format:
     if reason := why_not_rounded(fmt):
         raise ValueError(reason)
@@ -176,12 +191,12 @@ def nearest(fmt: Format, rounding: str) -> Formula:
 
 @cache
 def encode(fmt: Format, rounding: str) -> Formula:
-    """``(y) → code`` of any float32 ``y`` in grid units."""
+    """``(y[, marked]) → code`` of any float32 ``y`` in grid units."""
 
-    def code(y: Value) -> Value:
-        return nearest_level(saturate_value(y, fmt), _checked(fmt), rounding)[1]
+    def code(y: Value, *marked: Value) -> Value:
+        return chosen(fmt, marked, lambda grid: nearest_level(saturate_value(y, grid), _checked(grid), rounding)[1])
 
-    return Formula.record("encode", code, y=FLOAT)
+    return Formula.record("encode", code, **inputs(fmt, y=FLOAT))
 
 
 @cache
@@ -196,5 +211,9 @@ def round_level(fmt: Format, rounding: str) -> Formula:
 
 @cache
 def decode(fmt: Format) -> Formula:
-    """``(code) → level``. Raises ``ValueError`` as :func:`nearest`."""
-    return Formula.record("decode", lambda code: decode_code(code, _checked(fmt)), code=torch.int32)
+    """``(code[, marked]) → level``. Raises ``ValueError`` as :func:`nearest`."""
+
+    def level(code: Value, *marked: Value) -> Value:
+        return chosen(fmt, marked, lambda grid: decode_code(code, _checked(grid)))
+
+    return Formula.record("decode", level, **inputs(fmt, code=INT))

@@ -13,14 +13,24 @@ from functools import cache
 import torch
 
 from qcompile.ir.formats import Format, float_magnitudes, get_format
-from qcompile.ir.formulas import power_of_two
-from qcompile.ir.quantizer import Quantizer, ScaleRule
+from qcompile.ir.formulas import floor_log2, power_of_two
+from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, Quantizer, ScaleRule
 
 from .expression import DOUBLE, FLOAT, INT, Formula, Value, where
-from .layout import MANTISSA_BITS
-from .rounding import decode_code, nearest_level, saturate_value
+from .layout import MANTISSA_BITS, bits_of
+from .rounding import ROUNDER, SIGN, decode_code, nearest_level, saturate_value
 
-__all__ = ["Store", "load_scale", "reciprocal", "scale_and_reciprocal", "store_of", "stored_scale"]
+__all__ = [
+    "Store",
+    "error_unit",
+    "is_marked",
+    "load_scale",
+    "reciprocal",
+    "scale_and_reciprocal",
+    "scaled_error",
+    "store_of",
+    "stored_scale",
+]
 
 
 class _ScaleFormat(Format):
@@ -91,58 +101,107 @@ def _statistic_dtype(rule: ScaleRule) -> torch.dtype:
     return DOUBLE if rule.statistic == "rms" else FLOAT
 
 
+def _stored_dtype(q: Quantizer) -> torch.dtype:
+    return FLOAT if q.scale.store == "fp32" else INT
+
+
 def _inputs(q: Quantizer, **first: torch.dtype) -> dict[str, torch.dtype]:
     return first | ({"global_scale": FLOAT} if q.scale.two_level else {})
 
 
-def _stored(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
-    scale = q.scale.scale(statistic, q.format)
-    scale = scale * factor if factor != 1.0 else scale
+def _stored(q: Quantizer, statistic: Value, *global_scale: Value, number: int = 0) -> Value:
+    candidate = q.candidates[number]
+    scale = q.scale.scale(statistic, candidate.grid)
+    scale = scale * candidate.factor if candidate.factor != 1.0 else scale
     for whole in global_scale:
         scale = scale / whole
-    return store_of(q.scale.store).encode(scale)
+    stored = store_of(q.scale.store).encode(scale)
+    return (stored.view(INT) | -_magnitude(q) - 1).view(stored.dtype) if candidate.marked else stored
 
 
 def _loaded(q: Quantizer, stored: Value, *global_scale: Value) -> Value:
+    if q.format.grids:
+        stored = (stored.view(INT) & _magnitude(q)).view(stored.dtype)
     scale = store_of(q.scale.store).decode(stored)
     for whole in global_scale:
         scale = scale * whole
     return scale
 
 
-def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value, factor: float = 1.0) -> Value:
+def _magnitude(q: Quantizer) -> int:
+    """The bits of a stored scale below its sign, as int32. Above it a device may have anything."""
+    return 2 ** (8 * getattr(torch, q.scale.storage).itemsize - 1) - 1
+
+
+def _reciprocal(q: Quantizer, statistic: Value, *global_scale: Value, number: int = 0) -> Value:
+    candidate = q.candidates[number]
     if q.scale.reciprocal is not None:
-        gamma = q.scale.reciprocal(statistic, q.format)
-        return gamma / factor if factor != 1.0 else gamma
-    scale = _loaded(q, _stored(q, statistic, *global_scale, factor=factor), *global_scale)
-    return where(scale == 0.0, 0.0, 1.0 / scale)
+        gamma = q.scale.reciprocal(statistic, candidate.grid)
+        gamma = gamma / candidate.factor if candidate.factor != 1.0 else gamma
+    else:
+        scale = _loaded(q, _stored(q, statistic, *global_scale, number=number), *global_scale)
+        gamma = where(scale == 0.0, 0.0, 1.0 / scale)
+    return (gamma.view(INT) | SIGN).view(FLOAT) if candidate.marked else gamma
 
 
 @cache
-def stored_scale(q: Quantizer, factor: float = 1.0) -> Formula:
-    """``(statistic[, global scale]) → stored``: float32, or the bits of another store as int32; of the candidate with
-    this factor on the scale.
+def stored_scale(q: Quantizer, number: int = 0) -> Formula:
+    """``(statistic[, global scale]) → stored`` of a candidate: float32, or the bits of another store as int32, whose
+    sign is set if the candidate is marked.
     """
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("stored_scale", lambda *values: _stored(q, *values, factor=factor), **inputs)
+    return Formula.record("stored_scale", lambda *values: _stored(q, *values, number=number), **inputs)
 
 
 @cache
-def reciprocal(q: Quantizer, factor: float = 1.0) -> Formula:
-    """``(statistic[, global scale]) → γ``, float32, of the candidate with this factor."""
+def reciprocal(q: Quantizer, number: int = 0) -> Formula:
+    """``(statistic[, global scale]) → γ`` of a candidate, float32; it has a sign where the stored scale has one."""
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
-    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values, factor=factor), **inputs)
+    return Formula.record("reciprocal", lambda *values: _reciprocal(q, *values, number=number), **inputs)
 
 
 @cache
 def scale_and_reciprocal(q: Quantizer) -> Formula:
-    """Both of the above at once, which share what they compute."""
+    """Both of the above at once, of the first candidate, which share what they compute."""
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
     return Formula.record("scale_pair", lambda *values: (_stored(q, *values), _reciprocal(q, *values)), **inputs)
 
 
 @cache
 def load_scale(q: Quantizer) -> Formula:
-    """``(stored[, global scale]) → s``, float32."""
-    stored = FLOAT if q.scale.store == "fp32" else INT
-    return Formula.record("load_scale", lambda *values: _loaded(q, *values), **_inputs(q, stored=stored))
+    """``(stored[, global scale]) → s``, float32, without the sign that says which grid of a pair it belongs to."""
+    return Formula.record("load_scale", lambda *values: _loaded(q, *values), **_inputs(q, stored=_stored_dtype(q)))
+
+
+@cache
+def is_marked(q: Quantizer) -> Formula:
+    """``(stored) → bool``: whether a block has taken the second grid of a pair."""
+    sign = 31 - _magnitude(q).bit_length()
+    return Formula.record("is_marked", lambda stored: stored.view(INT) << sign < 0, stored=_stored_dtype(q))
+
+
+# --- what candidates are compared by --------------------------------------------------------------------------------
+
+
+@cache
+def error_unit() -> Formula:
+    """``(absolute maximum) → factor`` from differences to the units that errors of its block are counted in; 0 of a
+    block that is not finite.
+    """
+
+    def unit(amax: Value) -> Value:
+        return where(amax.isfinite(), power_of_two(-floor_log2(amax) + ERROR_BITS), 0.0)
+
+    return Formula.record("error_unit", unit, amax=FLOAT)
+
+
+@cache
+def scaled_error() -> Formula:
+    """``(x, level, scale, unit) → error`` of the level, an int32 count of units."""
+
+    def error(x: Value, level: Value, scale: Value, unit: Value) -> Value:
+        units = (level * scale - x).exact_product(unit)
+        units = where(abs(units) <= MOST_ERROR, units, MOST_ERROR)
+        return (units + ROUNDER).view(INT) - bits_of(ROUNDER)
+
+    return Formula.record("scaled_error", error, x=FLOAT, level=FLOAT, scale=FLOAT, unit=FLOAT)

@@ -25,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompile.kernels.triton import LONGEST_ROW, RUN, launch, processors, runs
+from qcompile.kernels.triton import LONGEST_ROW, launch, processors
 
-from .row_search import row_bounds, search_constants
+from .row_search import no_tiles, row_bounds, search_constants
 
 __all__ = ["BEYOND", "FIRST", "KINDS", "SIDE", "Ranges", "TensorBounds", "number", "ordinal", "tensor_bounds"]
 
+#: Registers of a thread that hold elements of the sample.
+SEARCHED_REGISTERS = 32
 #: Bins of the counts of a range, a power of two; and thresholds of each side, which enclose one bin less than they are.
 #: Both sides' thresholds part the ordinals into 63 bins.
 BINS = tl.constexpr(64)
@@ -123,19 +125,19 @@ def _guess(
     high_near,
     low_far,
     high_far,
-    group: tl.constexpr,
-    halvings: tl.constexpr,
     pair: tl.constexpr,
-    block: tl.constexpr,
+    tiles: tl.constexpr,
+    width: tl.constexpr,
 ):
     """Thresholds between the elements of two ranks from either end of a sample: one element out of every ``stride``."""
-    place = runs(block, RUN)
-    inside = place < size
-    # At random, since outliers keep to columns; always the same ones, since runs are to be repeatable.
-    offset = tl.randint(0, place).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    sample = tl.load(x + (place.to(tl.int64) * stride + offset % stride), mask=inside, other=0.0)
-    lowest, highest, _ = row_bounds(sample, inside, block - size, low_near, high_near, group, halvings, pair)
-    low_end, high_end, _ = row_bounds(sample, inside, block - size, low_far, high_far, group, halvings, pair)
+    sample = no_tiles()
+    for tile in tl.static_range(tiles):
+        place = tile * width + tl.arange(0, width)[None, :]
+        # At random, since outliers keep to columns; always the same ones, since runs are to be repeatable.
+        offset = tl.randint(0, place).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        sample += (tl.load(x + (place.to(tl.int64) * stride + offset % stride), mask=place < size, other=0.0),)
+    lowest, highest, _ = row_bounds(sample, size, low_near, high_near, pair)
+    low_end, high_end, _ = row_bounds(sample, size, low_far, high_far, pair)
     dtype: tl.constexpr = x.dtype.element_ty
     _set_thresholds(search, _ordinal_of(lowest, dtype), _ordinal_of(low_end, dtype) + 1)
     _set_thresholds(search + SIDE, _ordinal_of(high_end, dtype), _ordinal_of(highest, dtype) + 1)
@@ -147,8 +149,8 @@ def _guess(
 
 @triton.jit
 def _ordinal_of(value, dtype: tl.constexpr):
-    """Int64 ordinal of a float32 scalar that is a number of ``dtype``."""
-    return ordinal(value.to(dtype)).to(tl.int64)
+    """Int64 ordinal, a scalar, of a float32 number [1] of ``dtype``."""
+    return tl.max(ordinal(value.to(dtype)).to(tl.int64), 0)
 
 
 @triton.jit
@@ -286,18 +288,17 @@ def reads(dtype: torch.dtype) -> int:
     return 1 + 8 * dtype.itemsize // 4
 
 
-def tensor_bounds(x: Tensor, low: int, high: int, alpha: float) -> TensorBounds:
+def tensor_bounds(x: Tensor, low: int, high: int) -> TensorBounds:
     """The elements of rank ``low`` from below and ``high`` from above of a dense tensor, at least one element.
 
-    ``alpha`` is the quantile they stand for. NaN is above all numbers.
+    NaN is above all numbers.
     """
     numel, ranges = x.numel(), Ranges.of(x)
     counts = x.new_empty((ranges.programs, BINS.value), dtype=torch.int32)
     search = x.new_empty(FOUND.value + 1, dtype=torch.int64)
     starts = x.new_empty((ranges.programs, KINDS.value), dtype=torch.int64)
     size = min(LONGEST_ROW, 1 << (numel.bit_length() - 1))
-    constants = search_constants(x.view(-1)[:size].view(1, -1), alpha, 32)
-    constants.pop("part")
+    constants = search_constants(x.view(-1)[:size].view(1, -1), SEARCHED_REGISTERS, one_row=True)
     (low_near, low_far), (high_near, high_far) = (sample_ranks(rank, numel, size) for rank in (low, high))
     launch(_guess, 1, x, search, numel // size, size, low_near, high_near, low_far, high_far, **constants)
     for _ in range(reads(x.dtype)):

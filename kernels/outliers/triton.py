@@ -24,17 +24,20 @@ from qcompile.kernels.triton import (
     as_rows,
     greater,
     launch,
+    row_block,
     runs,
     supports_dtypes,
     supports_size,
 )
 
 from . import reference
-from .row_search import row_bounds, search_constants
+from .row_search import row_bounds, row_tiles, search_constants
 from .tensor_search import BEYOND, FIRST, KINDS, SIDE, number, ordinal, tensor_bounds
 
 __all__ = ["clamp_outliers", "clamped", "supports_clamp_outliers"]
 
+#: Registers of a thread that hold elements of a row while it is searched; more are needed to list a residual.
+SEARCHED_REGISTERS = 16
 #: Bytes that a program clamps at once, a part of its range of a tensor: 16 a thread.
 CLAMPED_BYTES = 4096
 
@@ -121,10 +124,9 @@ def _clamp_row(
     size,
     low,
     high,
-    group: tl.constexpr,
-    halvings: tl.constexpr,
     pair: tl.constexpr,
-    block: tl.constexpr,
+    tiles: tl.constexpr,
+    width: tl.constexpr,
     part: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -132,12 +134,17 @@ def _clamp_row(
     clipped += row * size
     values += row * (low + high)
     positions += row * (low + high)
-    whole = runs(block, RUN)
-    row_elements = tl.load(x + whole, mask=whole < size, other=0.0)
-    lowest, highest, _ = row_bounds(row_elements, whole < size, block - size, low, high, group, halvings, pair)
-    first, last, row_order = _order(lowest), _order(highest), _order(row_elements.to(tl.float32))
-    below = tl.sum(((whole < size) & (row_order < first)).to(tl.int32))
-    above = tl.sum(((whole < size) & (row_order > last)).to(tl.int32))
+    row_elements = row_tiles(x + tl.zeros([1, 1], tl.int32), size, tiles, width)
+    lowest, highest, _ = row_bounds(row_elements, size, low, high, pair)
+    lowest, highest = lowest[:, None], highest[:, None]
+    first, last = _order(lowest), _order(highest)
+    out_below, out_above = tl.zeros([1, width], tl.int32), tl.zeros([1, width], tl.int32)
+    for tile in tl.static_range(tiles):
+        row_order = _order(row_elements[tile].to(tl.float32))
+        in_row = tile * width + tl.arange(0, width)[None, :] < size
+        out_below += (in_row & (row_order < first)).to(tl.int32)
+        out_above += (in_row & (row_order > last)).to(tl.int32)
+    below, above = tl.sum(out_below), tl.sum(out_above)
     seen_below, seen_above = below * 0, above * 0
     # x is read again, from L1 or L2, and in parts: the search has filled the registers.
     for start in range(0, size, part):
@@ -259,18 +266,19 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
     positions = values.new_empty(values.shape, dtype=index_dtype(size))
     outputs = clipped, values, positions
     if size <= LONGEST_ROW:
-        constants = search_constants(rows, spec.alpha, 32)
-        launch(_clamp_row, rows.shape[0], rows, *outputs, rows.stride(0), size, low, high, **constants)
+        part = max(RUN.value, row_block(size) // 4)
+        constants = search_constants(rows, SEARCHED_REGISTERS, one_row=True)
+        launch(_clamp_row, rows.shape[0], rows, *outputs, rows.stride(0), size, low, high, part=part, **constants)
     else:
-        _clamp_tensor(rows, *outputs, low, high, spec.alpha)
+        _clamp_tensor(rows, *outputs, low, high)
     if clipped is not moved:
         moved.copy_(clipped)
     return result, values, positions
 
 
-def _clamp_tensor(x: Tensor, clipped: Tensor, values: Tensor, positions: Tensor, low: int, high: int, alpha: float):
+def _clamp_tensor(x: Tensor, clipped: Tensor, values: Tensor, positions: Tensor, low: int, high: int):
     """Fill the results for all elements of x, which is dense."""
-    found = tensor_bounds(x, low, high, alpha)
+    found = tensor_bounds(x, low, high)
     ranges = found.ranges
     launch(
         _clamp_range,

@@ -30,6 +30,7 @@ __all__ = [
     "matrix_count",
     "pointer_to",
     "quantize",
+    "scaled_element",
     "scaled_rows_source",
     "supports_dequantize",
     "supports_quantize",
@@ -83,14 +84,13 @@ template <class Statistic> static inline Stored scale_ofI(Statistic value, float
 }
 """
 
-# Differences are rounded to float32, so their squares are exact and no contraction changes a sum.
 _SQUARED_ERROR = r"""
 template <class Element>
-static inline double squared_error(const Element* x, int64_t count, float gamma, float scale) {
-  double sum = 0;
+static inline int64_t squared_errorI(const Element* x, int64_t count, float gamma, float scale, float unit) {
+  int64_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
-    const double difference = float(double(round_level(x[k] * gamma)) * double(scale) - double(float(x[k])));
-    sum += difference * difference;
+    const int64_t error = scaled_error(x[k], round_levelI(x[k] * std::fabs(gamma)), scale, unit);
+    sum += error * error;
   }
   return sum;
 }
@@ -101,20 +101,23 @@ _CANDIDATE = r"""
         {
           float gamma;
           const Stored other = scale_ofI(value, global_scale, &gamma);
-          const double error = of_block(gamma, scale_from(other, global_scale));
+          const int64_t error = of_blockI(gamma, scale_from(other, global_scale));
           if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
         }
 """
-_CHOICE = r"""
-        const auto of_block = [&](float gamma, float scale) {
-          if constexpr (ROTATION > 1) return squared_error(elements + s * segment, count, gamma, scale);
-          double sum = 0;
+# Its squared error in a block.
+_OF_BLOCK = r"""
+        const auto of_blockI = [&](float gamma, float scale) {
+          if constexpr (ROTATION > 1) return squared_errorI(elements + s * segment, count, gamma, scale, unit);
+          int64_t sum = 0;
           for (int64_t row = first; row < last; ++row) {
-            sum += squared_error(x + row * size + s * segment, count, gamma, scale);
+            sum += squared_errorI(x + row * size + s * segment, count, gamma, scale, unit);
           }
           return sum;
         };
-        double least = of_block(reciprocals[s], scale_from(scale, global_scale));
+"""
+_FIRST = r"""
+        int64_t least = of_block0(reciprocals[s], scale_from(scale, global_scale));
 """
 
 _LOAD_SCALE = r"""
@@ -156,7 +159,7 @@ static void for_each_row(const Element* x, Stored* scales, float global_scale, i
   using Value = std::conditional_t<ROTATION == 1, Element, Float32>;
   float whole = 0;
   if (WHOLE) {
-    const Stored scale = scale_of(of_all(x, matrices * rows, size, threads), global_scale, &whole);
+    const Stored scale = scale_of0(of_all(x, matrices * rows, size, threads), global_scale, &whole);
     if (scales) scales[0] = scale;
   }
 #pragma omp parallel num_threads(threads)
@@ -179,7 +182,7 @@ static void for_each_row(const Element* x, Stored* scales, float global_scale, i
           for (int64_t row = first; row < last; ++row) gathered = gather(gathered, x + row * size + s * segment, count);
         }
         const auto value = statistic(gathered, (last - first) * count);
-        Stored scale = scale_of(value, global_scale, reciprocals + s);
+        Stored scale = scale_of0(value, global_scale, reciprocals + s);
 CHOICE
         if (scales) scales[band * segments + s] = scale;
       }
@@ -224,9 +227,7 @@ extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* codes,
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
   for_each_row(x, scales, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
-    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) {
-      buffer[k] = encode(values[k] * reciprocal);
-    });
+    for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(SCALED); });
     pack<CODES_PER_BYTE>(buffer, codes + row * packed_size, size);
   });
 }
@@ -250,11 +251,12 @@ extern "C" void run(const uint8_t* codes, const Stored* scales, const float* glo
     for (int64_t s = 0; s < segments; ++s) {
       const float scale = scale_from(scales[WHOLE ? 0 : band * segments + s], global_scale ? *global_scale : 1);
       const int64_t begin = s * segment, end = lesser(begin + segment, size);
+      const float* const levels = LEVELS OF_MARKED;
       if constexpr (CODES_PER_BYTE == 1) {
-        for (int64_t k = begin; k < end; ++k) values[k] = ELEMENT::from(LEVELS[packed[k]] * scale);
+        for (int64_t k = begin; k < end; ++k) values[k] = ELEMENT::from(levels[packed[k]] * scale);
       } else {
         ELEMENT products[1 << width];
-        for (int i = 0; i <= mask; ++i) products[i] = ELEMENT::from(LEVELS[i] * scale);
+        for (int i = 0; i <= mask; ++i) products[i] = ELEMENT::from(levels[i] * scale);
         int64_t k = begin;
         if constexpr (SEGMENT % CODES_PER_BYTE == 0) {  // whole bytes, with constant shifts
           for (; k + CODES_PER_BYTE <= end; k += CODES_PER_BYTE) {
@@ -295,7 +297,7 @@ def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform
         return False, f"a rotation under granularity {q.granularity} has no C++ kernel"
     if reason := why_not_rounded(q.format) and why_not_searched(q.format):
         return False, reason
-    if len(q.scale.candidates) > 1 and (reason := why_not_rounded(q.format)):
+    if len(q.candidates) > 1 and (reason := why_not_rounded(q.format)):
         return False, reason
     return supports_dtypes(dtypes)
 
@@ -354,22 +356,38 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
     """C++ that rotates and scales every row as the reference does: ``for_each_row`` and ``for_each_element``."""
     whole = ", global_scale" if q.scale.two_level else ""
     statistic = q.scale.statistic
-    numbered = {str(i or ""): factor for i, factor in enumerate(q.scale.candidates)}
     source = [_geometry(q, Transform.parse(transform).rotation), ROTATE, _STATISTICS[statistic]]
-    for number, factor in numbered.items():
-        source.append(cpp_function(scales.stored_scale(q, factor), f"stored_scale{number}"))
-        source.append(cpp_function(scales.reciprocal(q, factor), f"reciprocal{number}"))
-        source.append(
-            re.sub(r"(scale_of|reciprocal|stored_scale)I", rf"\g<1>{number}", _SCALES).replace("WHOLE", whole)
-        )
+    for number in range(len(q.candidates)):
+        source.append(cpp_function(scales.stored_scale(q, number), f"stored_scale{number}"))
+        source.append(cpp_function(scales.reciprocal(q, number), f"reciprocal{number}"))
+        source.append(_numbered(_SCALES.replace("WHOLE", whole), number))
     choice = ""
-    if len(numbered) > 1:
-        source.append(cpp_function(scales.load_scale(q)) + _LOAD_SCALE.replace("WHOLE", whole))
-        source.append(cpp_function(rounding.round_level(q.format, q.rounding)) + _SQUARED_ERROR)
-        others = (_CANDIDATE.replace("scale_ofI", f"scale_of{number}") for number in list(numbered)[1:])
-        choice = _CHOICE + "".join(others)
+    if len(q.candidates) > 1:
+        source += [cpp_function(scales.load_scale(q)), _LOAD_SCALE.replace("WHOLE", whole)]
+        source += [cpp_function(scales.error_unit()), cpp_function(scales.scaled_error())]
+        for number, candidate in enumerate(q.candidates):
+            source.append(cpp_function(rounding.round_level(candidate.grid, q.rounding), f"round_level{number}"))
+            source.append(_numbered(_SQUARED_ERROR, number))
+            choice += _numbered(_OF_BLOCK, number) + (_numbered(_CANDIDATE, number) if number else _FIRST)
+        choice = "        const float unit = error_unit(value);\n" + choice
     source.append(_ROWS.replace("REDUCTION", _REDUCTIONS[statistic]).replace("CHOICE", choice))
     return "\n".join(source)
+
+
+def _numbered(source: str, number: int) -> str:
+    """``source`` of a candidate, in whose names I stands for its number."""
+    return re.sub(
+        r"\b(scale_of|reciprocal|stored_scale|squared_error|round_level|of_block)I\b", rf"\g<1>{number}", source
+    )
+
+
+def scaled_element(fmt: Format) -> str:
+    """What formulas of elements are given: y, and of a pair of grids whether the block has the second, which γ says by
+    its sign.
+    """
+    if fmt.grids:
+        return "values[k] * std::fabs(reciprocal), std::signbit(reciprocal)"
+    return "values[k] * reciprocal"
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -378,21 +396,33 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
 @cache
 def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    source = scaled_rows_source(q, transform) + _encode_source(q) + _QUANTIZE
+    source = (
+        scaled_rows_source(q, transform) + _encode_source(q) + _QUANTIZE.replace("SCALED", scaled_element(q.format))
+    )
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
+
+
+def _levels_of_fields(fmt: Format, count: int) -> list[float]:
+    """The levels of ``count`` codes, of as many bits as a code takes in a byte."""
+    if fmt.torch_dtype:  # every byte has a level here, NaN codes included
+        return torch.arange(count, dtype=torch.uint8).view(getattr(torch, fmt.torch_dtype)).tolist()
+    return [*fmt.levels, *[0.0] * (count - len(fmt.levels))]  # 3-bit codes in 4-bit fields
 
 
 @cache
 def _dequantize_kernel(quantizer: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    levels = list(q.format.levels)
-    if q.format.torch_dtype:  # every byte has a level here, NaN codes included
-        levels = torch.arange(256, dtype=torch.uint8).view(getattr(torch, q.format.torch_dtype)).tolist()
-    levels += [0.0] * (2 ** (8 // q.format.codes_per_byte) - len(levels))  # 3-bit codes in 4-bit fields
+    fields = 2 ** (8 // q.format.codes_per_byte)
+    levels = [level for grid in q.format.choices for level in _levels_of_fields(grid, fields)]
     load_scale = _LOAD_SCALE.replace("WHOLE", ", global_scale" if q.scale.two_level else "")
     helpers = "static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }"
     scale = cpp_function(scales.load_scale(q)) + load_scale
-    source = "\n".join((_geometry(q), _table("LEVELS", levels), scale, helpers, _DEQUANTIZE))
+    of_marked = ""
+    if q.format.grids:
+        scale += cpp_function(scales.is_marked(q))
+        of_marked = f"+ (is_marked(scales[WHOLE ? 0 : band * segments + s]) ? {fields} : 0)"
+    decoding = _DEQUANTIZE.replace("OF_MARKED", of_marked)
+    source = "\n".join((_geometry(q), _table("LEVELS", levels), scale, helpers, decoding))
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
 
 

@@ -8,6 +8,7 @@ do the same for some formats faster stand here as text, each chosen by a fact ab
 * ``pack_8bit``: stored bits that are nearly those of 8-bit codes, as small floats have them.
 * ``pair_lookup``: two codes per byte, by table.
 * ``is_target``: the format of an 8-bit tensor-core type, whose conversion is rounding and code at once.
+* ``buckets``: a few uneven levels, looked up in a table (:mod:`.buckets`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of, float_of, uniform_offset, why_not_rounded
 from qcompile.kernels.formula.triton_target import device_function
 
+from . import buckets
+from .buckets import Buckets, buckets_of
+
 __all__ = [
     "Constants",
     "Grid",
@@ -41,7 +45,7 @@ __all__ = [
     "unsupported",
 ]
 
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+_SOURCE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, buckets.__file__))).hexdigest()
 
 #: ``prmt`` takes four bytes out of eight, those that the nibbles of its last operand number. ``nibbles`` becomes four
 #: low ones and four high ones; then, for each four, both halves of the table are looked up by the lower three bits
@@ -171,6 +175,7 @@ class Grid(Constants):
         factor, target_offset: what levels are multiplied with, and what is then subtracted, to stand in it.
         is_target: whether the grid is that type's own, so that a conversion is rounding and code at once.
         floors: whether rounding is ⌊y⌋ + ½, as it is for half-integers with ties up.
+        buckets: the table that levels are looked up in; ``None`` if there is none.
         pruned: whether elements that are rounded have indices one higher, 0 being that of elements that are dropped.
         formulas: digests of the formulas below.
         nearest, decode, scale_pair: device functions, ``(y) → level, code``, ``(code) → level`` and ``(statistic) →
@@ -191,6 +196,7 @@ class Grid(Constants):
     target_offset: float
     is_target: bool
     floors: bool
+    buckets: Buckets | None
     pruned: bool
     formulas: tuple[str, ...]
     nearest: Any = field(repr=False)
@@ -365,6 +371,7 @@ def grid_of(quantizer: str, eight_bit: bool = True) -> Grid:
         target_offset=fmt.tensor_core_offset,
         is_target=fmt.torch_dtype is not None and getattr(torch, fmt.torch_dtype) == dtype,
         floors=q.rounding == "half_up" and (fmt.grid.step, uniform_offset(fmt.grid)) == (1.0, 0.5),
+        buckets=buckets_of(fmt, q.rounding),
         pruned=fmt.pruned is not None,
         table=_table(fmt, dtype) if dtype and fmt.bits <= 4 else (),
         formulas=tuple(formula.digest for formula in formulas),

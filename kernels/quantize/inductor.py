@@ -18,8 +18,9 @@ Index tuples are of x with the quantization axis moved last: ``[..., r, k]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -36,6 +37,7 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
 
@@ -48,6 +50,7 @@ __all__ = [
     "lower_encode_compensated",
     "lower_quantize",
     "lower_quantize_8bit",
+    "mark_of",
     "packed_bytes",
     "rounded",
     "supports_dequantize",
@@ -73,7 +76,7 @@ def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
     if q.rounding == "stochastic":
         return False, "stochastic rounding is not generated"
-    if reason := why_not_scaled(q) or why_not_rounded(q.format):
+    if reason := why_not_rounded(q.format) or why_not_scaled(q):
         return False, reason
     return supports_scales(q, device)
 
@@ -82,7 +85,7 @@ def why_not_scaled(q: Quantizer) -> str:
     """Why no code is generated that finds the scales of ``q`` from the elements; empty if it is."""
     if q.scale.statistic != "amax":
         return f"{q.scale.name} scales are not generated"
-    return f"{q.scale.name} tries scales by block, which is not generated" if len(q.scale.candidates) > 1 else ""
+    return why_not_rounded(q.format) if len(q.candidates) > 1 else ""  # which candidates are compared by
 
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
@@ -94,7 +97,7 @@ def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tup
 
 def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, str]:
     """Whether the device has the conversions of ``q``: Triton has E4M3's from compute capability 8.9 on."""
-    needs_e4m3 = "float8_e4m3fn" in (q.format.torch_dtype, q.scale.storage)
+    needs_e4m3 = "float8_e4m3fn" in (*(grid.torch_dtype for grid in q.format.choices), q.scale.storage)
     if needs_e4m3 and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device if device and device.type == "cuda" else None)
         if capability < (8, 9):
@@ -123,7 +126,7 @@ def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, f
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return own_kernel(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
-    codes = packed_bytes(units, lambda index, byte: encode(units.load(index, byte), q))
+    codes = packed_bytes(units, lambda index, byte: encode(q, *units.inputs(index, byte)))
     return codes, units.stored_scale()
 
 
@@ -162,8 +165,9 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
 
     def element(index: Index) -> Value:
         code = unpacked(load_codes, index, q.format.codes_per_byte)
-        scale = scale_value(load_scales(group_of(index, q)), q, load_global)
-        return ops.to_dtype(ops.mul(decode(code, q.format), scale), dtype)
+        stored = load_scales(group_of(index, q))
+        level = decode(q.format, code, *mark_of(stored, q))
+        return ops.to_dtype(ops.mul(level, scale_value(stored, q, load_global)), dtype)
 
     shape = [*codes.get_size()[:-1], size]
     moved = ir.Pointwise.create(device=codes.get_device(), dtype=dtype, inner_fn=element, ranges=shape)
@@ -308,8 +312,8 @@ def rounded(value: Value, dtype: torch.dtype) -> Value:
 class GridUnits:
     """The tensor ``y = x · γ`` that is rounded, computed where it is read, and the scales that belong to it.
 
-    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reduction to
-    absolute maxima takes as many, so that Inductor can put both into one kernel.
+    ``per_byte`` is how many neighbours along K one iteration of the reader's loop takes; the reductions to absolute
+    maxima, and to the errors of candidates, take as many, so that Inductor can put all of them into one kernel.
     """
 
     def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None, fold=None) -> None:
@@ -325,37 +329,94 @@ class GridUnits:
         self._load_fold = flat.make_loader() if flat is not None else None
         # Buffers, so that a reader in another kernel does not divide once per element; inside one kernel they
         # are registers.
-        self._load_amax = self._reduce_amax().make_loader()
-        self._load_reciprocal = self._per_group(_FP32, self._reciprocal).make_loader()
+        self._load_amax = self._over_groups(self._magnitude, ops.maximum, "max", _FP32)
+        self._load_errors = self._errors() if len(q.candidates) > 1 else []
+        self._load_reciprocal = self._per_group(_FP32, self._of_best(scales.reciprocal)).make_loader()
 
     def load_x(self, index: Index) -> Value:
         x = rounded(self._load_x(index), self._dtype)
         return x if self._load_fold is None else ops.mul(x, self._load_fold([index[-1]]))
 
-    def _magnitude(self, index: Index) -> Value:
+    def _magnitude(self, index: Index, group: Index) -> Value:
         return ops.abs(self.load_x(index))
 
     def load(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> Value:
         """Float32 y at ``index``, whose code goes to ``byte``."""
-        return product(self.load_x(index), self._load_reciprocal(group_of(index, self.q, byte, self.per_byte)))
+        return self.inputs(index, byte, product)[0]
+
+    def inputs(self, index: Index, byte=None, product: Callable[[Value, Value], Value] = ops.mul) -> tuple[Value, ...]:
+        """What formulas of elements are given: y, and of a pair of grids whether the block has the second."""
+        gamma = self._load_reciprocal(group_of(index, self.q, byte, self.per_byte))
+        if not self.q.format.grids:
+            return (product(self.load_x(index), gamma),)
+        return product(self.load_x(index), ops.abs(gamma)), has_sign(gamma)
 
     def stored_scale(self) -> ir.TensorBox:
         """The scales, in the dtype they are stored in."""
-        return self._per_group(storage_dtype(self.q), lambda amax: stored_scale(amax, self.q, self._load_global))
+        dtype, stored = storage_dtype(self.q), self._of_best(scales.stored_scale)
+        return self._per_group(dtype, lambda index: as_stored(stored(index), dtype))
 
-    def _reciprocal(self, amax: Value) -> Value:
-        return reciprocal(amax, self.q, self._load_global)
+    def _amax(self, index: Index) -> Value:
+        # maximum passes NaN on
+        return ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32))
 
-    def _per_group(self, dtype: torch.dtype, formula: Callable[[Value], Value]) -> ir.TensorBox:
+    def _of(self, formula: Callable[[Quantizer, int], Formula], number: int) -> Callable[[Index], Value]:
+        """A formula of the absolute maximum, of the candidate with this number."""
+        return lambda index: emit(formula(self.q, number), *_with_global(self._amax(index), self._load_global))
+
+    def _of_best(self, formula: Callable[[Quantizer, int], Formula]) -> Callable[[Index], Value]:
+        """The same of the candidate that errs least; of equal ones the first."""
+        first, *others = (self._of(formula, number) for number in range(len(self.q.candidates)))
+
         def element(index: Index) -> Value:
-            # maximum passes NaN on
-            return formula(ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32)))
+            value, errors = first(index), [load(index) for load in self._load_errors]
+            for other, error in zip(others, errors[1:], strict=True):
+                better = ops.lt(error, errors[0])
+                value, errors[0] = ops.where(better, other(index), value), ops.where(better, error, errors[0])
+            return value
 
+        return element
+
+    def _errors(self) -> list[Callable[[Index], Value]]:
+        """Loaders of every candidate's squared error by group, int64."""
+        load_unit = self._per_group(_FP32, lambda index: emit(scales.error_unit(), self._amax(index))).make_loader()
+        loaders = []
+        for number, candidate in enumerate(self.q.candidates):
+            stored, reciprocal = (self._of(formula, number) for formula in (scales.stored_scale, scales.reciprocal))
+            of = replace(self.q, format=candidate.grid)
+
+            def scale(index: Index, stored=stored) -> Value:
+                return scale_of_bits(stored(index), self.q, self._load_global)
+
+            load_scale, load_reciprocal = (self._per_group(_FP32, f).make_loader() for f in (scale, reciprocal))
+
+            def squared(
+                index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal, of=of
+            ) -> Value:
+                x = self.load_x(index)
+                level = _rounded(ops.mul(x, ops.abs(load_reciprocal(group))), of)
+                error = emit(scales.scaled_error(), x, level, load_scale(group), load_unit(group))
+                error = ops.to_dtype(error, torch.int64)
+                return ops.mul(error, error)
+
+            loaders.append(self._over_groups(squared, ops.add, "sum", torch.int64))
+        return loaders
+
+    def _per_group(self, dtype: torch.dtype, element: Callable[[Index], Value]) -> ir.TensorBox:
         values = ir.Pointwise.create(device=self.device, dtype=dtype, inner_fn=element, ranges=self.groups)
         values.realize()
         return values
 
-    def _reduce_amax(self) -> ir.TensorBox:
+    def _over_groups(
+        self,
+        value: Callable[[Index, Index], Value],
+        combine: Callable[[Value, Value], Value],
+        name: Literal["max", "sum"],
+        dtype: torch.dtype,
+    ) -> Callable[[Index], Value]:
+        """A loader of the reduction ``name`` of ``value(index, group)`` over the elements that share a scale; zeros do
+        not change it. ``combine``: of two values.
+        """
         kind, n, size = self.q.granularity.kind, self.q.granularity.size, self.shape[-1]
         step = self.per_byte if kind in ("tensor", "row") or n % self.per_byte == 0 else 1
         along_k = CeilDiv(size, step) if kind in ("tensor", "row") else sympy.Integer(n // step)
@@ -369,48 +430,40 @@ class GridUnits:
                 lead[-1] = n * lead[-1] + row[0]
                 if not _divides(n, self.shape[-2]):
                     bounds.append((lead[-1], self.shape[-2]))
-            largest = None
+            total = None
             for i in range(step):
                 k = step * j + i + (n * group[-1] if n else 0)
                 inside = _divides(n or step, size) or (not n and i == 0)
                 in_row = [] if inside else [(k, size)]
-                value = guarded([*bounds, *in_row], partial(self._magnitude, [*lead, k]))
-                largest = value if largest is None else ops.maximum(largest, value)
-            return largest
+                part = guarded([*bounds, *in_row], partial(value, [*lead, k], group))
+                total = part if total is None else combine(total, part)
+            return total
 
         # With p codes to a byte a row is read in p strides of p, which Inductor takes for a column; it would
         # then split the reduction over two kernels, and the codes would need a third.
         in_rows = self.axis_is_last and kind != "tensor"
         hint = ReductionHint.INNER if in_rows else ReductionHint.DEFAULT
         with config.patch(split_reductions=config.split_reductions and not in_rows):
-            amax = ir.Reduction.create(
+            reduced = ir.Reduction.create(
                 device=self.device,
-                dst_dtype=_FP32,
-                src_dtype=_FP32,
+                dst_dtype=dtype,
+                src_dtype=dtype,
                 inner_fn=element,
                 ranges=self.groups,
                 reduction_ranges=[*rows, along_k],
-                reduction_type="max",
+                reduction_type=name,
                 reduction_hint=hint,
             )
-        amax.realize()
-        return amax
+        reduced.realize()
+        return reduced.make_loader()
 
 
-def stored_scale(amax: Value, q: Quantizer, load_global=None) -> Value:
-    """The scale as it is stored, from a group's absolute maximum."""
-    stored = emit(scales.stored_scale(q), *_with_global(amax, load_global))
-    dtype = storage_dtype(q)
+def as_stored(stored: Value, dtype: torch.dtype) -> Value:
+    """A scale in the dtype it is stored in: float32, or that of its bits, int32, of which it takes the lowest."""
     if dtype == _FP32:
         return stored
-    # Of the bits a dtype takes the lowest.
     bits = ops.to_dtype(stored, _BITS[dtype.itemsize])
     return bits if dtype == _BITS[dtype.itemsize] else ops.to_dtype_bitcast(bits, dtype, _BITS[dtype.itemsize])
-
-
-def reciprocal(amax: Value, q: Quantizer, load_global=None) -> Value:
-    """γ, the float32 factor from x to grid units."""
-    return emit(scales.reciprocal(q), *_with_global(amax, load_global))
 
 
 def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
@@ -418,9 +471,24 @@ def scale_value(stored: Value, q: Quantizer, load_global=None) -> Value:
     dtype = storage_dtype(q)
     if dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16):
         scale = ops.to_dtype(stored, _FP32)  # the device's own conversion, which is exact
+        scale = ops.abs(scale) if q.format.grids else scale
         return scale if load_global is None else ops.mul(scale, load_global([]))
-    value = stored if dtype == _FP32 else ops.to_dtype(stored, _INT32)
-    return emit(scales.load_scale(q), *_with_global(value, load_global))
+    return scale_of_bits(stored if dtype == _FP32 else ops.to_dtype(stored, _INT32), q, load_global)
+
+
+def mark_of(stored: Value, q: Quantizer) -> tuple[Value, ...]:
+    """Of a pair of grids, whether a stored scale is that of a block which has the second; nothing of another format."""
+    return (has_sign(ops.to_dtype(stored, _FP32)),) if q.format.grids else ()
+
+
+def has_sign(value: Value) -> Value:
+    """Whether the sign of a float32 value is set, which may be 0."""
+    return ops.lt(ops.to_dtype_bitcast(value, _INT32, _FP32), _int(0))
+
+
+def scale_of_bits(stored: Value, q: Quantizer, load_global=None) -> Value:
+    """The same from a float32 scale, or the bits of another as int32."""
+    return emit(scales.load_scale(q), *_with_global(stored, load_global))
 
 
 def _with_global(value: Value, load_global) -> tuple[Value, ...]:
@@ -430,8 +498,14 @@ def _with_global(value: Value, load_global) -> tuple[Value, ...]:
 # --- codes --------------------------------------------------------------------------------------------------
 
 
-def encode(y: Value, q: Quantizer) -> Value:
-    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive."""
+def encode(q: Quantizer, y: Value, marked: Value | None = None) -> Value:
+    """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive.
+
+    ``marked``: of a pair of grids, whether the block has the second.
+    """
+    if marked is not None:
+        first, second = (encode(replace(q, format=grid), y) for grid in q.format.choices)
+        return ops.where(marked, second, first)
     if q.format.torch_dtype is None:
         return emit(rounding.encode(q.format, q.rounding), y)
     # The conversion of the device is the rounding.
@@ -456,12 +530,15 @@ def tensor_core_code(y: Value, q: Quantizer) -> Value:
 def _rounded(y: Value, q: Quantizer) -> Value:
     """Float32 level."""
     if q.format.torch_dtype:
-        return decode(encode(y, q), q.format)
+        return decode(q.format, encode(q, y))
     return emit(rounding.round_level(q.format, q.rounding), y)
 
 
-def decode(code: Value, fmt: Format) -> Value:
-    """Float32 level of an int32 code."""
+def decode(fmt: Format, code: Value, marked: Value | None = None) -> Value:
+    """Float32 level of an int32 code; ``marked`` as in :func:`encode`."""
+    if marked is not None:
+        first, second = (decode(grid, code) for grid in fmt.choices)
+        return ops.where(marked, second, first)
     if fmt.torch_dtype is None:
         return emit(rounding.decode(fmt), code)
     byte, dtype = ops.to_dtype(code, torch.uint8), getattr(torch, fmt.torch_dtype)

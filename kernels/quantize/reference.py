@@ -27,7 +27,7 @@ from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.ir.quantizer import RMS_FLOOR, SMALLEST_BNB_AMAX, Quantizer
+from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Candidate, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas
@@ -35,10 +35,12 @@ from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.transform.reference import kept, rotate
 
 __all__ = [
+    "by_grid",
     "decode",
     "dequantize",
     "encode",
     "encode_compensated",
+    "marks",
     "pack",
     "quantize",
     "quantize_8bit",
@@ -77,7 +79,8 @@ def quantize(
     rotated = rotate(x, spec.rotation)
     stored, reciprocal = group_scales(x, rotated, q, global_scale)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
-    codes = encode(rotated * spread(reciprocal, x.shape, q), q, seed, keep)
+    y, marked = rotated * spread(reciprocal, x.shape, q), marks(stored, x.shape, q)
+    codes = by_grid(q, marked, lambda of: encode(y, of, seed, keep))
     return pack(codes, q.format.bits), stored
 
 
@@ -92,7 +95,8 @@ def dequantize(
 ) -> Tensor:
     """Tensor in ``dtype`` with the quantization axis, of length ``size``, back at ``axis``."""
     q = Quantizer.parse(quantizer)
-    levels = decode(unpack(codes, q.format.bits, size), q.format)
+    codes = unpack(codes, q.format.bits, size)
+    levels = by_grid(q, marks(scales, codes.shape, q), lambda of: decode(codes, of.format))
     scale = load_scale(scales, q, global_scale)
     return (levels * spread(scale, levels.shape, q)).to(dtype).movedim(-1, axis)
 
@@ -192,19 +196,41 @@ def scaled_input(
     axis: int,
     global_scale: Tensor | None = None,
     transform: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``y = x / s`` in grid units (float32, axis last), x rotated if it is, and each element's level: the nearest one,
-    0 where sparsity drops it.
+    0 where sparsity drops it. Of a pair of grids also whether each element is in a block that has the second.
     """
     q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
     if q.rounding == "stochastic":
         q = replace(q, rounding="even")
     x = x.movedim(axis, -1).float().contiguous()
     rotated = rotate(x, spec.rotation)
-    _, reciprocal = group_scales(x, rotated, q, global_scale)
+    stored, reciprocal = group_scales(x, rotated, q, global_scale)
+    marked = marks(stored, x.shape, q)
     y = rotated * spread(reciprocal, x.shape, q)
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
-    return y, decode(encode(y, q, keep=keep), q.format)
+    return y, by_grid(q, marked, lambda of: decode(encode(y, of, keep=keep), of.format)), marked
+
+
+# --- the two grids of a pair ----------------------------------------------------------------------------------------
+
+
+def marks(stored: Tensor, shape: torch.Size, q: Quantizer) -> Tensor | None:
+    """Bool for every element of a tensor of ``shape``, whether the scale of its block has its sign set: such blocks
+    have the second grid of a pair. ``None`` if there is no pair.
+    """
+    if not q.format.grids:
+        return None
+    bits = stored.view(_BITS[stored.element_size()])
+    return spread(bits >= 128 if bits.dtype == torch.uint8 else bits < 0, shape, q)
+
+
+def by_grid(q: Quantizer, marked: Tensor | None, compute: Callable[[Quantizer], Tensor]) -> Tensor:
+    """``compute`` of q with the grid of each element's block for a format."""
+    if marked is None:
+        return compute(q)
+    first, second = (compute(replace(q, format=grid)) for grid in q.format.choices)
+    return torch.where(marked, second, first)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -213,12 +239,12 @@ def scaled_input(
 def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Stored scales and float32 γ of every group; of a rule with candidates those whose codes err least."""
     statistic = group_statistic(x, rotated, q)
-    stored, scale, reciprocal = scale_pair(statistic, q, global_scale)
-    if len(q.scale.candidates) > 1 and x.numel():
-        least = _squared_error(rotated, scale, reciprocal, q)
-        for factor in q.scale.candidates[1:]:
-            other, scale, other_reciprocal = scale_pair(statistic, q, global_scale, factor)
-            error = _squared_error(rotated, scale, other_reciprocal, q)
+    stored, scale, reciprocal = _of_candidate(q.candidates[0], statistic, q, global_scale)
+    if len(q.candidates) > 1 and x.numel():
+        least = _squared_error(rotated, statistic, scale, reciprocal, replace(q, format=q.candidates[0].grid))
+        for candidate in q.candidates[1:]:
+            other, scale, other_reciprocal = _of_candidate(candidate, statistic, q, global_scale)
+            error = _squared_error(rotated, statistic, scale, other_reciprocal, replace(q, format=candidate.grid))
             better = error < least
             bits = _BITS[stored.element_size()]
             stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
@@ -227,20 +253,28 @@ def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor 
     return stored, reciprocal
 
 
-def _squared_error(x: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
-    """Float64 Σ(s · level − x)² of every group. Differences are rounded to float32, so squares are exact; they are
-    added in the order of elements, then of rows.
+def _of_candidate(
+    candidate: Candidate, statistic: Tensor, q: Quantizer, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`scale_pair`; the stored scale with its sign set if the candidate is marked."""
+    of = replace(q, format=candidate.grid)
+    stored, scale, reciprocal = scale_pair(statistic, of, global_scale, candidate.factor)
+    if candidate.marked:
+        bits = stored.view(_BITS[stored.element_size()])
+        stored = (bits | (128 if bits.dtype == torch.uint8 else torch.iinfo(bits.dtype).min)).view(stored.dtype)
+    return stored, scale, reciprocal
+
+
+def _squared_error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Int64 Σ n² of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at most 2²¹ of
+    them. All n of a group that is not finite are 0 or 2²¹.
     """
     level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
-    difference = (level.double() * spread(scale, x.shape, q).double() - x.double()).float().double()
-    return _over_groups(difference.square(), q, _sum_in_order).reshape(scale.shape)
-
-
-def _sum_in_order(values: Tensor, dim: int) -> Tensor:
-    total = torch.zeros_like(values.select(dim, 0))
-    for value in values.unbind(dim):
-        total = total + value
-    return total
+    exponent = ERROR_BITS + 1 - torch.frexp(amax.clamp(min=2.0**-126)).exponent
+    unit = torch.where(amax.isfinite(), _power_of_two(exponent), 0.0)
+    count = (level * spread(scale, x.shape, q) - x) * spread(unit, x.shape, q)
+    count = torch.where(count.abs() <= MOST_ERROR, count, MOST_ERROR).round().long()
+    return _over_groups(count.square(), q, Tensor.sum).reshape(scale.shape)
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:
@@ -332,11 +366,12 @@ def _scale_pair_of_formula(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`scale_pair` of a rule that is told by its formula alone, evaluated in torch."""
     inputs = (statistic, *_if_given(global_scale))
-    stored = evaluate(formulas.stored_scale(q, factor), *inputs)
+    number = q.scale.candidates.index(factor)
+    stored = evaluate(formulas.stored_scale(q, number), *inputs)
     dtype = getattr(torch, q.scale.storage)
     if dtype != torch.float32:
         stored = stored.to(_BITS[dtype.itemsize]).view(dtype)
-    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q, factor), *inputs)
+    return stored, load_scale(stored, q, global_scale), evaluate(formulas.reciprocal(q, number), *inputs)
 
 
 def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None) -> Tensor:
@@ -348,6 +383,7 @@ def load_scale(stored: Tensor, q: Quantizer, global_scale: Tensor | None = None)
         number = torch.where(stored == 255, float("nan"), _power_of_two(stored.to(torch.int32) - 127))
     else:
         number = stored.float()
+    number = number.abs() if q.format.grids else number
     return number if global_scale is None else number * global_scale
 
 

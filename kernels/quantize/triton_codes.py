@@ -12,30 +12,49 @@ import triton
 import triton.language as tl
 
 from qcompile.ir.quantizer import RMS_FLOOR
-from qcompile.kernels.formula.layout import MANTISSA_BITS
+from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of
 from qcompile.kernels.triton import (
     INTERPRETED,
     as_bits,
     as_float,
 )
 
+from . import buckets
+
 __all__ = [
     "WARP",
     "biased_code",
     "biased_level",
+    "eighths",
     "encoded",
     "halves",
+    "in_float32",
     "nearest",
+    "pack_bits",
     "pack_codes",
     "pack_levels",
+    "quarters",
     "rms_scale_pair",
     "saturated",
     "tensor_core_code",
 ]
 
 WARP = tl.constexpr(32)
+LOOK_UP_CODE = tl.constexpr(buckets.LOOK_UP_CODE)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
+#: The same of whole numbers that are added up in the low bits.
+WHOLE = tl.constexpr(2.0**MANTISSA_BITS)
+SIGN = tl.constexpr(-(2**31))
+#: PTX: the two float32 numbers that a pair of bfloat16 ones are.
+_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+#: PTX: bits in one byte ($0, an integer in the low bits of a float32 number) from eight that are 0 or 1. Only the unit
+#: that multiplies adds under a condition at full rate.
+_PACK_BITS = tl.constexpr(
+    "{.reg .pred bit; .reg .f32 sum; mov.f32 sum, 0f4b000000;"
+    + "".join(f"setp.ne.u32 bit, ${i + 1}, 0; @bit add.rn.f32 sum, sum, 0f{bits_of(2.0**i):08x};" for i in range(8))
+    + "mov.b32 $0, sum;}"
+)
 SMALLEST_CLIP = tl.constexpr(RMS_FLOOR)
 #: Added to a mean of squares, for roots to be taken of positive numbers only; of float32 numbers' it is no part.
 SMALLEST_MEAN = tl.constexpr(1e-300)
@@ -89,9 +108,10 @@ def saturated(y, fmt: tl.constexpr):
     """y within ±largest, NaN as the largest: for rows beyond ``plain_limit``, whose y may be anything."""
     if INTERPRETED:  # of a number and NaN, a GPU takes the number
         y = tl.where(y == y, y, fmt.largest)
-    y = tl.minimum(y, fmt.largest)
-    if INTERPRETED or not fmt.is_target:  # conversions to the target saturate
-        y = tl.maximum(y, -fmt.largest)
+    if INTERPRETED or fmt.buckets is None:  # a table saturates
+        y = tl.minimum(y, fmt.largest)
+        if INTERPRETED or not fmt.is_target:  # conversions to the target saturate
+            y = tl.maximum(y, -fmt.largest)
     return y
 
 
@@ -116,6 +136,72 @@ def biased_level(code, fmt: tl.constexpr):
 
 
 @triton.jit
+def _bucket_table(fmt: tl.constexpr):
+    """What this thread's lane holds of its bucket (see :mod:`.buckets`): level, rise and edge; code and its rise."""
+    buckets: tl.constexpr = fmt.buckets
+    if INTERPRETED:
+        lane = tl.arange(0, WARP)
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    number = (lane - 1) & (WARP - 1)
+    below, code = fmt.nearest((number + buckets.first).to(tl.float32) * (1.0 / buckets.per_unit))
+    # Codes are added up in the low bits of float32 numbers.
+    code = code.to(tl.float32) + WHOLE
+    following = tl.where(lane == 0, 0, (lane + 1) & (WARP - 1))  # nothing follows on the first
+    rise, code_rise = _of_lane(following, below) - below, _of_lane(following, code) - code
+    middle = tl.fma(rise, 0.5, below)
+    level, _ = fmt.nearest(middle)
+    # The edge is the greatest number that stays below: where a tie goes up, the one before it.
+    edge = tl.where(level == below, middle, as_float(as_bits(middle) - tl.where(middle > 0.0, 1, -1)))
+    edge = tl.where(rise == 0.0, float("inf"), edge) * -buckets.steepness
+    return below, rise, edge, code, code_rise
+
+
+@triton.jit
+def _of_lane(lane, x):
+    """x of other lanes."""
+    if INTERPRETED:
+        other = tl.reshape(tl.gather(x, tl.reshape(lane, [lane.numel]), 0), lane.shape)
+    else:
+        other = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return other
+
+
+@triton.jit
+def _looked_up(y, fmt: tl.constexpr):
+    """:func:`nearest` by table."""
+    buckets: tl.constexpr = fmt.buckets
+    below, rise, edge, code, code_rise = _bucket_table(fmt)
+    if INTERPRETED:
+        size = tl.abs(y) if buckets.of_magnitudes else tl.where(y < buckets.lowest, buckets.lowest, y)
+        number = tl.floor(size * buckets.per_unit) - buckets.first
+        lane = tl.where(number < WARP - 1, number + 1.0, 0.0).to(tl.int32)
+        step = tl.where(size * buckets.steepness + _of_lane(lane, edge) > 0.0, 1.0, 0.0)
+        level = _of_lane(lane, below) + step * _of_lane(lane, rise)
+        code = _of_lane(lane, code) + step * _of_lane(lane, code_rise)
+    else:
+        level, step, lane = tl.inline_asm_elementwise(
+            buckets.look_up,
+            "=f,=f,=f,f,f,f,f",
+            [y, below, rise, edge],
+            dtype=(tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        code = tl.inline_asm_elementwise(
+            LOOK_UP_CODE, "=f,f,f,f,f", [step, lane, code, code_rise], dtype=tl.float32, is_pure=True, pack=1
+        )
+    code = as_bits(code) & (2**fmt.bits - 1)
+    if buckets.signed:
+        sign = as_bits(y) & SIGN if fmt.has_zero else tl.where(y < 0.0, SIGN, 0)
+        level = as_float(as_bits(level) | sign)
+        code |= (sign >> (32 - fmt.bits)) & 2 ** (fmt.bits - 1)
+    return level, code
+
+
+@triton.jit
 def nearest(y, fmt: tl.constexpr):
     """The level nearest to y (no NaN, see ``plain_limit``) with y's sign, float32, and its code, int32.
 
@@ -127,6 +213,8 @@ def nearest(y, fmt: tl.constexpr):
         if fmt.pruned:
             index = as_bits(tl.abs(level) - 0.5 + ROUNDER) & (2 ** (fmt.bits - 1) - 1)
             code = (index + 1) | tl.where(y < 0.0, 2 ** (fmt.bits - 1), 0)
+    elif fmt.buckets is not None:
+        level, code = _looked_up(y, fmt)
     else:
         level, code = fmt.nearest(y)
     return level, code
@@ -161,6 +249,16 @@ def encoded(y, fmt: tl.constexpr):
 
 
 @triton.jit
+def in_float32(x):
+    """x in float32; bfloat16 in pairs, at an instruction per element instead of one and a half."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        wide = x.to(tl.float32)
+    else:
+        wide = tl.inline_asm_elementwise(_WIDEN, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return wide
+
+
+@triton.jit
 def halves(x, axis: tl.constexpr):
     """Of every two neighbours along ``axis`` of a matrix the first and the second."""
     n: tl.constexpr = x.shape[0]
@@ -168,6 +266,24 @@ def halves(x, axis: tl.constexpr):
     return tl.split(
         tl.reshape(x, [n, m // 2, 2]) if axis == 1 else tl.permute(tl.reshape(x, [n // 2, 2, m]), (0, 2, 1))
     )
+
+
+@triton.jit
+def quarters(x, axis: tl.constexpr):
+    """Every first, second, third and fourth of four neighbours."""
+    even, odd = halves(x, axis)
+    first, third = halves(even, axis)
+    second, fourth = halves(odd, axis)
+    return first, second, third, fourth
+
+
+@triton.jit
+def eighths(x, axis: tl.constexpr):
+    """Every first to eighth of eight neighbours."""
+    even, odd = halves(x, axis)
+    first, third, fifth, seventh = quarters(even, axis)
+    second, fourth, sixth, eighth = quarters(odd, axis)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @triton.jit
@@ -188,6 +304,19 @@ def pack_codes(codes, fmt: tl.constexpr, axis: tl.constexpr):
         codes = _joined(codes, 4, axis)
     codes = codes.to(tl.uint8)
     return _sign_magnitude(codes, fmt) if fmt.biased else codes
+
+
+@triton.jit
+def pack_bits(keeps, axis: tl.constexpr):
+    """Bool as bytes, packed along ``axis`` of a matrix, the lower index in the lower bits."""
+    b0, b1, b2, b3, b4, b5, b6, b7 = eighths(keeps.to(tl.int32), axis)
+    if INTERPRETED:
+        byte = b0 | b1 << 1 | b2 << 2 | b3 << 3 | b4 << 4 | b5 << 5 | b6 << 6 | b7 << 7
+    else:
+        byte = tl.inline_asm_elementwise(
+            _PACK_BITS, "=r,r,r,r,r,r,r,r,r", [b0, b1, b2, b3, b4, b5, b6, b7], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return byte.to(tl.uint8)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ or L2 once more to be rounded.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,15 +15,13 @@ from torch import Tensor
 
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
-from qcompile.kernels.outliers.row_search import most_registers, row_bounds, search_constants
+from qcompile.kernels.outliers.row_search import row_bounds, row_tiles, search_constants
 from qcompile.kernels.outliers.triton import clamped
 from qcompile.kernels.triton import (
     INTERPRETED,
-    RUN,
     as_rows,
     greater,
     launch,
-    runs,
 )
 
 from . import reference
@@ -30,13 +30,27 @@ from .triton_codes import encoded, nearest, saturated
 
 __all__ = ["quantize_compensated"]
 
-#: Bytes of elements a thread holds where a row is searched, which takes many reductions: one warp has 4096 16-bit
-#: elements, and needs no barriers.
-SEARCHED_BYTES_PER_THREAD = 256
+#: Registers of a thread that hold elements of a row while it is searched, which takes many reductions: a warp has rows
+#: of up to 4096 16-bit elements, and needs no barriers.
+SEARCHED_REGISTERS = 64
+#: Most tiles that are written at once.
+WRITTEN_TILES = 4
 
 
 @triton.jit
-def _write_compensated_row(
+def as_float32(x):
+    """Float32 numbers. Two bfloat16 ones in a register are a shift and a mask, which Triton takes one more for."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        value = x.to(tl.float32)
+    else:
+        value = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return value
+
+
+@triton.jit
+def _write_compensated_rows(
     x,
     codes,
     lowest,
@@ -48,10 +62,11 @@ def _write_compensated_row(
     part: tl.constexpr,
     saturate: tl.constexpr,
 ):
+    """Rows at pointers x [R, 1], to ``codes`` [R, 1]; bounds and γ [R, 1]."""
     # x is read again, from L1 or L2, and in parts: the search has filled the registers.
     for start in range(0, size, part):
-        at = start + runs(part, RUN)
-        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+        at = start + tl.arange(0, part)[None, :]
+        value = as_float32(tl.load(x + at, mask=at < size, other=0.0))
         inner = clamped(value, lowest, highest)
         y = inner * gamma
         if saturate:
@@ -66,41 +81,44 @@ def _write_compensated_row(
         tl.store(codes + at, eight_bit.to(tl.uint8, bitcast=True), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["low", "high"])
-def _quantize_compensated_row(
+@triton.jit(do_not_specialize=["rows", "low", "high"])
+def _quantize_compensated_rows(
     x,
     codes,
     scales,
     bounds,
     row_stride,
+    rows,
     size,
     low,
     high,
     fmt: tl.constexpr,
     compensated: tl.constexpr,
-    group: tl.constexpr,
-    halvings: tl.constexpr,
     pair: tl.constexpr,
-    block: tl.constexpr,
+    tiles: tl.constexpr,
+    width: tl.constexpr,
+    at_once: tl.constexpr,
     part: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    at = runs(block, RUN)
-    element = tl.load(x + row * row_stride + at, mask=at < size, other=0.0)
-    lowest, highest, amax = row_bounds(element, at < size, block - size, low, high, group, halvings, pair)
-    if amax < float("inf"):  # of the clamped row; otherwise nothing may decode to a finite value
-        amax = greater(greater(tl.abs(lowest), tl.abs(highest)), fmt.amax_floor)
+    # The last program may take the last row several times, and store the same.
+    row = tl.minimum(tl.program_id(0) * at_once + tl.arange(0, at_once), rows - 1).to(tl.int64)
+    x += (row * row_stride)[:, None]
+    lowest, highest, amax = row_bounds(row_tiles(x, size, tiles, width), size, low, high, pair)
+    # Of the clamped row; if x is not finite, nothing may decode to a finite value.
+    inner = greater(greater(tl.abs(lowest), tl.abs(highest)), fmt.amax_floor)
+    amax = tl.where(amax < float("inf"), inner, amax)
     scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
-    tl.store(bounds + 3 * row, lowest)
-    tl.store(bounds + 3 * row + 1, highest)
-    tl.store(bounds + 3 * row + 2, gamma)
-    x += row * row_stride
-    codes += row * size
-    if amax <= fmt.plain_limit:
-        _write_compensated_row(x, codes, lowest, highest, gamma, size, fmt, compensated, part, False)
+    bounds += 3 * row
+    tl.store(bounds, lowest)
+    tl.store(bounds + 1, highest)
+    tl.store(bounds + 2, gamma)
+    codes += (row * size)[:, None]
+    lowest, highest, gamma = lowest[:, None], highest[:, None], gamma[:, None]
+    if tl.min((amax <= fmt.plain_limit).to(tl.int32), 0) != 0:
+        _write_compensated_rows(x, codes, lowest, highest, gamma, size, fmt, compensated, part, False)
     else:
-        _write_compensated_row(x, codes, lowest, highest, gamma, size, fmt, compensated, part, True)
+        _write_compensated_rows(x, codes, lowest, highest, gamma, size, fmt, compensated, part, True)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -120,19 +138,21 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     size = shape[-1]
     codes = x.new_empty(shape, dtype=torch.uint8)
     scales, bounds = (x.new_empty((*shape[:-1], n), dtype=torch.float32) for n in (1, 3))
+    constants = search_constants(rows, SEARCHED_REGISTERS)
     launch(
-        _quantize_compensated_row,
-        rows.shape[0],
+        _quantize_compensated_rows,
+        triton.cdiv(rows.shape[0], constants["at_once"]),
         rows,
         codes,
         scales,
         bounds,
         rows.stride(0),
+        rows.shape[0],
         size,
         *clamped_counts(spec.outliers, size),
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
-        **search_constants(rows, spec.outliers.alpha, SEARCHED_BYTES_PER_THREAD // x.element_size()),
-        maxnreg=most_registers(rows),
+        part=constants["width"] * math.gcd(constants["tiles"], WRITTEN_TILES),
+        **constants,
     )
     return codes, scales, bounds

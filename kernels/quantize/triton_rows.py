@@ -1,10 +1,12 @@
 """Quantize by rows in Triton: a program keeps its row in registers between absolute maximum and codes.
 
-Reads 2 bytes per element of a 16-bit x and writes 1, ½ more for packed codes. Rows longer than ``LONGEST_ROW`` are read
-twice.
+Reads 2 bytes per element of a 16-bit x and writes 1, ½ more for packed codes, ⅛ for a mask that needs levels. Rows
+longer than ``LONGEST_ROW`` are read twice.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -27,10 +29,21 @@ from qcompile.kernels.triton import (
 )
 
 from . import reference
-from .grid import grid_of
-from .triton_codes import WARP, encoded, halves, nearest, pack_codes, pack_levels, saturated, tensor_core_code
+from .grid import Grid, Passing, grid_of
+from .triton_codes import (
+    WARP,
+    encoded,
+    halves,
+    in_float32,
+    nearest,
+    pack_bits,
+    pack_codes,
+    pack_levels,
+    saturated,
+    tensor_core_code,
+)
 
-__all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit"]
+__all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit", "write_rows"]
 
 #: Elements a thread holds: enough to share the cost of scales and reductions, few enough to leave registers for other
 #: programs of the processor. A row in parts has up to twice as many.
@@ -83,32 +96,46 @@ def _write_part(
     y,
     codes,
     stored,
+    mask,
     start,
-    size,
-    stored_size,
+    sizes,
     fmt: tl.constexpr,
+    passes: tl.constexpr,
     part: tl.constexpr,
+    run: tl.constexpr,
     ragged: tl.constexpr,
+    saturate: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """8-bit and packed codes of the ``part`` elements of a row from ``start`` on; ``whole``: the row has as many."""
-    at = start + runs(part, RUN)
+    """What is asked for of the ``part`` elements of a row from ``start`` on; ``whole``: the row has as many. ``sizes``:
+    elements of a row, bytes of its packed codes and of its mask.
+    """
+    size, stored_size, mask_size = sizes
+    at = start + runs(part, run)
     inside = None if whole else at < size
-    from_levels: tl.constexpr = stored is not None and fmt.pack_8bit != "" and not INTERPRETED
+    within = saturated(y, fmt) if saturate else y
+    by_bits: tl.constexpr = stored is not None and fmt.pack_8bit != "" and not INTERPRETED
+    from_levels: tl.constexpr = codes is None or mask is not None or by_bits
     if from_levels:
-        level, _ = nearest(y, fmt)
-        eight_bit = tensor_core_code(level, fmt)
+        level, code = nearest(within, fmt)
+        eight_bit = tensor_core_code(level, fmt) if codes is not None else None
     else:
-        eight_bit, code = encoded(y, fmt)
-    tl.store(codes + at, eight_bit, mask=inside)
+        eight_bit, code = encoded(within, fmt)
+    if codes is not None:
+        tl.store(codes + at, eight_bit, mask=inside)
+    # The last bytes are filled with zeros.
     if stored is not None:
-        # The last byte is filled with zeros.
-        if from_levels:
+        if by_bits:
             packed = pack_levels(tl.where(inside, level, 0.0) if ragged and not whole else level, fmt)
         else:
             packed = pack_codes(tl.where(inside, code, fmt.blank) if ragged and not whole else code, fmt, 1)
-        at = start // fmt.codes_per_byte + runs(part // fmt.codes_per_byte, RUN // fmt.codes_per_byte)
+        at = start // fmt.codes_per_byte + runs(part // fmt.codes_per_byte, run // fmt.codes_per_byte)
         tl.store(stored + at, packed, mask=None if whole else at < stored_size)
+    if mask is not None:
+        keeps = passes.keeps(y, level)
+        bits = pack_bits(keeps & inside if ragged and not whole else keeps, 1)
+        at = start // 8 + runs(part // 8, run // 8)
+        tl.store(mask + at, bits, mask=None if whole else at < mask_size)
 
 
 @triton.jit
@@ -117,18 +144,18 @@ def _write_row(
     gamma,
     codes,
     stored,
-    size,
-    stored_size,
+    mask,
+    sizes,
     fmt: tl.constexpr,
+    passes: tl.constexpr,
     part: tl.constexpr,
+    run: tl.constexpr,
     ragged: tl.constexpr,
     saturate: tl.constexpr,
 ):
     for i in tl.static_range(len(row)):
-        y = row[i].to(tl.float32) * gamma
-        if saturate:
-            y = saturated(y, fmt)
-        _write_part(y, codes, stored, i * part, size, stored_size, fmt, part, ragged, i < len(row) - 1)
+        y = in_float32(row[i]) * gamma
+        _write_part(y, codes, stored, mask, i * part, sizes, fmt, passes, part, run, ragged, saturate, i < len(row) - 1)
 
 
 @triton.jit
@@ -138,32 +165,41 @@ def _quantize_row(
     codes,
     scales,
     stored,
+    mask,
     row_stride,
     size,
     stored_size,
+    mask_size,
     fmt: tl.constexpr,
+    passes: tl.constexpr,
     part: tl.constexpr,
+    run: tl.constexpr,
     parts: tl.constexpr,
     ragged: tl.constexpr,
 ):
     """One row, in as many parts as it takes, not padded to a power of two as a block is; all but the last are whole."""
     number = tl.program_id(0).to(tl.int64)
     x += number * row_stride
-    codes += number * size
-    if stored is not None:
-        stored += number * stored_size
     row = ()
     for i in tl.static_range(parts):
-        at = i * part + runs(part, RUN)
+        at = i * part + runs(part, run)
         row += (loaded(x, fold, at, None if i < parts - 1 else at < size),)  # type: ignore[assignment]
     amax = greater(_row_maximum(row), fmt.amax_floor)
     scale, gamma = fmt.scale_pair(amax)
-    tl.store(scales + number, scale)
+    if scales is not None:
+        tl.store(scales + number, scale)
+    sizes = size, stored_size, mask_size
+    if codes is not None:
+        codes += number * size
+    if stored is not None:
+        stored += number * stored_size
+    if mask is not None:
+        mask += number * mask_size
     # Every row would be saturated, by predicated instructions, if no more than that stood in a branch.
-    if amax <= fmt.plain_limit:
-        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, False)
+    if fmt.buckets is not None or not (amax <= fmt.plain_limit):
+        _write_row(row, gamma, codes, stored, mask, sizes, fmt, passes, part, run, ragged, True)
     else:
-        _write_row(row, gamma, codes, stored, size, stored_size, fmt, part, ragged, True)
+        _write_row(row, gamma, codes, stored, mask, sizes, fmt, passes, part, run, ragged, False)
 
 
 @triton.jit
@@ -173,28 +209,37 @@ def _quantize_long_row(
     codes,
     scales,
     stored,
+    mask,
     row_stride,
     size,
     stored_size,
+    mask_size,
     fmt: tl.constexpr,
+    passes: tl.constexpr,
     block: tl.constexpr,
     ragged: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    x += row * row_stride
+    number = tl.program_id(0).to(tl.int64)
+    x += number * row_stride
     running = tl.zeros([block // RUN, RUN], tl.float32)
     for start in range(0, size, block):
         at = start + runs(block, RUN)
         running = greater(running, tl.abs(loaded(x, fold, at, at < size).to(tl.float32)))
     amax = greater(absolute_maximum(running, None), fmt.amax_floor)
     scale, gamma = fmt.scale_pair(amax)
-    tl.store(scales + row, scale)
+    if scales is not None:
+        tl.store(scales + number, scale)
+    sizes = size, stored_size, mask_size
+    if codes is not None:
+        codes += number * size
     if stored is not None:
-        stored += row * stored_size
+        stored += number * stored_size
+    if mask is not None:
+        mask += number * mask_size
     for start in range(0, size, block):
         at = start + runs(block, RUN)
-        y = saturated(loaded(x, fold, at, at < size).to(tl.float32) * gamma, fmt)
-        _write_part(y, codes + row * size, stored, start, size, stored_size, fmt, block, ragged, False)
+        y = loaded(x, fold, at, at < size).to(tl.float32) * gamma
+        _write_part(y, codes, stored, mask, start, sizes, fmt, passes, block, RUN, ragged, True, False)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -208,17 +253,36 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
     """As :func:`qcompile.kernels.quantize.reference.quantize_8bit`; x float32, bfloat16 or float16, any strides."""
     if x.numel() == 0:
         return reference.quantize_8bit(x, quantizer, packed, fold)
-    q, fmt = Quantizer.parse(quantizer), grid_of(quantizer)
+    q = Quantizer.parse(quantizer)
     x = with_dense_rows(x)
     rows, size = x.shape
     codes = x.new_empty((rows, size), dtype=tensor_core_dtype(q.format))
     scales = x.new_empty((rows, 1), dtype=torch.float32)
     stored = x.new_empty((rows, q.packed_size(size) if packed else 0), dtype=torch.uint8)
+    write_rows(x, grid_of(quantizer), None, codes, scales, stored if packed else None, None, fold)
+    return codes, scales, stored
+
+
+def write_rows(
+    x: Tensor,
+    fmt: Grid,
+    passes: Passing | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    stored: Tensor | None,
+    mask: Tensor | None,
+    fold: Tensor | None = None,
+) -> None:
+    """Write what is not ``None`` of x ``[R, K]`` with dense rows, whose scales follow from the absolute maximum."""
+    rows, size = x.shape
+    layout: dict[str, Any]
     if size <= LONGEST_ROW:
         # Of the largest power of two that is not larger.
         num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
-        part = RUN.value * WARP.value * num_warps
-        kernel, layout = _quantize_row, {"part": part, "parts": triton.cdiv(size, part)}
+        # Alone, a mask is written where elements are read: eight of 16 bits per thread, a byte of the mask.
+        run = 8 if codes is None and stored is None else RUN.value
+        part = run * WARP.value * num_warps
+        kernel, layout = _quantize_row, {"part": part, "run": run, "parts": triton.cdiv(size, part)}
     else:
         num_warps = warps(LONGEST_ROW, ELEMENTS_PER_THREAD)
         kernel, layout = _quantize_long_row, {"block": LONGEST_ROW}
@@ -229,13 +293,15 @@ def quantize_8bit(x: Tensor, quantizer: str, packed: bool, fold: Tensor | None =
         flat(fold),
         codes,
         scales,
-        stored if packed else None,
+        stored,
+        mask,
         x.stride(0),
         size,
-        stored.shape[1],
+        0 if stored is None else stored.shape[1],
+        0 if mask is None else mask.shape[1],
         fmt=fmt,
+        passes=passes,
         **layout,
-        ragged=size % fmt.codes_per_byte != 0,
+        ragged=size % (fmt.codes_per_byte if mask is None else 8) != 0,
         num_warps=num_warps,
     )
-    return codes, scales, stored

@@ -10,6 +10,7 @@ Per element of a 16-bit x, in bytes of device memory:
 
 * **by rows** (2 in; 1 out as 8-bit codes, up to 1 as stored codes, ⅛ as mask, whichever are asked for): sum of squares
   in float64, rotation, scale, codes and mask in one pass. Rows longer than ``LONGEST_ROW`` are read twice.
+* **by rows that are not transformed**, where levels are looked up or a mask needs them: :mod:`.triton_rows`.
 * **transposed** (2 in, up to 1 out as stored codes; these in again, 1 out).
 """
 
@@ -36,12 +37,15 @@ from qcompile.kernels.quantize.triton import missing_conversion, recode, support
 from qcompile.kernels.quantize.triton_codes import (
     biased_code,
     biased_level,
+    eighths,
     nearest,
+    pack_bits,
     pack_codes,
     rms_scale_pair,
     saturated,
     tensor_core_code,
 )
+from qcompile.kernels.quantize.triton_rows import write_rows
 from qcompile.kernels.transform.triton import (
     LARGEST_SPAN,
     Part,
@@ -50,7 +54,6 @@ from qcompile.kernels.transform.triton import (
     interleave,
     kept,
     part_of,
-    parted_eighths,
     rotated,
     runs_of,
     widened,
@@ -102,17 +105,17 @@ _SHIFT_IN = tl.constexpr(
 @triton.jit
 def _squares(columns):
     """Float64, an eighth of the columns: sums of squares; each square is exact."""
-    eighths = parted_eighths(columns.to(tl.float64))
-    total = eighths[0] * eighths[0]
+    parts = eighths(columns.to(tl.float64), 0)
+    total = parts[0] * parts[0]
     for i in tl.static_range(1, 8):
-        total = tl.fma(eighths[i], eighths[i], total)
+        total = tl.fma(parts[i], parts[i], total)
     return total
 
 
 @triton.jit
 def _pack_signs(x):
     """Float32 columns as bytes of the signs, the lower index in the lower bits."""
-    b0, b1, b2, b3, b4, b5, b6, b7 = parted_eighths(as_bits(x))
+    b0, b1, b2, b3, b4, b5, b6, b7 = eighths(as_bits(x), 0)
     if INTERPRETED:
         byte = (b0 < 0).to(tl.int32) | (b1 < 0).to(tl.int32) << 1
         byte |= (b2 < 0).to(tl.int32) << 2 | (b3 < 0).to(tl.int32) << 3
@@ -165,7 +168,8 @@ def _write_part(
         keep = kept(columns, part.unit)
     if mask is not None and passes.by_limits(part.unit > 0):
         limit = tl.where(keep, passes.above_limit, passes.above_limit_at_zero) if part.unit > 0 else passes.above_limit
-        _write_mask(mask, _beyond(y, limit), inside, start, mask_size)
+        beyond = _beyond(y, limit)
+        _write_mask(mask, _pack_signs(beyond if inside is None else tl.where(inside, beyond, 0.0)), start, mask_size)
     if part.words:
         if not (scale <= LARGEST_PLAIN_SCALE):
             tl.inline_asm_elementwise(_STAY, "=f,f", [scale], dtype=tl.float32, is_pure=False, pack=1)
@@ -191,13 +195,14 @@ def _write_part(
             at = start + runs(part.block, RUN)
             tl.store(codes + at, runs_of(eight_bit, RUN), mask=at < size)
         if mask is not None and not passes.by_limits(part.unit > 0):
-            _write_mask(mask, tl.where(passes.keeps(y, level), -1.0, 1.0), inside, start, mask_size)
+            keeps = passes.keeps(y, level)
+            _write_mask(mask, pack_bits(keeps if inside is None else keeps & inside, 0), start, mask_size)
 
 
 @triton.jit
 def _write_words(y, codes, stored, start, size, fmt: tl.constexpr):
     """8-bit and stored codes of scaled columns, not NaN and below 2¹⁵, eight neighbours at once."""
-    y0, y1, y2, y3, y4, y5, y6, y7 = parted_eighths(y)
+    y0, y1, y2, y3, y4, y5, y6, y7 = eighths(y, 0)
     first, second, packed = tl.inline_asm_elementwise(
         fmt.encode_eight,
         "=r,=r,=r,f,f,f,f,f,f,f,f",
@@ -231,10 +236,7 @@ def _write_stored(stored, code, inside, start, stored_size, fmt: tl.constexpr):
 
 
 @triton.jit
-def _write_mask(mask, beyond, inside, start, mask_size):
-    if inside is not None:
-        beyond = tl.where(inside, beyond, 0.0)
-    bits = _pack_signs(beyond)
+def _write_mask(mask, bits, start, mask_size):
     run: tl.constexpr = bits.shape[0]  # they are where they are written from
     at = start // 8 + runs(run * bits.shape[1], run)
     tl.store(mask + at, runs_of(bits, run), mask=at < mask_size)
@@ -419,6 +421,14 @@ def _by_words(x: Tensor, fmt: Grid, passes: Passing | None, transform: Transform
     return bool(suits) and bounded and size % RUN.value == 0 and _is_hopper(x.device)
 
 
+def _is_plain(fmt: Grid, passes: Passing | None, part: Part) -> bool:
+    """Whether no element meets another one, and levels are looked up or a mask needs them: the kernel of such rows
+    holds 16-bit elements as they are.
+    """
+    alone = part.rotation == 1 and part.unit == 0 and not fmt.of_squares
+    return alone and (fmt.buckets is not None if passes is None else not passes.by_limits(sparse=False))
+
+
 def _by_descriptor(x: Tensor, fmt: Grid, part: Part) -> bool:
     """Whether rows of x come by tensor descriptors, in lines of 128 bytes that are columns.
 
@@ -466,6 +476,11 @@ def _by_rows(
     packed = x.new_empty((rows, q.packed_size(size) if stored else 0), dtype=torch.uint8)
     mask = x.new_empty((rows, -(-size // 8) if masked else 0), dtype=torch.uint8)
     source: Any = x
+    wanted = ((codes, eight_bit), (scales, scaled), (packed, stored), (mask, masked))
+    outputs = [output if is_wanted else None for output, is_wanted in wanted]
+    if _is_plain(fmt, passes, part):
+        write_rows(x, fmt, passes, *outputs)
+        return [codes, scales, packed, mask]
     kernel, programs = (_quantize_row, rows) if size <= LONGEST_ROW else (_quantize_long_row, rows)
     most_registers = None
     if _by_descriptor(x, fmt, part):
@@ -477,10 +492,7 @@ def _by_rows(
         kernel,
         programs,
         source,
-        codes if eight_bit else None,
-        scales if scaled else None,
-        packed if stored else None,
-        mask if masked else None,
+        *outputs,
         x.stride(0),
         rows,
         size,

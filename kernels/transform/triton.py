@@ -22,9 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompile.kernels.quantize.grid import Constants
-from qcompile.kernels.quantize.triton_codes import (
-    halves,
-)
+from qcompile.kernels.quantize.triton_codes import halves, in_float32, quarters
 from qcompile.kernels.triton import (
     INTERPRETED,
     RUN,
@@ -45,7 +43,6 @@ __all__ = [
     "interleave",
     "kept",
     "part_of",
-    "parted_eighths",
     "rotated",
     "runs_of",
     "supports_hadamard",
@@ -57,8 +54,6 @@ LARGEST_SPAN, UNROTATED_PER_THREAD = 64, 128
 #: Elements that a program rotates where rows do not matter.
 ROTATED_BLOCK = 4096
 
-#: PTX: the two float32 numbers that a pair of bfloat16 ones are.
-_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 #: PTX: $1 · $2, whose magnitude is 1, added to what the lane $3 away has in place of $1.
 _EXCHANGE = tl.constexpr(
     "{.reg .f32 other; shfl.sync.bfly.b32 other, $1, $3, 31, 0xffffffff; fma.rn.f32 $0, $1, $2, other;}"
@@ -138,7 +133,7 @@ def kept(columns, width: tl.constexpr):
     if width == 2:
         first, second = halves(score, 0)
         score = first + second
-    a, b, c, d = _quarters(score)
+    a, b, c, d = quarters(score, 0)
     # A unit loses to a larger one, and to an equal one before it; NaN loses to nothing.
     stays_a = _at_most_one(b > a, c > a, d > a)
     stays_b = _at_most_one(a >= b, c > b, d > b)
@@ -148,24 +143,6 @@ def kept(columns, width: tl.constexpr):
     if width == 2:
         stays = interleave(stays, stays)
     return stays != 0
-
-
-@triton.jit
-def _quarters(columns):
-    """Every first, second, third and fourth of four neighbours."""
-    even, odd = halves(columns, 0)
-    first, third = halves(even, 0)
-    second, fourth = halves(odd, 0)
-    return first, second, third, fourth
-
-
-@triton.jit
-def parted_eighths(columns):
-    """Every first to eighth of eight neighbours."""
-    even, odd = halves(columns, 0)
-    first, third, fifth, seventh = _quarters(even)
-    second, fourth, sixth, eighth = _quarters(odd)
-    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @triton.jit
@@ -227,20 +204,15 @@ def columns_of(x, start, size, part: tl.constexpr):
 
 @triton.jit
 def widened(columns):
-    """Columns in float32; long ones of bfloat16 in pairs, at an instruction per element instead of one and a half."""
+    """Columns in float32; long ones of bfloat16 in pairs (:func:`in_float32`)."""
     if INTERPRETED or columns.dtype != tl.bfloat16 or columns.shape[0] == RUN:
         wide = columns.to(tl.float32)
     else:
         # To part them brings all of a column to one thread, while it still has 16 bits.
         upper, lower = _upper_and_lower(columns)
-        wide = tl.permute(tl.join(_widened_pairs(upper), _widened_pairs(lower)), (2, 0, 1))
+        wide = tl.permute(tl.join(in_float32(upper), in_float32(lower)), (2, 0, 1))
         wide = tl.reshape(wide, [columns.shape[0], columns.shape[1]])
     return wide
-
-
-@triton.jit
-def _widened_pairs(x):
-    return tl.inline_asm_elementwise(_WIDEN, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit

@@ -222,7 +222,9 @@ def _user_definitions(text: str) -> tuple[str, set[tuple[str, str]]]:
     imports: set[str] = set()
     statements: list[str] = []
     used: set[tuple[str, str]] = set()
-    for name in named_definitions(text):
+    names = named_definitions(text)
+    paired = [grid for name in names if name in FORMATS for grid in FORMATS[name].grids]
+    for name in dict.fromkeys([*named_definitions(" ".join(paired)), *names]):  # grids before their pairs
         definition = next(table[name] for table in (FORMATS, SCALE_RULES, ESTIMATORS) if name in table)
         kind = type(definition).__name__
         where = f"save_repro: {kind} {short_name(name)!r}"

@@ -18,6 +18,7 @@ What an estimator needs kept for the backward decides how it is lowered: nothing
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -89,12 +90,40 @@ def dge_surrogate(y: Tensor, fmt: Format, k: float) -> Tensor:
 
 
 def _dge_slope(y: Scalar, fmt: Format, k: float, cap: float) -> Scalar:
-    _, _, position = _bin(y, fmt)
-    return (position.abs().pow(1 / k - 1) / k).clamp(max=cap)
+    return (_position(y, fmt).abs().pow(1 / k - 1) * (1 / k)).clamp(max=cap)
+
+
+def _position(y: Scalar, fmt: Format) -> Scalar:
+    """Position in [−1, 1] of |y| in its bin; at an edge that of either neighbour, whose magnitude is 1 as well.
+
+    Where bins are as wide as powers of two and begin at multiples of their width, as those of small floats do, it is
+    the fraction of |y| / width, exactly: a third of the operations of a search for the bin.
+    """
+    segments = _segments(fmt.magnitudes) if fmt.has_zero and not fmt.codebook else ()
+    if not segments:
+        return _bin(y, fmt)[2]
+    magnitude = y.abs().clamp(max=fmt.max)
+    per_width: Scalar = 1 / segments[0][1]
+    for start, width in segments[1:]:
+        per_width = torch.where(magnitude >= start, 1 / width, per_width)
+    bins = magnitude * per_width
+    return (bins - bins.floor()) * 2 - 1
+
+
+def _segments(edges: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+    """Start and width of bins, a new one where the width changes; none if a fraction does not tell the position."""
+    bins = [(low, high - low) for low, high in pairwise(edges)]
+    if any(math.frexp(width)[0] != 0.5 or low % width for low, width in bins):
+        return ()
+    return tuple(bin for i, bin in enumerate(bins) if i == 0 or bin[1] != bins[i - 1][1])
 
 
 def _bin(y: Scalar, fmt: Format) -> tuple[Scalar, Scalar, Scalar]:
-    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in; that y lies in, for a code book."""
+    """Lower level, 2 / width and position in [−1, 1] of the bin that |y| lies in; that y lies in, for a code book.
+
+    Bins lie between levels that elements are rounded to, of which the 0 of a pruned format is none.
+    """
+    fmt = fmt.grid
     if fmt.codebook:
         edges, magnitude = fmt.sorted_levels, y.clamp(*fmt.range)
     else:

@@ -9,6 +9,9 @@ Most formats are symmetric and stored as sign and magnitude: ``code = index | si
 :attr:`Format.codebook` as given, sorted or not. Codes are packed lower index first, low bits first, along the last
 axis.
 
+``e2m1/int4`` is a pair of formats: every block of elements is rounded to one of them, and the sign of its scale, which
+is no use otherwise, says to which (IF4, arXiv 2603.28765). Any two formats with magnitudes and as many bits make one.
+
 ============ =================================================== ======================================
 name         levels                                              source
 ============ =================================================== ======================================
@@ -37,24 +40,30 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import ClassVar
 
 import torch
 
-from .definitions import Registry
+from .definitions import Registry, short_names
 from .formulas import float32
 
-__all__ = ["FORMATS", "Format", "codes_per_byte", "float_magnitudes", "get_format", "is_format"]
+__all__ = ["FORMATS", "Format", "codes_per_byte", "float_magnitudes", "get_format", "is_format", "resolve_format"]
+
+
+def resolve_format(name: str) -> str:
+    """The full name of a user's format, or of a pair with one."""
+    return "/".join(map(FORMATS.resolve, name.split("/"))) if isinstance(name, str) else name
 
 
 @dataclass(frozen=True)
 class Format:
-    """The values that codes stand for: ``magnitudes`` with either sign, or the levels of a ``codebook``.
+    """The values that codes stand for: ``magnitudes`` with either sign, the levels of a ``codebook``, or, block by
+    block, the values of one of two ``grids``.
 
     Attributes:
-        name: key in :data:`FORMATS`.
+        name: key in :data:`FORMATS`, or two of them (``"e2m1/int4"``).
         bits: width of one code, sign included.
         magnitudes: representable absolute values, ascending; the index is the magnitude part of the code. None for a
             code book.
@@ -65,6 +74,8 @@ class Format:
             elements that sparsity drops, and to no other.
         codebook: the level of every code (rounded to float32), in the order of codes; up to 2^bits levels in any order,
             of which no two are equal. 0.0 and −0.0 may both be there: the sign of what is rounded to 0 then chooses.
+        grids: names of two formats, of which every block takes the one whose codes err less. What follows from levels
+            below is to be asked of :attr:`choices` then.
 
     Raises ``ValueError`` for values that make no format.
     """
@@ -79,27 +90,48 @@ class Format:
     torch_dtype: str | None = None
     pruned: str | None = None
     codebook: tuple[float, ...] = ()
+    grids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", tuple(map(resolve_format, self.grids)))
         object.__setattr__(self, "magnitudes", tuple(self.magnitudes))
         object.__setattr__(self, "codebook", tuple(self.codebook))
         if fault := self._fault():
             msg = f"format {self.name!r}: {fault}"
-            raise ValueError(msg)
+            raise ValueError(short_names(msg))
         object.__setattr__(self, "codebook", tuple(map(float32, self.codebook)))
 
     def _fault(self) -> str:
         """What makes these values no format, and what to give instead; empty if nothing does."""
-        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z]\w*", self.name):
+        name = self.name.replace("/", "") if self.grids and isinstance(self.name, str) else self.name
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][\w@]*" if self.grids else r"[a-z]\w*", name):
             return "a name is a lower-case letter, then letters, digits or _"
         if not isinstance(self.bits, int) or not 1 <= self.bits <= self.MOST_BITS:
             return f"bits={self.bits!r}; a code has 1 to {self.MOST_BITS} bits"
+        if self.grids:
+            return self._fault_of_grids()
         if bool(self.magnitudes) == bool(self.codebook):
             return "give either magnitudes=, for levels of both signs, or codebook=, the level of every code"
         for value in (*self.magnitudes, *self.codebook):
             if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_FLOAT32:
                 return f"level {value!r} is not a finite float32 number"
         return self._fault_of_codebook() if self.codebook else self._fault_of_magnitudes()
+
+    def _fault_of_grids(self) -> str:
+        if self.magnitudes or self.codebook or self.step is not None or self.torch_dtype or self.pruned:
+            return "grids= have levels of their own; leave everything but bits= out"
+        if len({*self.grids}) != 2 or len(self.grids) != 2:
+            return f"grids={self.grids!r} are not two formats, for example ('e2m1', 'int4')"
+        for name in self.grids:
+            grid = get_format(name)
+            faults = {
+                "has no magnitudes": not grid.magnitudes,
+                "is pruned": grid.pruned,
+                f"has {grid.bits} bits": grid.bits != self.bits,
+            }
+            if fault := next((fault for fault, is_so in faults.items() if is_so), ""):
+                return f"{name} {fault}; grids of a pair have magnitudes, and {self.bits} bits both"
+        return ""
 
     def _fault_of_codebook(self) -> str:
         if (count := len(self.codebook)) > 2**self.bits:
@@ -135,7 +167,14 @@ class Format:
         """Whether elements are rounded to 0. Where they are, sign and magnitude keep the sign of a zero input (IEEE
         −0); where not (half-integer grids) zero belongs to the positive side.
         """
+        if self.grids:
+            return all(grid.has_zero for grid in self.choices)
         return not self.pruned and 0.0 in (self.codebook or self.magnitudes)
+
+    @cached_property
+    def choices(self) -> tuple[Format, ...]:
+        """The formats that a block may take: itself alone, but for a pair of ``grids``."""
+        return tuple(map(get_format, self.grids)) or (self,)
 
     @property
     def grid(self) -> Format:
@@ -167,7 +206,9 @@ class Format:
 
     @property
     def max(self) -> float:
-        """Largest representable magnitude."""
+        """Largest representable magnitude; of a pair the smaller one, to which the larger scale belongs."""
+        if self.grids:
+            return min(grid.max for grid in self.choices)
         return max(abs(level) for level in self.codebook) if self.codebook else self.magnitudes[-1]
 
     @property
@@ -183,7 +224,9 @@ class Format:
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
-        """The level of every code; codes that no level has read as 0."""
+        """The level of every code; codes that no level has read as 0. Of a pair those of both, one after the other."""
+        if self.grids:
+            return tuple(level for grid in self.choices for level in grid.levels)
         if self.codebook:
             return (*self.codebook, *(0.0,) * (2**self.bits - len(self.codebook)))
         unused = (0.0,) * (2 ** (self.bits - 1) - len(self.magnitudes))
@@ -264,6 +307,8 @@ class Format:
 
     @cached_property
     def _tensor_core(self) -> tuple[str | None, float, float]:
+        if self.grids:  # a code alone does not say its level
+            return None, 1.0, 0.0
         levels = {*self.codebook, *self.magnitudes, *(-m for m in self.magnitudes)}
         for offset, factor in ((0.0, 1.0), (0.0, 2.0), (0.5, 1.0)):
             for candidate, values in _TENSOR_CORE_VALUES.items():
@@ -369,12 +414,22 @@ _RENAMED = {
 
 
 def is_format(name: str) -> bool:
-    """Whether a format is called so, or was."""
-    return FORMATS.resolve(name) in FORMATS or name in _RENAMED
+    """Whether a format is called so, or was; or a pair."""
+    return FORMATS.resolve(name) in FORMATS or name in _RENAMED or "/" in name
+
+
+@cache
+def _pair(name: str) -> Format:
+    names = tuple(name.split("/"))
+    return Format(name, get_format(names[0]).bits, grids=names)
 
 
 def get_format(name: str) -> Format:
-    """Look a format up by name. Raises ``ValueError`` listing the known names, or with the new one of a former name."""
+    """Look a format up by name, or make the pair of ``"e2m1/int4"``. Raises ``ValueError`` listing the known names, or
+    with the new one of a former name.
+    """
+    if isinstance(name, str) and "/" in name:
+        return _pair(resolve_format(name))
     try:
         return FORMATS[FORMATS.resolve(name)]
     except KeyError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .definitions import cached_by_text, short_names
 from .estimators import EstimatorSpec
-from .formats import FORMATS, get_format
+from .formats import get_format, resolve_format
 from .options import reject_unknown
 from .outliers import OutlierClamp
 from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
@@ -37,17 +37,9 @@ class Operand:
         if self.outliers and self.estimator.kind.slope:
             msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
             raise ValueError(msg)
-        if self.outliers and self.outliers.residual == "e4m3":
-            self._check_e4m3_residual()
-
-    def _check_e4m3_residual(self) -> None:
-        q = self.quantizer
-        fits = q.format.tensor_core_type == "e4m3" and q.format.bits <= 4
-        if not (fits and q.granularity.kind == "row" and q.scale.name == "absmax" and q.rounding != "stochastic"):
-            msg = f"occ: residual=e4m3 goes with a grid of up to 4 bits, granularity row and scale absmax, not {q}"
-            raise ValueError(msg)
-        if self.estimator != STE:
-            msg = f"occ: residual=e4m3 goes with the estimator ste, not {self.estimator}"
+        e4m3 = self.outliers is not None and self.outliers.residual == "e4m3"
+        if e4m3 and (why := _why_no_e4m3_residual(self.quantizer, self.estimator)):
+            msg = f"occ: residual=e4m3 goes with {why}; residual=exact goes with all"
             raise ValueError(msg)
 
     def _check_transform(self) -> None:
@@ -106,7 +98,7 @@ class Operand:
 
     def override(self, changes: Mapping[str, Any]) -> Operand:
         """A copy with the named fields changed: format, granularity, scale, rounding, estimator, outliers, rotation,
-        sparsity.
+        sparsity. A residual in E4M3 that they do not admit becomes exact, unless ``outliers`` is among them.
         """
         known = ("format", "granularity", "scale", "rounding", "estimator", "outliers", "rotation", "sparsity")
         reject_unknown("operand", changes, known)
@@ -128,12 +120,22 @@ class Operand:
         outliers = self.outliers
         if "outliers" in changes:
             outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
+        elif outliers and outliers.residual == "e4m3" and _why_no_e4m3_residual(quantizer, estimator):
+            outliers = replace(outliers, residual="exact")
         transform = self.transform
         if "rotation" in changes:
             transform = replace(transform, rotation=_rotation(changes["rotation"]))
         if "sparsity" in changes:
             transform = replace(transform, sparsity=changes["sparsity"] or "")
         return Operand(quantizer, estimator, outliers, transform)
+
+
+def _why_no_e4m3_residual(q: Quantizer, estimator: EstimatorSpec) -> str:
+    """What codes must be that an outlier's residual is added to in E4M3, and are not; empty if they are."""
+    fits = q.format.tensor_core_type == "e4m3" and q.format.bits <= 4
+    if not (fits and q.granularity.kind == "row" and q.scale.name == "absmax" and q.rounding != "stochastic"):
+        return f"a grid of up to 4 bits, granularity row and scale absmax, not {q}"
+    return "" if estimator == STE else f"the estimator ste, not {estimator}"
 
 
 def _rotation(value: Any) -> int:
@@ -183,7 +185,7 @@ def resolve_override(value: Any) -> Any:
     if isinstance(value, str):
         return Operand.resolve(value)
     if isinstance(value, Mapping):
-        resolve = {"format": FORMATS.resolve, "scale": SCALE_RULES.resolve, "estimator": EstimatorSpec.resolve}
+        resolve = {"format": resolve_format, "scale": SCALE_RULES.resolve, "estimator": EstimatorSpec.resolve}
         return {key: resolve.get(key, lambda part: part)(part) for key, part in value.items()}
     return value
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
 from .definitions import Registry, cached_by_text, short_name, short_names
-from .formats import FORMATS, Format, get_format, is_format
+from .formats import Format, get_format, is_format, resolve_format
 from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
 
@@ -26,6 +26,7 @@ __all__ = [
     "ROUNDINGS",
     "SCALE_RULES",
     "SCALE_STORES",
+    "Candidate",
     "Granularity",
     "Quantizer",
     "ScaleRule",
@@ -42,6 +43,13 @@ SMALLEST_GLOBAL_SCALE = 2.0 ** (SMALLEST_EXPONENT + 9)
 #: Blocks of a smaller absolute maximum are divided by this one in bitsandbytes; times the largest level, above 1.
 SMALLEST_BNB_AMAX = 1e-38
 
+#: Candidates are compared by integers, whose sum is the same in any order: an error is counted in units of this many
+#: bits below the power of two that a block's absolute maximum begins with, rounded to the nearest, ties to even. One of
+#: more than MOST_ERROR units, NaN included, counts as that many.
+ERROR_BITS, MOST_ERROR = 19, 2.0**21
+#: Squares of as many errors may not fit int64.
+MOST_COMPARED = int(2**63 / MOST_ERROR**2)
+
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
 
@@ -57,6 +65,11 @@ class Granularity:
 
     kind: str
     size: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many share a scale in blocks and squares."""
+        return self.size**2 if self.kind == "square" else self.size
 
     def __str__(self) -> str:
         return f"block{self.size}x{self.size}" if self.kind == "square" else f"{self.kind}{self.size or ''}"
@@ -93,6 +106,8 @@ SCALE_STORES = {
     "ue5m3": "uint8",
     "e8m0": "uint8",
 }
+#: The largest number of those that torch has no type for, which have no sign.
+_LARGEST_UNSIGNED = {"ue5m3": 61440.0, "e8m0": 2.0**127}
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class ScaleRule:
         floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
             (:attr:`Quantizer.amax_floor`).
         candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
-            the least squared error; of equal errors the first.
+            the least squared error (:data:`ERROR_BITS`); of equal errors the first.
         largest: the stored scale that the tensor's absolute maximum gets under a two-level rule, before candidates.
         source: where it is defined.
     """
@@ -134,6 +149,11 @@ class ScaleRule:
     def storage(self) -> str:
         """Name of the torch dtype of stored scales."""
         return SCALE_STORES[self.store]
+
+    @property
+    def largest_stored(self) -> float:
+        """The largest finite scale that is stored."""
+        return _LARGEST_UNSIGNED.get(self.store) or torch.finfo(getattr(torch, self.storage)).max
 
 
 def _absmax(amax: Scalar, fmt: Format) -> Scalar:
@@ -296,6 +316,17 @@ def _assigned(text: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """What a block may take: a ``factor`` on its scale and a ``grid`` to round to. A scale is ``marked`` by its sign
+    where the grid is the second of a pair.
+    """
+
+    factor: float
+    grid: Format
+    marked: bool
+
+
+@dataclass(frozen=True)
 class Quantizer:
     """Format, granularity, scale rule and rounding of one quantized operand."""
 
@@ -311,7 +342,7 @@ class Quantizer:
         if self.rounding not in ROUNDINGS:
             msg = f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}"
             raise ValueError(msg)
-        if self.format.torch_dtype and self.rounding == "half_up":
+        if any(grid.torch_dtype for grid in self.format.choices) and self.rounding == "half_up":
             name = short_name(self.format.name)
             msg = f"{name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
@@ -319,15 +350,42 @@ class Quantizer:
             name = short_name(self.format.name)
             msg = f"stochastic rounding on {name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
-        if len(self.scale.candidates) > 1 and self.granularity.kind not in ("block", "square"):
-            msg = f"scale rule {self.scale.name} chooses by blocks, for example block16; got {self.granularity}"
-            raise ValueError(msg)
-        if len(self.scale.candidates) > 1 and self.rounding == "stochastic":
-            msg = f"scale rule {self.scale.name} chooses by the error of nearest rounding, not of stochastic; use even"
-            raise ValueError(msg)
+        if len(self.candidates) > 1:
+            self._check_choice()
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {short_name(self.scale.name)} needs blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
+
+    def _check_choice(self) -> None:
+        """Raises ``ValueError`` where blocks cannot choose among candidates."""
+        pair = self.format.grids
+        who = f"format {short_names(self.format.name)}" if pair else f"scale rule {short_name(self.scale.name)}"
+        if self.granularity.kind not in ("block", "square"):
+            msg = f"{who} chooses by blocks, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+        if self.granularity.elements >= MOST_COMPARED:
+            msg = f"{who} adds up errors of at most {MOST_COMPARED - 1} elements; got {self.granularity}"
+            raise ValueError(msg)
+        if self.rounding == "stochastic":
+            msg = f"{who} chooses by the error of nearest rounding, not of stochastic; use even"
+            raise ValueError(msg)
+        if pair and self.scale.statistic != "amax":
+            msg = f"{who} is chosen by errors relative to the absolute maximum, which {self.scale.name} does not find"
+            raise ValueError(msg)
+        if pair and self.scale.store in _LARGEST_UNSIGNED:
+            signed = ", ".join(store for store in SCALE_STORES if store not in _LARGEST_UNSIGNED)
+            msg = (
+                f"{who} is marked by the sign of its scale, which {self.scale.store} has not; use a rule with {signed}"
+            )
+            raise ValueError(msg)
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What every block may take; of candidates that err alike the first."""
+        grids = self.format.choices
+        return tuple(
+            Candidate(factor, grid, grid is not grids[0]) for grid in grids for factor in self.scale.candidates
+        )
 
     @property
     def amax_floor(self) -> float:
@@ -341,7 +399,7 @@ class Quantizer:
             return self.scale.floor
         if self.scale.name == "e8m0":
             return 2.0 ** (self.format.max_exponent + SMALLEST_E8M0_EXPONENT)
-        return max(self.format.max, 1.0) * 2.0**SMALLEST_EXPONENT
+        return max(*(grid.max for grid in self.format.choices), 1.0) * 2.0**SMALLEST_EXPONENT
 
     def __str__(self) -> str:
         return f"{self.format.name} {self.granularity} {self.scale.name} {self.rounding}"
@@ -349,7 +407,7 @@ class Quantizer:
     @staticmethod
     def resolve(text: str) -> str:
         """``text`` with the full names of users' formats and scale rules."""
-        return " ".join(SCALE_RULES.resolve(FORMATS.resolve(word)) for word in text.split())
+        return " ".join(SCALE_RULES.resolve(resolve_format(word)) for word in text.split())
 
     @staticmethod
     @cached_by_text

@@ -22,8 +22,13 @@ from .rules import Rule
 
 __all__ = ["BACKWARD_ROLES", "FOLDED_GRADIENT", "LEFT_WIDE", "Recipe"]
 
-#: ``backward=`` → roles whose products run on 8-bit tensor cores.
-BACKWARD_ROLES: dict[str, tuple[str, ...]] = {"bf16": (), "dgrad_fp8": ("dgrad",), "fp8": ("dgrad", "wgrad")}
+#: ``backward=`` → roles whose products run on 8-bit tensor cores; of ``"auto"``, those that may.
+BACKWARD_ROLES: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "dgrad_fp8": ("dgrad",),
+    "fp8": ("dgrad", "wgrad"),
+    "auto": ("dgrad", "wgrad"),
+}
 
 #: What dY is quantized to for those products unless ``gradient=`` says otherwise.
 FOLDED_GRADIENT = Operand(Quantizer(get_format("e4m3")))
@@ -66,6 +71,8 @@ class Recipe:
             option takes one for both operands, or ``{"activation": 8, "weight": 4}``; it is not a field, but sets two.
             Nor is the option ``defaults``: ``False`` drops what the recipe leaves wide by itself (``skip``, ``rules``,
             heads, thin layers), before the other options apply.
+        variants: what ``variant=`` stands for: other forms of the recipe, by name, each the options that make it. They
+            apply before the options that are given beside it.
         activation, weight: operands of the forward GEMM; the backward GEMMs read the same codes.
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision. Both products read
             it, whichever of their operands are quantized; a product that cannot (a convolution, unless the scale is one
@@ -74,7 +81,8 @@ class Recipe:
             dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
             or to E4M3 with one scale per row; the codes themselves are exact. Where scales cannot be folded (the exact
             residual of outliers, batches, convolutions) dY is what ``gradient`` says: in high precision if that is not
-            given.
+            given. ``"auto"``: those of the two that the card is estimated to run faster so, layer by layer
+            (:mod:`qcompile.kernels.matmul.costs`), unless ``gradient`` says what dY is to be.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``. As an option,
             adds to the recipe's own.
         rules: further rules, applied in order after ``skip``; added in the same way.
@@ -98,6 +106,7 @@ class Recipe:
     name: str
     source: str = ""
     widths: Mapping[Any, Operand | str | None] = field(default_factory=dict, repr=False, compare=False)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
     activation: OperandField = OperandField()
     weight: OperandField = OperandField()
     gradient: OperandField = OperandField()
@@ -141,7 +150,8 @@ class Recipe:
         return [
             "bits",
             "defaults",
-            *(f.name for f in fields(Recipe) if f.name not in ("name", "source", "widths", "user_patterns")),
+            "variant",
+            *(f.name for f in fields(Recipe) if f.name not in _NO_OPTIONS),
         ]
 
     def override(self, options: Mapping[str, Any]) -> Recipe:
@@ -149,6 +159,9 @@ class Recipe:
         accepted.
         """
         reject_unknown("option", options, self.option_names())
+        if "variant" in options:
+            form = self._variant(options["variant"])
+            return self.override(form).override({key: value for key, value in options.items() if key != "variant"})
         changes: dict[str, Any] = self.of_width(options["bits"], "option 'bits'") if "bits" in options else {}
         if not _checked("defaults", options.get("defaults", True)):
             changes |= {"skip": (), "rules": (), "heads": True, "min_side": 0}
@@ -173,16 +186,26 @@ class Recipe:
                 changes[key] = names_of(key, value)
             else:
                 changes[key] = _checked(key, value)
+        if self.backward == "auto" and "backward" not in changes and changes.get("gradient", "") is None:
+            changes["backward"] = "bf16"  # a wide dY was asked for
         recipe = replace(self, **changes)
         recipe._refuse_wide_gradient(options)
         return recipe
+
+    def _variant(self, name: Any) -> Mapping[str, Any]:
+        """The options that a variant stands for. Raises ``ValueError`` for one that the recipe does not have."""
+        if name not in self.variants:
+            known = ", ".join(self.variants) or "none"
+            msg = f"option 'variant': {name!r} is not one of the variants of {self.name}: {known}"
+            raise ValueError(msg)
+        return self.variants[name]
 
     def _refuse_wide_gradient(self, options: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` where dY is to be quantized for tensor cores and to stay wide at once. A rule for some
         layers or one of two roles is an exception, not a contradiction.
         """
         folded = BACKWARD_ROLES[self.backward]
-        if not folded:
+        if not folded or self.backward == "auto":
             return
         wide, fix = "", ""
         if "gradient" in options and self.gradient is None:
@@ -210,6 +233,9 @@ class Recipe:
                 raise ValueError(msg)
         return {name: operand_from(None, self.widths[width], name) for name, width in chosen.items()}
 
+
+#: Fields that no option of their name sets.
+_NO_OPTIONS = ("name", "source", "widths", "variants", "user_patterns")
 
 _SWITCH = ("True or False", lambda value: isinstance(value, bool))
 

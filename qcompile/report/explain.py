@@ -15,6 +15,7 @@ from qcompile import compat
 from qcompile.backends import compile_with, plain_model, recipe_of, split_options
 from qcompile.ir.recipe import Recipe
 from qcompile.passes.account import remark as unaccounted
+from qcompile.passes.causal_masks import remark as masks
 from qcompile.passes.pass_base import Observations
 from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 
@@ -91,7 +92,7 @@ def explain(
     report.remarks += [
         *_not_captured(model, outside, captured),
         *_dropped(graphs, compat.recompile_limits()),
-        *filter(None, [unaccounted([graph.observed for graph in graphs])]),
+        *filter(None, [about([graph.observed for graph in graphs]) for about in (unaccounted, masks)]),
     ]
     ours, _ = split_options(None, options)
     session = Session(recipe.override(ours))

@@ -136,13 +136,6 @@ class Program:
         """The role of a leaf for the compiled program: of a function, buffers are inputs like any other."""
         return "input" if leaf.role == "buffer" and not self.as_module else leaf.role
 
-    def is_attribute_of_a_leaf(self, name: str) -> bool:
-        """Like ``p0.T.mT``, which Dynamo reads from the leaf after the call: it is no result of the compiled graph."""
-        texts = {step.target: step.text for step in self.steps}
-        while found := re.fullmatch(r"(\w+)\.(T|mT|mH|data)", texts.get(name, "")):
-            name = found[1]
-        return any(leaf.name == name for leaf in self.leaves)
-
     @property
     def products(self) -> int:
         return sum(step.product for step in self.steps)
@@ -476,8 +469,6 @@ class _Builder:
             template = self.pick((*EXACT_WEIGHTS, *rounded))
             roles = {"y": "parameter", "m": "buffer"}
             others = {n: self.leaf(shape, self.dtype, role) for n, role in roles.items() if f"{{{n}}}" in template}
-            # Of a mask that is changed after it has masked, torch's own partitioner hands the new one to the backward.
-            self.pinned.update(others.values())
             made = self.step(template, x=x, **others)
         if made:
             self.weights.append(made)

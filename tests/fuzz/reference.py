@@ -210,7 +210,7 @@ class QuantizedProducts(TorchFunctionMode):
         activation, weight: how operands are quantized.
         parameters, inputs: the model's; whatever else it reads is constant.
         attention: quantize products of two activations as well.
-        training: whether a result that the program computes requires a gradient.
+        training: whether a result requires a gradient, leaves and their views aside.
 
     A weight is what stands in the slot that linear layers and convolutions have for it. In any other product it is what
     is computed from parameters alone, whatever else is done on the way, or else a matrix on the right that is handed

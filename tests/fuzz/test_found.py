@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .check import EXACT, ROUNDED, Outcome, Setting, attempt, check
+from .check import EXACT, ROUNDED, Outcome, Setting, attempt, check, torchs_own
 from .graphs import SUMS, Leaf, Program, Step, _Builder
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -126,10 +126,17 @@ def test_gradients_read_a_weight_as_it_was_multiplied():
 
 
 @pytest.mark.parametrize(
-    ("lines", "trains"), [(["v3 = p0.T"], False), (["h = p0.mH", "v3 = h.T"], False), (["v3 = p0 * 2"], True)]
+    ("lines", "trains"),
+    [
+        (["v3 = p0.T"], False),
+        (["h = p0.mH", "v3 = h.T"], False),
+        (["v3 = p0.transpose(0, 1)"], False),
+        (["v3 = p0 * 2"], True),
+        (["h = p0.T", "v3 = h + 1"], True),
+    ],
 )
 def test_under_no_grad_where_a_leaf_is_handed_back(lines, trains):
-    """Dynamo reads an attribute of a leaf after the call, so that nothing trains in the graph: it is inference."""
+    """No gradient comes from a view of a leaf, so it is inference. (Since torch 2.14 the graph returns ``.T``.)"""
     found = program((weight((7, 8)), X_FIXED), "v2 = F.linear(i1, p0)", *lines)
     found = replace(found, steps=(replace(found.steps[0], no_grad=True), *found.steps[1:]), results=("v2", "v3"))
     for module in (True, False):
@@ -151,6 +158,59 @@ def test_an_infinity_in_a_row_too_short_for_outliers():
         Leaf("i1", "input", (3, 2), BF16, True),
     )
     assert check(replace(program(leaves, "v2 = F.linear(i0, i1)"), exact=False), Setting(*ROUNDED[0])).quantized == 1
+
+
+def changes(*lines: str) -> Program:
+    """A product (``v2``) and what reads the buffer ``b0`` (``v3``) while ``b0`` is changed."""
+    found = program((weight((7, 8)), buffer((8,)), X_FIXED), *lines)
+    return replace(found, results=("v2", "v3"))
+
+
+LAYER = "v2 = F.linear(i1, p0)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("v = b0 + b0", "v3 = torch.maximum(p0, v)", "F.relu(b0, inplace=True)"),
+        ("v = b0[None] + 1", "h = v * 3", "v3 = p0 * h", "b0.mul_(-2)"),
+        ("b0.mul_(-2)", "v3 = p0 * b0"),
+        ("b0.t().mul_(2)", "v = b0 + b0", "v3 = torch.maximum(p0, v)", "b0.mul_(-2)"),
+        ("v3 = p0 * (b0 > 0)", "b0.mul_(-2)"),
+    ],
+    ids=["pointwise", "through a view", "before", "before and after", "mask"],
+)
+def test_the_backward_reads_an_input_as_it_was(lines):
+    """Plain ``aot_eager`` computes again from the new value. Where nothing is quantized, we compile what Inductor does;
+    if that is right one day, the excuse goes.
+    """
+    found = changes(LAYER, *lines)
+    assert [d.name for d in torchs_own(found, backend="aot_eager")] == ["gradient of p0"]
+    outcome = check(found, Setting(*EXACT[0]))
+    assert (outcome.quantized, outcome.excused) == (1, [])
+    outcome = check(changes("v2 = p0 @ p0.mT", *lines), Setting(*EXACT[0]))
+    assert (outcome.quantized, len(outcome.excused)) == (0, 1)
+
+
+def test_inductor_drops_a_copy_that_keeps_the_old_value():
+    """Before it parts forward and backward: nothing is left that could be saved."""
+    found = changes(LAYER, "v = b0.clone()", "v3 = p0 * v", "b0.mul_(-2)")
+    assert [d.name for d in torchs_own(found)] == ["gradient of p0"]
+    outcome = check(found, Setting(*EXACT[0]))
+    assert (outcome.quantized, len(outcome.excused)) == (1, 1)
+
+
+def test_torch_s_decomposition_of_layer_norm_where_the_gradient_is_infinite():
+    """It leaves infinities where eager torch has NaN; without decompositions the gradients agree."""
+    p0 = replace(weight((3, 33)), dtype=F16)
+    i1 = Leaf("i1", "input", (5, 17, 33), F16, False, content="-inf")
+    found = program((p0, i1), "w = F.layer_norm(p0, p0.shape[-1:])", "v3 = F.linear(i1, w)")
+    found = replace(found, exact=False)
+    assert torchs_own(found, backend="aot_eager") == []
+    for backend in ("aot_eager_decomp_partition", None):
+        assert list(map(str, torchs_own(found, backend=backend))) == ["gradient of p0: not finite in other places"]
+    outcome = check(found, Setting(*ROUNDED[0]))
+    assert (outcome.quantized, outcome.excused) == (1, ["gradient of p0: not finite in other places"])
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

@@ -25,7 +25,8 @@ QUANTIZERS = [
       for name in ("e2m1", "e1m2", "e3m0", "midrise4", "int4", "int8", "midrise8", "midrise3", "midrise1")],
     "e4m3 row absmax", "e5m2 tensor absmax", "e2m1 tensor absmax", "midrise4 block32 absmax", "e2m1 block5x5 absmax",
     "e2m1 row absmax_pow2 half_up", "e2m1 block32 e8m0", "e4m3 block32 e8m0",
-    "e2m1 block16 e4m3", "e2m1 block16x16 e4m3",
+    "e2m1 block16 e4m3", "e2m1 block16x16 e4m3", "e2m1 block16 e4m3_46", "midrise4 block5x5 e4m3_46 half_up",
+    "e2m1/int4 block16 e4m3", "int4/e3m0 block5x5 absmax half_up",
 ]  # fmt: skip
 SHAPES = [(37, 129), (3, 5, 254), (1030, 34), (5, 4099)]
 
@@ -52,11 +53,12 @@ def inputs_for(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[t
     generator = torch.Generator(device="cuda").manual_seed(1)
     x = torch.randn(shape, generator=generator, device="cuda")
     rows = x.view(-1, shape[-1])
-    ties = torch.tensor([*q.format.thresholds, *q.format.magnitudes, -0.0], device="cuda")[: shape[-1] - 1]
+    grid = q.candidates[0].grid
+    ties = torch.tensor([*grid.thresholds, *grid.magnitudes, -0.0], device="cuda")[: shape[-1] - 1]
     for row, factor in enumerate((1.0, -1.0, 2.0**-90)):
         rows[row] = 0.0
         rows[row, : len(ties)] = ties * factor
-        rows[row, -1] = q.format.max * factor
+        rows[row, -1] = grid.max * factor
     rows[3], rows[4] = 0.0, rows[4] * 1e37
     if q.granularity.kind == "row":
         rows[-1, 1], rows[-2, 2] = float("nan"), float("inf")
@@ -113,7 +115,7 @@ def test_estimators_agree_with_the_codes():
     """Masks bit for bit; the slope to float32 accuracy (powers may differ in the last place)."""
     x, grad = torch.randn(37, 129, device="cuda"), torch.randn(37, 129, device="cuda")
     scales = torch.ones(37, 1, device="cuda")
-    for text in ("e2m1 row absmax", "e2m1 row e8m0", "midrise4 row e8m0"):
+    for text in ("e2m1 row absmax", "e2m1 row e8m0", "midrise4 row e8m0", "e2m1/int4 block16 absmax"):
         for name in ("clip", "trust"):
 
             def masked(x, grad, text=text, name=name):

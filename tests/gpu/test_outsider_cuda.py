@@ -18,6 +18,7 @@ from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.torch_target import evaluate
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.kernels.quantize.reference import pack
+from qcompile.kernels.register import REFERENCES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,6 +60,36 @@ def test_kernels_are_the_formulas(recipe, shape, dtype, way):
     factor = evaluate(formulas.slope(weight.estimator, q.format), y)
     sloped = run(lambda g, x, s: ops.scale_gradient(g, x, s, text, str(weight.estimator), -1), grad, x, stored)
     assert torch.equal(sloped, (grad.float() * factor).to(dtype))
+
+
+@pytest.mark.parametrize("columns", [64, 255, 4096, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_special_rows(recipe, columns, dtype):
+    """Ties, −0, rows beyond the grid, NaN and infinities in every kernel that looks levels up are the reference's."""
+    spec = recipe.activation
+    fmt, text = spec.quantizer.format, str(spec.quantizer)
+    x = torch.randn(9, columns)
+    ties = torch.tensor([*fmt.thresholds, *fmt.magnitudes, -0.0])
+    for row, factor in ((0, 1.0), (1, -1.0), (2, -(2.0**60))):
+        x[row, : len(ties)] = ties * factor
+        x[row, -1] = fmt.max / 0.9 * factor
+    x[3], x[4] = 0.0, x[4] * 1e-38
+    x[5, 1:4] = torch.tensor([float("nan"), float("inf"), -0.0])
+    x[6, 1:4] = torch.tensor([float("inf"), -float("inf"), -0.0])
+    x[7] *= 1e37
+    x = x.to(dtype)
+    for op, texts in (
+        ("quantize_8bit", (text, True)),
+        ("quantize_8bit_transposed", (text,)),
+        ("quantize_8bit_masked", (str(spec), True)),
+        ("quantize", ("nf4 row", -1)),
+    ):
+        found = getattr(ops, op)(x.cuda(), *texts)
+        for actual, expected in zip(found, REFERENCES[op](x, *texts), strict=True):
+            if expected.dtype == torch.float32:
+                torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert torch.equal(actual.cpu().view(torch.uint8), expected.view(torch.uint8)), op
 
 
 def test_8bit_codes_are_the_levels(recipe):

@@ -38,12 +38,16 @@ def test_fp4_is_what_the_paper_prints():
     """arXiv 2501.17116: vector-wise E2M1 both ways, DGE k = 5 cap 3 on weights, OCC α = .99 with compensation
     on activations.
     """
-    assert FP4.activation is not None
-    assert FP4.weight is not None
+    printed = FP4.override({"variant": "paper"})
+    assert printed.activation is not None
+    assert printed.weight is not None
     exact = Quantizer(FORMATS["e2m1"], Granularity("row"), SCALE_RULES["absmax"], "even")
-    assert FP4.activation == Operand(exact, EstimatorSpec("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True))
-    assert FP4.weight == Operand(exact, EstimatorSpec("dge", (("k", 5.0), ("cap", 3.0))))
-    assert FP4.gradient is None
+    assert printed.activation == Operand(
+        exact, EstimatorSpec("ste"), OutlierClamp(alpha=0.99, per="row", compensate=True)
+    )
+    assert printed.weight == Operand(exact, EstimatorSpec("dge", (("k", 5.0), ("cap", 3.0))))
+    assert printed.gradient is None
+    assert printed.backward == "bf16"
     assert FP4.skip == LEFT_WIDE
     assert (FP4.heads, FP4.min_side) == (False, 32)
     assert not FP4.attention
@@ -53,6 +57,10 @@ def test_fp4_is_what_the_paper_prints():
 
 # options → for each operand, the part it changes and the text of that part.
 DEPARTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "exact residual, as printed": (
+        {"activation": {"outliers": "occ(compensate=1)"}},
+        {"activation": "e2m1 row absmax even; ste; occ(alpha=0.99,per=row,compensate=1)"},
+    ),
     "power-of-two scales": (
         {"activation": {"scale": "absmax_pow2"}, "weight": {"scale": "absmax_pow2"}},
         {
@@ -75,7 +83,7 @@ DEPARTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "ties toward +∞ (look-up kernel)": (
         {"activation": {"rounding": "half_up"}, "weight": {"rounding": "half_up"}},
         {
-            "activation": "e2m1 row absmax half_up; ste; occ(alpha=0.99,per=row,compensate=1)",
+            "activation": "e2m1 row absmax half_up; ste; occ(alpha=0.99,per=row,compensate=1,residual=e4m3)",
             "weight": "e2m1 row absmax half_up; dge(k=5,cap=3)",
         },
     ),
@@ -125,7 +133,7 @@ def test_whole_operand_as_text_replaces_all_of_it():
 @pytest.mark.parametrize("operand", ["activation", "weight", "gradient"])
 @pytest.mark.parametrize("off", ["off", None])
 def test_operands_can_be_switched_off(operand, off):
-    base = FP4.override({"gradient": "fp8"})
+    base = FP4.override({"gradient": "fp8", "backward": "bf16"})
     recipe = base.override({operand: off})
     assert getattr(recipe, operand) is None
     assert changed(base, recipe) == {operand}
@@ -217,7 +225,7 @@ def test_rules_from_plain_data():
     [
         (
             {"activations": None},
-            "unknown option 'activations'; did you mean 'activation'? Known: bits, defaults, activation, weight, ",
+            "unknown option 'activations'; did you mean 'activation'? Known: bits, defaults, variant, ",
         ),
         ({"wieght": "e2m1"}, "unknown option 'wieght'; did you mean 'weight'?"),
         ({"zzz": 1}, "unknown option 'zzz'"),
@@ -444,5 +452,5 @@ def test_occ_and_dge_do_not_combine():
 
 
 def test_option_names_are_the_fields_users_may_set():
-    hidden = {"name", "source", "widths", "user_patterns"}
-    assert set(Recipe.option_names()) == {"bits", "defaults", *(f.name for f in fields(Recipe))} - hidden
+    hidden = {"name", "source", "widths", "variants", "user_patterns"}
+    assert set(Recipe.option_names()) == {"bits", "defaults", "variant", *(f.name for f in fields(Recipe))} - hidden

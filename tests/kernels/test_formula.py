@@ -282,6 +282,15 @@ def test_slopes(name: str, text: str):
     assert (got[number].view(torch.int32) - expected[number].view(torch.int32)).abs().max() <= 1
 
 
+def test_the_slope_of_a_pruned_format_is_that_of_its_grid():
+    """Its 0 is given to dropped elements only; as a level it made a bin without width."""
+    spec, fmt = EstimatorSpec.parse("dge"), get_format("midrise4p")
+    y = around(fmt.grid)
+    assert estimators.slope(spec, fmt).text == estimators.slope(spec, fmt.grid).text
+    got, expected = (estimate_reference.slope_of(spec, y, f) for f in (fmt, fmt.grid))
+    assert torch.equal(got.nan_to_num(9), expected.nan_to_num(9))
+
+
 @pytest.mark.parametrize("two_level", [False, True])
 def test_a_rule_of_its_formula_alone(two_level: bool):
     """Reference, C++ and dequantize of a rule that nothing names: by blocks, stored in each of the stores."""

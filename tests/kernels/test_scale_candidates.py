@@ -13,6 +13,7 @@ from qcompile.kernels.estimate import cpp as estimate_cpp
 from qcompile.kernels.estimate import inductor as estimate_inductor
 from qcompile.kernels.estimate import reference as estimate
 from qcompile.kernels.quantize import cpp, inductor, reference
+from qcompile.kernels.register import provider_of
 
 RULE = "e2m1 block16 e4m3_46"
 
@@ -106,14 +107,33 @@ def test_cpp_chooses_as_the_reference(text, dtype):
         assert torch.equal(mask, estimate.estimator_mask(x, scales, text, "trust(t=0.3)", -1, whole))
 
 
-def test_who_cannot_choose_says_so():
+def test_a_choice_does_not_depend_on_the_order_of_elements():
+    """Every provider adds in an order of its own; sums of integers are the same."""
+    x = torch.randn(64, 64, 16, generator=torch.Generator().manual_seed(5)).exp()
+    mixed = x[..., torch.randperm(16, generator=torch.Generator().manual_seed(6))]
     q = Quantizer.parse(RULE)
-    reason = (False, "e4m3_46 tries scales by block, which is not generated")
-    assert inductor.supports_quantize(q) == reason
-    assert inductor.supports_dequantize(q) == (True, "")
-    assert estimate_inductor.supports_estimator_mask(q, EstimatorSpec.parse("clip")) == reason
+    whole = global_scale_of(x, q)
+    errors = []
+    for values in (x.flatten(-2), mixed.flatten(-2)):
+        amax = reference.group_statistic(values, values, q)
+        _, scale, gamma = reference.scale_pair(amax, q, whole)
+        errors.append(reference._squared_error(values, amax, scale, gamma, q))
+    assert errors[0].dtype == torch.int64
+    assert torch.equal(*errors)
+
+
+def test_who_chooses():
+    """Generated Triton as C++ does; what compares levels can only be printed for few of them."""
+    q = Quantizer.parse(RULE)
+    assert inductor.supports_quantize(q) == inductor.supports_dequantize(q) == (True, "")
+    assert estimate_inductor.supports_estimator_mask(q, EstimatorSpec.parse("clip")) == (True, "")
+    assert provider_of("quantize", "cuda", RULE, torch.bfloat16) == ("triton (inductor)", "")
+    many, reason = "dynamic8 block16 e4m3_46", (False, "dynamic8 is a code book of more than 16 levels")
+    assert inductor.supports_quantize(Quantizer.parse(many)) == reason
+    assert cpp.supports_quantize((torch.float32,), many) == reason
     for text, message in {
         "e2m1 row e4m3_46": "scale rule e4m3_46 chooses by blocks, for example block16; got row",
+        "e2m1 block2048x2048 e4m3_46": "adds up errors of at most 2097151 elements; got block2048x2048",
         "e2m1 block16 e4m3_46 stochastic": "chooses by the error of nearest rounding, not of stochastic; use even",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -83,6 +83,10 @@ class InterpretedLibdevice:
     def log2(x):
         return triton.language.log2(x)
 
+    @staticmethod
+    def floor(x):
+        return triton.language.floor(x)
+
 
 @pytest.fixture
 def generate(tmp_path, monkeypatch):
@@ -152,7 +156,13 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 
 @compiled
 @pytest.mark.parametrize(
-    "text", ["e2m1 block16 e4m3 even", "midrise4 block32 absmax even", "e2m1 row absmax_pow2 half_up"]
+    "text",
+    [
+        "e2m1 block16 e4m3 even",
+        "e2m1 block16 e4m3_46 even",
+        "midrise4 block32 absmax even",
+        "e2m1 row absmax_pow2 half_up",
+    ],
 )
 def test_one_kernel_for_other_scales(generate, text):
     """Scales of blocks share the kernel of the codes: its loop has to match theirs."""
@@ -476,6 +486,51 @@ def test_interpreted_estimators(generate):
         # y is off by two units in the last place, relative to a bin up to 12 times as much, and the slope |v|^-0.8 is
         # steepest where the cap takes over, at |v| = 0.034: 0.8 · 2 · 2^-23 · 12 / 0.034.
         torch.testing.assert_close(got, expected, rtol=7e-5, atol=0)
+
+
+CHOOSING = {
+    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46"],
+    "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up"],
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "dtype"), [("scales", torch.float32), ("grids", torch.bfloat16)])
+def test_interpreted_choices_of_blocks(generate, kind, dtype):
+    """Codes and scales, decoding, masks and slopes; short last blocks, values that are not finite."""
+    ops, texts = torch.ops.qcompile, CHOOSING[kind]
+    wholes = [torch.tensor(0.011) if Quantizer.parse(text).scale.two_level else None for text in texts]
+    xs = [rows_of_everything(11, 22, Quantizer.parse(text).candidates[0].grid) for text in texts]
+    for x in xs:
+        x[5] *= 1e3  # the interpreter reads subnormal bfloat16 numbers wrongly
+    xs = [x.to(dtype) for x in xs]
+    finite = [x[9:].clone() for x in xs]
+    coded, decoded = (
+        [reference.quantize(x, text, -1, whole) for x, text, whole in zip(of, texts, wholes, strict=True)]
+        for of in (xs, finite)
+    )
+    grad = torch.randn(2, 22)
+
+    def all_of_them(xs, finite, coded, decoded):
+        out = []
+        for i, (text, whole) in enumerate(zip(texts, wholes, strict=True)):
+            out += [*quantize(xs[i], text, -1, whole), dequantize(*decoded[i], text, -1, 22, torch.float32, whole)]
+        mask = ops.estimator_mask(xs[0], coded[0][1], texts[0], "trust(t=0.3)", -1, wholes[0])
+        slope = ops.scale_gradient(grad, finite[0], decoded[0][1], texts[0], "dge", -1, wholes[0])
+        return out, mask, slope
+
+    (outputs, mask, slope), kernels = generate(all_of_them, xs, finite, coded, decoded)
+    assert kernels
+    for i, (text, whole) in enumerate(zip(texts, wholes, strict=True)):
+        codes, scales, dense = outputs[3 * i : 3 * i + 3]
+        torch.testing.assert_close(scales.float(), coded[i][1].float(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(codes, coded[i][0]), text
+        # The interpreter converts the NaN of E4M3 to a number.
+        assert torch.equal(dense, reference.dequantize(*decoded[i], text, -1, 22, torch.float32, whole)), text
+    arguments = coded[0][1], texts[0], "trust(t=0.3)", -1, wholes[0]
+    assert torch.equal(mask, estimate_reference.estimator_mask(xs[0], *arguments))
+    expected = estimate_reference.scale_gradient(grad, finite[0], decoded[0][1], texts[0], "dge", -1, wholes[0])
+    torch.testing.assert_close(slope, expected, rtol=7e-5, atol=0)  # as in test_interpreted_estimators
 
 
 @interpreted

@@ -11,16 +11,22 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+import qcompile  # noqa: E402
+from qcompile.ir.formats import FORMATS  # noqa: E402
 from qcompile.ir.operand import Operand  # noqa: E402
 from qcompile.kernels.formula import estimators as formulas  # noqa: E402
 from qcompile.kernels.formula import rounding, scales  # noqa: E402
 from qcompile.kernels.formula.torch_target import evaluate  # noqa: E402
 from qcompile.kernels.formula.triton_target import device_function  # noqa: E402
 from qcompile.kernels.quantize import triton_transformed as kernels  # noqa: E402
+from qcompile.kernels.quantize.buckets import buckets_of  # noqa: E402
+from qcompile.kernels.quantize.grid import grid_of  # noqa: E402
 from qcompile.kernels.quantize.reference import pack  # noqa: E402
+from qcompile.kernels.quantize.triton_codes import nearest, saturated  # noqa: E402
 from qcompile.kernels.register import provider_of  # noqa: E402
 
 from .harness import interpreted, run_interpreted  # noqa: E402
+from .test_buckets import TABLES, points  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
@@ -72,6 +78,31 @@ def test_interpreted_slope(recipe, size):
     slope = torch.empty_like(y)
     _apply[(-(-size // 64),)](y, slope, size, device_function(formula), 64)
     assert torch.equal(slope, evaluate(formula, y))
+
+
+@triton.jit
+def _round(source, levels, codes, size, fmt: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    level, code = nearest(saturated(tl.load(source + at, at < size), fmt), fmt)
+    tl.store(levels + at, level, at < size)
+    tl.store(codes + at, code, at < size)
+
+
+@interpreted
+@pytest.mark.parametrize("rounding_name", ["even", "half_up"])
+@pytest.mark.parametrize("fmt", TABLES, ids=lambda fmt: fmt.name)
+def test_interpreted_table(fmt, rounding_name, definitions_forgotten):
+    """Levels that are looked up in a table, which the kernel fills."""
+    if fmt.name not in FORMATS:
+        fmt = qcompile.Format(fmt.name, fmt.bits, fmt.magnitudes, codebook=fmt.codebook)
+    grid = grid_of(f"{fmt.name} row {rounding_name}", eight_bit=False)
+    y = points(fmt, buckets_of(fmt, "even"))
+    levels, codes = torch.empty_like(y), torch.empty(y.shape, dtype=torch.int32)
+    _round[(-(-len(y) // 64),)](y, levels, codes, len(y), grid, 64)
+    assert torch.equal(
+        levels.view(torch.int32), evaluate(rounding.round_level(fmt, rounding_name), y).view(torch.int32)
+    )
+    assert torch.equal(codes, evaluate(rounding.encode(fmt, rounding_name), y))
 
 
 def test_no_provider_on_cuda_is_the_reference(recipe):

@@ -183,7 +183,7 @@ def test_interpreted_wrong_guesses(dtype, ranks, small_blocks, monkeypatch):
 def test_interpreted_reads(monkeypatch):
     """A normal bfloat16 tensor is read once, which is what makes this faster than sorting digits."""
     monkeypatch.setattr(tensor_search, "reads", lambda dtype: 1)
-    found = tensor_search.tensor_bounds(torch.randn(100_000).to(BF16), 1000, 1000, 0.99)
+    found = tensor_search.tensor_bounds(torch.randn(100_000).to(BF16), 1000, 1000)
     assert found.search[tensor_search.FOUND.value] == 1
 
 
@@ -192,7 +192,7 @@ def test_interpreted_reads(monkeypatch):
 def test_interpreted_bounds(scale):
     """Ordinals and counts of a search, against a sort."""
     x = (torch.randn(20_000) * scale).to(BF16)
-    found = tensor_search.tensor_bounds(x, 300, 100, 0.99)
+    found = tensor_search.tensor_bounds(x, 300, 100)
     lower, upper = x.float().sort()[0][[300, -101]]
     beyond = found.search[[tensor_search.BEYOND.value, tensor_search.SIDE.value + tensor_search.BEYOND.value]]
     assert beyond.tolist() == [(x < lower).sum(), (x > upper).sum()]

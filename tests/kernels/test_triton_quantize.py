@@ -10,12 +10,15 @@ search among pairs is interpreted here; the maxima of rows and a few single inst
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import subprocess
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -37,7 +40,7 @@ from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E
 from qcompile.kernels.outliers import row_search  # noqa: E402
 from qcompile.kernels.outliers import triton as outliers  # noqa: E402
 from qcompile.kernels.quantize import grid as grids  # noqa: E402
-from qcompile.kernels.quantize import reference, triton_recode  # noqa: E402
+from qcompile.kernels.quantize import reference, triton_codes, triton_recode  # noqa: E402
 from qcompile.kernels.quantize import triton as kernels  # noqa: E402
 from qcompile.kernels.quantize import triton_transformed as transform_kernels  # noqa: E402
 from qcompile.kernels.quantize.grid import grid_of, passing, unsupported  # noqa: E402
@@ -157,6 +160,13 @@ def test_ptx_of_packing_8bit_codes(name):
             assert run_ptx(grid.pack_8bit, ["$0"], words) == [turned(as_word(pairs), turn)], pairs
 
 
+def test_ptx_of_packed_bits():
+    """Every bit alone: one in the wrong place would mask a neighbour."""
+    for bit in range(8):
+        words = {f"${i + 1}": int(i == bit) for i in range(8)}
+        assert run_ptx(triton_codes._PACK_BITS.value, ["$0"], words)[0] & 255 == 1 << bit
+
+
 def test_only_small_floats_are_packed_from_8bit_codes():
     """Where no function of bits is found there has to be no PTX either, not one that is wrong for some codes."""
     packed = {text.split()[0] for text in quantizers() if grid_of(text).pack_8bit}
@@ -187,17 +197,21 @@ def turned(word: int, bits: int) -> int:
     return (word << bits | word >> 32 - bits) & 2**32 - 1
 
 
-def run_ptx(text: str, results: list[str], inputs: dict[str, int]) -> list[int]:
-    """``results`` of straight-line PTX on registers, from ``inputs``, as unsigned integers."""
+def run_ptx(text: str, results: list[str], inputs: dict[str, Any]) -> list[int]:
+    """``results`` of straight-line PTX on registers, from ``inputs``, as unsigned integers; 32 for a register that
+    other lanes read.
+    """
     registers = dict(inputs)
-    for instruction, operands in re.findall(rf"\b((?:{'|'.join(PTX)})[.\w]*) ([^;]*);", text):
+    for predicate, instruction, operands in re.findall(rf"(?:@(\w+) )?\b((?:{'|'.join(PTX)})[.\w]*) ([^;]*);", text):
+        if predicate and not registers[predicate]:
+            continue
         destination, *sources = re.findall(r"{[^}]*}|[^,\s]+", operands)
         function = PTX.get(instruction) or PTX[instruction.partition(".")[0]]
         registers[destination] = function(*(_operand(source, registers) for source in sources)) & 2**32 - 1
     return [registers[result] for result in results]
 
 
-def _operand(text: str, registers: dict[str, int]) -> int:
+def _operand(text: str, registers: dict[str, Any]) -> Any:
     if text.startswith("{"):
         low, high = text.strip("{}").split(", ")
         return registers[low] | registers[high] << 16
@@ -223,6 +237,29 @@ def _floor_sum(a: int, b: int) -> int:
     nearest = np.float32(float(exact))
     down = nearest if Fraction(float(nearest)) <= exact else np.nextafter(nearest, np.float32(-np.inf))
     return int(down.view(np.uint32))
+
+
+def _fused(a: int, b: int, c: int, down: bool = False, saturate: bool = False) -> int:
+    """Float32 a · b + c, rounded once: to the nearest, ties to even, or down."""
+    factor, other, summand = (float(n) for n in np.array([a, b, c], np.int64).astype(np.uint32).view(np.float32))
+    if all(map(math.isfinite, (factor, other, summand))):
+        exact = Fraction(factor) * Fraction(other) + Fraction(summand)
+        near = np.float32(float(exact))
+        below = near if Fraction(float(near)) <= exact else np.nextafter(near, np.float32(-np.inf))
+        above = np.nextafter(below, np.float32(np.inf))
+        distances = exact - Fraction(float(below)), Fraction(float(above)) - exact
+        even = below.view(np.uint32) % 2 == 0
+        result = below if down or distances[0] < distances[1] or (distances[0] == distances[1] and even) else above
+    else:
+        result = np.float32(factor * other + summand)
+    if saturate:
+        result = np.float32(0.0 if np.isnan(result) else min(max(result, 0.0), 1.0))
+    return int(result.view(np.uint32))
+
+
+def _maximum(a: int, b: int) -> int:
+    """Of float32 numbers; NaN if one is."""
+    return int(np.maximum(*np.array([a, b], np.uint32).view(np.float32)).view(np.uint32))
 
 
 def _pairs(word: int, dtype) -> np.ndarray:
@@ -251,6 +288,14 @@ PTX: dict[str, Callable[..., int]] = {
     "lop3": _lop3,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "add.rm.f32": _floor_sum,
+    "abs.f32": lambda a: a & 2**31 - 1,
+    "max.NaN.f32": _maximum,
+    "fma.rn.f32": _fused,
+    "fma.rn.sat.f32": partial(_fused, saturate=True),
+    "fma.rm.sat.f32": partial(_fused, down=True, saturate=True),
+    "shfl.sync.idx.b32": lambda lanes, lane, *whole_warp: lanes[lane & 31],
+    "add.rn.f32": lambda a, b: _fused(a, 0x3F800000, b),
+    "setp.ne.u32": operator.ne,
     "add.rn.f16x2": lambda a, b: _word(_pairs(a, np.float16) + _pairs(b, np.float16)),
     "min.relu.s16x2": lambda a, b: _word(np.maximum(np.minimum(_pairs(a, np.int16), _pairs(b, np.int16)), 0)),
     "cvt.rn.satfinite.e4m3x2.f16x2": _to_e4m3,
@@ -503,14 +548,20 @@ def test_cached_kernels_depend_on_what_follows_from_a_format(monkeypatch):
     assert not set(before) & set(keys())
 
 
-def spills(kernel, folder: Path) -> int:
-    """Instructions that store registers to local memory."""
+def machine_code(kernel, folder: Path) -> list[str]:
+    """The instructions of a compiled kernel, without operands."""
     path = folder / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    assert "EXIT" in code
-    return len(re.findall(r"\bSTL\b", code))
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*(\w+)", code, re.MULTILINE)
+    assert "EXIT" in instructions
+    return instructions
+
+
+def spills(kernel, folder: Path) -> int:
+    """Instructions that store registers to local memory."""
+    return machine_code(kernel, folder).count("STL")
 
 
 def on_meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

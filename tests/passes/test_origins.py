@@ -325,6 +325,39 @@ def test_under_no_grad_inside_a_training_graph_products_stay_wide() -> None:
 
 
 @pytest.mark.parametrize(
+    ("beside", "trains"),
+    [
+        (lambda w: w.T, False),
+        (lambda w: w.transpose(0, 1), False),
+        (lambda w: w[1:].unbind(0)[0], False),
+        (lambda w: w.detach() * 2, False),
+        (lambda w: w.clone(), True),
+        (lambda w: (w * 2).T, True),
+    ],
+    ids=["T", "transpose", "part", "detached", "clone", "view of a result"],
+)
+def test_a_parameter_that_is_handed_back_trains_nothing(beside: Callable[[Tensor], Tensor], trains: bool) -> None:
+    """Whether ``p.T`` is a result of the graph depends on torch's version; the decision may not."""
+
+    @torch.no_grad()
+    def product(m: Any, x: Tensor) -> Tensor:
+        return F.linear(x, m.v)
+
+    (site,) = sites(lambda m, x: (product(m, x), beside(m.w)))
+    assert site.reservation == (UNDER_NO_GRAD if trains else "")
+
+
+def test_an_input_that_a_result_is_written_into_trains() -> None:
+    def written(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            y = F.linear(x, m.v)
+        return y, x.add_(m.w[0])
+
+    (site,) = sites(written)
+    assert site.reservation == UNDER_NO_GRAD
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda: parametrizations.weight_norm(nn.Linear(37, 40)),

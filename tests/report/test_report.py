@@ -142,9 +142,9 @@ def test_a_convolution_reads_what_the_plan_says():
     """Its windows are quantized and put together again, which hides the codes from the audit."""
     model, x = nn.Conv2d(3, 8, 5, stride=5), torch.randn(2, 3, 20, 20)
     assert [(r.role, r.decision, r.formats) for r in qcompile.explain(model, x).rows] == [
-        ("fprop", "quantized", "e2m1 row + residual × e2m1 row"),
+        ("fprop", "quantized", "e2m1 row + e4m3 outliers × e2m1 row"),
         ("dgrad", "not computed", ""),
-        ("wgrad", "quantized", "float32 × e2m1 row + residual"),
+        ("wgrad", "quantized", "float32 × e2m1 row + e4m3 outliers"),
     ]
 
 
