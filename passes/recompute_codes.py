@@ -18,7 +18,7 @@ import operator
 
 from torch.fx import Graph, Node
 
-from .graph import emit, is_read_by, is_view, result
+from .graph import emit, is_read_by, is_view, result, through_views
 from .pass_base import Context
 from .record import STATISTICS_KIND, operand_kind
 from .roles import depends_on_tangents
@@ -38,9 +38,10 @@ def recompute_codes(graph: Graph, context: Context) -> int:
         # A checkpoint region has decided for itself.
         if codes is None or operand_kind(node) in _OTHER_KINDS or "ac_graph_id" in node.meta:
             continue
-        if not is_read_by(codes, backward):
-            continue
         call = QuantizeCompensated.of(node)
+        # The forward may have written to an input by then.
+        if through_views(call.x).op == "placeholder" or not is_read_by(codes, backward):
+            continue
         with graph.inserting_before(codes.next):
             bounds = result(node, 2) or emit(graph, node, operator.getitem, node, 2)
             again = EncodeCompensated(call.x, bounds, call.operand, call.axis).emit(graph, near=node)

@@ -109,9 +109,10 @@ def _quantize_compensated_rows(
     amax = tl.where(amax < float("inf"), inner, amax)
     scale, gamma = fmt.scale_pair(amax)
     tl.store(scales + row, scale)
-    tl.store(bounds + 3 * row, lowest)
-    tl.store(bounds + 3 * row + 1, highest)
-    tl.store(bounds + 3 * row + 2, gamma)
+    bounds += 3 * row
+    tl.store(bounds, lowest)
+    tl.store(bounds + 1, highest)
+    tl.store(bounds + 2, gamma)
     codes += (row * size)[:, None]
     lowest, highest, gamma = lowest[:, None], highest[:, None], gamma[:, None]
     if tl.min((amax <= fmt.plain_limit).to(tl.int32), 0) != 0:

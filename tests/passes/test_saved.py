@@ -49,6 +49,16 @@ class GatedMLP(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+class Doubled(nn.Linear):
+    """What it multiplies is computed, and not read by any derivative."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
 class GroupedAttention(nn.Module):
     """Two query heads for every key, a mask with −∞, and projections, in BF16: attention is one op then."""
 
@@ -98,7 +108,7 @@ def test_codes_are_computed_again_from_what_is_saved_anyway(backward: str) -> No
 
 def test_codes_are_saved_where_their_input_is_not() -> None:
     """Codes are a quarter of the float32 input, which nothing else reads; the forward computes them once."""
-    model, x = nn.Linear(WIDTH, HIDDEN), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    model, x = Doubled(), torch.randn(TOKENS, WIDTH, requires_grad=True)
     result = compile_and_run(model, x, recipe=fp4(activation=OUTLIERS), backward="fp8")
     assert result.saved_bytes == TOKENS * (WIDTH + 4)
     assert result.count("encode_compensated", "joint_recompute_codes") == 1
