@@ -106,7 +106,8 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     with outliers.
 
     The levels of the clamped row, plus (x − clamped) · γ rounded to E4M3, saturating, where x was clamped. A row with
-    a NaN or an infinity takes its absolute maximum for the scale, so that nothing of it decodes to a finite value; its bounds are any.
+    a NaN or an infinity takes its absolute maximum for the scale, so that nothing of it decodes to a finite value; its
+    bounds are any.
     """
     spec = Operand.parse(operand)
     assert spec.outliers is not None
