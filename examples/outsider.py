@@ -9,7 +9,7 @@ import torch
 import qcompile
 
 curve = qcompile.Format("curve", bits=4, magnitudes=(0.0, 0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0))
-soft = qcompile.Estimator("soft", slope=lambda y, fmt: 1 / (1 + (y / fmt.max).square()))
+soft = qcompile.Estimator("soft", slope=lambda y, fmt: 1 / (1 + (y / fmt.max).square()), continuous=True)
 rising = qcompile.Estimator("rising", mask=lambda y, level, fmt: (y > level) | (y.abs() < fmt.max / 2))
 tight = qcompile.ScaleRule("tight", scale=lambda amax, fmt: amax / fmt.max * 0.9)
 recipe = qcompile.Recipe("outsider", activation="curve row tight; rising", weight="curve row tight; soft", min_side=8)

@@ -192,7 +192,7 @@ def lower_encode_compensated(x, bounds, operand: str, axis: int):
         clamped = ops.where(ops.lt(value, lower), lower, ops.where(ops.gt(value, upper), upper, value))
         level = _rounded(ops.mul(clamped, reciprocal), q)
         raised = ops.add(level, uncontracted_product(ops.sub(value, clamped), reciprocal))
-        return ops.to_dtype(encode(ops.where(ops.eq(value, clamped), level, raised), compensated), torch.uint8)
+        return ops.to_dtype(encode(compensated, ops.where(ops.eq(value, clamped), level, raised)), torch.uint8)
 
     return ir.Pointwise.create(device=x.get_device(), dtype=torch.uint8, inner_fn=element, ranges=list(rows.get_size()))
 
