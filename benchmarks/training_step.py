@@ -114,7 +114,7 @@ def ours(label: str, recipe: Options) -> Arm:
     return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
 
 
-#: Attention stays what the model calls, as it does in BF16. Such an arm has no counterpart: in attention that is computed
+#: Attention stays what the model calls, as in BF16. Such an arm has no counterpart: where attention is computed
 #: otherwise, gradients that nearly cancel are others.
 MASKED = {"disable_passes": ["causal_masks"]}
 
