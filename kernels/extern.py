@@ -32,7 +32,7 @@ class _DirectCall(ir.FallbackKernel):
 
 def own_kernel(op: Any, *arguments: Any) -> Any:
     """Call the op's own kernel from the generated program; results as IR, as its schema has them."""
-    on_cuda = any(isinstance(x, ir.TensorBox) and ir.is_triton(x) for x in arguments)
+    on_cuda = any(isinstance(x, ir.TensorBox) and x.get_device().type == "cuda" for x in arguments)
     if not on_cuda or V.graph.cpp_wrapper or _name(op) not in DIRECT:
         return fallback_handler(op, add_to_fallback_set=False)(*arguments)
     results = _DirectCall.create(op, *arguments)

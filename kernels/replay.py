@@ -219,8 +219,6 @@ class _Recorder(compat.TorchDispatchMode):
 
     def launched(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         """``arguments``: in the order of the kernel's parameters, constants included."""
-        if compiled is None:
-            self.obstacle = "no kernel was compiled"
         if not self._knows(*(getattr(argument, "base", argument) for argument in arguments)):
             return
         values: list[Any] = list(arguments)
@@ -252,6 +250,9 @@ def note_launch(kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tu
     """Tell the recorder of this thread, if there is one, what :func:`qcompile.kernels.triton.launch` did."""
     recorder = getattr(_active, "recorder", None)
     if recorder is None:
+        return
+    if compiled is None:
+        recorder.obstacle = "no kernel was compiled"
         return
     named = {name: value for name, value in constants.items() if name in kernel.arg_names}
     bound = kernel.signature.bind(*arguments, **named)
