@@ -105,8 +105,9 @@ def how(arm: str, whole: bool) -> dict[str, Any]:
 def compile_seconds(arm: str, layers: int, whole: bool, regional: bool, device: str) -> Seconds:
     """What the first training step takes longer than the third."""
     model = llama(layers, device)
+    arguments = how(arm, whole)  # made once: code is shared between modules that have the same backend
     for module in model.model.layers if regional else [model]:
-        module.compile(**how(arm, whole))
+        module.compile(**arguments)
     tokens = torch.randint(model.config.vocab_size, (2, 64), device=device)
     times = []
     with tempfile.TemporaryDirectory(prefix="qcompile_compile_time_") as cache:

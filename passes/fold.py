@@ -26,7 +26,7 @@ from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
 
 from .gradient_axes import ROLE_OF_OPERAND
-from .graph import aten, emit, input_of, is_call, size_along, through_views
+from .graph import aten, emit, input_of, is_call, size_along, take_over, through_views
 from .pass_base import Context
 from .record import UNFOLDED_KEY, marked, operand_kind, site_index
 from .roles import depends_on_tangents
@@ -59,6 +59,7 @@ def fold(graph: Graph, context: Context) -> int:
             continue
         with graph.inserting_before(node):
             folded = _folded(graph, node, product, *sides, gradient.quantizer)
+        take_over(folded, node)
         node.replace_all_uses_with(folded)
         graph.erase_node(node)
         count += 1

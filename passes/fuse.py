@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from qcompile.ir.encoding import DENSE
 
 from .dialect import decode_root, gemm_operands, matrix_form, stored_operand, stored_view
-from .graph import aten, emit, input_of, is_call, same_sizes
+from .graph import aten, emit, input_of, is_call, same_sizes, take_over
 from .pass_base import Context
 from .views import ProductOperand, QuantizedMM
 
@@ -46,6 +46,7 @@ def fuse(graph: Graph, context: Context) -> int:
                 continue
             bias = input_of(node) if is_call(node, aten.addmm.default) else None
             fused = QuantizedMM(a, b, node.meta["val"].dtype, bias).emit(graph, near=node)
+        take_over(fused, node)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         count += 1
