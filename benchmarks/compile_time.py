@@ -121,9 +121,9 @@ def compile_seconds(arm: str, layers: int, whole: bool, regional: bool, device: 
     return times[0] - times[-1]
 
 
-def measure(layers: int, repeats: int, whole: bool, regional: bool, device: str) -> list[Row]:
-    """All arms, in turns."""
-    seconds: dict[str, list[Seconds]] = {arm: [] for arm in ARMS}
+def measure(layers: int, arms: list[str], repeats: int, whole: bool, regional: bool, device: str) -> list[Row]:
+    """The baseline and ``arms``, in turns."""
+    seconds: dict[str, list[Seconds]] = {arm: [] for arm in dict.fromkeys((BASELINE, *arms))}
     for _ in range(repeats):
         for arm, found in seconds.items():
             found.append(in_own_process(partial(compile_seconds, arm, layers, whole, regional, device)))
@@ -155,13 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV file")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="generate code, as users do")
     parser.add_argument("--regional", action="store_true", help="compile the decoder layers one by one")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     llama(1, "cpu")  # imports what all processes need
-    how_measured = (arguments.repeats, arguments.whole, arguments.regional, arguments.device)
+    how_measured = (arguments.arms, arguments.repeats, arguments.whole, arguments.regional, arguments.device)
     rows = [row for layers in arguments.layers for row in measure(layers, *how_measured)]
     if arguments.out:
         write_rows(arguments.out, rows)
