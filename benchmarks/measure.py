@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import datetime
+import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ import torch
 
 __all__ = [
     "Call",
+    "Seconds",
     "copy_microseconds",
     "environment",
     "failure",
     "fresh_log",
+    "in_own_process",
     "microseconds",
     "milliseconds",
     "quiet_stderr",
@@ -202,3 +207,45 @@ def copy_microseconds(total_bytes: int) -> float:
     targets = [torch.empty_like(source) for source in sources]
     time = microseconds([partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)])
     return time * pages * PAGE / half
+
+
+@dataclass(frozen=True)
+class Seconds:
+    processor: float
+    wall: float
+
+    @staticmethod
+    def now() -> Seconds:
+        """Of this process and of the compilers that it has run."""
+        usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return Seconds(sum(usage.ru_utime + usage.ru_stime for usage in usages), time.perf_counter())
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.processor - other.processor, self.wall - other.wall)
+
+
+def in_own_process(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns in a fork of this process, which has imported everything and computed nothing.
+
+    Raises ``RuntimeError`` with the text of whatever ``work`` raises.
+    """
+
+    def run(pipe: Connection) -> None:
+        try:
+            pipe.send((True, work()))
+        except BaseException as error:
+            pipe.send((False, f"{type(error).__name__}: {error}"[:300]))
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        done, result = ours.recv()
+    except EOFError:
+        done, result = False, "the process died"
+    process.join()
+    if not done:
+        raise RuntimeError(result)
+    return result

@@ -16,16 +16,13 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 import transformers
+from measure import Seconds, in_own_process
 
 from qcompile.recipes import RECIPES
 
@@ -102,21 +100,6 @@ def count(name: str) -> Counted:
     )
 
 
-@dataclass(frozen=True)
-class Seconds:
-    processor: float
-    wall: float
-
-    @staticmethod
-    def now() -> Seconds:
-        """Of this process and of the compilers that it has run."""
-        usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return Seconds(sum(usage.ru_utime + usage.ru_stime for usage in usages), time.perf_counter())
-
-    def __sub__(self, other: Seconds) -> Seconds:
-        return Seconds(self.processor - other.processor, self.wall - other.wall)
-
-
 def compile_seconds(name: str, backend: str) -> Seconds:
     """What the first step takes longer than the third, in float32 with an empty cache."""
     entry = ZOO[name]
@@ -131,33 +114,6 @@ def compile_seconds(name: str, backend: str) -> Seconds:
             Step.of(model, call, inputs(number))
             times.append(Seconds.now() - start)
     return times[0] - times[-1]
-
-
-def in_own_process(work: Callable[[], Any]) -> Any:
-    """What ``work`` returns in a fork of this process, which has imported everything and computed nothing.
-
-    Raises ``RuntimeError`` with the text of whatever ``work`` raises.
-    """
-
-    def run(pipe: Connection) -> None:
-        try:
-            pipe.send((True, work()))
-        except BaseException as error:
-            pipe.send((False, f"{type(error).__name__}: {error}"[:300]))
-
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(theirs,))
-    process.start()
-    theirs.close()
-    try:
-        done, result = ours.recv()
-    except EOFError:
-        done, result = False, "the process died"
-    process.join()
-    if not done:
-        raise RuntimeError(result)
-    return result
 
 
 def measure(name: str, turn: int) -> Timed:

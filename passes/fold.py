@@ -32,7 +32,7 @@ from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.matmul import costs
 
 from .gradient_axes import ROLE_OF_OPERAND
-from .graph import aten, emit, input_of, is_call, size_along, through_views
+from .graph import aten, emit, input_of, is_call, size_along, take_over, through_views
 from .pass_base import Context
 from .record import UNFOLDED_KEY, Decision, marked, operand_kind, site_index
 from .roles import depends_on_tangents
@@ -77,6 +77,7 @@ def fold(graph: Graph, context: Context) -> int:
         assert gradient is not None
         with graph.inserting_before(node):
             folded = _folded(graph, node, candidate.product, candidate.gradient, candidate.codes, gradient.quantizer)
+        take_over(folded, node)
         node.replace_all_uses_with(folded)
         graph.erase_node(node)
     return len(foldable) - len(slower)

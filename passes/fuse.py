@@ -15,6 +15,7 @@ keeps its explicit dequantize; `hints` then makes the partitioner recompute the 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -22,7 +23,7 @@ from torch.fx import Graph, Node
 from qcompile.ir.encoding import DENSE
 
 from .dialect import decode_root, gemm_operands, matrix_form, stored_operand, stored_view
-from .graph import aten, emit, input_of, is_call, same_sizes
+from .graph import aten, emit, input_of, is_call, same_sizes, take_over
 from .pass_base import Context
 from .views import ProductOperand, QuantizedMM
 
@@ -32,6 +33,7 @@ __all__ = ["fuse"]
 def fuse(graph: Graph, context: Context) -> int:
     """Returns how many products were fused."""
     count = 0
+    made: dict[Any, Node | None] = {}
     for node in list(graph.nodes):
         if not is_call(node, aten.mm.default, aten.addmm.default, aten.bmm.default) or not _plain(node):
             continue
@@ -39,11 +41,12 @@ def fuse(graph: Graph, context: Context) -> int:
         if decode_root(left) is None and decode_root(right) is None:
             continue
         with graph.inserting_before(node):
-            a, b = (_operand(graph, node, seen, is_left) for seen, is_left in ((left, True), (right, False)))
+            a, b = (_operand(graph, node, seen, is_left, made) for seen, is_left in ((left, True), (right, False)))
             if a is None or b is None:
                 continue
             bias = input_of(node) if is_call(node, aten.addmm.default) else None
             fused = QuantizedMM(a, b, node.meta["val"].dtype, bias).emit(graph, near=node)
+        take_over(fused, node)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         count += 1
@@ -60,8 +63,13 @@ def _plain(node: Node) -> bool:
     return not is_call(node, aten.addmm.default) or input_of(node).meta["val"].dim() == 1
 
 
-def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOperand | None:
-    """An operand of ``gemm`` as ``quantized_mm`` reads it; ``None`` if it cannot be read from codes."""
+def _operand(
+    graph: Graph, gemm: Node, seen: Node, is_left: bool, made: dict[Any, Node | None]
+) -> ProductOperand | None:
+    """An operand of ``gemm`` as ``quantized_mm`` reads it; ``None`` if it cannot be read from codes.
+
+    ``made``: see :func:`_rows`.
+    """
     root = decode_root(seen)
     if root is None:
         return ProductOperand((seen,), DENSE, contracts_rows=not is_left)
@@ -79,13 +87,21 @@ def _operand(graph: Graph, gemm: Node, seen: Node, is_left: bool) -> ProductOper
         parts = parts._replace(scales=_shared_scale(graph, gemm, parts.scales, len(lead) + 1))
     one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "square")))
     views = [
-        stored_view(graph, gemm, tensor, lead) if name in one_per_row else tensor
+        _rows(graph, gemm, tensor, lead, made) if name in one_per_row else tensor
         for name, tensor in parts._asdict().items()
         if tensor is not None
     ]
     if any(view is None for view in views):
         return None
     return replace(stored, tensors=tuple(views), contracts_rows=transposed == is_left)  # type: ignore[arg-type]
+
+
+def _rows(graph: Graph, gemm: Node, tensor: Node, lead: list[Any], made: dict[Any, Node | None]) -> Node | None:
+    """:func:`stored_view`, made once for all products that read the tensor in this shape."""
+    key = (tensor, *map(str, lead))
+    if key not in made:
+        made[key] = stored_view(graph, gemm, tensor, lead)
+    return made[key]
 
 
 def _shared_scale(graph: Graph, gemm: Node, scales: Node, dims: int) -> Node:

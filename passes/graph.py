@@ -17,7 +17,7 @@ from qcompile import compat
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "graph_modules", "input_of",
     "is_call", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size", "same_sizes",
-    "size_along", "static_size", "target_name", "through_views", "value_of",
+    "size_along", "static_size", "take_over", "target_name", "through_views", "unchanged", "value_of", "values_read",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -172,6 +172,43 @@ def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> 
     with compat.fake_mode_of(graph):
         node.meta["val"] = target(*values[0], **values[1])
     return node
+
+
+def take_over(new: Node, old: Node) -> None:
+    """Let ``new``, which computes what ``old`` does and is no view, have its fake value: views of that stay views."""
+    if _geometry(new) == _geometry(old):
+        new.meta["val"] = old.meta["val"]
+
+
+def _geometry(node: Node) -> Any:
+    value = node.meta["val"]
+    return [str(n) for n in (*value.shape, *value.stride())], value.dtype, value.device
+
+
+def values_read(graph: Graph) -> dict[Node, list[Any]]:
+    """The fake values that each node is given."""
+    return {node: [source.meta.get("val") for source in node.all_input_nodes] for node in graph.nodes}
+
+
+def unchanged(graph: Graph, before: dict[Node, list[Any]]) -> set[Node]:
+    """Nodes whose fake values are right if they were for what they read ``before``, and if added nodes got theirs by
+    :func:`emit`. Left out are nodes that read other values now, and views of memory that none of these has.
+    """
+    found = set()
+    for node, values in values_read(graph).items():
+        known = before.get(node, values)
+        same = len(values) == len(known) and all(map(operator.is_, values, known))
+        memory = compat.memory_of(node.meta.get("val"))
+        detached = memory is not None and _may_alias(node) and memory not in map(compat.memory_of, values)
+        if same and not detached:
+            found.add(node)
+    return found
+
+
+def _may_alias(node: Node) -> bool:
+    """Whether the result of an ATen call may share memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.alias_info is not None for argument in schema.arguments)
 
 
 def size_along(graph: Graph, serves: Node, x: Node, axis: int) -> Any:

@@ -35,7 +35,7 @@ from qcompile.ir.quantizer import Granularity, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
-from .graph import aten, emit, static_size
+from .graph import aten, emit, static_size, take_over
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
@@ -79,6 +79,7 @@ def _lower(graph: Graph, decoded: bool) -> int:
         lowering = _LOWERINGS.get(provision.provider, _tensor_core_product)
         with graph.inserting_before(node):
             replacement = lowering(graph, node, QuantizedMM.of(node), made)
+        take_over(replacement, node)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
         count += 1

@@ -29,6 +29,7 @@ from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
+from .graph import unchanged, values_read
 from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
@@ -226,7 +227,11 @@ class Hook(compat.CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for user_pass in self.chained:
             user_pass(graph)
+        # What a user's pass has left is for Inductor to find out.
+        before = values_read(graph) if self.stage is POST_GRAD and not self.chained else None
         run_passes(self.stage.name, self.stage.passes, graph, self.context)
+        if before is not None:
+            compat.fake_values_hold(graph, unchanged(graph, before))
 
     def __deepcopy__(self, memo: Any) -> Hook:
         return self  # Inductor copies its config; the plan and its graph's fake tensors cannot be copied

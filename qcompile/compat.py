@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -29,6 +29,7 @@ import torch._dynamo.utils
 import torch._functorch.partitioners
 import torch._guards
 import torch._inductor.compile_fx
+import torch._inductor.fx_passes.post_grad
 import torch._inductor.pattern_matcher
 import torch._logging._internal
 import torch.utils._python_dispatch
@@ -64,6 +65,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
+    "fake_values_hold",
     "frame_compilations",
     "given_fake_tensors",
     "guard_identity",
@@ -218,6 +220,23 @@ def fake_mode_of(graph: Graph) -> Any:
         if mode := torch._subclasses.fake_tensor.maybe_get_fake_mode(value):
             return mode
     return None
+
+
+def fake_values_hold(graph: Graph, nodes: Set[Node]) -> None:
+    """Tell Inductor, which is running a post-grad pass, that the fake values of ``nodes`` are right, and no others.
+
+    It would find anew the value of each node that a pass has added or changed, and then, since a value found anew never
+    shares memory with the old one, those of all that depend on it: of the whole graph. Does nothing outside of such a
+    pass.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch._inductor.fx_passes.post_grad.post_grad_passes.__code__:
+        frame = frame.f_back
+    updater = None if frame is None else frame.f_locals.get("fake_tensor_updater")
+    if updater is not None:
+        for node in graph.nodes:
+            state = updater.hash_node(node)
+            (updater.processed_hashes.add if node in nodes else updater.processed_hashes.discard)(state)
 
 
 def given_fake_tensors(example_inputs: list[Any]) -> bool:

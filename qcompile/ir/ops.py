@@ -93,8 +93,19 @@ for _schema in _SCHEMAS:
 COMPENSATED = "e4m3 row absmax even"
 
 
-def register_fake(name: str):
-    return torch.library.register_fake(f"qcompile::{name}", lib=LIB)
+def register_meta(name: str):
+    """Decorator: the shapes, strides and dtypes an op returns, as a kernel of the meta device.
+
+    Fake tensors run it too. A rule of ``torch.library.register_fake`` would make every result by a dispatch of its own,
+    which takes twice as long, and a compilation asks several times for each node. With symbolic sizes such a kernel can
+    make tensors, but take no view of them.
+    """
+
+    def register(kernel):
+        LIB.impl(name, kernel, "Meta")
+        return kernel
+
+    return register
 
 
 def moved_shape(shape, axis: int) -> list:
@@ -131,7 +142,7 @@ def storage_dtype(quantizer: Quantizer) -> torch.dtype:
     return getattr(torch, quantizer.scale.storage)
 
 
-@register_fake("quantize")
+@register_meta("quantize")
 def _(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
     q = Quantizer.parse(quantizer)
     shape = moved_shape(x.shape, axis)
@@ -139,18 +150,19 @@ def _(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform="")
     return codes, x.new_empty(q.scale_shape(tuple(shape)), dtype=storage_dtype(q))
 
 
-@register_fake("dequantize")
+@register_meta("dequantize")
 def _(codes, scales, quantizer, axis, size, dtype, global_scale=None):
-    moved = codes.new_empty([*codes.shape[:-1], size], dtype=dtype)
-    return moved.movedim(-1, axis)
+    shape = [*codes.shape[:-1], size]
+    shape.insert(axis % len(shape), shape.pop())
+    return codes.new_empty_strided(shape, _stride_of_dequantized(shape, axis), dtype=dtype)
 
 
-@register_fake("hadamard")
+@register_meta("hadamard")
 def _(x, block, axis, mask=None):
     return torch.empty_like(x)
 
 
-@register_fake("clamp_outliers")
+@register_meta("clamp_outliers")
 def _(x, clamp, axis):
     spec = OutlierClamp.parse(clamp)
     shape = moved_shape(x.shape, axis)
@@ -161,40 +173,40 @@ def _(x, clamp, axis):
     return torch.empty_like(x), values, values.new_empty(values.shape, dtype=index_dtype(shape[-1]))
 
 
-@register_fake("restore_outliers")
+@register_meta("restore_outliers")
 def _(x, values, positions, clamp, axis):
     return torch.empty_like(x)
 
 
-@register_fake("quantize_compensated")
+@register_meta("quantize_compensated")
 def _(x, operand, axis):
     *rows, size = moved_shape(x.shape, axis)
     codes = x.new_empty([*rows, size], dtype=torch.uint8)
     return codes, *(x.new_empty([*rows, n], dtype=torch.float32) for n in (1, 3))
 
 
-@register_fake("encode_compensated")
+@register_meta("encode_compensated")
 def _(x, bounds, operand, axis):
     return x.new_empty(moved_shape(x.shape, axis), dtype=torch.uint8)
 
 
-@register_fake("estimator_mask")
+@register_meta("estimator_mask")
 def _(x, scales, quantizer, estimator, axis, global_scale=None, transform=""):
     shape = moved_shape(x.shape, axis)
     return x.new_empty([*shape[:-1], (shape[-1] + 7) // 8], dtype=torch.uint8)
 
 
-@register_fake("mask_gradient")
+@register_meta("mask_gradient")
 def _(grad, mask, axis):
     return torch.empty_like(grad)
 
 
-@register_fake("scale_gradient")
+@register_meta("scale_gradient")
 def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
     return torch.empty_like(grad)
 
 
-@register_fake("quantized_mm")
+@register_meta("quantized_mm")
 def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape

@@ -33,7 +33,7 @@ import torch
 
 from .formats import Format
 from .operand import Operand
-from .ops import LIB, register_fake
+from .ops import LIB, register_meta
 from .quantizer import Quantizer
 
 __all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "tensor_core_dtype"]
@@ -89,7 +89,7 @@ def tensor_core_dtype(fmt: Format) -> torch.dtype:
     return TENSOR_CORE_DTYPES[fmt.tensor_core_type]
 
 
-@register_fake("quantize_8bit")
+@register_meta("quantize_8bit")
 def _(x, quantizer, packed, fold=None):
     q = Quantizer.parse(quantizer)
     rows, size = x.shape
@@ -98,7 +98,7 @@ def _(x, quantizer, packed, fold=None):
     return codes, x.new_empty([rows, 1], dtype=torch.float32), stored
 
 
-@register_fake("quantize_8bit_masked")
+@register_meta("quantize_8bit_masked")
 def _(x, operand, packed, eight_bit=True):
     spec = Operand.parse(operand)
     rows, size = x.shape
@@ -109,14 +109,14 @@ def _(x, operand, packed, eight_bit=True):
     return codes, x.new_empty([rows, 1], dtype=torch.float32), stored, mask
 
 
-@register_fake("quantize_8bit_transposed")
+@register_meta("quantize_8bit_transposed")
 def _(x, quantizer, transform=""):
     rows, size = x.shape
     codes = x.new_empty([size, rows], dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
     return codes, x.new_empty([rows, 1], dtype=torch.float32)
 
 
-@register_fake("quantize_8bit_pair")
+@register_meta("quantize_8bit_pair")
 def _(x, quantizer, fold, fold_rows):
     rows, columns = x.shape
     dtype = tensor_core_dtype(Quantizer.parse(quantizer).format)
@@ -128,23 +128,23 @@ def _(x, quantizer, fold, fold_rows):
     )
 
 
-@register_fake("recode")
+@register_meta("recode")
 def _(codes, quantizer, size, transposed):
     shape = [size, codes.shape[0]] if transposed else [codes.shape[0], size]
     return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
 
 
-@register_fake("count_bits")
+@register_meta("count_bits")
 def _(codes):
     return codes.new_empty([codes.shape[0], 1], dtype=torch.float32)
 
 
-@register_fake("mm_1bit")
-@register_fake("mm_8bit")
+@register_meta("mm_1bit")
+@register_meta("mm_8bit")
 def _(a, b, scale_a, scale_b, dtype, bias=None, offset_a=None, offset_b=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
 
 
-@register_fake("mm_block_scaled")
+@register_meta("mm_block_scaled")
 def _(a, b, scale_a, scale_b, global_a, global_b, dtype, bias=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)

@@ -24,6 +24,7 @@ from qcompile.passes.pipeline import PASS_NAMES, PIPELINE, table
 from qcompile.passes.record import DECODED, PROVIDER_KEY, REFERENCE, Provision, mark_of, marked, site_index
 from qcompile.passes.verify import STAGES, VerificationError, verify
 from qcompile.passes.views import Quantize, QuantizedMM, Recode
+from qcompile.recipes import FP4
 
 from .harness import DISTINCT, compile_and_run
 
@@ -64,7 +65,7 @@ def imports(module: Path) -> set[str]:
 
 
 #: All that the pipeline imports, except for what passes share.
-PASSES = imports(FOLDER / "pipeline.py") - {"names", "pass_base", "record"}
+PASSES = imports(FOLDER / "pipeline.py") - {"graph", "names", "pass_base", "record"}
 
 
 def test_what_the_passes_are() -> None:
@@ -209,3 +210,57 @@ def test_the_report_names_what_was_emitted(
     first = next(row.provider for row in rows if row.role == "fprop")
     assert first.endswith(f"; {forward}")
     assert quantized_by in first
+
+
+# --- fake values ----------------------------------------------------------------------------------------------------
+
+
+def wrong_values(graph: Graph) -> list[str]:
+    """Nodes whose fake value differs from that of calling them anew: in shape, strides or dtype, or in which of the
+    values they are given they share memory with.
+    """
+    wrong = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        given = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with value.fake_mode:  # type: ignore[attr-defined]
+            anew = node.target(*given[0], **given[1])
+        read = [compat.memory_of(source.meta.get("val")) for source in node.all_input_nodes]
+        told = [(v.shape, v.stride(), v.dtype, [m == compat.memory_of(v) for m in read]) for v in (value, anew)]
+        if told[0] != told[1]:
+            wrong.append(f"{node.format_node()}: {told[0]}, not {told[1]}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("capability", "options"),
+    [(None, {}), ((9, 0), {"backward": "fp8", "activation": {"outliers": None}})],
+    ids=["decoded", "8-bit"],
+)
+def test_fake_values_that_inductor_does_not_find_anew_are_right(capability: Any, options: dict[str, Any]) -> None:
+    """A view of a product that was replaced must not keep memory that nothing makes: Inductor decides by it what may be
+    written in place. And what is right must not be found anew, which takes longer than all passes.
+    """
+    checked: list[int] = []
+
+    def update(updater: Any) -> int:
+        graph = updater.gm.graph if hasattr(updater, "gm") else updater.graph
+        stale = [node for node in graph.nodes if updater.hash_node(node) not in updater.processed_hashes]
+        if capability is None:
+            assert not stale, stale
+        found = wrong_values(graph)
+        assert not [line for line in found if line.partition(" ")[0].strip("%") not in map(str, stale)], found
+        checked.append(len(stale))
+        return real(updater)
+
+    from torch._inductor.fx_utils import FakeTensorUpdater
+
+    real = FakeTensorUpdater.incremental_update
+    with (
+        mock.patch.object(FakeTensorUpdater, "incremental_update", update),
+        mock.patch.object(compat, "tensor_core_capability", return_value=capability),
+    ):
+        compile_and_run(Layers(), torch.randn(2, 64, 128, requires_grad=True), recipe=FP4, **options)
+    assert len(checked) >= 2
