@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import Graph, Node
 
 from .graph import emit, is_read_by, is_view, result, through_views
@@ -56,6 +57,7 @@ def _give(graph: Graph, codes: Node, again: Node, readers: set[Node]) -> None:
         if user in readers:
             user.replace_input_with(codes, again)
         elif is_view(user) and is_read_by(user, readers):
+            args, kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda node: again if node is codes else node)
             with graph.inserting_before(user.next):
-                view = graph.node_copy(user, lambda node: again if node is codes else node)
+                view = emit(graph, user, user.target, *args, **kwargs)
             _give(graph, user, view, readers)
