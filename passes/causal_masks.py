@@ -157,7 +157,9 @@ class _Rewriter:
         key = str((dtype, described))
         if key not in self.kernels:
             function: Any = call.target
-            with self.fake_mode, _Recorder() as recorder:
+            # The hooks of whoever counts what autograd saves are not for a trial.
+            kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+            with self.fake_mode, kept, _Recorder() as recorder:
                 result = function(**{name: narrowed(value) for name, value in values.items()})
             extents = zip(result.shape, result.stride(), strict=True)
             strides = ", ".join(str(step) for size, step in extents if static_size(size) != 1)

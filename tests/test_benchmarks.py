@@ -60,8 +60,8 @@ class OneWrongGradient(nn.Module):
         self.model = model
         model.layers[0].up_proj.weight.register_hook(torch.neg)
 
-    def forward(self, *batch):
-        return self.model(*batch)
+    def forward(self, **batch):
+        return self.model(**batch)
 
 
 @pytest.fixture
