@@ -104,14 +104,27 @@ def torchao(recipe: str) -> Arm:
     return Arm(f"torchao {recipe}", compile_float8, "torchao", roles)
 
 
-def ours(label: str, recipe: Options) -> Arm:
-    def compile_fp4(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model.forward, dynamic=False, backend="qcompile_fp4", options={**recipe, **options})
+def compiled_by(backend: str, chosen: Options) -> Callable[[nn.Module, Options], Callable[..., Tensor]]:
+    """How a backend of ours compiles a model with the options ``chosen``, before those of the run."""
 
+    def compile_model(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        return torch.compile(model.forward, dynamic=False, backend=backend, options={**chosen, **options} or None)
+
+    return compile_model
+
+
+def ours(label: str, recipe: Options) -> Arm:
     roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
     outliers = recipe["activation"]["outliers"] is not None
     exact = "ours_bf16_occ" if outliers else "ours_bf16"
-    return Arm(label, compile_fp4, "ours", roles, outliers, exact if recipe["backward"] != "bf16" else "")
+    return Arm(
+        label,
+        compiled_by("qcompile_fp4", recipe),
+        "ours",
+        roles,
+        outliers,
+        exact if recipe["backward"] != "bf16" else "",
+    )
 
 
 #: Attention stays what the model calls, as in BF16. Such an arm has no counterpart: where attention is computed
@@ -121,11 +134,8 @@ MASKED = {"disable_passes": ["causal_masks"]}
 
 def without_options(backend: str, label: str, counterpart: str, **chosen: Any) -> Arm:
     """A backend of ours as its name alone gives it, but for ``chosen``."""
-
-    def compile_plainly(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model.forward, dynamic=False, backend=backend, options={**chosen, **options} or None)
-
-    return Arm(label, compile_plainly, "ours", frozenset(ROLES_OF_BACKWARD["fp8"]), counterpart=counterpart)
+    roles = frozenset(ROLES_OF_BACKWARD["fp8"])
+    return Arm(label, compiled_by(backend, chosen), "ours", roles, counterpart=counterpart)
 
 
 def monitored(name: str) -> Arm:
@@ -138,14 +148,10 @@ def monitored(name: str) -> Arm:
 def quest(variant: str, backward: str) -> Arm:
     """QuEST (arXiv 2502.05003), as ``backend="qcompile_quest"`` runs a variant of it."""
     label, options_of_variant = QUEST_VARIANTS[variant]
-    recipe = {"backward": backward, **options_of_variant}
-
-    def compile_quest(model: nn.Module, options: Options) -> Callable[..., Tensor]:
-        return torch.compile(model.forward, dynamic=False, backend="qcompile_quest", options={**recipe, **options})
-
+    compiled = compiled_by("qcompile_quest", {"backward": backward, **options_of_variant})
     roles = frozenset(ROLES_OF_BACKWARD[backward])
     counterpart = f"quest_bf16{variant}" if backward != "bf16" else ""
-    return Arm(f"{label}, backward {backward}", compile_quest, "ours", roles, counterpart=counterpart)
+    return Arm(f"{label}, backward {backward}", compiled, "ours", roles, counterpart=counterpart)
 
 
 class PlainQuestLinear(nn.Linear):
