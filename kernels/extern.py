@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler
 from torch._inductor.virtualized import V
@@ -40,5 +39,5 @@ def own_kernel(op: Any, *arguments: Any) -> Any:
     return compat.tree_map(lambda x: ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x, results)
 
 
-def _name(op: torch._ops.OpOverload | Any) -> str:
+def _name(op: Any) -> str:
     return op.name().partition("::")[2].partition(".")[0]

@@ -166,14 +166,14 @@ class _Plan:
 
 
 class _Recorder(compat.TorchDispatchMode):
-    """Notes what one call does on its tensors. Everything it has seen stays alive, so that identities are unique."""
+    """Notes what one call does on its tensors. Slots and ``views`` of them stay alive: identities are then unique."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.places = tuple(i for i, argument in enumerate(arguments) if isinstance(argument, Tensor))
         self.slots: list[Tensor] = [arguments[i] for i in self.places]
         self.slot_of = {id(tensor): slot for slot, tensor in enumerate(self.slots)}
-        self.kept: list[Any] = list(self.slots)
+        self.views: list[Tensor] = []
         self.steps: list[Any] = []
         self.obstacle = ""
 
@@ -193,7 +193,7 @@ class _Recorder(compat.TorchDispatchMode):
             step = _Copy(func, tuple(self._view(a) if isinstance(a, Tensor) else a for a in args), options)
             self._made(result, step)
         elif isinstance(result, Tensor) and all(alias and not alias.is_write for alias in aliases):
-            self.kept.append(result)
+            self.views.append(result)
             self.slot_of[id(result)] = self.slot_of[id(args[0])]
         else:
             self.obstacle = f"it calls {func}"
@@ -207,7 +207,6 @@ class _Recorder(compat.TorchDispatchMode):
     def _made(self, result: Tensor, step: Any) -> None:
         self.steps.append(step)
         self.slots.append(result)
-        self.kept.append(result)
         self.slot_of.setdefault(id(result), len(self.slots) - 1)
 
     def _view(self, tensor: Tensor) -> _View:
