@@ -15,9 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile import compat
 
 __all__ = [
-    "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "graph_modules", "input_of",
-    "is_call", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size", "same_sizes",
-    "size_along", "static_size", "take_over", "target_name", "through_views", "unchanged", "value_of", "values_read",
+    "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read", "graph_modules",
+    "input_of", "is_call", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size",
+    "same_sizes", "size_along", "static_size", "take_over", "target_name", "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -185,7 +185,7 @@ def _geometry(node: Node) -> Any:
     return [str(n) for n in (*value.shape, *value.stride())], value.dtype, value.device
 
 
-def values_read(graph: Graph) -> dict[Node, list[Any]]:
+def fake_values_read(graph: Graph) -> dict[Node, list[Any]]:
     """The fake values that each node is given."""
     return {node: [source.meta.get("val") for source in node.all_input_nodes] for node in graph.nodes}
 
@@ -195,7 +195,7 @@ def unchanged(graph: Graph, before: dict[Node, list[Any]]) -> set[Node]:
     :func:`emit`. Left out are nodes that read other values now, and views of memory that none of these has.
     """
     found = set()
-    for node, values in values_read(graph).items():
+    for node, values in fake_values_read(graph).items():
         known = before.get(node, values)
         same = len(values) == len(known) and all(map(operator.is_, values, known))
         memory = compat.memory_of(node.meta.get("val"))

@@ -29,7 +29,7 @@ from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
-from .graph import unchanged, values_read
+from .graph import fake_values_read, unchanged
 from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
@@ -228,7 +228,7 @@ class Hook(compat.CustomGraphPass):
         for user_pass in self.chained:
             user_pass(graph)
         # What a user's pass has left is for Inductor to find out.
-        before = values_read(graph) if self.stage is POST_GRAD and not self.chained else None
+        before = fake_values_read(graph) if self.stage is POST_GRAD and not self.chained else None
         run_passes(self.stage.name, self.stage.passes, graph, self.context)
         if before is not None:
             compat.fake_values_hold(graph, unchanged(graph, before))
