@@ -16,7 +16,7 @@ departure                           options
 =================================== ===============================================================================
 power-of-two scales                 ``{"activation": {"scale": "absmax_pow2"}, "weight": {"scale": "absmax_pow2"}}``
 no compensation of the residual     ``{"activation": {"outliers": "occ(compensate=0)"}}``
-exact residual, as printed           ``{"activation": {"outliers": "occ(compensate=1)"}}``
+exact residual, as printed          ``{"activation": {"outliers": "occ(compensate=1)"}}``
 quantile over the whole tensor      ``{"activation": {"outliers": "occ(per=tensor)"}}``
 E1M2 activations (fork ``pai``)     ``{"activation": {"format": "e1m2", "outliers": "occ(alpha=0.97)"}}``
 ties toward +∞ (look-up kernel)     ``{"activation": {"rounding": "half_up"}, "weight": {"rounding": "half_up"}}``
