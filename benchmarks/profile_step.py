@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch._logging
 from measure import copy_microseconds, environment, failure, fresh_log, microseconds, quiet_stderr
-from model import SIZES, Size
+from model import MODELS, SIZES, Size
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from training_step import ARMS, Arm, Run, Trainer
@@ -36,6 +36,9 @@ __all__ = ["CLASSES", "Ceilings", "Launch", "class_of", "floors", "launches_of",
 #: named after the ops in them, and sometimes after a product beside them.
 _NOT_A_LOOP = r"^(?!.*\btriton_(?:poi|red|per)_)"
 
+#: What the profiler calls the host's waiting for a full queue; it lists kernels there that other operators launched.
+_WAITING = "Command Buffer Full"
+
 #: Class → what matches ``"<operator> | <kernel>"``, tried in order.
 CLASSES: dict[str, str] = {
     "attention": _NOT_A_LOOP + r".*(scaled_dot_product|sdpa|flash|fmha|cudnn::fusion)",
@@ -43,7 +46,8 @@ CLASSES: dict[str, str] = {
     + r".*(scaled_mm|int_mm|mm_8bit|(gemm|matmul)_8bit|nvjet\w*_qq|ovscale|gemm\w*_(f8|s8)|float_e[45]m[23])",
     "loss": r"log_softmax|nll_loss|cross_entropy|softmax_online",
     "DGE slope": r"scale_gradient",
-    "casts": r"quantize|recode|8bit|float8|outlier|compensat|topk|bitonicSort|radixSort|scaled_mm|amax|reciprocal",
+    "casts": r"quantize|encode|recode|8bit|float8|outlier|compensat|topk|bitonicSort|radixSort|scaled_mm|amax"
+    r"|reciprocal|_(row|column)_scales|rotate|hadamard",
     "BF16 GEMM": _NOT_A_LOOP + r".*(aten::(add|b|badd)?mm\b|nvjet|gemm|cutlass|splitK|triton_tem_\w*mm)",
     "optimizer": r"adam|multi_tensor_apply",
     "memory copies": r"\bMem(cpy|set)\b",
@@ -79,6 +83,8 @@ def launches_of(events: Iterable[Any]) -> list[Launch]:
             if not event.is_user_annotation:  # a span over kernels, such as the optimizer's step
                 total[event.name] += event.time_range.elapsed_us()
                 times[event.name] += 1
+            continue
+        if event.name == _WAITING:
             continue
         for kernel in event.kernels:
             key = (kernel.name, event.name, str(event.input_shapes or ""))
@@ -280,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arm", choices=ARMS, default="ours_fp8_occ")
     parser.add_argument("--size", choices=SIZES, default="d4096")
+    parser.add_argument("--model", choices=MODELS, default="transformers")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("profile_step.md"))
     given = parser.parse_args(arguments)
@@ -291,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with quiet_stderr(log):
             ceilings = Ceilings.measured()
-            trainer = Trainer(ARMS[given.arm], size, Run(torch.device("cuda")))
+            trainer = Trainer(ARMS[given.arm], size, Run(torch.device("cuda"), model=given.model))
             trainer.milliseconds(5)
             step_ms = sorted(trainer.milliseconds(7)[0])[3]
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as trace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,8 @@ def test_generated_code_calls_no_op_of_ours_through_the_dispatcher(recipe):
 
     torch.manual_seed(0)
     torch.compiler.reset()
+    for kernel in DIRECT.values():
+        kernel.plans.clear()  # of other tests, which fill allocations with NaN: what does that cannot be repeated
     backend, options = RECIPES[recipe]
     model = nn.Sequential(nn.Linear(384, 512), nn.GELU(), nn.Linear(512, 384)).cuda().bfloat16()
     compiled = torch.compile(model, backend=backend, options=options, fullgraph=True)
@@ -38,7 +42,7 @@ def test_generated_code_calls_no_op_of_ours_through_the_dispatcher(recipe):
     first, code = run_and_get_code(gradients, batches[0])
     text = "\n".join(line for line in "\n".join(code).splitlines() if not line.lstrip().startswith("#"))
     assert "qcompile_kernels[" in text
-    assert "torch.ops.qcompile" not in text
+    assert not re.search(r"torch\.ops\.qcompile\.[\w.]+\(", text)
     for batch in batches[1:]:
         gradients(batch)
     again = gradients(batches[0])

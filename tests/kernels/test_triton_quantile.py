@@ -234,8 +234,8 @@ def test_machine_code(dtype, tmp_path):
     """Elements are read 16 bytes at a time, nothing spills, and what is listed stays in the threads that hold it."""
     found = launches_of(clamp(on_meta(16384, 4096, dtype=dtype)))
     assert set(found) == {"_guess", "_count", "_narrow", "_clamp_range"}
-    # Triton 3.9 spills a few registers of the one program that looks at a sample; up to 3.8 it spills none.
-    allowed = {"_guess": 16} if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else {}
+    # Triton 3.8 and 3.9 spill a few registers of the one program that looks at a sample; up to 3.7 none are spilled.
+    allowed = {"_guess": 16} if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else {}
     for name, kernel in found.items():
         assert spills(kernel, tmp_path) <= allowed.get(name, 0), name
     for name in ("_count", "_clamp_range"):
