@@ -31,7 +31,7 @@ class _DirectCall(ir.FallbackKernel):
 
 def own_kernel(op: Any, *arguments: Any) -> Any:
     """Call the op's own kernel from the generated program; results as IR, as its schema has them."""
-    devices = [x.get_device() for x in arguments if isinstance(x, ir.IRNode)]
+    devices = [x.get_device() for x in arguments if isinstance(x, ir.TensorBox)]
     on_cuda = any(device is not None and device.type == "cuda" for device in devices)
     if not on_cuda or V.graph.cpp_wrapper or _name(op) not in DIRECT:
         return fallback_handler(op, add_to_fallback_set=False)(*arguments)

@@ -6,10 +6,9 @@ and alignment of its tensors, and its other arguments. So the first call of a ki
 ones allocate what it allocated and launch what it launched, with their own addresses. That takes a few microseconds
 per launch where the host function takes tens, which a model of small layers waits for.
 
-A function is repeated if it does nothing to its arguments, and what it makes of them, but allocate, view, copy, launch
-(:func:`qcompile.kernels.triton.launch`) and call libraries that say so (:func:`note_call`). Any other operation on
-them, a tensor from elsewhere, or a launch that gives no compiled kernel (Triton's interpreter), and the function itself
-runs at every call of that kind.
+A function is repeated if it does nothing to its arguments, and what it makes of them, but allocate, view, copy and
+launch (:func:`qcompile.kernels.triton.launch`). Any other operation on them, a tensor from elsewhere, or a launch that
+gives no compiled kernel (Triton's interpreter), and the function itself runs at every call of that kind.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from qcompile import compat
 
-__all__ = ["note_call", "note_launch", "replayed"]
+__all__ = ["note_launch", "replayed"]
 
 aten = torch.ops.aten
 
@@ -101,17 +100,6 @@ class _Copy:
     def run(self, slots: list[Any], stream: int) -> None:
         arguments = [argument.of(slots) if isinstance(argument, _View) else argument for argument in self.arguments]
         slots.append(self.function(*arguments, **self.options))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a library that queues a kernel on tensors: ``function(stream, *tensors)``."""
-
-    function: Callable[..., None]
-    tensors: tuple[_View, ...]
-
-    def run(self, slots: list[Any], stream: int) -> None:
-        self.function(stream, *[tensor.of(slots) for tensor in self.tensors])
 
 
 class _Address:
@@ -245,10 +233,6 @@ class _Recorder(compat.TorchDispatchMode):
                 descriptors.append((place, view.slot, view.offset, template))
         self.steps.append(_Launch(compiled, (*grid, 1, 1)[:3], values, addresses, descriptors))
 
-    def called(self, function: Callable[..., None], tensors: tuple[Tensor, ...]) -> None:
-        if self._knows(*tensors):
-            self.steps.append(_Call(function, tuple(map(self._view, tensors))))
-
     def plan(self, result: Any) -> _Plan | None:
         """What repeats the call that gave ``result``; ``None`` if nothing does."""
         results = result if isinstance(result, (tuple, list)) else (result,)
@@ -273,15 +257,6 @@ def note_launch(kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tu
     bound = kernel.signature.bind(*arguments, **named)
     bound.apply_defaults()
     recorder.launched(compiled, grid, bound.args)
-
-
-def note_call(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Tell the recorder of this thread, if there is one, that ``function(stream, *tensors)`` was called, which does
-    nothing but queue a kernel.
-    """
-    recorder = getattr(_active, "recorder", None)
-    if recorder is not None:
-        recorder.called(function, tensors)
 
 
 def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

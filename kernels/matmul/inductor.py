@@ -145,9 +145,6 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_
     )
     provider = choose(product)[0].name
     measure = inductor_config.max_autotune or inductor_config.max_autotune_gemm
-    if provider == "cublaslt" and not (measure or V.graph.cpp_wrapper):
-        realized = dict(zip(names, operands[4:], strict=True))
-        return own_kernel(torch.ops.qcompile.mm_8bit.default, *operands[:4], dtype, *map(realized.get, summands))
     if measure or provider == "triton":
         operands[:2] = map(_of_own_dtype, operands[:2])
     layout = ir.FixedLayout(a.get_device(), dtype, [m, n])

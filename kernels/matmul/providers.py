@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,7 +51,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cublaslt, reference
+from . import reference
 
 __all__ = [
     "BLOCK_SCALED",
@@ -232,12 +231,10 @@ def _run_cublaslt(
     if scale_a.shape[0] != 1 or scale_b.shape[0] != 1:  # scales of rows on both sides, or none
         scale_a = scale_a.expand(a.shape[0], 1).contiguous()
         scale_b = scale_b.expand(b.shape[0], 1).contiguous()
-    a, b, scale_a, scale_b = a.contiguous(), b.contiguous(), scale_a.contiguous(), scale_b.contiguous()
-    if cublaslt.supports(a, b, *(() if bias is None else (bias,))):
-        with suppress(cublaslt.RefusedError):  # torch says why, or asks otherwise
-            return cublaslt.scaled_mm(a, b, scale_a, scale_b, bias)
     # scale_result belongs to FP8 outputs.
-    return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias, None, dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        a.contiguous(), b.contiguous().t(), scale_a, scale_b.t(), bias, None, dtype, use_fast_accum=True
+    )
 
 
 def _cuda_version() -> tuple[int, ...]:

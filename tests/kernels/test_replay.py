@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qcompile.kernels.replay import note_call, note_launch, replayed
+from qcompile.kernels.replay import note_launch, replayed
 
 
 class Kernel:
@@ -116,28 +116,6 @@ def test_views_temporaries_and_copies_are_repeated(kernel):
         torch.testing.assert_close(result.reshape(-1), expected, rtol=0, atol=0)
         assert result.shape == (5, 4)
     assert (kernel.launches, kernel.replays) == (2, 2)
-
-
-def test_a_library_is_called_with_the_tensors_of_each_call(kernel):
-    """By address, and with the stream of the call."""
-    calls = []
-
-    def library(stream, x, out):
-        calls.append(stream)
-        kernel(x.data_ptr(), out.data_ptr(), out.numel(), 2.0)
-
-    def doubled(x):
-        tail, out = x.view(-1)[2:], torch.empty(x.numel() - 2)
-        library(0, tail, out)
-        note_call(library, tail, out)
-        return out
-
-    call = replayed(doubled)
-    for _ in range(3):
-        x = torch.randn(3, 5)
-        assert torch.equal(call(x), 2 * x.view(-1)[2:])
-    assert calls == [0, 0, 0]
-    assert None not in call.plans.values()
 
 
 def test_arguments_that_share_memory_keep_their_places(kernel):
