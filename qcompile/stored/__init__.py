@@ -9,7 +9,8 @@
 alone, ``qcompile_fp4`` multiplies FP4 activations by the codes.
 """
 
+from .bitsandbytes import from_bitsandbytes_
 from .pack import PackedLayer, Packing, pack_, unpack_
 from .weight import PackedWeight
 
-__all__ = ["PackedLayer", "PackedWeight", "Packing", "pack_", "unpack_"]
+__all__ = ["PackedLayer", "PackedWeight", "Packing", "from_bitsandbytes_", "pack_", "unpack_"]

@@ -21,6 +21,7 @@ A layer that keeps its weight the other way round (``[K, N]``, Conv1D) has the s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile import compat
+from qcompile.ir.definitions import short_names
 from qcompile.ir.ops import global_scale_of
 from qcompile.ir.stored import Stored
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales, quantize_scales
@@ -41,6 +43,9 @@ aten = torch.ops.aten
 PARTS = ("codes", "scales", "global_scale", "scale_codes", "second", "offset")
 
 Parts = dict[str, Tensor]
+
+#: Share of a change that rounding may take before it is said.
+NOTICED = 0.01
 
 
 def encode(weight: Tensor, stored: Stored) -> Parts:
@@ -163,6 +168,23 @@ class PackedWeight(Tensor):
         for name, part in encode(source.mT if self.transposed else source, self.stored).items():
             self.parts[name].copy_(part)
 
+    def _change(self, value: Tensor, how: str) -> None:
+        """Write ``value``; warn where rounding it takes a part of what it changes."""
+        if compat.is_tracing() or self.device.type == "meta":
+            self._store(value)
+            return
+        change = (value - self.decoded()).norm()
+        self._store(value)
+        lost = float((self.decoded() - value).norm() / change) if change > 0 else 0.0
+        if lost > NOTICED:
+            warnings.warn(
+                f"qcompile: a weight stored as {short_names(self.spec)!r} was changed by {how}: rounding took "
+                f"{lost * 100:.0f} % of the change, by norm; to merge adapters exactly, call qcompile.unpack_(model) "
+                "first",
+                UserWarning,
+                stacklevel=3,
+            )
+
     # --- what torch asks for -------------------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype, bool]]:
@@ -195,7 +217,7 @@ class PackedWeight(Tensor):
         result = func(*arguments[0], **arguments[1])
         written = [value for value in _written(func, args, kwargs) if isinstance(value, PackedWeight)]
         for value in written:
-            value._store(dense[id(value)])
+            value._change(dense[id(value)], func._schema.name.partition("::")[2])
         names = {id(dense[id(value)]): value for value in written}
         return compat.tree_map(lambda value: names.get(id(value), value), result) if written else result
 
@@ -228,7 +250,9 @@ class PackedWeight(Tensor):
             msg = f"data: a weight of shape {tuple(self.shape)} cannot become one of {tuple(value.shape)}"
             raise ValueError(msg)
         if not isinstance(value, PackedWeight):
-            value = PackedWeight.of(value, self.spec, self.transposed)
+            packed = self._each(lambda part: part.to(value.device, copy=True), value.dtype)
+            packed._change(value, "data = …")
+            value = packed
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         for name in PARTS:
             self.__dict__.pop(name, None)

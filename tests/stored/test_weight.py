@@ -193,7 +193,7 @@ def test_data_takes_wide_and_packed_values():
     dense = parameter.decoded()
     parameter.data = parameter.data.to(torch.bfloat16)  # as prepare_model_for_kbit_training does
     assert torch.equal(parameter.decoded(), dense.bfloat16())
-    parameter.data = dense * 2
+    parameter.data = dense * 2  # exact: no warning
     assert parameter.dtype == torch.float32
     assert torch.equal(parameter.decoded(), PackedWeight.of(dense * 2, NESTED).decoded())
     assert isinstance(parameter, nn.Parameter)
@@ -215,6 +215,17 @@ def test_in_place_changes_are_quantized_again(transposed):
     assert packed.decoded().count_nonzero() == 0
     packed.copy_(dense)
     assert torch.equal(packed.decoded(), dense)
+
+
+def test_what_rounding_costs_is_said():
+    """Where a weight is changed, not where it is loaded: the number is that of the sentence, worked out here."""
+    parameter, delta = layer("int4 row").weight, torch.full((96, 128), 0.01)
+    value = parameter.decoded() + delta
+    lost = (PackedWeight.of(value, "int4 row").decoded() - value).norm() / delta.norm()
+    with pytest.warns(UserWarning, match=f"stored as 'int4 row .*add_: rounding took {lost:.0%}".replace("%", " %")):
+        parameter.add_(delta)
+    with pytest.warns(UserWarning, match=r"data = …: rounding took \d+ % of the change"):
+        parameter.data = parameter.decoded() + delta
 
 
 def test_loading_crosses_between_wide_and_packed():
