@@ -86,7 +86,7 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
-    chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
+    chosen = {key: resolve_operand(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
     operands = tuple(None if slot.stored else chosen[slot.kind] for slot in site.slots)
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
@@ -115,7 +115,7 @@ def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]
     for role in ("dgrad", "wgrad"):
         default = FOLDED_GRADIENT if role in decision.folded and recipe.gradient is None else None
         rules = [r for r in applicable if role in r.roles]
-        gradient = _resolve(recipe, recipe.gradient or default, rules, "gradient")
+        gradient = resolve_operand(recipe, recipe.gradient or default, rules, "gradient")
         decision.gradients[role] = gradient
         if decision.by_cost and gradient is not default:  # as it is asked for, on every card
             decision.folded = tuple(folded for folded in decision.folded if folded != role)
@@ -185,7 +185,7 @@ def _check_folded(site: Site, quantizer: Quantizer) -> None:
         raise ValueError(msg)
 
 
-def _resolve(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
+def resolve_operand(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
     for rule in rules:
         if rule.bits is not None:
             operand = recipe.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)

@@ -7,7 +7,7 @@ A packed weight ``layer.weight`` is its parts, ``layer.weight.codes`` and so on 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .weight import PARTS, PackedWeight
 
-__all__ = ["load_packed_", "packed_state_dict"]
+__all__ = ["give", "load_packed_", "packed_state_dict", "readers_of_files"]
 
 #: What the text of a packed weight is called.
 _TEXT = "packed"
@@ -68,26 +68,34 @@ def load_packed_(model: nn.Module, source: Mapping[str, Tensor] | str | Path, de
     """
     with ExitStack() as files:
         given = _readers(source, files)
-        state = model.state_dict(keep_vars=True)
-        texts = {name: given.pop(f"{name}.{_TEXT}") for name in state if f"{name}.{_TEXT}" in given}
-        parts = {name: {p: given.pop(key) for p in PARTS if (key := f"{name}.{p}") in given} for name in texts}
-        _check_names(state, {*texts, *given})
-        names_of: dict[int, list[str]] = {}
-        for name, value in state.items():
-            names_of.setdefault(id(value), []).append(name)
-        for names in names_of.values():
-            value = state[names[0]]
-            name = next(name for name in names if name in texts or name in given)
-            where = device if device is not None else None if value.is_meta else value.device
-            if name in texts:
-                loaded: Tensor = _packed(texts[name](), parts[name])
-            else:
-                loaded = given[name]()
-            loaded = loaded if where is None else loaded.to(where)
-            if loaded.shape != value.shape:
-                msg = f"load_packed_: {name!r} is {tuple(loaded.shape)} in the file, {tuple(value.shape)} in the model"
-                raise ValueError(msg)
-            _put(model, names, value, loaded)
+        texts = {key: given.pop(key) for key in [*given] if key.endswith(f".{_TEXT}")}
+        for key, text in texts.items():
+            name = key.removesuffix(f".{_TEXT}")
+            parts = {part: given.pop(part_key) for part in PARTS if (part_key := f"{name}.{part}") in given}
+            given[name] = partial(_packed, text, parts)
+        give(model, given, device, "load_packed_")
+
+
+def give(model: nn.Module, given: Mapping[str, Read], device: Any, caller: str) -> None:
+    """Give a model tensors by the names of its state, one after the other, in place; packed ones stay packed.
+
+    Raises ``ValueError``, which ``caller`` begins, if names differ, before anything is loaded, and for a tensor of
+    another shape. Of the names of a tied weight one is enough.
+    """
+    state = model.state_dict(keep_vars=True)
+    _check_names(state, given.keys(), caller)
+    names_of: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names_of.setdefault(id(value), []).append(name)
+    for names in names_of.values():
+        value = state[names[0]]
+        loaded = given[next(name for name in names if name in given)]()
+        where = device if device is not None else None if value.is_meta else value.device
+        loaded = loaded if where is None else loaded.to(where)
+        if loaded.shape != value.shape:
+            msg = f"{caller}: {names[0]!r} is {tuple(loaded.shape)} in the file, {tuple(value.shape)} in the model"
+            raise ValueError(msg)
+        _put(model, names, value, loaded)
 
 
 def _put(model: nn.Module, names: list[str], value: Tensor, loaded: Tensor) -> None:
@@ -105,8 +113,8 @@ def _put(model: nn.Module, names: list[str], value: Tensor, loaded: Tensor) -> N
         setattr(model.get_submodule(owner), attribute, loaded)
 
 
-def _packed(text: Tensor, parts: Mapping[str, Read]) -> PackedWeight:
-    how = json.loads(bytes(text.tolist()))
+def _packed(text: Read, parts: Mapping[str, Read]) -> PackedWeight:
+    how = json.loads(bytes(text().tolist()))
     tensors = {part: read() for part, read in parts.items()}
     return PackedWeight(tensors, how["spec"], how["size"], _DTYPES[how["dtype"]], how["transposed"])
 
@@ -125,12 +133,16 @@ def _readers(source: Mapping[str, Tensor] | str | Path, files: ExitStack) -> dic
     """What reads each tensor, by name."""
     if isinstance(source, Mapping):
         return {name: partial(_itself, tensor) for name, tensor in source.items()}
+    return readers_of_files(Path(source), files)
+
+
+def readers_of_files(path: Path, files: ExitStack) -> dict[str, Read]:
+    """What reads each tensor of a ``.safetensors`` file or of a folder of such files, by name."""
     from safetensors import safe_open
 
-    path = Path(source)
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not paths:
-        msg = f"load_packed_: there is no *.safetensors in {str(path)!r}"
+        msg = f"there is no *.safetensors in {str(path)!r}"
         raise ValueError(msg)
     readers: dict[str, Read] = {}
     for file in paths:
@@ -143,7 +155,7 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _check_names(state: Mapping[str, Any], given: set[str]) -> None:
+def _check_names(state: Mapping[str, Any], given: Set[str], caller: str) -> None:
     """Raises ``ValueError`` if a tensor of the model is not given under any of its names, or one is given that the
     model has not.
     """
@@ -153,5 +165,5 @@ def _check_names(state: Mapping[str, Any], given: set[str]) -> None:
     for what, names in (("is missing", missing), ("is given, but the model has none", unknown)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            msg = f"load_packed_: {names[0]!r}{more} {what}; load into the model that was saved"
+            msg = f"{caller}: {names[0]!r}{more} {what}; load into the model that was saved"
             raise ValueError(msg)

@@ -20,7 +20,19 @@ from qcompile.ir.stored import Stored
 
 from .weight import PackedWeight
 
-__all__ = ["PackedLayer", "Packing", "bytes_of", "multiplies", "pack_", "packed_weights", "unpack_"]
+__all__ = [
+    "PackedLayer",
+    "Packing",
+    "bytes_of",
+    "choice",
+    "impossible",
+    "left_wide",
+    "multiplies",
+    "pack_",
+    "packed_weights",
+    "readers_of",
+    "unpack_",
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def pack_(
     Raises ``ValueError`` for a text that is not understood, for a pattern that matches no layer, and naming the layer
     for a weight that cannot be stored so. The model is as it was then.
     """
-    chosen = _choice(model, spec, [skip] if isinstance(skip, str) else skip, rules or {}, min_side)
+    chosen = choice(model, spec, [skip] if isinstance(skip, str) else skip, rules or {}, min_side)
     before, console = bytes_of(model), Console()
     made: dict[int, Any] = {}
     layers = []
@@ -179,14 +191,12 @@ class _Choice:
     wide: dict[str, str]
 
 
-def _choice(
-    model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str, str | None], min_side: int
-) -> _Choice:
+def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str, str | None], min_side: int) -> _Choice:
     """How each layer is stored, or why not."""
     for text in (spec, *filter(None, rules.values())):
         Stored.parse(text)
-    readers = _readers(model)
-    output = getattr(_output_embeddings(model), "weight", None)
+    readers = readers_of(model)
+    output = getattr(output_embeddings(model), "weight", None)
     named = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is not None}
     for what, pattern in [*(("skip", pattern) for pattern in skip), *(("rules", pattern) for pattern in rules)]:
         _check_matched("pack_", what, pattern, named)
@@ -201,13 +211,13 @@ def _choice(
             reason = f"skip={skipped!r}"
         elif chosen_spec is None:
             reason = f"rules: {pattern!r}: None"
-        elif impossible := _impossible(name, module, weight, readers):
+        elif why := impossible(name, module, weight, readers):
             if exact:
-                msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {impossible}; leave it out of rules"
+                msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {why}; leave it out of rules"
                 raise ValueError(msg)
-            reason = impossible
+            reason = why
         else:
-            reason = "" if matching else _left_wide(name, weight, weight is output, min_side)
+            reason = "" if matching else left_wide(name, weight, weight is output, min_side)
         if not reason:
             assert chosen_spec is not None
             _check_size(name, weight, chosen_spec, multiplies(module) == "transposed")
@@ -217,7 +227,7 @@ def _choice(
     return chosen
 
 
-def _impossible(name: str, module: nn.Module, weight: Tensor, readers: Mapping[int, set[str]]) -> str:
+def impossible(name: str, module: nn.Module, weight: Tensor, readers: Mapping[int, set[str]]) -> str:
     """Why the weight of a layer cannot be stored as codes; "" if it can."""
     if not multiplies(module):
         return f"a module of class {type(module).__name__} does not only multiply by its weight"
@@ -231,7 +241,7 @@ def _impossible(name: str, module: nn.Module, weight: Tensor, readers: Mapping[i
     return f"tied: its weight is also that of a module of class {', '.join(sorted(others))}" if others else ""
 
 
-def _left_wide(name: str, weight: Tensor, is_output: bool, min_side: int) -> str:
+def left_wide(name: str, weight: Tensor, is_output: bool, min_side: int) -> str:
     """Why a layer that no rule names stays wide; "" if it does not."""
     if pattern := next((pattern for pattern in LEFT_WIDE if matches_name(name, pattern)), ""):
         return f"a layer called {pattern}"
@@ -241,7 +251,7 @@ def _left_wide(name: str, weight: Tensor, is_output: bool, min_side: int) -> str
     return f"a side of its weight is {thin}, below min_side={min_side}" if thin < min_side else ""
 
 
-def _readers(model: nn.Module) -> dict[int, set[str]]:
+def readers_of(model: nn.Module) -> dict[int, set[str]]:
     """Class names of the modules that have a parameter, by its identity."""
     readers: dict[int, set[str]] = {}
     for module in model.modules():
@@ -250,7 +260,7 @@ def _readers(model: nn.Module) -> dict[int, set[str]]:
     return readers
 
 
-def _output_embeddings(model: nn.Module) -> Any:
+def output_embeddings(model: nn.Module) -> Any:
     """transformers' ``get_output_embeddings()``, where a model has one to give."""
     try:
         return model.get_output_embeddings()  # type: ignore[operator]

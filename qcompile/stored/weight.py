@@ -48,10 +48,10 @@ Parts = dict[str, Tensor]
 NOTICED = 0.01
 
 
-def encode(weight: Tensor, stored: Stored) -> Parts:
-    """The parts of a weight ``[..., N, K]``, floating point."""
+def encode(weight: Tensor, stored: Stored, global_scale: Tensor | None = None) -> Parts:
+    """The parts of a weight ``[..., N, K]``, floating point; a ``global_scale`` may be given that it shares."""
     q = stored.quantizer
-    whole = global_scale_of(weight, q)
+    whole = global_scale_of(weight, q) if global_scale is None else global_scale
     codes, scales = torch.ops.qcompile.quantize(weight, str(q), -1, whole)
     parts = {"codes": codes}
     if stored.nested is None:
@@ -110,8 +110,11 @@ class PackedWeight(Tensor):
             setattr(self, name, part)
 
     @classmethod
-    def of(cls, weight: Tensor, spec: str, transposed: bool = False) -> PackedWeight:
-        """``weight``, floating point ``[..., N, K]`` (``[..., K, N]`` if ``transposed``), quantized.
+    def of(
+        cls, weight: Tensor, spec: str, transposed: bool = False, global_scale: Tensor | None = None
+    ) -> PackedWeight:
+        """``weight``, floating point ``[..., N, K]`` (``[..., K, N]`` if ``transposed``), quantized; under a two-level
+        rule by a ``global_scale`` that it shares with others, if one is given.
 
         Raises ``ValueError`` if blocks do not divide K, and for a text that is not understood.
         """
@@ -120,7 +123,7 @@ class PackedWeight(Tensor):
         source = source.mT if transposed else source
         stored.check_size(source.shape[-1])
         with torch.no_grad():
-            parts = encode(source, stored)
+            parts = encode(source, stored, global_scale)
         return cls(parts, str(stored), source.shape[-1], weight.dtype, transposed)
 
     # --- what it is made of --------------------------------------------------------------------------------------
