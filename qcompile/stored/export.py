@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from qcompile.ir.definitions import short_names
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of
-from qcompile.ir.quantizer import SCALE_RULES
 from qcompile.ir.recipe import Recipe
 from qcompile.ir.stored import Stored
 
@@ -38,7 +37,7 @@ from .layouts import (
     Layout,
     PackedFloats,
     PackedIntegers,
-    float_scales,
+    settled,
 )
 from .pack import SHOWN, choice, impossible, left_wide, multiplies, output_embeddings, packed_weights, readers_of
 from .weight import PackedWeight
@@ -119,9 +118,9 @@ def export(
         dtype: of the model that loads, by default that of the model as it is.
         bits: of the integers that codes are written as, by default those of a code. Integers of more bits hold grids
             that no integers of as many bits hold: E2M1 in rows, half-integers.
-        round_scales: whether float32 scales may be rounded to ``dtype``, in which integer layouts have them. Otherwise
-            they must be numbers of it.
-        fused: layers of one module that need one global scale (NVFP4); of wide ones it is that of the largest. ``()``
+        round_scales: whether float32 scales may be rounded to what the layout has: integers have scales in ``dtype``;
+            a global scale moves by up to 2⁻¹⁹ where decoding would round differently. Otherwise that is refused.
+        fused: layers of one module that need one global scale (NVFP4); ``spec`` gives them that of the largest. ``()``
             leaves each its own, which transformers loads and vLLM does not.
         max_shard_size: of a file, in bytes or as text; tensors beyond go to further files, with an index beside them.
 
@@ -144,11 +143,11 @@ def export(
     if not chosen:
         msg = "export: no weight is packed; pack_ the model, or give spec= or recipe="
         raise ValueError(msg)
-    _check_fused(chosen, fused)
-    shared = _shared_scales(chosen, fused)
+    shared = {} if spec is None else _global_scales(chosen, fused)
     layers = {}
     for name, layer in track(chosen.items(), "packing", console=console, disable=not console.is_terminal):
         layers[name] = _laid_out(name, layer, layout, dtype, bits, round_scales, shared.get(name))
+    _check_fused(layers, fused)
     config = _CONFIGS[layout](layers, [name for name in wide if name not in layers], dtype)
     content = _Content(model, layers, main, dtype)
 
@@ -218,6 +217,10 @@ class _Layer:
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.parts["codes"].shape[0], self.weight.size_contracted
+
+    @property
+    def two_level(self) -> bool:
+        return isinstance(self.layout, PackedFloats) and self.layout.two_level
 
     def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         return {f"{name}.{suffix}": tensor for suffix, tensor in self.layout.write(self.weight, dtype).items()}
@@ -310,37 +313,31 @@ def _groups(names: Iterable[str], fused: Sequence[Sequence[str]]) -> Iterator[li
                 yield found
 
 
-def _check_fused(chosen: Mapping[str, _Chosen], fused: Sequence[Sequence[str]]) -> None:
-    """Raises ``ValueError`` for packed layers whose global scales differ, but must not."""
-    for names in _groups(chosen, fused):
-        scales = {
-            name: weight.parts["global_scale"]
-            for name in names
-            if isinstance(weight := chosen[name].weight, PackedWeight) and "global_scale" in weight.parts
-        }
-        if len({float(scale) for scale in scales.values()}) > 1:
-            spec = short_names(str(chosen[names[0]].stored))
+def _global_scales(chosen: Mapping[str, _Chosen], fused: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """Of layers whose wide weights get one: the one that follows from the largest absolute maximum of their group."""
+    own = {
+        name: settled(scale)
+        for name, layer in chosen.items()
+        if not isinstance(layer.weight, PackedWeight)
+        and (scale := global_scale_of(layer.weight, layer.stored.quantizer)) is not None
+    }
+    for names in _groups(own, fused):
+        own |= dict.fromkeys(names, torch.stack([own[name] for name in names]).max())
+    return own
+
+
+def _check_fused(layers: Mapping[str, _Layer], fused: Sequence[Sequence[str]]) -> None:
+    """Raises ``ValueError`` for layers whose global scales differ, but must not."""
+    scales = {name: float(layer.weight.parts["global_scale"]) for name, layer in layers.items() if layer.two_level}
+    for names in _groups(scales, fused):
+        if len({scales[name] for name in names}) > 1:
+            spec = short_names(layers[names[0]].weight.spec)
             msg = (
-                f"export: layers {', '.join(scales)} stored as {spec!r} have global scales of their own, and vLLM "
-                f"multiplies them by one; export the wide model with spec={spec!r}, which gives them one, or fused=() "
-                "for transformers alone"
+                f"export: layers {', '.join(names)} stored as {spec!r} have global scales of their own, and vLLM "
+                f"multiplies all of them by one; spec={spec!r} on a wide model gives them one, and fused=() is for "
+                "transformers alone"
             )
             raise ValueError(msg)
-
-
-def _shared_scales(chosen: Mapping[str, _Chosen], fused: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """By layer the global scale of its group: that of the largest absolute maximum."""
-    shared: dict[str, Tensor] = {}
-    for names in _groups(chosen, fused):
-        wide = {
-            name: whole
-            for name in names
-            if not isinstance(weight := chosen[name].weight, PackedWeight)
-            and (whole := global_scale_of(weight, chosen[name].stored.quantizer)) is not None
-        }
-        if wide:
-            shared |= dict.fromkeys(wide, torch.stack([*wide.values()]).max())
-    return shared
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
@@ -367,17 +364,15 @@ def _laid_out(
         raise ValueError(msg)
     if not isinstance(weight, PackedWeight):
         weight = PackedWeight.of(weight, str(stored), layer.transposed, global_scale)
-    scales = layout.scales(weight)
-    if scales is not None and not torch.equal(scales.to(dtype).float(), scales):
-        if not round_scales or not bool(scales.isfinite().all()):
-            msg = (
-                f"export: layer {name!r} stored as {short_names(str(stored))!r}: its scales are float32, and those of "
-                f"{kind} have the model's dtype, {_name(dtype)}; round_scales=True rounds them, "
-                "dtype=torch.float32 keeps them"
-            )
-            raise ValueError(msg)
-        weight = _with_scales_in(weight, dtype)
-    return _Layer(weight, layout)
+    near = layout.nearest(weight, dtype)
+    if near is not weight and not round_scales:
+        msg = (
+            f"export: layer {name!r} stored as {short_names(str(stored))!r}: its float32 scales are no numbers that "
+            f"{kind} has in {_name(dtype)}; round_scales=True rounds them"
+            f"{'' if isinstance(layout, PackedFloats) or kind == 'gptq' else ', dtype=torch.float32 keeps them'}"
+        )
+        raise ValueError(msg)
+    return _Layer(near, layout)
 
 
 def _layout_of(kind: str, layer: _Chosen, bits: int | None, dtype: torch.dtype) -> tuple[Layout, str]:
@@ -390,13 +385,6 @@ def _layout_of(kind: str, layer: _Chosen, bits: int | None, dtype: torch.dtype) 
     if layer.transposed and kind != "bitsandbytes":
         return layout, f"its weight lies [K, N] (Conv1D), and {kind} quantizes nn.Linear only; skip it"
     return layout, layout.fault(stored, (shape[0], shape[1]), dtype)
-
-
-def _with_scales_in(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
-    """The same codes with float32 scales that are numbers of ``dtype``."""
-    quantizer = replace(weight.stored.quantizer, scale=SCALE_RULES["absmax"])
-    parts = {"codes": weight.parts["codes"], "scales": float_scales(weight).to(dtype).float()}
-    return PackedWeight(parts, str(quantizer), weight.size_contracted, weight.dtype, weight.transposed)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ Integers of b bits are a stream: element i is bits i·b to (i+1)·b of a row, th
 from __future__ import annotations
 
 import json
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from qcompile.ir.definitions import short_name, short_names
 from qcompile.ir.formats import Format
 from qcompile.ir.nested import BITSANDBYTES
-from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.quantizer import SCALE_RULES, Quantizer
 from qcompile.ir.stored import Stored
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
 from qcompile.kernels.quantize.reference import load_scale, pack, unpack
@@ -52,11 +53,14 @@ __all__ = [
     "PackedFloats",
     "PackedIntegers",
     "pack_words",
+    "reciprocal",
+    "settled",
     "unpack_words",
 ]
 
 Tensors = dict[str, Tensor]
 Read = Mapping[str, Tensor]
+Combine = Callable[[Tensor, Tensor], Tensor]
 
 #: Elements whose codes are written together: any number of bits makes whole bytes of them, at most 8.
 _TOGETHER = 8
@@ -113,9 +117,11 @@ class Layout(ABC):
     def fault(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> str:
         """Why a weight ``[N, K]`` stored so cannot be said in this layout, and what to do; "" if it can."""
 
-    def scales(self, weight: PackedWeight) -> Tensor | None:
-        """The float32 scales that a file has in the dtype of the model; ``None`` if it has them as they are stored."""
-        return None
+    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        """The weight itself if this layout has its scales, which may be limited to ``dtype``, else one with scales that
+        it has.
+        """
+        return weight
 
     @abstractmethod
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
@@ -187,6 +193,16 @@ class Integers:
         rows = weight.parts["codes"].shape[0]
         return scales.expand(rows, -1)
 
+    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        """The same codes with scales that are numbers of ``dtype``; the weight itself if they are."""
+        scales = float_scales(weight)
+        rounded = scales.to(dtype).float()
+        if torch.equal(rounded, scales):
+            return weight
+        quantizer = replace(weight.stored.quantizer, scale=SCALE_RULES["absmax"])
+        parts = {"codes": weight.parts["codes"], "scales": rounded}
+        return PackedWeight(parts, str(quantizer), weight.size_contracted, weight.dtype, weight.transposed)
+
     def values(self, u: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """``[N, K]``: what a loader makes of u and ``scales`` ``[N, blocks]`` in a model of ``dtype``."""
         value = u.to(torch.int16).sub_(self.zero).to(dtype).unflatten(-1, (scales.shape[-1], -1))
@@ -219,8 +235,8 @@ class PackedIntegers(Layout):
     def fault(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> str:
         return self.integers.fault(stored)
 
-    def scales(self, weight: PackedWeight) -> Tensor | None:
-        return self.integers.scales(weight)
+    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        return self.integers.nearest(weight, dtype)
 
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
         return {
@@ -274,12 +290,22 @@ class PackedFloats(Layout):
             return f"{self.name} is decoded in bfloat16, and the model is {_name(dtype)}; give dtype=torch.bfloat16"
         return ""
 
+    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        if not self.two_level or self._divisor(weight, dtype) is not None:
+            return weight
+        parts = weight.parts | {"global_scale": settled(weight.parts["global_scale"])}
+        return PackedWeight(parts, weight.spec, weight.size_contracted, weight.dtype, weight.transposed)
+
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
         parts = weight.parts
         tensors = {"weight_packed": parts["codes"], "weight_scale": parts["scales"]}
         if self.two_level:
-            tensors["weight_global_scale"] = divisor(parts["global_scale"], self.quantizer.format, dtype)
+            divisor = self._divisor(weight, dtype)
+            tensors["weight_global_scale"] = (1 / parts["global_scale"]).view(1) if divisor is None else divisor
         return tensors
+
+    def _divisor(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor | None:
+        return reciprocal(weight.parts["global_scale"], self.quantizer.format, dtype, _OURS, _THEIRS)
 
     def decode(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         fmt = self.quantizer.format
@@ -293,7 +319,10 @@ class PackedFloats(Layout):
     def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
         parts = {"codes": tensors["weight_packed"], "scales": tensors["weight_scale"]}
         if self.two_level:
-            parts["global_scale"] = divisor(tensors["weight_global_scale"], self.quantizer.format, dtype).view(())
+            number = tensors["weight_global_scale"].float()
+            factor = reciprocal(number, self.quantizer.format, dtype, _THEIRS, _OURS)
+            # Without one, products halfway between two numbers of the dtype may round to the other.
+            parts["global_scale"] = (1 / number if factor is None else factor).view(())
         return PackedWeight(parts, str(Stored(self.quantizer)), shape[1], dtype)
 
     def scheme(self, stored: Stored) -> dict[str, Any]:
@@ -310,22 +339,37 @@ FLOATS = (
 )
 
 
-def divisor(factor: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """float32 ``[1]``: the number near 1 / factor by which E4M3 scales are divided where they are multiplied by
-    ``factor``, or the other way round.
+#: What a scale of a block and a global one make: ours is a factor, compressed-tensors' a divisor.
+_OURS, _THEIRS = operator.mul, operator.truediv
 
-    Rounded twice, a few products of a level and a scale would differ in the last bit of ``dtype``, in about one tensor
-    of three thousand; of the reciprocal and its neighbours that one is taken with which none does.
+
+def reciprocal(number: Tensor, fmt: Format, dtype: torch.dtype, given: Combine, sought: Combine) -> Tensor | None:
+    """float32 ``[1]``: 1 / ``number``, or the number above or below: that one with which ``sought`` makes of all E4M3
+    scales what ``given`` makes of them with ``number``, once they are multiplied by a level and rounded to ``dtype``.
+    ``None`` if there is none.
     """
-    reciprocal = (1 / factor.float()).view(1)
-    if reciprocal.device.type == "meta":
-        return reciprocal
-    scales = torch.arange(127, dtype=torch.uint8, device=factor.device).view(torch.float8_e4m3fn).float()
-    levels = torch.tensor(fmt.magnitudes, device=factor.device).unsqueeze(-1)
-    meant = (levels * (scales * factor)).to(dtype)
-    infinity = torch.full_like(reciprocal, float("inf"))
-    near = (reciprocal, *(torch.nextafter(reciprocal, towards) for towards in (infinity, -infinity)))
-    return next((g for g in near if torch.equal((levels * (scales / g)).to(dtype), meant)), reciprocal)
+    scales = torch.arange(127, dtype=torch.uint8, device=number.device).view(torch.float8_e4m3fn).float()
+    levels = torch.tensor(fmt.magnitudes, device=number.device).unsqueeze(-1)
+    meant = (levels * given(scales, number)).to(dtype)
+    nearest = (1 / number.float()).view(1)
+    infinity = torch.full_like(nearest, float("inf"))
+    near = (nearest, *(torch.nextafter(nearest, towards) for towards in (infinity, -infinity)))
+    return next((other for other in near if torch.equal((levels * sought(scales, other)).to(dtype), meant)), None)
+
+
+#: Bits of a settled number.
+_SETTLED = 20
+
+
+def settled(scale: Tensor) -> Tensor:
+    """A global scale within 2⁻¹⁹ of ``scale`` with 20 bits, of which the last one is set.
+
+    Its products with a level and a scale are never halfway between two numbers of bfloat16, where multiplying by it and
+    dividing by its reciprocal, each rounded, go different ways. Those of amax/2688 and amax/1536 often are: one tensor
+    in a hundred has such a product in NVFP4, one in twelve with Four over Six.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2 ** (_SETTLED - 1)).floor() * 2 + 1, exponent - _SETTLED)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -432,6 +476,9 @@ def swap_halves(codes: Tensor) -> Tensor:
 # --- GPTQ -----------------------------------------------------------------------------------------------------------
 
 
+_GPTQ_BITS = (2, 4, 8)
+
+
 @dataclass(frozen=True)
 class Gptq(Layout):
     """AutoGPTQ's layout (``checkpoint_format`` "gptq", version 1), symmetric, no order of activations.
@@ -447,6 +494,9 @@ class Gptq(Layout):
         return Integers(self.bits)
 
     def fault(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> str:
+        if self.bits not in _GPTQ_BITS:
+            wider = next(bits for bits in _GPTQ_BITS if bits > self.bits)
+            return f"gptq has integers of 2, 4 or 8 bits, not {self.bits}; bits={wider} writes the same numbers"
         per_word = _WORD // self.bits
         if dtype == torch.float32:
             return "gptq has scales in 16 bits, and the model is float32; give dtype=torch.float16"
@@ -454,8 +504,8 @@ class Gptq(Layout):
             return f"gptq packs {per_word} rows and columns to a word, which do not divide {shape[0]}×{shape[1]}"
         return self.integers.fault(stored)
 
-    def scales(self, weight: PackedWeight) -> Tensor | None:
-        return self.integers.scales(weight)
+    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        return self.integers.nearest(weight, dtype)
 
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
         scales = self.integers.scales(weight)
