@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from qcompile.ir.definitions import short_names
-from qcompile.ir.operand import Operand, override_operand
+from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
-from qcompile.ir.rules import Rule
+from qcompile.ir.rules import Rule, describe
 from qcompile.ir.transforms import Transform
 
 from .gradient_axes import role_of_slot, why_gradient_stays_wide
@@ -48,25 +48,13 @@ def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
     return Plan(decisions, matched)
 
 
-def all_rules(recipe: Recipe) -> list[Rule]:
-    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.skip), *recipe.rules]
-
-
 def user_rules(recipe: Recipe) -> list[Rule]:
     """The rules a user wrote, which are expected to match something; the default skips are not."""
     return [*(Rule(name=pattern, quantize=False) for pattern in recipe.user_patterns), *recipe.rules]
 
 
-def describe(rule: Rule) -> str:
-    """Short text of a rule, the same for equal rules."""
-    changes = {k: v for k, v in vars(rule).items() if v != Rule.__dataclass_fields__[k].default and k != "name"}
-    if changes == {"quantize": False}:
-        return f"skip={rule.name!r}"
-    return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
-
-
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
-    rules = all_rules(recipe)
+    rules = recipe.all_rules
     applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
     for rule in applicable:
         if (text := describe(rule)) in matched:
@@ -86,7 +74,7 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
-    chosen = {key: resolve_operand(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
+    chosen = {key: recipe.operand_under(applicable, getattr(recipe, key), key) for key in ("activation", "weight")}
     operands = tuple(None if slot.stored else chosen[slot.kind] for slot in site.slots)
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
@@ -115,7 +103,7 @@ def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]
     for role in ("dgrad", "wgrad"):
         default = FOLDED_GRADIENT if role in decision.folded and recipe.gradient is None else None
         rules = [r for r in applicable if role in r.roles]
-        gradient = resolve_operand(recipe, recipe.gradient or default, rules, "gradient")
+        gradient = recipe.operand_under(rules, recipe.gradient or default, "gradient")
         decision.gradients[role] = gradient
         if decision.by_cost and gradient is not default:  # as it is asked for, on every card
             decision.folded = tuple(folded for folded in decision.folded if folded != role)
@@ -183,17 +171,3 @@ def _check_folded(site: Site, quantizer: Quantizer) -> None:
             f"scale per row or tensor, for example 'e4m3 row'; got '{quantizer}'"
         )
         raise ValueError(msg)
-
-
-def resolve_operand(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
-    for rule in rules:
-        if rule.bits is not None:
-            operand = recipe.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)
-        change = getattr(rule, key)
-        if change is not None:
-            try:
-                operand = override_operand(operand, change, key)
-            except ValueError as error:
-                msg = f"rule {rule.name!r}: {error}"
-                raise ValueError(msg) from None
-    return operand

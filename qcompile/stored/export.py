@@ -13,20 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from qcompile.ir.definitions import short_names
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of
 from qcompile.ir.recipe import Recipe
+from qcompile.ir.rules import describe
 from qcompile.ir.stored import Stored
+from qcompile.recipes import RECIPES
 
 from .checkpoint import readers_of_files
 from .layouts import (
@@ -129,6 +129,9 @@ def export(
     Raises ``ValueError`` naming the layer, how it is stored and what to do, before anything is written; and if what was
     written does not read back, in which case there is no ``config.json``.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -138,6 +141,7 @@ def export(
     main = next(p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = dtype or main
     console = Console()
+    watched = partial(track, console=console, disable=not console.is_terminal)
     wide: dict[str, str] = {}
     chosen = dict(_chosen(model, spec, recipe, options or {}, [skip] if isinstance(skip, str) else skip, wide))
     if not chosen:
@@ -145,7 +149,7 @@ def export(
         raise ValueError(msg)
     shared = {} if spec is None else _global_scales(chosen, fused)
     layers = {}
-    for name, layer in track(chosen.items(), "packing", console=console, disable=not console.is_terminal):
+    for name, layer in watched(chosen.items(), "packing"):
         layers[name] = _laid_out(name, layer, layout, dtype, bits, round_scales, shared.get(name))
     _check_fused(layers, fused)
     config = _CONFIGS[layout](layers, [name for name in wide if name not in layers], dtype)
@@ -155,12 +159,12 @@ def export(
     _check_folder(target, plan.filename_to_tensors)
     target.mkdir(parents=True, exist_ok=True)
     files = plan.filename_to_tensors.items()
-    for file, names in track(files, "writing", console=console, disable=not console.is_terminal):
+    for file, names in watched(files, "writing"):
         save_file(content.tensors(names), target / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    content.check_read_back(target, console)
+    content.check_read_back(target, watched)
     _write_config(model, target, dtype, config)
     result = Exported(
         target, layout, {name: layer.weight.spec for name, layer in layers.items()}, wide, dtype,
@@ -256,17 +260,17 @@ def _trained(
     """How the recipe quantizes the weight of each layer, or why it does not. Raises ``ValueError`` for an operand that
     is more than a quantizer.
     """
-    from qcompile.backends import recipe_of
-    from qcompile.passes.plan import all_rules, describe, resolve_operand
-
-    of = recipe_of(recipe).override(options)
-    readers, output, rules = readers_of(model), getattr(output_embeddings(model), "weight", None), all_rules(of)
+    if not isinstance(recipe, Recipe) and recipe not in RECIPES:
+        msg = f"export: recipe={recipe!r} is not one of {', '.join(RECIPES)}"
+        raise ValueError(msg)
+    of = (recipe if isinstance(recipe, Recipe) else RECIPES[recipe]).override(options)
+    readers, output = readers_of(model), getattr(output_embeddings(model), "weight", None)
     specs, wide = {}, {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if not multiplies(module) or weight is None or isinstance(weight, PackedWeight):
             continue
-        applicable = [rule for rule in rules if rule.matches(name, "linear", weight.numel())]
+        applicable = [rule for rule in of.all_rules if rule.matches(name, "linear", weight.numel())]
         verdict = next((rule for rule in reversed(applicable) if rule.quantize is not None), None)
         head = weight is output and not of.heads
         if verdict is not None and not verdict.quantize:
@@ -275,7 +279,7 @@ def _trained(
             reason = impossible(name, module, weight, readers)
             if verdict is None and not reason:
                 reason = left_wide(name, weight, head, of.min_side)
-        operand = resolve_operand(of, of.weight, applicable, "weight")
+        operand = of.operand_under(applicable, of.weight, "weight")
         if not reason and operand is None:
             reason = f"{of.name} leaves its weight wide"
         if reason:
@@ -437,15 +441,13 @@ class _Content:
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.dtype == self.main else tensor.dtype
 
-    def check_read_back(self, path: Path, console: Console) -> None:
+    def check_read_back(self, path: Path, watched: Callable[..., Any]) -> None:
         """Raises ``ValueError`` naming the tensor that is not in the files what it was."""
         with ExitStack() as files:
             read = readers_of_files(path, files)
             for name, tensor in self.wide.items():
                 _check_same(path, name, read[name](), tensor.to(self.dtype_of(tensor)))
-            for name, layer in track(
-                self.layers.items(), "reading back", console=console, disable=not console.is_terminal
-            ):
+            for name, layer in watched(self.layers.items(), "reading back"):
                 prefix = f"{name}."
                 tensors = {key.removeprefix(prefix): read[key]() for key in layer.tensors(name, self.dtype)}
                 decoded, meant = layer.layout.decode(tensors, layer.shape, self.dtype), layer.weight.decoded(self.dtype)
