@@ -38,7 +38,7 @@ from .names import Names
 from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
-from .plan import all_rules, make_plan
+from .plan import make_plan
 from .quantize_gradients import quantize_gradients
 from .recompute_codes import recompute_codes
 from .record import Plan, Site
@@ -75,7 +75,7 @@ class Capture:
         self.context = Context(self.recipe, plan, self.observe)
         if self.observe is not None:
             self.observe.plan = plan
-        pin(self.gm, self.names, self.sites, all_rules(self.recipe))
+        pin(self.gm, self.names, self.sites, self.recipe.all_rules)
         dump("dynamo_captured", self.gm.graph, self.context)
         stamp(plan)
         return len(plan.quantized)

@@ -220,9 +220,9 @@ class Recipe:
             raise ValueError(msg)
 
     @property
-    def all_rules(self) -> tuple[Rule, ...]:
+    def all_rules(self) -> list[Rule]:
         """Skips first, then rules in order: later ones win."""
-        return (*(Rule(name=pattern, quantize=False) for pattern in self.skip), *self.rules)
+        return [*(Rule(name=pattern, quantize=False) for pattern in self.skip), *self.rules]
 
     def operand_under(self, rules: Iterable[Rule], operand: Operand | None, key: str) -> Operand | None:
         """What ``operand``, called ``key``, becomes of a site that falls under ``rules``."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .layouts import BITSANDBYTES_TYPES, swap_halves
 from .weight import PackedWeight
 
 __all__ = ["from_bitsandbytes_", "packed_weight"]
 
 #: bitsandbytes' ``quant_type`` → our format.
-_FORMATS = {"nf4": "nf4", "fp4": "fp4bnb"}
+_FORMATS = {theirs: ours for ours, theirs in BITSANDBYTES_TYPES.items()}
 #: Scales that share a scale of scales, and what our text calls that.
 _NESTED_BLOCK = 256
 
@@ -58,15 +59,10 @@ def packed_weight(name: str, weight: Any) -> PackedWeight:
     if state.nested and state.state2.blocksize != _NESTED_BLOCK:
         msg = f"layer {name!r}: {state.state2.blocksize} scales share a scale; {_NESTED_BLOCK} are understood"
         raise ValueError(msg)
-    parts = {"codes": _low_half_first(weight.data.view(-1).view(torch.uint8)).view(rows, -1)}
+    parts = {"codes": swap_halves(weight.data.view(-1).view(torch.uint8)).view(rows, -1)}
     if state.nested:
         parts |= {"scale_codes": state.absmax, "second": state.state2.absmax, "offset": state.offset.view(())}
     else:
         parts["scales"] = state.absmax.view(rows, -1)
     spec = f"{_FORMATS[state.quant_type]} block{state.blocksize} absmax_bnb even{'; nested' if state.nested else ''}"
     return PackedWeight(parts, spec, size, state.dtype)
-
-
-def _low_half_first(codes: Tensor) -> Tensor:
-    """Bytes with their halves swapped: bitsandbytes has the first of two codes in the high one."""
-    return (codes << 4) | (codes >> 4)

@@ -129,10 +129,9 @@ def export(
     Raises ``ValueError`` naming the layer, how it is stored and what to do, before anything is written; and if what was
     written does not read back, in which case there is no ``config.json``.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
     from rich.console import Console
     from rich.progress import track
-
-    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     model = getattr(model, "_orig_mod", model)
@@ -180,7 +179,7 @@ def _check(
 ) -> None:
     """Raises ``ValueError`` for what cannot be exported at all."""
     if layout not in _LAYOUTS:
-        msg = f"export: layout={layout!r} is not one of {', '.join(_LAYOUTS)}"
+        msg = f"export: layout={layout!r} is not one of {', '.join(_LAYOUTS)}{_ELSEWHERE.get(layout, '')}"
         raise ValueError(msg)
     if not hasattr(model, "config"):
         kind = type(model).__name__
@@ -351,6 +350,10 @@ _LAYOUTS: dict[str, Callable[[int], tuple[Layout, ...]]] = {
     "compressed-tensors": lambda bits: (*FLOATS, PackedIntegers(bits)),
     "bitsandbytes": lambda bits: (BitsAndBytes(),),
     "gptq": lambda bits: (Gptq(bits),),
+}
+#: What to do instead of others that people ask for.
+_ELSEWHERE = {
+    "mxfp4": "; transformers reads it for gpt-oss's experts only, and compressed-tensors holds 'e2m1 block32 e8m0'"
 }
 
 

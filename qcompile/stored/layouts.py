@@ -55,6 +55,7 @@ __all__ = [
     "pack_words",
     "reciprocal",
     "settled",
+    "swap_halves",
     "unpack_words",
 ]
 

@@ -19,8 +19,8 @@ from qcompile.ir.stored import Stored
 from .weight import PackedWeight
 
 __all__ = [
-    "PackedLayer", "Packing", "bytes_of", "choice", "impossible", "left_wide", "multiplies", "output_embeddings", "pack_",
-    "packed_weights", "readers_of", "unpack_",
+    "PackedLayer", "Packing", "bytes_of", "choice", "impossible", "left_wide", "multiplies", "output_embeddings",
+    "pack_", "packed_weights", "readers_of", "unpack_",
 ]  # fmt: skip
 
 

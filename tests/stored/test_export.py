@@ -304,7 +304,9 @@ def test_what_cannot_be_exported_at_all(tmp_path):
     model = tiny()
     for given, why in [
         ({}, "no weight is packed; pack_ the model, or give spec= or recipe="),
-        ({"layout": "awq"}, "layout='awq' is not one of compressed-tensors, bitsandbytes, gptq"),
+        ({"layout": "awq"}, "layout='awq' is not one of compressed-tensors, bitsandbytes, gptq$"),
+        ({"layout": "mxfp4"}, "is not one of .*experts only, and compressed-tensors holds 'e2m1 block32 e8m0'"),
+        ({"recipe": "qcompile_fp8"}, "recipe='qcompile_fp8' is not one of qcompile_fp4, qcompile_quest"),
         ({"spec": "int4", "recipe": "qcompile_fp4"}, "spec='int4' and recipe= both say"),
         ({"options": {"bits": 4}}, "options= are those of a recipe"),
     ]:
