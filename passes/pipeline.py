@@ -21,6 +21,7 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .account import account
+from .adopt import adopt
 from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
 from .causal_masks import causal_masks
@@ -37,7 +38,7 @@ from .names import Names
 from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
-from .plan import all_rules, make_plan
+from .plan import make_plan
 from .quantize_gradients import quantize_gradients
 from .recompute_codes import recompute_codes
 from .record import Plan, Site
@@ -61,6 +62,9 @@ class Capture:
     def expand(self) -> int:
         return expand(self.gm) if self.recipe.enabled else 0
 
+    def adopt(self) -> int:
+        return adopt(self.gm) if self.recipe.enabled else 0
+
     def find_gemms(self) -> int:
         self.names = Names(self.gm, self.call or compat.compiled_call())
         self.sites = find_gemms(self.gm, self.names)
@@ -71,7 +75,7 @@ class Capture:
         self.context = Context(self.recipe, plan, self.observe)
         if self.observe is not None:
             self.observe.plan = plan
-        pin(self.gm, self.names, self.sites, all_rules(self.recipe))
+        pin(self.gm, self.names, self.sites, self.recipe.all_rules)
         dump("dynamo_captured", self.gm.graph, self.context)
         stamp(plan)
         return len(plan.quantized)
@@ -127,6 +131,7 @@ DYNAMO = PipelineStage(
     "Dynamo FX graph, one per sub-graph",
     (
         GraphPass("expand", Capture.expand),
+        GraphPass("adopt", Capture.adopt),
         GraphPass("find_gemms", Capture.find_gemms, optional=False),
         GraphPass("plan", Capture.make_plan, optional=False),
         GraphPass("causal_masks", Capture.causal_masks, changes="no (attention's kernel, where a mask is only causal)"),

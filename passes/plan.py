@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from qcompile.ir.operand import Operand, override_operand
+from qcompile.ir.definitions import short_names
+from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
-from qcompile.ir.rules import Rule
+from qcompile.ir.rules import Rule, describe
 from qcompile.ir.transforms import Transform
 
 from .gradient_axes import role_of_slot, why_gradient_stays_wide
@@ -27,12 +28,18 @@ __all__ = ["make_plan", "transform_at"]
 
 
 def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
-    """One decision per site. Skips come first, then rules in order (later ones win), then fuel."""
+    """One decision per site. Skips come first, then rules in order (later ones win), then fuel.
+
+    A weight that is stored as codes is what it is: of its products the recipe decides the activation and the gradients.
+    """
     matched: Counter[str] = Counter({describe(rule): 0 for rule in user_rules(recipe)})
     decisions = []
     fuel = recipe.fuel
     for site in sites:
         decision = _decide(site, recipe, matched)
+        if not decision.quantized and recipe.enabled and not site.obstacle and any(slot.stored for slot in site.slots):
+            why = f"{_stored_note(site)}; all else in high precision: {decision.reason}"
+            decision = Decision(site, True, why, (None,) * len(site.slots))
         if decision.quantized and fuel is not None:
             fuel -= 1
             if fuel < 0:
@@ -41,25 +48,13 @@ def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
     return Plan(decisions, matched)
 
 
-def all_rules(recipe: Recipe) -> list[Rule]:
-    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.skip), *recipe.rules]
-
-
 def user_rules(recipe: Recipe) -> list[Rule]:
     """The rules a user wrote, which are expected to match something; the default skips are not."""
     return [*(Rule(name=pattern, quantize=False) for pattern in recipe.user_patterns), *recipe.rules]
 
 
-def describe(rule: Rule) -> str:
-    """Short text of a rule, the same for equal rules."""
-    changes = {k: v for k, v in vars(rule).items() if v != Rule.__dataclass_fields__[k].default and k != "name"}
-    if changes == {"quantize": False}:
-        return f"skip={rule.name!r}"
-    return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
-
-
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
-    rules = all_rules(recipe)
+    rules = recipe.all_rules
     applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
     for rule in applicable:
         if (text := describe(rule)) in matched:
@@ -73,27 +68,32 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     verdict = next((r for r in reversed(applicable) if r.quantize is not None), None)
     if verdict is not None and not verdict.quantize:
         return Decision(site, False, describe(verdict))
-    kinds = [slot.kind for slot in site.slots]
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
     if site.missing and any(rule.name != "*" for rule in rules):
         return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
-    chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
-    operands = tuple(chosen[kind] for kind in kinds)
+    chosen = {key: recipe.operand_under(applicable, getattr(recipe, key), key) for key in ("activation", "weight")}
+    operands = tuple(None if slot.stored else chosen[slot.kind] for slot in site.slots)
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
     by_cost = recipe.backward == "auto"
     decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward], by_cost=by_cost)
-    notes = [slot.note for slot in site.slots if slot.note]
+    notes = [_stored_note(site), *(slot.note for slot in site.slots if slot.note)]
     notes += _decide_gradients(decision, recipe, applicable)
     if not any(operands) and not decision.rounded:
-        return Decision(site, False, "; ".join(["the recipe quantizes none of its operands", *dict.fromkeys(notes)]))
+        reasons = ["the recipe quantizes none of its operands", *dict.fromkeys(filter(None, notes[1:]))]
+        return Decision(site, False, "; ".join(reasons))
     for note in (_rotation_note, shard_note):
         notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
     decision.reason = "; ".join(dict.fromkeys(filter(None, notes)))
     return decision
+
+
+def _stored_note(site: Site) -> str:
+    """How its weight is stored; "" if it is wide."""
+    return "; ".join(f"{slot.kind} stored as {short_names(slot.stored)}" for slot in site.slots if slot.stored)
 
 
 def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]) -> list[str]:
@@ -103,7 +103,7 @@ def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]
     for role in ("dgrad", "wgrad"):
         default = FOLDED_GRADIENT if role in decision.folded and recipe.gradient is None else None
         rules = [r for r in applicable if role in r.roles]
-        gradient = _resolve(recipe, recipe.gradient or default, rules, "gradient")
+        gradient = recipe.operand_under(rules, recipe.gradient or default, "gradient")
         decision.gradients[role] = gradient
         if decision.by_cost and gradient is not default:  # as it is asked for, on every card
             decision.folded = tuple(folded for folded in decision.folded if folded != role)
@@ -171,17 +171,3 @@ def _check_folded(site: Site, quantizer: Quantizer) -> None:
             f"scale per row or tensor, for example 'e4m3 row'; got '{quantizer}'"
         )
         raise ValueError(msg)
-
-
-def _resolve(recipe: Recipe, operand: Operand | None, rules: list[Rule], key: str) -> Operand | None:
-    for rule in rules:
-        if rule.bits is not None:
-            operand = recipe.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)
-        change = getattr(rule, key)
-        if change is not None:
-            try:
-                operand = override_operand(operand, change, key)
-            except ValueError as error:
-                msg = f"rule {rule.name!r}: {error}"
-                raise ValueError(msg) from None
-    return operand

@@ -23,6 +23,8 @@ e5m2         2**-16 … 57344                                      OCP FP8 v1.0
 nf4          -1 … 0 … 1: quantiles of the normal distribution    arXiv 2305.14314 App. E (QLoRA)
 af4          -1 … 0 … 1: of least absolute error, blocks of 64   arXiv 2306.06965 (AbnormalFloat)
 fp4bnb       0 .0625 8 12 4 6 2 3, both signs, over 12           bitsandbytes, ``quant_type="fp4"``
+uint4b8      -8 … 7: integers whose code is 8 more           compressed-tensors, GPTQ (vLLM's name)
+uint8b128    -128 … 127: integers whose code is 128 more      the same in 8 bits
 dynamic8     ±10**-7 … 1, seven decades, 0 and 1                 arXiv 1511.04561; bitsandbytes' 8-bit map
 int2…8       0 1 2 … 2**(b−1) − 1: zero-centred, odd level count the usual symmetric integer grid; int2 is
                                                                  ternary
@@ -387,6 +389,10 @@ _CODE_BOOKS = (
     Format("fp4bnb", 4, codebook=tuple(sign * level / 12 for sign in (1.0, -1.0) for level in _FP4_BNB)),
     Format("dynamic8", 8, codebook=_dynamic_map()),
 )
+#: Integers with the lowest code of two's complement, which others' files have, as the number above it.
+_OFFSET_INTEGERS = tuple(
+    Format(f"uint{b}b{2 ** (b - 1)}", b, codebook=tuple(range(-(2 ** (b - 1)), 2 ** (b - 1)))) for b in (4, 8)
+)
 
 _ALL = (
     Format("e2m1", 4, float_magnitudes(2, 1)),
@@ -401,6 +407,7 @@ _ALL = (
         Format(f"midrise{b}p", b + 1, (0.0, *(i + 0.5 for i in range(2 ** (b - 1)))), pruned=f"midrise{b}")
         for b in range(1, 8)
     ),
+    *_OFFSET_INTEGERS,
 )
 
 FORMATS: Registry[Format] = Registry("format", _ALL)

@@ -10,7 +10,7 @@ plain data. Operands are given whole, as text, or in part, as a dictionary of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -218,6 +218,25 @@ class Recipe:
             why = f"backward={self.backward!r} quantizes dY, and {wide} does not"
             msg = f"options 'backward' and 'gradient': {why}; {fix}"
             raise ValueError(msg)
+
+    @property
+    def all_rules(self) -> list[Rule]:
+        """Skips first, then rules in order: later ones win."""
+        return [*(Rule(name=pattern, quantize=False) for pattern in self.skip), *self.rules]
+
+    def operand_under(self, rules: Iterable[Rule], operand: Operand | None, key: str) -> Operand | None:
+        """What ``operand``, called ``key``, becomes of a site that falls under ``rules``."""
+        for rule in rules:
+            if rule.bits is not None:
+                operand = self.of_width(rule.bits, f"rule {rule.name!r}: bits").get(key, operand)
+            change = getattr(rule, key)
+            if change is not None:
+                try:
+                    operand = override_operand(operand, change, key)
+                except ValueError as error:
+                    msg = f"rule {rule.name!r}: {error}"
+                    raise ValueError(msg) from None
+        return operand
 
     def of_width(self, bits: Any, where: str) -> dict[str, Operand | None]:
         """The operands that ``bits`` stands for, by name.

@@ -10,7 +10,7 @@ from typing import Any
 from .operand import check_override, resolve_override
 from .options import reject_unknown
 
-__all__ = ["Rule", "matches_name"]
+__all__ = ["Rule", "describe", "matches_name"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ class Rule:
             roles = values["roles"]
             values["roles"] = (roles,) if isinstance(roles, str) else tuple(roles) if isinstance(roles, list) else roles
         return Rule(**values)
+
+
+def describe(rule: Rule) -> str:
+    """Short text of a rule, the same for equal rules."""
+    changes = {k: v for k, v in vars(rule).items() if v != Rule.__dataclass_fields__[k].default and k != "name"}
+    if changes == {"quantize": False}:
+        return f"skip={rule.name!r}"
+    return f"rule {rule.name!r} ({', '.join(f'{k}={v}' for k, v in changes.items())})"
 
 
 def _is_size(value: Any) -> bool:

@@ -1,0 +1,155 @@
+"""``load_quantized_``: checkpoints of others as packed weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import Read, give, readers_of_files
+from .layouts import FLOATS, BitsAndBytes, Gptq, Layout, PackedIntegers
+from .pack import multiplies
+from .weight import PackedWeight
+
+__all__ = ["load_quantized_"]
+
+
+def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> list[str]:
+    """Load a quantized checkpoint into a model of the same names, in place, one layer after the other.
+
+    Quantized weights become :class:`~qcompile.stored.PackedWeight` in the place of what the model has there, which is
+    freed; no weight is decoded. The model may be on the meta device but for its buffers, which no checkpoint has::
+
+        with accelerate.init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        qcompile.load_quantized_(model, path)
+
+    Args:
+        path: a folder with ``config.json`` and ``*.safetensors``, whose ``quant_method`` is compressed-tensors
+            (``pack-quantized`` with symmetric integers of 4 or 8 bits, ``nvfp4-pack-quantized``,
+            ``mxfp4-pack-quantized``), bitsandbytes (4 bits) or gptq (4 or 8 bits, version 1, symmetric).
+        device: where tensors go; by default where the model's are, and to the CPU where those are on meta.
+
+    Returns the names of the layers that are packed. Raises ``ValueError`` naming the layer and what cannot be read, or
+    the tensor that is missing.
+    """
+    folder = Path(path)
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    method = config.get("quant_method")
+    if method not in _LAYERS:
+        msg = f"load_quantized_: quant_method {method!r} in {str(folder)!r} is not one of {', '.join(_LAYERS)}"
+        raise ValueError(msg)
+    modules = {name: module for name, module in model.named_modules() if multiplies(module)}
+    with ExitStack() as files:
+        read = readers_of_files(folder, files)
+        layouts = _LAYERS[method](config, modules, read)
+        for name, layout in layouts.items():
+            suffixes = _suffixes(name, modules, read)
+            tensors = {suffix: read.pop(f"{name}.{suffix}") for suffix in suffixes}
+            read[f"{name}.weight"] = partial(_packed, name, modules[name], layout, tensors)
+        give(model, read, device, "load_quantized_")
+    if empty := next((name for name, b in model.named_buffers() if b.is_meta), None):
+        msg = (
+            f"load_quantized_: buffer {empty!r} is on the meta device and in no checkpoint; make the model under "
+            "accelerate.init_empty_weights(), which leaves buffers alone"
+        )
+        raise ValueError(msg)
+    return [*layouts]
+
+
+def _suffixes(name: str, modules: Mapping[str, nn.Module], read: Iterable[str]) -> list[str]:
+    """What follows the name of a layer in the keys of its quantized weight."""
+    own = {key.removeprefix(f"{name}.") for key in read if key.startswith(f"{name}.")}
+    return sorted(own - modules[name]._parameters.keys() | {"weight"} & own)
+
+
+def _packed(name: str, module: nn.Module, layout: Layout, tensors: Mapping[str, Read]) -> PackedWeight:
+    weight: Any = module.weight
+    transposed = multiplies(module) == "transposed"
+    rows, size = weight.mT.shape if transposed else weight.shape
+    given = {suffix: read() for suffix, read in tensors.items()}
+    try:
+        packed = layout.read(given, (rows, size), weight.dtype)
+    except ValueError as error:
+        msg = f"load_quantized_: layer {name!r}: {error}"
+        raise ValueError(msg) from None
+    return PackedWeight(packed.parts, packed.spec, size, weight.dtype, transposed)
+
+
+# --- which layers have which layout ---------------------------------------------------------------------------------
+
+Layers = Callable[[Mapping[str, Any], Mapping[str, nn.Module], Mapping[str, Read]], dict[str, Layout]]
+
+
+def _compressed_tensors(
+    config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
+) -> dict[str, Layout]:
+    found: dict[str, Layout] = {}
+    for name, module in modules.items():
+        if f"{name}.weight_packed" not in read:
+            if f"{name}.weight_scale" in read:
+                msg = f"load_quantized_: layer {name!r} is quantized, but not packed ({config.get('format')})"
+                raise ValueError(msg)
+            continue
+        group = _group_of(name, module, config["config_groups"])
+        kind, weights = group.get("format") or config["format"], group["weights"]
+        floats = next((layout for layout in FLOATS if layout.name == kind), None)
+        layout = floats or PackedIntegers(weights["num_bits"])
+        asymmetric = not weights.get("symmetric", True)
+        if floats is None and kind != layout.name:
+            fault = f"format {kind!r} is not read"
+        elif asymmetric or f"{name}.weight_g_idx" in read:
+            fault = "zero points are not read" if asymmetric else "an order of activations is not read"
+        elif floats is None and not layout.integers.readable:  # type: ignore[union-attr]
+            fault = f"integers of {weights['num_bits']} bits are not read; those of 4 and 8 bits are"
+        else:
+            found[name] = layout
+            continue
+        msg = f"load_quantized_: layer {name!r}: {fault}"
+        raise ValueError(msg)
+    return found
+
+
+def _group_of(name: str, module: nn.Module, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of ``config_groups`` that a layer is in: by its name, by a regular expression, or by its class."""
+    for group in groups.values():
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:")
+            if target == name or (pattern != target and re.match(pattern, name)):
+                return group
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    for group in groups.values():
+        if kinds & set(group["targets"]):
+            return group
+    msg = f"load_quantized_: layer {name!r} is packed, but in none of config_groups: {', '.join(groups)}"
+    raise ValueError(msg)
+
+
+def _bitsandbytes(
+    config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
+) -> dict[str, Layout]:
+    if not config.get("load_in_4bit", config.get("_load_in_4bit")):
+        msg = "load_quantized_: bitsandbytes with load_in_8bit is not read; load_in_4bit is"
+        raise ValueError(msg)
+    return {name: BitsAndBytes() for name in modules if f"{name}.weight.absmax" in read}
+
+
+def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Layout]:
+    bits, version = config["bits"], config.get("checkpoint_format", "gptq")
+    layout = Gptq(bits)
+    if version != "gptq" or not layout.integers.readable:
+        msg = (
+            f"load_quantized_: gptq of {bits} bits, checkpoint_format {version!r}, is not read; 4 or 8 bits, 'gptq' is"
+        )
+        raise ValueError(msg)
+    return {name: layout for name in modules if f"{name}.qweight" in read}
+
+
+#: ``quant_method`` → the layouts of a model's quantized layers.
+_LAYERS: dict[str, Layers] = {"compressed-tensors": _compressed_tensors, "bitsandbytes": _bitsandbytes, "gptq": _gptq}
