@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from .check import EXACT, ROUNDED, Outcome, Setting, attempt, check, torchs_own
 from .graphs import SUMS, Leaf, Program, Step, _Builder
@@ -193,11 +194,14 @@ def test_the_backward_reads_an_input_as_it_was(lines):
 
 
 def test_inductor_drops_a_copy_that_keeps_the_old_value():
-    """Before it parts forward and backward: nothing is left that could be saved."""
+    """Before it parts forward and backward: nothing is left that could be saved. From torch 2.15 on the copy stays in
+    what we quantize, and plain Inductor alone is wrong.
+    """
     found = changes(LAYER, "v = b0.clone()", "v3 = p0 * v", "b0.mul_(-2)")
     assert [d.name for d in torchs_own(found)] == ["gradient of p0"]
     outcome = check(found, Setting(*EXACT[0]))
-    assert (outcome.quantized, len(outcome.excused)) == (1, 1)
+    right = TorchVersion(torch.__version__) >= "2.15"
+    assert (outcome.quantized, len(outcome.excused)) == (1, 0 if right else 1)
 
 
 def test_torch_s_decomposition_of_layer_norm_where_the_gradient_is_infinite():
