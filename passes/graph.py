@@ -169,8 +169,13 @@ def emit(graph: Graph, serves: Node, target: Any, *args: Any, **kwargs: Any) -> 
     node = graph.call_function(target, args, kwargs)
     node.meta.update({key: serves.meta[key] for key in _INHERITED if key in serves.meta})
     values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with compat.fake_mode_of(graph):
-        node.meta["val"] = target(*values[0], **values[1])
+    mode = compat.fake_mode_of(graph)
+
+    def run() -> Any:
+        with mode:
+            return target(*values[0], **values[1])
+
+    node.meta["val"] = compat.fake_result(mode, target, *values, run)
     return node
 
 
@@ -192,15 +197,18 @@ def fake_values_read(graph: Graph) -> dict[Node, list[Any]]:
 
 def unchanged(graph: Graph, before: dict[Node, list[Any]]) -> set[Node]:
     """Nodes whose fake values are right if they were for what they read ``before``, and if added nodes got theirs by
-    :func:`emit`. Left out are nodes that read other values now, and views of memory that none of these has.
+    :func:`emit`. Left out are nodes that read other values now, and added views of memory that none of these has:
+    of such a view that was there before Inductor's own patterns did not find the value anew either.
     """
     found = set()
     for node, values in fake_values_read(graph).items():
-        known = before.get(node, values)
-        same = len(values) == len(known) and all(map(operator.is_, values, known))
-        memory = compat.memory_of(node.meta.get("val"))
-        detached = memory is not None and _may_alias(node) and memory not in map(compat.memory_of, values)
-        if same and not detached:
+        known = before.get(node)
+        if known is None:
+            memory = compat.memory_of(node.meta.get("val"))
+            right = memory is None or not _may_alias(node) or memory in map(compat.memory_of, values)
+        else:
+            right = len(values) == len(known) and all(map(operator.is_, values, known))
+        if right:
             found.add(node)
     return found
 

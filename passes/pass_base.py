@@ -151,8 +151,7 @@ def run_passes(stage: str, passes: Iterable[GraphPass[Graph, Context]], graph: G
         before, start = count_ops(graph) if debugging else Counter(), time.perf_counter()
         matches = graph_pass.run(graph, context)
         if matches:
-            graph.eliminate_dead_code()
-            graph.lint()
+            compat.erase_unread(graph)
         if debugging:
             elapsed = (time.perf_counter() - start) * 1e3
             diff = op_diff(before, count_ops(graph))
