@@ -26,6 +26,7 @@ from qcompile.ir.ops import global_scale_of
 from qcompile.ir.recipe import Recipe
 from qcompile.ir.rules import describe
 from qcompile.ir.stored import Stored
+from qcompile.ir.transforms import Transform
 from qcompile.recipes import RECIPES
 
 from .checkpoint import readers_of_files
@@ -96,6 +97,7 @@ def export(
     dtype: torch.dtype | None = None,
     bits: int | None = None,
     round_scales: bool = False,
+    rotated: bool = False,
     fused: Sequence[Sequence[str]] = FUSED,
     max_shard_size: int | str = "5GB",
 ) -> Exported:
@@ -120,6 +122,8 @@ def export(
             that no integers of as many bits hold: E2M1 in rows, half-integers.
         round_scales: whether float32 scales may be rounded to what the layout has: integers have scales in ``dtype``;
             a global scale moves by up to 2⁻¹⁹ where decoding would round differently. Otherwise that is refused.
+        rotated: whether weights that a recipe rotates are written rotated, with a ``transform_config`` that says so
+            (compressed-tensors). vLLM rotates inputs by it; transformers ignores it, and computes other numbers.
         fused: layers of one module that need one global scale (NVFP4); ``spec`` gives them that of the largest. ``()``
             leaves each its own, which transformers loads and vLLM does not.
         max_shard_size: of a file, in bytes or as text; tensors beyond go to further files, with an index beside them.
@@ -136,13 +140,14 @@ def export(
 
     model = getattr(model, "_orig_mod", model)
     target = Path(path)
-    _check(model, layout, spec, recipe, options)
+    _check(model, layout, spec, recipe, options, rotated)
     main = next(p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = dtype or main
     console = Console()
     watched = partial(track, console=console, disable=not console.is_terminal)
     wide: dict[str, str] = {}
-    chosen = dict(_chosen(model, spec, recipe, options or {}, [skip] if isinstance(skip, str) else skip, wide))
+    skipped = [skip] if isinstance(skip, str) else skip
+    chosen = dict(_chosen(model, spec, recipe, options or {}, skipped, rotated, wide))
     if not chosen:
         msg = "export: no weight is packed; pack_ the model, or give spec= or recipe="
         raise ValueError(msg)
@@ -154,7 +159,7 @@ def export(
     config = _CONFIGS[layout](layers, [name for name in wide if name not in layers], dtype)
     content = _Content(model, layers, main, dtype)
 
-    plan = split_torch_state_dict_into_shards(content.shapes(), max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(content.shapes, max_shard_size=max_shard_size)
     _check_folder(target, plan.filename_to_tensors)
     target.mkdir(parents=True, exist_ok=True)
     files = plan.filename_to_tensors.items()
@@ -166,8 +171,8 @@ def export(
     content.check_read_back(target, watched)
     _write_config(model, target, dtype, config)
     result = Exported(
-        target, layout, {name: layer.weight.spec for name, layer in layers.items()}, wide, dtype,
-        tuple(plan.filename_to_tensors), sum(t.numel() * t.element_size() for t in content.shapes().values()),
+        target, layout, {name: layer.text for name, layer in layers.items()}, wide, dtype,
+        tuple(plan.filename_to_tensors), sum(t.numel() * t.element_size() for t in content.shapes.values()),
     )  # fmt: skip
     if console.is_terminal:
         console.print(str(result), highlight=False, markup=False)
@@ -175,8 +180,9 @@ def export(
 
 
 def _check(
-    model: nn.Module, layout: str, spec: str | None, recipe: str | Recipe | None, options: Mapping[str, Any] | None
-) -> None:
+    model: nn.Module, layout: str, spec: str | None, recipe: str | Recipe | None, options: Mapping[str, Any] | None,
+    rotated: bool,
+) -> None:  # fmt: skip
     """Raises ``ValueError`` for what cannot be exported at all."""
     if layout not in _LAYOUTS:
         msg = f"export: layout={layout!r} is not one of {', '.join(_LAYOUTS)}{_ELSEWHERE.get(layout, '')}"
@@ -189,6 +195,9 @@ def _check(
         raise ValueError(msg)
     if spec is not None and recipe is not None:
         msg = f"export: spec={spec!r} and recipe= both say how wide weights are quantized; give one"
+        raise ValueError(msg)
+    if rotated and layout != _ROTATED:
+        msg = f"export: rotated=True: layout={layout!r} cannot say so; {_ROTATED!r} can"
         raise ValueError(msg)
     if options and recipe is None:
         msg = "export: options= are those of a recipe; give recipe= too"
@@ -208,6 +217,7 @@ class _Chosen:
     weight: Tensor
     stored: Stored
     transposed: bool
+    rotation: int = 1
 
 
 @dataclass(frozen=True)
@@ -216,6 +226,11 @@ class _Layer:
 
     weight: PackedWeight
     layout: Layout
+    rotation: int = 1
+
+    @property
+    def text(self) -> str:
+        return f"{self.weight.spec}; {Transform(self.rotation)}" if self.rotation > 1 else self.weight.spec
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,15 +246,15 @@ class _Layer:
 
 def _chosen(
     model: nn.Module, spec: str | None, recipe: str | Recipe | None, options: Mapping[str, Any], skip: Sequence[str],
-    wide: dict[str, str],
+    rotated: bool, wide: dict[str, str],
 ) -> Iterator[tuple[str, _Chosen]]:  # fmt: skip
     """Layers in the order of the model; fills in ``wide`` with the others."""
-    texts: dict[str, str] = {}
+    how: Mapping[str, Operand | Stored] = {}
     if spec is not None:
         found = choice(model, spec, skip, {}, Recipe.min_side)
-        texts, reasons = found.specs, found.wide
+        how, reasons = {name: Stored.parse(text) for name, text in found.specs.items()}, found.wide
     elif recipe is not None:
-        texts, reasons = _trained(model, recipe, {**options, **({"skip": [*skip]} if skip else {})})
+        how, reasons = _trained(model, recipe, {**options, **({"skip": [*skip]} if skip else {})}, rotated)
     else:
         reasons = {name: "not packed" for name, module in model.named_modules() if multiplies(module)}
     packed = dict(packed_weights(model))
@@ -248,23 +263,27 @@ def _chosen(
         weight, transposed = getattr(module, "weight", None), multiplies(module) == "transposed"
         if name in packed:
             yield name, _Chosen(packed[name], packed[name].stored, packed[name].transposed)
-        elif name in texts:
+        elif name in how:
             assert weight is not None
-            yield name, _Chosen(weight.detach(), Stored.parse(texts[name]), transposed)
+            stored, rotation = how[name], 1
+            if isinstance(stored, Operand):
+                rotation = stored.transform.on(weight.shape[0 if transposed else 1]).rotation
+                stored = Stored(stored.quantizer)
+            yield name, _Chosen(weight.detach(), stored, transposed, rotation)
 
 
 def _trained(
-    model: nn.Module, recipe: str | Recipe, options: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
+    model: nn.Module, recipe: str | Recipe, options: Mapping[str, Any], rotated: bool
+) -> tuple[dict[str, Operand], dict[str, str]]:
     """How the recipe quantizes the weight of each layer, or why it does not. Raises ``ValueError`` for an operand that
-    is more than a quantizer.
+    is more than a quantizer, and a rotation if there may be one.
     """
     if not isinstance(recipe, Recipe) and recipe not in RECIPES:
         msg = f"export: recipe={recipe!r} is not one of {', '.join(RECIPES)}"
         raise ValueError(msg)
     of = (recipe if isinstance(recipe, Recipe) else RECIPES[recipe]).override(options)
     readers, output = readers_of(model), getattr(output_embeddings(model), "weight", None)
-    specs, wide = {}, {}
+    operands, wide = {}, {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if not multiplies(module) or weight is None or isinstance(weight, PackedWeight):
@@ -285,22 +304,26 @@ def _trained(
             wide[name] = reason
             continue
         assert operand is not None
-        specs[name] = str(_plain(name, operand, of.name))
-    return specs, wide
+        _check_plain(name, operand, of.name, rotated)
+        operands[name] = operand
+    return operands, wide
 
 
-def _plain(name: str, operand: Operand, recipe: str) -> Stored:
-    """The quantizer of a weight operand that is nothing else."""
-    extra = operand.transform or operand.outliers
-    if extra:
-        kind = "rotation" if operand.transform.rotation > 1 else "sparsity" if operand.transform else "outliers"
+def _check_plain(name: str, operand: Operand, recipe: str, rotated: bool) -> None:
+    """Raises ``ValueError`` for what happens to a weight before it is rounded, and loaders do not know of."""
+    extra = {
+        "outliers": operand.outliers,
+        "sparsity": operand.transform.sparsity,
+        "rotation": operand.transform.rotation > 1 and not rotated,
+    }
+    if kind := next((kind for kind, is_there in extra.items() if is_there), ""):
+        also = ", or rotated=True for vLLM, which rotates inputs" if kind == "rotation" else ""
         msg = (
             f"export: layer {name!r} was trained by {recipe} as {short_names(str(operand))!r}: transformers' loaders "
-            f"know no {extra}, and would multiply by other numbers; train with "
-            f"options={{'weight': {{{kind!r}: None}}, 'activation': {{{kind!r}: None}}}}"
+            f"know no {kind}, and would multiply by other numbers; train with "
+            f"options={{'weight': {{{kind!r}: None}}, 'activation': {{{kind!r}: None}}}}{also}"
         )
         raise ValueError(msg)
-    return Stored(operand.quantizer)
 
 
 # --- one scale for layers that are multiplied as one -----------------------------------------------------------------
@@ -351,6 +374,8 @@ _LAYOUTS: dict[str, Callable[[int], tuple[Layout, ...]]] = {
     "bitsandbytes": lambda bits: (BitsAndBytes(),),
     "gptq": lambda bits: (Gptq(bits),),
 }
+#: The one whose ``config.json`` has a word for rotations.
+_ROTATED = "compressed-tensors"
 #: What to do instead of others that people ask for.
 _ELSEWHERE = {
     "mxfp4": "; transformers reads it for gpt-oss's experts only, and compressed-tensors holds 'e2m1 block32 e8m0'"
@@ -370,7 +395,12 @@ def _laid_out(
         msg = f"export: layer {name!r} stored as {short_names(str(stored))!r}: {fault}{fix}"
         raise ValueError(msg)
     if not isinstance(weight, PackedWeight):
-        weight = PackedWeight.of(weight, str(stored), layer.transposed, global_scale)
+        transform = str(Transform(layer.rotation))
+        try:
+            weight = PackedWeight.of(weight, str(stored), layer.transposed, global_scale, transform)
+        except ValueError as error:
+            msg = f"export: layer {name!r}: {error}"
+            raise ValueError(msg) from None
     near = layout.nearest(weight, dtype)
     if near is not weight and not round_scales:
         msg = (
@@ -379,7 +409,7 @@ def _laid_out(
             f"{'' if isinstance(layout, PackedFloats) or kind == 'gptq' else ', dtype=torch.float32 keeps them'}"
         )
         raise ValueError(msg)
-    return _Layer(near, layout)
+    return _Layer(near, layout, layer.rotation)
 
 
 def _layout_of(kind: str, layer: _Chosen, bits: int | None, dtype: torch.dtype) -> tuple[Layout, str]:
@@ -425,19 +455,26 @@ class _Content:
                 found[name] = value.detach()
         return found
 
+    @cached_property
+    def keys(self) -> dict[str, dict[str, Tensor]]:
+        """By layer its tensors on the meta device, by name."""
+        return {
+            name: {key: torch.empty_like(t, device="meta") for key, t in layer.tensors(name, self.dtype).items()}
+            for name, layer in self.layers.items()
+        }
+
+    @cached_property
     def shapes(self) -> dict[str, Tensor]:
         """All tensors on the meta device."""
         found = {name: torch.empty_like(t, dtype=self.dtype_of(t), device="meta") for name, t in self.wide.items()}
-        for name, layer in self.layers.items():
-            found |= {key: torch.empty_like(t, device="meta") for key, t in layer.tensors(name, self.dtype).items()}
-        return found
+        return found | {key: tensor for tensors in self.keys.values() for key, tensor in tensors.items()}
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Those of one file."""
         asked = set(names)
         found = {name: t.to(self.dtype_of(t)).contiguous() for name, t in self.wide.items() if name in asked}
         for name, layer in self.layers.items():
-            if any(key.startswith(f"{name}.") for key in asked):
+            if asked & self.keys[name].keys():
                 found |= {key: t for key, t in layer.tensors(name, self.dtype).items() if key in asked}
         return found
 
@@ -452,7 +489,7 @@ class _Content:
                 _check_same(path, name, read[name](), tensor.to(self.dtype_of(tensor)))
             for name, layer in watched(self.layers.items(), "reading back"):
                 prefix = f"{name}."
-                tensors = {key.removeprefix(prefix): read[key]() for key in layer.tensors(name, self.dtype)}
+                tensors = {key.removeprefix(prefix): read[key]() for key in self.keys[name]}
                 decoded, meant = layer.layout.decode(tensors, layer.shape, self.dtype), layer.weight.decoded(self.dtype)
                 _check_same(path, name, decoded, meant.mT if layer.weight.transposed else meant)
 
@@ -505,11 +542,26 @@ def _compressed_tensors(layers: Mapping[str, _Layer], wide: Sequence[str], dtype
         }
         for i, (scheme, names) in enumerate(members.items())
     }  # fmt: skip
+    rotations: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.rotation > 1:
+            rotations.setdefault(layer.rotation, []).append(f"re:^{re.escape(name)}$")
+    transforms = {
+        f"hadamard_{size}": {
+            "type": "hadamard", "head_dim": size, "randomize": False, "requires_grad": False,
+            "apply": [
+                {"targets": targets, "location": "input", "inverse": False, "ignore": []},
+                {"targets": targets, "location": "weight_input", "inverse": True, "ignore": []},
+            ],
+        }
+        for size, targets in rotations.items()
+    }  # fmt: skip
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors", "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups, "ignore": list(wide), "kv_cache_scheme": None,
+        **({"transform_config": {"config_groups": transforms}} if transforms else {}),
     }  # fmt: skip
 
 

@@ -330,7 +330,7 @@ class PackedFloats(Layout):
         size = self.quantizer.granularity.size
         return {
             "num_bits": self.quantizer.format.bits, "type": "float", "symmetric": True, "dynamic": False,
-            "strategy": self.strategy, "group_size": size,
+            "strategy": self.strategy, "group_size": size, "scale_dtype": f"torch.{self.quantizer.scale.storage}",
         }  # fmt: skip
 
 

@@ -48,11 +48,13 @@ Parts = dict[str, Tensor]
 NOTICED = 0.01
 
 
-def encode(weight: Tensor, stored: Stored, global_scale: Tensor | None = None) -> Parts:
-    """The parts of a weight ``[..., N, K]``, floating point; a ``global_scale`` may be given that it shares."""
+def encode(weight: Tensor, stored: Stored, global_scale: Tensor | None = None, transform: str = "") -> Parts:
+    """The parts of a weight ``[..., N, K]``, floating point; a ``global_scale`` may be given that it shares, and the
+    text of a transform that comes before rounding.
+    """
     q = stored.quantizer
     whole = global_scale_of(weight, q) if global_scale is None else global_scale
-    codes, scales = torch.ops.qcompile.quantize(weight, str(q), -1, whole)
+    codes, scales = torch.ops.qcompile.quantize(weight, str(q), -1, whole, None, None, transform)
     parts = {"codes": codes}
     if stored.nested is None:
         parts["scales"] = scales
@@ -91,6 +93,12 @@ class PackedWeight(Tensor):
 
     spec: str
     transposed: bool
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    scale_codes: Tensor
+    second: Tensor
+    offset: Tensor
     __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
@@ -111,10 +119,12 @@ class PackedWeight(Tensor):
 
     @classmethod
     def of(
-        cls, weight: Tensor, spec: str, transposed: bool = False, global_scale: Tensor | None = None
-    ) -> PackedWeight:
+        cls, weight: Tensor, spec: str, transposed: bool = False, global_scale: Tensor | None = None,
+        transform: str = "",
+    ) -> PackedWeight:  # fmt: skip
         """``weight``, floating point ``[..., N, K]`` (``[..., K, N]`` if ``transposed``), quantized; under a two-level
-        rule by a ``global_scale`` that it shares with others, if one is given.
+        rule by a ``global_scale`` that it shares with others, if one is given. After a ``transform`` it stands for what
+        was transformed.
 
         Raises ``ValueError`` if blocks do not divide K, and for a text that is not understood.
         """
@@ -123,7 +133,7 @@ class PackedWeight(Tensor):
         source = source.mT if transposed else source
         stored.check_size(source.shape[-1])
         with torch.no_grad():
-            parts = encode(source, stored, global_scale)
+            parts = encode(source, stored, global_scale, transform)
         return cls(parts, str(stored), source.shape[-1], weight.dtype, transposed)
 
     # --- what it is made of --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,13 +45,16 @@ class References(TorchDispatchMode):
         return (REFERENCES[name] if space == "qcompile" and name in REFERENCES else func)(*args, **(kwargs or {}))
 
 
+#: Tests in which Dynamo would see that mode.
+COMPILED = (
+    "test_trained_weights_are_the_numbers_that_the_forward_used",
+    "test_a_rotation_is_written_for_those_who_rotate_inputs",
+)
+
+
 @pytest.fixture(autouse=True)
 def references(request):
-    with (
-        nullcontext()
-        if request.node.originalname == "test_trained_weights_are_the_numbers_that_the_forward_used"
-        else References()
-    ):
+    with nullcontext() if request.node.originalname in COMPILED else References():
         yield
 
 
@@ -339,7 +343,13 @@ def trained(recipe: Recipe, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     ("recipe", "options", "given", "operand"),
     [
         (FP4, {"activation": None}, {"bits": 8}, "e2m1 row; dge"),
-        (QUEST, {"activation": None, "weight": {"rotation": None}}, {"bits": 8}, "midrise4 row rms half_up; trust"),
+        pytest.param(
+            QUEST,
+            {"activation": None, "weight": {"rotation": None}},
+            {"bits": 8},
+            "midrise4 row rms half_up; trust",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_trained_weights_are_the_numbers_that_the_forward_used(tmp_path, recipe, options, given, operand):
@@ -356,6 +366,26 @@ def test_trained_weights_are_the_numbers_that_the_forward_used(tmp_path, recipe,
     for name in result.layers:
         weight = model.get_parameter(f"{name}.weight")
         assert torch.equal(other.get_parameter(f"{name}.weight"), qcompile.fake_quantize(weight, operand))
+
+
+def test_a_rotation_is_written_for_those_who_rotate_inputs(tmp_path):
+    """compressed-tensors' own transform of inputs, which vLLM applies; K = 128 and 256, rotated in blocks of 64."""
+    options = {"activation": None, "weight": {"rotation": 64}}
+    model, compiled = trained(QUEST, options)
+    result = qcompile.export(model, tmp_path, recipe=QUEST, options=options, bits=8, rotated=True)
+    assert set(result.layers.values()) == {"midrise4 row rms half_up; hadamard(64)"}
+    other = loaded(tmp_path)
+    with torch.no_grad():
+        meant = compiled(input_ids=IDS).logits
+    assert (logits(other) - meant).abs().max() > 0.01
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["transform_config"]
+    for group in config["config_groups"].values():
+        assert [entry["location"] for entry in group["apply"]] == ["input", "weight_input"]
+        del group["apply"][1]  # what has been done to the weights
+    apply_transform_config(other, TransformConfig(**config))
+    torch.testing.assert_close(logits(other), meant, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rotated=True: layout='gptq' cannot say so; 'compressed-tensors' can"):
+        qcompile.export(model, tmp_path, "gptq", recipe=QUEST, options=options, rotated=True)
 
 
 def test_a_recipe_says_which_layers_it_quantizes(tmp_path):
@@ -383,7 +413,11 @@ def test_a_recipe_says_which_layers_it_quantizes(tmp_path):
             {},
             "'e2m1 row absmax even': no integers of 4 bits .* bits=5 or bits=8 writes the same numbers",
         ),
-        ("qcompile_quest", {}, r"trained by qcompile_quest as 'midrise4 .*know no hadamard\(128\).*'rotation': None"),
+        (
+            "qcompile_quest",
+            {},
+            r"trained by qcompile_quest as 'midrise4 .*know no rotation.*'rotation': None.*rotated=True",
+        ),
         ("qcompile_fp4", {"weight": {"outliers": "occ(alpha=0.99)", "estimator": "ste"}}, "'outliers': None"),
     ],
 )
