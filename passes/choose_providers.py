@@ -87,11 +87,13 @@ def _readings(a: ProductOperand, b: ProductOperand) -> tuple[list[tuple[torch.dt
         return [(providers.FP4, providers.FP4)], ""
     if why := _why_not_8bit(a) or _why_not_8bit(b):
         return [], why
+    if a.takes_columns and b.takes_columns:
+        return [], "outlier columns of both operands"
     formats = a.encoding.format, b.encoding.format
     types = {fmt.tensor_core_type for fmt in formats}
     if len(types) > 1 and "int8" in types:
         return [], f"{' and '.join(sorted(map(str, types)))} do not mix on tensor cores"
-    signs = _are_stored_signs(a) and _are_stored_signs(b)
+    signs = _are_stored_signs(a) and _are_stored_signs(b) and not (a.takes_columns or b.takes_columns)
     as_8bit = tensor_core_dtype(formats[0]), tensor_core_dtype(formats[1])
     return [*[(providers.ONE_BIT, providers.ONE_BIT)] * signs, as_8bit], ""
 
@@ -127,7 +129,9 @@ def _why_not_8bit(operand: ProductOperand) -> str:
         return f"scales {granularity} {scale.name} change along the contraction"
     if granularity.kind == "row" and operand.contracts_rows:
         return "scales of rows change along the contraction (backward= folds them into the gradient)"
-    return "the exact residual of the outliers (occ(residual=e4m3) is a code)" if spec.outliers else ""
+    if spec.outliers is None or (operand.takes_columns and not operand.contracts_rows):
+        return ""  # a product of their own takes the columns
+    return spec.outliers.why_no_code
 
 
 def _is_scalar(operand: ProductOperand) -> bool:

@@ -144,7 +144,7 @@ def _why_not(candidate: _Backward) -> str:
     if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
         return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor per row"
     if spec.outliers:
-        return "the exact residual of the outliers is no code; occ(residual=e4m3) is"
+        return spec.outliers.why_no_code
     if quantizer.format.tensor_core_type not in ("e4m3", "e5m2"):
         return f"{quantizer.format.name} is not exact in 8-bit floating point, which gradients need"
     return "" if codes.contracts_rows else "its scales do not lie along the contraction"

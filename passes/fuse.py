@@ -100,9 +100,11 @@ def _operand(
         return None  # square blocks span rows, so rows may not be regrouped
     if kind in ("tensor", "square"):
         parts = parts._replace(scales=_shared_scale(graph, gemm, parts.scales, len(lead) + 1))
-    one_per_row = ("codes", "values", "positions", *["scales"] * (kind not in ("tensor", "square")))
+    shared = ["global_scale", *["scales"] * (kind in ("tensor", "square"))]
+    if spec.outliers and spec.outliers.per == "column":
+        shared.append("positions")
     views = [
-        _rows(graph, gemm, tensor, lead, made) if name in one_per_row else tensor
+        tensor if name in shared else _rows(graph, gemm, tensor, lead, made)
         for name, tensor in parts._asdict().items()
         if tensor is not None
     ]

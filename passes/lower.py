@@ -4,8 +4,9 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes::
 
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_8bit(recode(codes_x), recode(codes_w), s_x, s_w)
 
-with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). `merge_quantize` then
-joins ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
+with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). Columns of X that are
+outliers are multiplied wide with the same columns of W, decoded, and added (``addmm``). `merge_quantize` then joins
+``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
 they multiply FP4::
 
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
@@ -95,7 +96,31 @@ def _tensor_core_product(graph: Graph, node: Node, product: QuantizedMM, made: d
     own, others = (operand.encoding.format.tensor_core_offset for operand in product.operands)
     # Σ (p + c)(q + d) = Σ p q + d Σ (p + c) + c Σ q
     offsets = _offset(graph, node, a, own, others, made), _offset(graph, node, b, 0.0, own, made)
-    return Mm8Bit(a, b, scale_a, scale_b, product.dtype, product.bias, *offsets).emit(graph, near=node)
+    result = Mm8Bit(a, b, scale_a, scale_b, product.dtype, product.bias, *offsets).emit(graph, near=node)
+    taken = product.a if product.a.takes_columns else product.b if product.b.takes_columns else None
+    if taken is None:
+        return result
+    values, positions = taken.parts.values, taken.parts.positions
+    other = (b, scale_b, others) if taken is product.a else (a, scale_a, own)
+    wide = _columns(graph, node, *other, positions, product.dtype, made)
+    left, right = (values, wide) if taken is product.a else (wide, values)
+    transposed = emit(graph, node, aten.permute.default, right, [1, 0])
+    return emit(graph, node, aten.addmm.default, result, left, transposed)
+
+
+def _columns(
+    graph: Graph, gemm: Node, codes: Node, scale: Node, offset: float, positions: Node, dtype: torch.dtype, made: Any
+) -> Node:
+    """Some columns of 8-bit codes, decoded: ``[rows, m]``. They alone are read."""
+    key = ("columns", codes, scale, positions, dtype)
+    if key not in made:
+        levels = emit(graph, gemm, aten.index.Tensor, codes, [None, positions])
+        levels = emit(graph, gemm, torch.ops.prims.convert_element_type.default, levels, torch.float32)
+        if offset:
+            levels = emit(graph, gemm, aten.add.Tensor, levels, offset)
+        scaled = emit(graph, gemm, aten.mul.Tensor, levels, scale)
+        made[key] = emit(graph, gemm, torch.ops.prims.convert_element_type.default, scaled, dtype)
+    return made[key]
 
 
 def _codes(graph: Graph, gemm: Node, operand: ProductOperand, made: dict[Any, Node]) -> Node:

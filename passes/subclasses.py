@@ -65,7 +65,9 @@ def shard_note(slot: Slot, operand: Operand | None, node: Node) -> str:
         return ""
     first = slot.axis % value.dim() if slot.frame is None else slot.frame.flatten or 1
     row = range(first, first + 1 if slot.frame is None else value.dim())
-    ranks = {"row": shards(value, row), "tensor": shards(value, range(value.dim()))}
+    every = range(value.dim())
+    axes = {"row": row, "tensor": every, "column": [axis for axis in every if axis not in row]}
+    ranks = {scope: shards(value, along) for scope, along in axes.items()}
     quantizer = operand.quantizer
     scales = [quantizer.granularity.kind, *["tensor"] * quantizer.scale.two_level]
     outliers = [operand.outliers.per] if operand.outliers and operand.outliers.per not in scales else []

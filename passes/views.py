@@ -24,7 +24,7 @@ import qcompile.ir.tensor_core_ops  # noqa: F401  (defines the ops, with qcompil
 from qcompile.ir.encoding import Encoding, Parts
 from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.operand import Operand
-from qcompile.ir.outliers import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp, OutlierColumns, Outliers
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.transforms import Transform
 
@@ -46,7 +46,8 @@ Size = Any
 _NO_TRANSFORM = Transform()
 #: Values that travel as text.
 TEXTS: dict[type, Any] = {
-    kind: kind.parse for kind in (Encoding, EstimatorSpec, Operand, OutlierClamp, Quantizer, Transform)
+    kind: kind.parse
+    for kind in (Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Quantizer, Transform)
 }
 
 
@@ -214,7 +215,7 @@ class RestoreOutliers(View):
     x: Node
     values: Node
     positions: Node
-    clamp: OutlierClamp
+    clamp: Outliers
     axis: int
 
 
@@ -276,6 +277,12 @@ class ProductOperand:
     def parts(self) -> Parts:
         """The tensors by name; not of a dense operand."""
         return self.encoding.parts(self.tensors)
+
+    @property
+    def takes_columns(self) -> bool:
+        """Whether some columns lie beside the codes, the same ones of every row."""
+        spec = self.encoding.operand
+        return spec is not None and isinstance(spec.outliers, OutlierColumns)
 
     @property
     def first(self) -> Node:

@@ -33,6 +33,7 @@ __all__ = [
     "compile_with",
     "plain_model",
     "qcompile_fp4",
+    "qcompile_llm_int8",
     "qcompile_quest",
     "qcompile_stored",
     "recipe_of",
@@ -46,6 +47,11 @@ Compiled = Callable[..., Any]
 def qcompile_fp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
     """``torch.compile(model, backend="qcompile_fp4")``: :mod:`qcompile.recipes.fp4`."""
     return compile_with(RECIPES["qcompile_fp4"], gm, example_inputs, **kwargs)
+
+
+def qcompile_llm_int8(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_llm_int8")``: :mod:`qcompile.recipes.llm_int8`."""
+    return compile_with(RECIPES["qcompile_llm_int8"], gm, example_inputs, **kwargs)
 
 
 def qcompile_quest(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:

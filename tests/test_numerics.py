@@ -56,10 +56,11 @@ OPERANDS = [
 def test_statistics_are_what_they_are_called(operand):
     """By their definitions, from the values an operand takes and the gradient it lets pass."""
     x = torch.randn(9, 96, requires_grad=True)
-    signal, noise, clipped, masked, underflow = ops.operand_statistics(x, operand, -1).tolist()
+    signal, noise, clipped, masked, underflow, *columns = ops.operand_statistics(x, operand, -1).tolist()
     restored = ops.fake_quantize(x, operand, -1)
     assert signal == pytest.approx(x.square().mean().item(), rel=1e-5)
     assert noise == pytest.approx((x - restored).square().mean().item(), rel=1e-5)
+    assert columns == [0, 0]  # tests/recipes/test_llm_int8.py
     spec = Operand.parse(operand)
     if spec.estimator.kind.mask and not spec.transform:
         restored.sum().backward()

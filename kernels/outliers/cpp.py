@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype
-from qcompile.ir.outliers import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp, Outliers
 from qcompile.kernels.cpp import ELEMENT_TYPES, load, rows_of, supports_dtypes, thread_count
 
 __all__ = ["clamp_outliers", "restore_outliers", "supports_clamp", "supports_restore"]
@@ -181,7 +181,10 @@ def restore_outliers(x: Tensor, values: Tensor, positions: Tensor, clamp: str, a
     """
     out = torch.empty_like(x)
     moved = out.movedim(axis, -1)
-    rows = moved.shape[:-1] if OutlierClamp.parse(clamp).per == "row" else ()
+    per = Outliers.parse(clamp).per
+    rows = () if per == "tensor" else moved.shape[:-1]
+    if per == "column":
+        positions = positions.expand(values.shape)
     if values.shape != positions.shape or values.shape[:-1] != rows:
         shapes = [tuple(tensor.shape) for tensor in (x, values, positions)]
         msg = f"restore_outliers: shapes of input, values and positions do not fit: {shapes}"

@@ -12,7 +12,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings, pointwise_cat
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
-from qcompile.ir.outliers import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp, Outliers
 from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.quantize.inductor import axis_last, is_empty
 
@@ -87,10 +87,10 @@ def lower_restore_outliers(x, values, positions, clamp: str, axis: int):
     axis %= len(x.get_size())
     rows = axis_last(x, axis)
     shape = rows.get_size()
-    if OutlierClamp.parse(clamp).per == "tensor":
+    if Outliers.parse(clamp).per == "tensor":
         rows = _call(aten.reshape.default, rows, [-1])
     last = len(rows.get_size()) - 1
-    at = _cast(positions, torch.int64)
+    at = _call(aten.expand.default, _cast(positions, torch.int64), values.get_size())
     wide = _call(aten.add.Tensor, _cast(_call(aten.gather.default, rows, last, at), values.get_dtype()), values)
     raised = _cast(wide, x.get_dtype())
     restored = _call(aten.scatter_reduce_.two, _call(aten.clone.default, rows), last, at, raised, None)  # None: store

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.ops import clamped_counts, index_dtype, residual_dtype
-from qcompile.ir.outliers import OutlierClamp
+from qcompile.ir.outliers import OutlierClamp, Outliers
 
 __all__ = ["clamp_outliers", "restore_outliers"]
 
@@ -50,10 +50,11 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
 
 
 def restore_outliers(x: Tensor, values: Tensor, positions: Tensor, clamp: str, axis: int) -> Tensor:
-    """``x`` plus the residual, in x's layout."""
+    """``x`` plus the residual, in x's layout; of a residual of columns all rows have the same positions, ``[m]``."""
     rows = x.movedim(axis, -1)
     shape = rows.shape
-    if OutlierClamp.parse(clamp).per == "tensor":
+    if Outliers.parse(clamp).per == "tensor":
         rows = rows.reshape(-1)
-    restored = rows.to(values.dtype).scatter_add(-1, positions.to(torch.int64), values).to(x.dtype)
+    at = positions.to(torch.int64).expand(values.shape)
+    restored = rows.to(values.dtype).scatter_add(-1, at, values).to(x.dtype)
     return torch.empty_like(x).copy_(restored.view(shape).movedim(-1, axis))

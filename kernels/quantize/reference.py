@@ -27,6 +27,7 @@ from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Candidate, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
@@ -110,7 +111,7 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     bounds are any.
     """
     spec = Operand.parse(operand)
-    assert spec.outliers is not None
+    assert isinstance(spec.outliers, OutlierClamp)
     x = x.movedim(axis, -1).contiguous()
     low, high = clamped_counts(spec.outliers, x.shape[-1])
     if x.numel() == 0:

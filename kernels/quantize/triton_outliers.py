@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, clamped_counts
+from qcompile.ir.outliers import OutlierClamp
 from qcompile.kernels.outliers.row_search import row_bounds, row_tiles, search_constants
 from qcompile.kernels.outliers.triton import clamped
 from qcompile.kernels.triton import (
@@ -133,7 +134,7 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     if x.numel() == 0:
         return reference.quantize_compensated(x, operand, axis)
     spec = Operand.parse(operand)
-    assert spec.outliers is not None
+    assert isinstance(spec.outliers, OutlierClamp)
     rows, shape = as_rows(x, axis)
     size = shape[-1]
     codes = x.new_empty(shape, dtype=torch.uint8)

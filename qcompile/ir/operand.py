@@ -12,7 +12,7 @@ from .definitions import cached_by_text, short_names
 from .estimators import EstimatorSpec
 from .formats import get_format, resolve_format
 from .options import reject_unknown
-from .outliers import OutlierClamp
+from .outliers import OutlierClamp, OutlierColumns, Outliers
 from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
 from .transforms import Transform
 
@@ -28,14 +28,15 @@ class Operand:
 
     quantizer: Quantizer
     estimator: EstimatorSpec = STE
-    outliers: OutlierClamp | None = None
+    outliers: Outliers | None = None
     transform: Transform = NO_TRANSFORM
 
     def __post_init__(self) -> None:
         if self.transform:
             self._check_transform()
         if self.outliers and self.estimator.kind.slope:
-            msg = f"occ(...) clamps the input that {self.estimator.name} takes its slope from; use ste, clip or trust"
+            what = f"{self.outliers.kind}(...) {self.outliers.effect} the input"
+            msg = f"{what} that {self.estimator.name} takes its slope from; use ste, clip or trust"
             raise ValueError(msg)
         e4m3 = self.outliers is not None and self.outliers.residual == "e4m3"
         if e4m3 and (why := _why_no_e4m3_residual(self.quantizer, self.estimator)):
@@ -44,7 +45,7 @@ class Operand:
 
     def _check_transform(self) -> None:
         if self.outliers:
-            msg = f"occ(...) clamps what {self.transform} changes; take one of the two"
+            msg = f"{self.outliers.kind}(...) {self.outliers.effect} what {self.transform} changes; take one of the two"
         elif self.estimator.kind.slope:
             msg = f"{self.estimator.name} needs the input that {self.transform} changes; use trust, clip or ste"
         elif self.quantizer.scale.two_level:
@@ -74,8 +75,8 @@ class Operand:
     @staticmethod
     @cached_by_text
     def parse(text: str) -> Operand:
-        """``"<quantizer>[; <estimator>][; occ(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse of
-        ``str()``. The quantizer comes first.
+        """``"<quantizer>[; <estimator>][; occ(...) | columns(...)][; hadamard(<size>)][; sparse(<pattern>)]"``; inverse
+        of ``str()``. The quantizer comes first.
         """
         return Operand._parsed(Operand.resolve(text))
 
@@ -83,16 +84,17 @@ class Operand:
     @cache
     def _parsed(text: str) -> Operand:
         head, *rest = (part.strip() for part in text.split(";"))
-        parts: dict[str, list[str]] = {"occ": [], "hadamard": [], "sparse": [], "": []}
+        parts: dict[str, list[str]] = {name: [] for name in ("outliers", "hadamard", "sparse", "")}
         for part in rest:
-            parts[next(kind for kind in parts if part.startswith(kind))].append(part)
+            outliers = part.startswith((OutlierClamp.kind, OutlierColumns.kind))
+            parts["outliers" if outliers else next(name for name in parts if part.startswith(name))].append(part)
         if any(len(found) > 1 for found in parts.values()):
             msg = f"operand {short_names(text)!r} names more than one estimator, outlier clamp, rotation or sparsity"
             raise ValueError(msg)
         return Operand(
             Quantizer.parse(head),
             EstimatorSpec.parse(parts[""][0]) if parts[""] else STE,
-            OutlierClamp.parse(parts["occ"][0]) if parts["occ"] else None,
+            Outliers.parse(parts["outliers"][0]) if parts["outliers"] else None,
             Transform.parse("; ".join([*parts["hadamard"], *parts["sparse"]])),
         )
 
@@ -119,9 +121,10 @@ class Operand:
         estimator = EstimatorSpec.parse(changes["estimator"]) if "estimator" in changes else self.estimator
         outliers = self.outliers
         if "outliers" in changes:
-            outliers = OutlierClamp.parse(changes["outliers"]) if changes["outliers"] else None
-        elif outliers and outliers.residual == "e4m3" and _why_no_e4m3_residual(quantizer, estimator):
-            outliers = replace(outliers, residual="exact")
+            outliers = Outliers.parse(changes["outliers"]) if changes["outliers"] else None
+        elif isinstance(outliers, OutlierClamp) and outliers.residual == "e4m3":
+            fits = not _why_no_e4m3_residual(quantizer, estimator)
+            outliers = outliers if fits else replace(outliers, residual="exact")
         transform = self.transform
         if "rotation" in changes:
             transform = replace(transform, rotation=_rotation(changes["rotation"]))

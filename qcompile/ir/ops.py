@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .columns import take_columns
 from .encoding import Encoding
 from .operand import Operand
-from .outliers import OutlierClamp
+from .outliers import OutlierClamp, OutlierColumns, Outliers
 from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
 from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
 from .transforms import Transform
@@ -65,7 +66,7 @@ _SCHEMAS = (
     # x = clamped + residual (to one rounding); the residual as values and positions along `axis` (moved last):
     # [..., R, m] each.
     "clamp_outliers(Tensor x, str clamp, int axis) -> (Tensor, Tensor, Tensor)",
-    # x + residual.
+    # x + residual; positions are [m] where the residual is one of columns (ir/columns.py).
     "restore_outliers(Tensor x, Tensor values, Tensor positions, str clamp, int axis) -> Tensor",
     # Codes, in COMPENSATED, of an operand that clamps outliers and adds their residual to its codes; scales; and
     # bounds, float32 [..., R, 3]: what a row was clamped to, and γ.
@@ -245,6 +246,21 @@ def transform_of(spec: Operand, x: Tensor, axis: int) -> Transform:
     return spec.transform.on(int(x.shape[axis])) if spec.transform.rotation > 1 else spec.transform
 
 
+def outliers_of(spec: Operand, x: Tensor, axis: int) -> Outliers | None:
+    """What is done to the outliers of x; ``None`` where x is too short to have elements beyond its quantiles."""
+    if not isinstance(spec.outliers, OutlierClamp):
+        return spec.outliers
+    extent = x.shape[axis] if spec.outliers.per == "row" else x.numel()
+    return spec.outliers if any(clamped_counts(spec.outliers, extent)) else None
+
+
+def without_outliers(x: Tensor, outliers: Outliers, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What of x is quantized, and the values and positions of its residual."""
+    if isinstance(outliers, OutlierColumns):
+        return take_columns(x, outliers, axis)[:3]
+    return torch.ops.qcompile.clamp_outliers(x, str(outliers), axis)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """For formulas that choose their own precision: autocast is on inside a Function's forward, eager and traced."""
     kind = x.device.type
@@ -259,29 +275,26 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, operand: str, axis: int, seed: Tensor | None):
         ops = torch.ops.qcompile
         spec = Operand.parse(operand)
-        quantizer, clamp, transform = str(spec.stored), None, transform_of(spec, x, axis)
-        if spec.outliers:
-            extent = x.shape[axis] if spec.outliers.per == "row" else x.numel()
-            if any(clamped_counts(spec.outliers, extent)):  # short rows have nothing beyond their quantiles
-                clamp = str(spec.outliers)
+        quantizer, transform = str(spec.stored), transform_of(spec, x, axis)
+        outliers = outliers_of(spec, x, axis)
         values = positions = mask = None
-        clamped = x
-        if clamp and spec.outliers.residual == "e4m3":  # type: ignore[union-attr]
+        rest = x
+        if outliers and outliers.residual == "e4m3":
             codes, scales, _ = ops.quantize_compensated(x, operand, axis)
             return ops.dequantize(codes, scales, COMPENSATED, axis, x.shape[axis], x.dtype), scales, None, None
-        if clamp:
-            clamped, values, positions = ops.clamp_outliers(x, clamp, axis)
-        global_scale = global_scale_of(clamped, spec.quantizer)
+        if outliers:
+            rest, values, positions = without_outliers(x, outliers, axis)
+        global_scale = global_scale_of(rest, spec.quantizer)
         text = (str(transform),) if transform else ()
         fold = (None,) * len(text)
-        codes, scales = ops.quantize(clamped, quantizer, axis, global_scale, seed, *fold, *text)
+        codes, scales = ops.quantize(rest, quantizer, axis, global_scale, seed, *fold, *text)
         y = ops.dequantize(codes, scales, quantizer, axis, x.shape[axis], x.dtype, global_scale)
         if transform.rotation > 1:
             y = ops.hadamard(y, transform.rotation, axis)
-        if clamp and spec.outliers.compensate:  # type: ignore[union-attr]
-            y = ops.restore_outliers(y, values, positions, clamp, axis)
+        if outliers and outliers.compensate:
+            y = ops.restore_outliers(y, values, positions, str(outliers), axis)
         if spec.estimator.kind.mask:
-            mask = ops.estimator_mask(clamped, scales, quantizer, str(spec.estimator), axis, global_scale, *text)
+            mask = ops.estimator_mask(rest, scales, quantizer, str(spec.estimator), axis, global_scale, *text)
         return y, scales, mask, global_scale
 
     @staticmethod

@@ -3,9 +3,10 @@ points).
 """
 
 from .fp4 import FP4
+from .llm_int8 import LLM_INT8
 from .quest import QUEST
 from .stored import STORED
 
-RECIPES = {recipe.name: recipe for recipe in (FP4, QUEST, STORED)}
+RECIPES = {recipe.name: recipe for recipe in (FP4, QUEST, STORED, LLM_INT8)}
 
-__all__ = ["FP4", "QUEST", "RECIPES", "STORED"]
+__all__ = ["FP4", "LLM_INT8", "QUEST", "RECIPES", "STORED"]

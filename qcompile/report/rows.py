@@ -159,10 +159,8 @@ def _format(text: str, dense: str) -> str:
     operand = encoding.operand
     if operand is None:
         return encoding.format.name  # its scales are in the gradient
-    quantizer = f"{operand.quantizer.format.name} {operand.quantizer.granularity}"
-    if not (operand.outliers and operand.outliers.compensate):
-        return quantizer
-    return quantizer + (" + residual" if operand.outliers.residual == "exact" else " + e4m3 outliers")
+    beside = operand.outliers.label if operand.outliers else ""
+    return f"{operand.quantizer.format.name} {operand.quantizer.granularity}{beside}"
 
 
 def _provider(decision: Decision, product: dict[str, Any], role: str, observed: Observations) -> str:

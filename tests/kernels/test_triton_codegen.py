@@ -24,7 +24,9 @@ from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import qcompile.kernels  # noqa: E402, F401
+from qcompile.ir.columns import take_columns  # noqa: E402
 from qcompile.ir.formats import Format  # noqa: E402
+from qcompile.ir.outliers import OutlierColumns  # noqa: E402
 from qcompile.ir.quantizer import Quantizer  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_lowerings  # noqa: E402
@@ -551,3 +553,19 @@ def test_interpreted_outliers(generate, per):
     # The op's own kernel, which takes whole tensors, lists the residual in another order.
     for i in range(4) if per == "row" else (0, 3):
         assert torch.equal(outputs[i], expected[i])
+
+
+@interpreted
+def test_interpreted_outlier_columns(generate):
+    """The rest, the columns and the tensor they restore; the split is torch's own operations, restoring is ours."""
+    spec = OutlierColumns(threshold=2.0, most=5)
+    x = torch.randn(29, 17)
+
+    def there_and_back(x, restore_outliers):
+        taken = take_columns(x, spec, 0)
+        return *taken[:3], restore_outliers(taken.rest * 2, taken.values, taken.positions, str(spec), 0)
+
+    outputs, _ = generate(lambda x: there_and_back(x, torch.ops.qcompile.restore_outliers), x)
+    expected = there_and_back(x, outliers_reference.restore_outliers)
+    assert 0 < (expected[1] != 0).any(0).sum() <= 5
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(outputs, expected, strict=True))
