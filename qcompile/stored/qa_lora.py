@@ -56,9 +56,9 @@ class QALoRA:
     @torch.no_grad()
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         """Into the zeros of ``orig_weight``, in place."""
-        zeros = self._zeros_of(orig_weight)
-        self.before = zeros.clone()
         down, up = (factor[active_adapter].weight.float() for factor in (module.lora_A, module.lora_B))
+        zeros = self._zeros_of(orig_weight, down.shape[1])
+        self.before = zeros.clone()
         zeros.add_(up @ down, alpha=module.scaling[active_adapter])
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -69,13 +69,15 @@ class QALoRA:
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The weight with the zeros from before the merge, bit for bit."""
         assert self.before is not None
-        self._zeros_of(orig_weight).copy_(self.before)
+        self._zeros_of(orig_weight, self.before.shape[-1]).copy_(self.before)
         self.before = None
         return orig_weight.data
 
-    def _zeros_of(self, weight: Tensor) -> Tensor:
-        if isinstance(weight, PackedWeight) and weight.stored.zeros:
-            return weight.parts["zeros"]
+    def _zeros_of(self, weight: Tensor, blocks: int) -> Tensor:
+        """Raises ``RuntimeError`` for a weight that has been stored otherwise since the adapter was made."""
+        zeros = weight.parts.get("zeros") if isinstance(weight, PackedWeight) else None
+        if zeros is not None and zeros.shape[-1] == blocks:
+            return zeros
         how = f"stored as {short_names(weight.spec)!r}" if isinstance(weight, PackedWeight) else "wide"
         msg = f"layer {self.layer!r}: its weight is {how} by now; merge adapters first, then change how it is stored"
         raise RuntimeError(msg)
@@ -101,7 +103,7 @@ def qa_lora_(model: nn.Module, *, adapter: str = "default", skip: str | Sequence
     Returns the names of the layers.
 
     Raises ``ValueError`` if there is no such adapter, and naming the layer for a packed weight without zeros, for an
-    adapter that has begun to learn, and for one of another kind (DoRA).
+    adapter that does not begin at zero, and for one of another kind (DoRA).
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     layers = {
