@@ -105,7 +105,7 @@ def _is_decoded(node: Node) -> bool:
     """Whether an operand is what a quantized one was decoded to, or a copy of it."""
     while is_call(node, *_COPIES):
         node = input_of(node)
-    return decode_root(node, rotated=True) is not None
+    return decode_root(node, changed=True) is not None
 
 
 _COPIES = (aten.clone.default, aten.constant_pad_nd.default, torch.ops.prims.convert_element_type.default)

@@ -92,7 +92,7 @@ def _unfused_role(node: Node, backward: set[Node]) -> str:
 
 def _operand_texts(node: Node) -> list[str]:
     operands: Any = node.args[:3] if is_call(node, aten.convolution_backward.default) else gemm_operands(node)
-    roots = [decode_root(operand, rotated=True) for operand in operands]
+    roots = [decode_root(operand, changed=True) for operand in operands]
     return ["dense" if root is None else _read_as(stored_operand(root)) for root in roots]
 
 

@@ -9,18 +9,18 @@ from torch.fx import Graph, Node
 from qcompile.ir.encoding import Encoding
 from qcompile.ir.operand import Operand
 
-from .graph import aten, emit, input_of, is_call, same_size, same_sizes, static_size, through_views
+from .graph import aten, emit, input_of, is_call, is_cast, same_size, same_sizes, static_size, through_views
 from .record import operand_kind
 from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
+    "adds_given_part",
     "decode_root",
     "gemm_operands",
     "given_part",
     "kind_of",
     "matrix_form",
-    "restores_mean",
     "stored_operand",
     "stored_view",
 ]
@@ -41,14 +41,17 @@ def gemm_operands(node: Node) -> tuple[Node, Node]:
     return node.args[left], node.args[right]  # type: ignore[return-value]
 
 
-def decode_root(node: Node, rotated: bool = False) -> Node | None:
+def decode_root(node: Node, changed: bool = False) -> Node | None:
     """The ``dequantize`` or ``restore_outliers`` an operand is a view of, or ``None``.
 
-    ``rotated``: also if what is decoded has been rotated back since.
+    ``changed``: also if what is decoded has been rotated back since, or has had its zeros added, which keeps a product
+    from reading codes.
     """
     root = through_views(node)
-    if rotated and is_call(root, Hadamard.op):
-        root = through_views(input_of(root))
+    if changed:
+        change = through_views(input_of(root)) if is_cast(root) else root
+        if is_call(change, Hadamard.op) or adds_given_part(change):
+            root = through_views(input_of(change))
     return root if is_call(root, Dequantize.op, RestoreOutliers.op) else None
 
 
@@ -58,12 +61,15 @@ def given_part(node: Node) -> Node | None:
     return source if source.op == "placeholder" else None
 
 
-def restores_mean(node: Node) -> bool:
-    """Whether decoded scales of a stored weight get their mean back: a number that is an input of the graph."""
-    if not is_call(node, aten.add.Tensor) or not is_call(input_of(node), Dequantize.op):
+def adds_given_part(node: Node) -> bool:
+    """Whether what is decoded of a stored weight gets a part of it added that is an input of the graph: decoded scales
+    their mean, or levels their zeros.
+    """
+    if not is_call(node, aten.add.Tensor) or not isinstance(node.args[1], Node):
         return False
-    other = node.args[1]
-    return isinstance(other, Node) and given_part(other) is not None and other.meta["val"].dim() == 0
+    decoded = through_views(input_of(node))
+    given = is_call(decoded, Dequantize.op) and given_part(through_views(Dequantize.of(decoded).codes)) is not None
+    return given and given_part(through_views(node.args[1])) is not None
 
 
 def kind_of(decoded: Node) -> str:

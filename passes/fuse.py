@@ -25,8 +25,8 @@ from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import DENSE
 
-from .dialect import decode_root, gemm_operands, given_part, matrix_form, restores_mean, stored_operand, stored_view
-from .graph import aten, emit, input_of, is_call, same_sizes, take_over
+from .dialect import adds_given_part, decode_root, gemm_operands, given_part, matrix_form, stored_operand, stored_view
+from .graph import aten, emit, input_of, is_call, is_view, same_sizes, take_over
 from .pass_base import Context
 from .views import Dequantize, ProductOperand, QuantizedMM
 
@@ -59,9 +59,12 @@ def fuse(graph: Graph, context: Context) -> int:
 
 def _read_given_parts(graph: Graph) -> None:
     """Let decoders read inputs of the graph instead of copies of them."""
-    readers = [*Dequantize.calls(graph), *(node for node in graph.nodes if restores_mean(node))]
-    for node in readers:
-        for source in node.all_input_nodes:
+    readers = [*Dequantize.calls(graph), *(node for node in graph.nodes if adds_given_part(node))]
+    for reader in readers:
+        for source in reader.all_input_nodes:
+            node = reader
+            while is_view(source):
+                node, source = source, input_of(source)
             if (given := given_part(source)) is not None and given is not source:
                 node.replace_input_with(source, given)
                 if not source.users:

@@ -16,7 +16,7 @@ from qcompile import compat
 
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read", "graph_modules",
-    "input_of", "is_call", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size",
+    "input_of", "is_call", "is_cast", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of", "same_size",
     "same_sizes", "size_along", "static_size", "take_over", "target_name", "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
@@ -110,6 +110,11 @@ def through_views(node: Node) -> Node:
 
 def is_view(node: Any) -> bool:
     return is_call(node, *_VIEWS)
+
+
+def is_cast(node: Any) -> bool:
+    """A copy in another dtype, or on another device."""
+    return is_call(node, torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 
 
 def is_read_by(node: Node, readers: Collection[Node]) -> bool:

@@ -4,7 +4,8 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
 * a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch) or rotated, is never
-  saved but decoded again; so are decoded scales of a stored weight;
+  saved but decoded again; so are decoded scales of a stored weight, and one with its zeros
+  added;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
   instead), unless the forward changes that parameter: its codes are saved then;
 * a copy that repeats a smaller tensor (keys and values, once for every query head of their group) is made again;
@@ -29,13 +30,14 @@ from qcompile import compat
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .dialect import restores_mean
+from .dialect import adds_given_part
 from .graph import (
     aten,
     bodies_called,
     emit,
     input_of,
     is_call,
+    is_cast,
     is_read_by,
     is_relayout,
     is_view,
@@ -64,7 +66,6 @@ from .views import (
 
 __all__ = ["Partitioner", "Split", "hints", "narrow_saved", "share_codes"]
 
-prims = torch.ops.prims
 _SAVE, _RECOMPUTE = compat.CheckpointPolicy.MUST_SAVE, compat.CheckpointPolicy.MUST_RECOMPUTE
 
 _ENCODER_OPS = tuple(view.op for view in ENCODERS)
@@ -100,7 +101,7 @@ def hints(graph: Graph, context: Context) -> int:
         if is_call(node, Quantize.op) and operand_kind(node) == "weight" and node not in overwritten:
             tags.update(dict.fromkeys(_casts(Quantize.of(node).x), _RECOMPUTE))
         again = is_call(node, *_DECODER_OPS) or (_keeps_size(node) and input_of(node) in decoded)
-        if again or restores_mean(node):
+        if again or adds_given_part(node):
             decoded.add(node)
             tags[node] = _RECOMPUTE
         elif _swaps_halves(node) or (_repeats(node) and is_read_by(node, backward)):
@@ -122,8 +123,8 @@ def hints(graph: Graph, context: Context) -> int:
 
 
 def _keeps_size(node: Node) -> bool:
-    """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
-    return is_relayout(node) or is_call(node, Hadamard.op)
+    """A tensor that is as wide as its input: a view, a copy in another layout, a cast, a rotation."""
+    return is_relayout(node) or is_cast(node) or is_call(node, Hadamard.op)
 
 
 def _swaps_halves(node: Node) -> bool:
@@ -167,7 +168,7 @@ def _readers(inputs: list[Node], dependent: Iterable[Node]) -> list[Node]:
 def _casts(source: Any) -> list[Node]:
     """The casts between a weight's quantize and the parameter."""
     casts = []
-    while is_call(source := through_views(source), prims.convert_element_type.default, aten._to_copy.default):
+    while is_cast(source := through_views(source)):
         casts.append(source)
         source = input_of(source)
     return casts

@@ -35,6 +35,6 @@ def product_role(node: Node, operands: tuple[Node, ...], backward: set[Node]) ->
         return "fprop"
     if role := stated_role(node):
         return role
-    roots = [decode_root(operand, rotated=True) for operand in operands if operand not in backward]
+    roots = [decode_root(operand, changed=True) for operand in operands if operand not in backward]
     kinds = [kind_of(root) for root in roots if root is not None]
     return ROLE_OF_OPERAND[kinds[0]] if kinds else "backward"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.stored import loftq_ as loftq_
     from qcompile.stored import pack_ as pack_
     from qcompile.stored import packed_state_dict as packed_state_dict
+    from qcompile.stored import qa_lora_ as qa_lora_
     from qcompile.stored import unpack_ as unpack_
     from qcompile.stored.export import export as export
 
@@ -60,7 +61,7 @@ _EXPORTS = {
     **dict.fromkeys(
         (
             "PackedWeight", "export", "from_bitsandbytes_", "load_packed_", "load_quantized_", "loftq_", "pack_",
-            "packed_state_dict", "unpack_",
+            "packed_state_dict", "qa_lora_", "unpack_",
         ),
         "qcompile.stored",
     ),

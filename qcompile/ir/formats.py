@@ -30,6 +30,8 @@ int2…8       0 1 2 … 2**(b−1) − 1: zero-centred, odd level count the usu
                                                                  ternary
 midrise1…8   ½ 1½ 2½ … (2**b − 1)/2: no zero, even level count   mid-rise: arXiv 2502.05003 §3 (QuEST)
 midrise1p…7p those of midrise1…7 and a 0 that only pruning gives arXiv 2502.05003 §4.3 (INT4 with 4:8 sparsity)
+uint2 3 4 8  0 1 2 … 2**b − 1: the code is the level              asymmetric grids: arXiv 2210.17323 (GPTQ),
+                                                                 with zeros (:mod:`.stored`)
 ============ =================================================== ======================================
 
 Tensor cores hold a level v as the number f·v − o of an 8-bit type. Nearly always that is v itself, in E4M3 up to 4
@@ -408,6 +410,7 @@ _ALL = (
         for b in range(1, 8)
     ),
     *_OFFSET_INTEGERS,
+    *(Format(f"uint{b}", b, codebook=tuple(map(float, range(2**b)))) for b in (2, 3, 4, 8)),
 )
 
 FORMATS: Registry[Format] = Registry("format", _ALL)

@@ -15,9 +15,10 @@ from .export import Exported, export
 from .load import load_quantized_
 from .loftq import LoftQLayer, loftq_
 from .pack import PackedLayer, Packing, pack_, unpack_
+from .qa_lora import qa_lora_
 from .weight import PackedWeight
 
 __all__ = [
     "Exported", "LoftQLayer", "PackedLayer", "PackedWeight", "Packing", "export", "from_bitsandbytes_", "load_packed_",
-    "load_quantized_", "loftq_", "pack_", "packed_state_dict", "unpack_",
+    "load_quantized_", "loftq_", "pack_", "packed_state_dict", "qa_lora_", "unpack_",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ global_scale   float32 ``[]``, only of two-level rules (NVFP4)
 scale_codes    uint8 ``[n]``: codes of the n scales in row-major order, in the place of ``scales`` if nested
 second         float32 ``[⌈n / block⌉]``: scales of those
 offset         float32 ``[]``: what was taken off the scales
+zeros          float32 ``[..., N, ⌈K / block⌉]``, only of specs with zeros: what is added to scale · level of a block
 ============== ========================================================================================
 
 A layer that keeps its weight the other way round (``[K, N]``, Conv1D) has the same parts, read ``transposed``.
@@ -32,6 +33,7 @@ import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile import compat
 from qcompile.ir.definitions import short_names
 from qcompile.ir.ops import global_scale_of
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.stored import Stored
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales, quantize_scales
 
@@ -40,7 +42,7 @@ __all__ = ["PARTS", "PackedWeight", "decode", "encode"]
 aten = torch.ops.aten
 
 #: All parts there are.
-PARTS = ("codes", "scales", "global_scale", "scale_codes", "second", "offset")
+PARTS = ("codes", "scales", "global_scale", "scale_codes", "second", "offset", "zeros")
 
 Parts = dict[str, Tensor]
 
@@ -52,7 +54,9 @@ def encode(weight: Tensor, stored: Stored, global_scale: Tensor | None = None, t
     """The parts of a weight ``[..., N, K]``, floating point; a ``global_scale`` may be given that it shares, and the
     text of a transform that comes before rounding.
     """
-    q = stored.quantizer
+    q, zeros = stored.quantizer, None
+    if stored.zeros:
+        weight, zeros = _centred(weight.float(), q)
     whole = global_scale_of(weight, q) if global_scale is None else global_scale
     codes, scales = torch.ops.qcompile.quantize(weight, str(q), -1, whole, None, None, transform)
     parts = {"codes": codes}
@@ -65,7 +69,21 @@ def encode(weight: Tensor, stored: Stored, global_scale: Tensor | None = None, t
             parts["offset"] = coded.offset
     if whole is not None:
         parts["global_scale"] = whole
+    if zeros is not None:
+        parts["zeros"] = zeros
     return parts
+
+
+def _centred(weight: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
+    """``weight`` without its zeros, and those: what lets the range of levels begin and end where that of a block does.
+
+    That of levels begins at 0, or is centred; a symmetric scale rule finds the same scale at both ends then.
+    """
+    lowest, highest = q.format.range
+    blocks = weight.unflatten(-1, (q.scale_shape(tuple(weight.shape))[-1], -1))
+    smallest, largest = blocks.aminmax(dim=-1, keepdim=True)
+    zeros = smallest - (largest - smallest) * (lowest / (highest - lowest))
+    return (blocks - zeros).flatten(-2), zeros.squeeze(-1)
 
 
 def decode(parts: Mapping[str, Tensor], stored: Stored, size: int, dtype: torch.dtype) -> Tensor:
@@ -77,7 +95,11 @@ def decode(parts: Mapping[str, Tensor], stored: Stored, size: int, dtype: torch.
         shape = torch.Size(q.scale_shape((*codes.shape[:-1], size)))
         coded = CodedScales(parts["scale_codes"], parts["second"], parts.get("offset"), shape)
         scales = dequantize_scales(coded, stored.nested)
-    return torch.ops.qcompile.dequantize(codes, scales, str(q), -1, size, dtype, parts.get("global_scale"))
+    zeros, inner = parts.get("zeros"), torch.float32 if stored.zeros else dtype
+    dense = torch.ops.qcompile.dequantize(codes, scales, str(q), -1, size, inner, parts.get("global_scale"))
+    if zeros is None:
+        return dense
+    return (dense.unflatten(-1, (zeros.shape[-1], -1)) + zeros.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 class PackedWeight(Tensor):

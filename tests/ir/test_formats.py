@@ -179,21 +179,24 @@ def test_pruned_formats_give_zero_to_what_is_dropped_only(fmt):
 
 @pytest.mark.parametrize("fmt", CODE_BOOKS)
 def test_what_follows_from_a_code_book(fmt):
-    """Codes in order of levels, midpoints, the gap, the interval of 0 and the code of dropped elements."""
+    """Codes in order of levels, midpoints, the gap, the interval of 0 and the code of dropped elements. Books end at 1,
+    but for those of integers.
+    """
     levels = sorted({*fmt.codebook})
+    unsigned, largest = levels[0] == 0, max(map(abs, levels))
+    assert largest == 1.0 or all(level == int(level) for level in levels)
     assert list(fmt.sorted_levels) == levels
     assert [fmt.codebook[code] for code in fmt.ranked_codes] == levels
     assert list(fmt.thresholds) == [float(np.float32((a + b) / 2)) for a, b in pairwise(levels)]
-    y = torch.cat([torch.tensor(fmt.thresholds), torch.tensor(fmt.thresholds).nextafter(torch.tensor(2.0))])
+    y = torch.cat([torch.tensor(fmt.thresholds), torch.tensor(fmt.thresholds).nextafter(torch.tensor(largest + 1))])
     assert fmt.half_gap == (y - decode(encode(y, Quantizer(fmt)), fmt)).abs().max()
-    assert fmt.max == max(map(abs, levels))
-    assert fmt.max == 1.0 or all(level.is_integer() for level in levels)
-    assert (fmt.centred, fmt.has_zero) == (levels[0] == -1.0, True)
+    assert fmt.max == largest
+    assert (fmt.centred, fmt.has_zero) == (levels[0] == -levels[-1], True)
     assert math.copysign(1.0, fmt.codebook[fmt.zero_code]) == 1.0 == fmt.codebook[fmt.zero_code] + 1.0
     assert fmt.around_zero is not None
     low, high = fmt.around_zero
     inside = torch.tensor([low * 0.99, high * 0.99, low * 1.01, high * 1.01])
-    assert (decode(encode(inside, Quantizer(fmt)), fmt) == 0).tolist() == [True, True, False, False]
+    assert (decode(encode(inside, Quantizer(fmt)), fmt) == 0).tolist() == [True, True, unsigned, False]
     keep = torch.tensor([True, False])
     assert decode(encode(torch.ones(2), Quantizer(fmt), keep=keep), fmt).tolist() == [1.0, 0.0]
 

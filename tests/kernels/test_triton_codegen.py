@@ -32,6 +32,7 @@ from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E
 from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_lowerings  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.stored import PackedWeight  # noqa: E402
 
 from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
 
@@ -226,6 +227,15 @@ def test_dequantize_fuses_with_its_reader(generate):
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
     _, kernels = generate(lambda c, s: F.silu(dequantize(c, s, E2M1, -1, 254, torch.float32)) + 1, codes, scales)
     assert len(kernels) == 1
+
+
+@compiled
+def test_zeros_of_a_stored_weight_are_added_where_it_is_decoded(generate):
+    """One kernel from codes, scales and zeros to what reads the narrow weight: no float32 one is written."""
+    weight = PackedWeight.of(torch.randn(37, 96).bfloat16(), "uint4 block32; zeros")
+    _, kernels = generate(lambda weight: weight.relu(), weight)
+    (kernel,) = kernels
+    assert [type_ for name, type_ in kernel.signature.items() if name.startswith("out_ptr")] == ["*bf16"]
 
 
 @compiled
