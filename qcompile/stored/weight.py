@@ -91,6 +91,12 @@ class PackedWeight(Tensor):
 
     spec: str
     transposed: bool
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    scale_codes: Tensor
+    second: Tensor
+    offset: Tensor
     __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
@@ -194,6 +200,14 @@ class PackedWeight(Tensor):
     def __tensor_unflatten__(inner: Parts, context: Any, shape: Sequence[Any], stride: Sequence[Any]) -> PackedWeight:
         spec, dtype, transposed = context
         return PackedWeight(inner, spec, shape[-2 if transposed else -1], dtype, transposed)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, for the key of AOTAutograd's cache."""
+        parts = [
+            (name, str(part.dtype), str(part.device), *part.shape, *part.stride(), part.storage_offset())
+            for name, part in self.parts.items()
+        ]
+        return repr((type(self).__name__, self.spec, str(self.dtype), self.transposed, *self.shape, parts))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
