@@ -13,9 +13,10 @@ from .bitsandbytes import from_bitsandbytes_
 from .checkpoint import load_packed_, packed_state_dict
 from .loftq import LoftQLayer, loftq_
 from .pack import PackedLayer, Packing, pack_, unpack_
+from .sharding import PackedShard
 from .weight import PackedWeight
 
 __all__ = [
-    "LoftQLayer", "PackedLayer", "PackedWeight", "Packing", "from_bitsandbytes_", "load_packed_", "loftq_", "pack_",
+    "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "from_bitsandbytes_", "load_packed_", "loftq_", "pack_",
     "packed_state_dict", "unpack_",
 ]  # fmt: skip
