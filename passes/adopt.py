@@ -14,6 +14,7 @@ What cannot be read is left as it is, and `find_gemms` says that it is an opaque
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def adopt(gm: GraphModule, outside: dict[Node, Node] | None = None) -> int:
 
     ``outside``: of a body, the nodes that its placeholders stand for, in graphs around it.
     """
+    if "bitsandbytes" not in sys.modules:
+        return 0
     outside = outside or {}
     count = 0
     for node in list(gm.graph.nodes):
