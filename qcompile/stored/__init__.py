@@ -17,6 +17,6 @@ from .sharding import PackedShard
 from .weight import PackedWeight
 
 __all__ = [
-    "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "from_bitsandbytes_", "load_packed_", "loftq_", "pack_",
-    "packed_state_dict", "unpack_",
+    "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "from_bitsandbytes_", "load_packed_",
+    "loftq_", "pack_", "packed_state_dict", "unpack_",
 ]  # fmt: skip

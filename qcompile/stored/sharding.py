@@ -83,10 +83,11 @@ class PackedShard(PackedWeight):
                     part.copy_(theirs[name])
                 return
         if shared and self.shape[0] < self.total:
+            common = ", ".join(name for name in shared if name != "start")
             msg = (
-                f"{_where(self)}: some of its {self.total} rows cannot be written alone, since all share "
-                f"{', '.join(name for name in shared if name != 'start')}; write the whole weight before it is sharded, "
-                "or load packed rows (torch.distributed.checkpoint, or a full state dict that every rank has)"
+                f"{_where(self)}: some of its {self.total} rows cannot be written alone, since all share {common}; "
+                "write the whole weight before it is sharded, or load packed rows (torch.distributed.checkpoint, or a "
+                "full state dict that every rank has)"
             )
             raise ValueError(msg)
         super()._store(value)
@@ -101,6 +102,9 @@ class PackedShard(PackedWeight):
         made = PackedShard(inner, spec, shape[-2 if transposed else -1], dtype, transposed)
         made.total, made.owned = total, owned
         return made
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr((super()._stable_hash_for_caching(), self.total, self.owned))
 
     # --- FSDP2 -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +123,7 @@ class PackedShard(PackedWeight):
     def fsdp_post_all_gather(
         self, gathered: Sequence[Tensor], shared: Parts, dtype: torch.dtype, *, out: PackedWeight | None = None
     ) -> tuple[PackedWeight, tuple[Tensor, ...]] | None:
-        """The weight whose codes lie where they were gathered: FSDP frees that memory, and fills it again for ``out``."""
+        """The weight around what was gathered. FSDP frees that memory, and fills it again for ``out``."""
         if out is not None:
             out.__dict__ |= shared  # copies, if shards are kept on the CPU
             return None
@@ -134,16 +138,14 @@ torch.serialization.add_safe_globals([PackedShard])
 
 def _own(weight: PackedWeight) -> tuple[str, ...]:
     """Names of the parts that have rows; the others are the whole weight's on every rank."""
-    names = ("codes", "scale_codes")
-    if weight.stored.quantizer.granularity.kind != "tensor":
-        names = ("codes", "scales", "scale_codes")
-    return tuple(name for name in names if name in weight.parts)
+    of_all = "scales" if weight.stored.quantizer.granularity.kind == "tensor" else ""
+    return tuple(name for name in ("codes", "scales", "scale_codes") if name in weight.parts and name != of_all)
 
 
 def _lengths(weight: PackedWeight, rows: int) -> dict[str, int]:
     """How many entries the parts that have rows have along their first axis, for that many rows of the weight."""
     quantizer = weight.stored.quantizer
-    shape = (*weight.codes.shape[:-1], weight.size_contracted)
+    shape = (*weight.parts["codes"].shape[:-1], weight.size_contracted)
     square = quantizer.granularity.kind == "square" and len(shape) == 2
     bands = -(-rows // quantizer.granularity.size) if square else rows
     return {"codes": rows, "scales": bands, "scale_codes": bands * prod(quantizer.scale_shape(shape)[1:])}
@@ -172,7 +174,7 @@ def rows_of(weight: PackedWeight, first: int, last: int, owned: bool | None = No
     """Rows ``[first, last)`` that share memory with ``weight``; ``owned`` as the weight is, if not given."""
     parts = _cut(weight.parts, weight, first, last)
     if weight.stored.nested:
-        start = parts.get("start", weight.codes.new_zeros((), dtype=torch.int64))
+        start = parts["start"] if "start" in parts else parts["codes"].new_zeros((), dtype=torch.int64)
         # Rows from the first one on share `start` with what they are rows of: FSDP fills a shard through such a view.
         parts["start"] = start + _lengths(weight, first)["scale_codes"] if first else start
     inherited = isinstance(weight, PackedShard) and weight.owned
@@ -185,7 +187,7 @@ def _zeros(weight: PackedWeight, rows: int) -> PackedShard:
     shapes = {name: (lengths[name], *p.shape[1:]) if name in own else p.shape for name, p in weight.parts.items()}
     parts = {name: weight.parts[name].new_zeros(shape) for name, shape in shapes.items()}
     if weight.stored.nested:
-        parts["start"] = weight.codes.new_zeros((), dtype=torch.int64)
+        parts["start"] = parts["codes"].new_zeros((), dtype=torch.int64)
     return PackedShard.around(parts, weight, owned=True)
 
 
@@ -270,8 +272,8 @@ def _new_zeros(func: Any, weight: PackedWeight, shape: Sequence[int], **options:
 
 
 def _pad(func: Any, weight: PackedWeight, pad: Sequence[int], value: float = 0) -> Any:
-    below = isinstance(weight, PackedShard) and len(pad) == 2 * weight.dim() and not any(pad[:-1]) and not value
-    return _padded(weight, pad[-1]) if below else NotImplemented
+    below = len(pad) == 2 * weight.dim() and not any(pad[:-1]) and not value
+    return _padded(weight, pad[-1]) if below and isinstance(weight, PackedShard) else NotImplemented
 
 
 def _as_strided(func: Any, weight: PackedWeight, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> Any:

@@ -231,8 +231,8 @@ class PackedWeight(Tensor):
         if func.namespace in _COLLECTIVES:
             weights = (value for value in compat.tree_leaves((args, kwargs)) if isinstance(value, PackedWeight))
             msg = (
-                f"layer {next(weights).layer!r}: {func} of a packed weight: codes are gathered, scattered and broadcast, "
-                "but never reduced; send its parts, or weight.decoded()"
+                f"layer {next(weights).layer!r}: {func} of a packed weight: codes are gathered, scattered and "
+                "broadcast, but never reduced; send its parts, or weight.decoded()"
             )
             raise NotImplementedError(msg)
         dense: dict[int, Tensor] = {}
@@ -363,10 +363,21 @@ def _empty_like(func: Any, weight: PackedWeight, *, dtype: Any = None, device: A
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Into a packed weight, out of one, or both."""
     if isinstance(target, PackedWeight):
-        target._store(source)
+        if not _stands_for(target, source):
+            target._store(source)
     else:
         target.copy_(source.decoded(), non_blocking)  # type: ignore[attr-defined]
     return target
+
+
+def _stands_for(weight: PackedWeight, value: Tensor) -> bool:
+    """Whether writing a wide value would change nothing: DDP writes back what it has broadcast. Quantized once more,
+    nested scales would be others.
+    """
+    if isinstance(value, PackedWeight) or compat.is_tracing() or weight.device.type == "meta":
+        return False
+    same = (value.shape, value.dtype, value.device) == (weight.shape, weight.dtype, weight.device)
+    return same and torch.equal(value, weight.decoded())
 
 
 def same_shape(func: Any, weight: PackedWeight, shape: Sequence[Any]) -> Any:

@@ -7,7 +7,6 @@ leaves what each returned in ``DIRECTORY/{CELL}.rank{RANK}.pt``. ``DIRECTORY/of_
 from __future__ import annotations
 
 import datetime
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,7 @@ import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.recipes import STORED
-from qcompile.stored import PackedShard, PackedWeight
-from qcompile.stored.pack import packed_weights
+from qcompile.stored import PackedShard, PackedWeight, load_packed_, packed_state_dict
 
 WIDTH, LAYERS, STEPS, VOCABULARY = 128, 2, 2, 57
 NESTED = "nf4 block64 absmax_bnb; nested"
@@ -100,6 +98,11 @@ def mine() -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Losses, and the adapters' gradients of the last step."""
+    return {"losses": losses_of(model, data), "gradients": gradients_of(model)}
+
+
+def losses_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """Of some steps."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for _ in range(STEPS):
@@ -108,7 +111,7 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    return {"losses": torch.stack(losses), "gradients": gradients_of(model)}
+    return torch.stack(losses)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
@@ -135,23 +138,26 @@ def parts_of(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 class Collectives(TorchDispatchMode):
-    """Op, dtype and shape of every tensor that a collective sends."""
+    """Op, dtype and number of elements of what a rank gives to each collective."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: list[tuple[str, str, list[int]]] = []
+        self.sent: list[tuple[str, str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.partition("::")[2]
-            # Ops that write into a buffer name it first.
-            given = args[1] if name.startswith("_allgather") else args[0]
-            self.sent += [(name, str(t.dtype), list(t.shape)) for t in compat.tree_leaves(given)]
+        namespace, _, name = func._schema.name.partition("::")
+        given = compat.tree_leaves(args)
+        if any(isinstance(value, PackedWeight) for value in given):
+            return NotImplemented  # and what comes of it is seen
+        if namespace == "c10d" or name == "all_gather_into_tensor":
+            tensors = [value for value in given if isinstance(value, Tensor)]
+            sent = tensors[-1]  # what these ops write into comes first
+            self.sent.append((name, str(sent.dtype).removeprefix("torch."), sent.numel()))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def collectives() -> Iterator[list[tuple[str, str, list[int]]]]:
+def collectives() -> Iterator[list[tuple[str, str, int]]]:
     with Collectives() as seen:
         yield seen.sent
 
@@ -178,7 +184,8 @@ def eager() -> dict[str, Any]:
     assert all(type(shard) is PackedShard for shard in local.values())
     rows = {name: shard.decoded() for name, shard in local.items()}
     with collectives() as sent:
-        trained = train(model, mine())
+        losses = losses_of(model, mine())
+    trained = {"losses": losses, "gradients": gradients_of(model)}
     return trained | {"sent": sent, "rows": rows, "bytes": {name: shard.nbytes for name, shard in local.items()}}
 
 
@@ -203,12 +210,14 @@ def state() -> dict[str, Any]:
     model = sharded()
     with collectives() as sent:
         full = get_model_state_dict(model, options=FULL)
+    file = packed_state_dict(full)
     other = sharded(seed=5)
     train(other, mine())
     set_model_state_dict(other, dict(full), options=FULL)  # torch changes the dictionary
     local = {n: p.full_tensor() for n, p in other.named_parameters() if "base_layer.weight" in n}
     return {
         "full": parts_of(full),
+        "file": file,
         "loaded": parts_of(get_model_state_dict(other, options=FULL)),
         "tensors": parts_of(local),
         "trained": train(other, mine()),
@@ -274,12 +283,17 @@ def errors() -> dict[str, Any]:
         "halves": error_of(lambda: fully_shard(packed("nf4 block64; nested(int4 block64)"))),
         "rowwise": error_of(lambda: parallelize_module(packed(NESTED), mesh, {"up": RowwiseParallel()})),
         "reduced": error_of(lambda: dist.all_reduce(packed(NESTED).up.weight)),
+        "file": error_of(lambda: packed_state_dict(shards)),
+        "loaded": error_of(lambda: load_packed_(shards, packed_state_dict(packed(NESTED)))),
         "wide": error_of(lambda: set_model_state_dict(shards, wide, options=FULL)),
     }
 
 
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **{f"quick_{cell.__name__}": lambda _, cell=cell: cell() for cell in (eager, compiled, state, ddp, columnwise, errors)},
+    **{
+        f"quick_{cell.__name__}": lambda _, cell=cell: cell()
+        for cell in (eager, compiled, state, ddp, columnwise, errors)
+    },
     "quick_checkpoint": checkpoint,
     **{f"quick_{cell.__name__}": lambda _, cell=cell: cell() for cell in (offloaded, bfloat16)},
 }
@@ -292,7 +306,7 @@ def main(group: str, rank: int, world: int, directory: Path) -> None:
         init_method=f"file://{directory / 'rendezvous'}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )
     for name, cell in CELLS.items():
         if name.startswith(group):
