@@ -71,6 +71,7 @@ __all__ = [
     "fake_result",
     "fake_values_hold",
     "frame_compilations",
+    "functional_collective",
     "given_fake_tensors",
     "guard_identity",
     "guarded_bool",
@@ -466,6 +467,11 @@ def make_wrapper_subclass(cls: Any, shape: Any, dtype: torch.dtype, device: torc
     if swapped:
         strides[-2:] = reversed(strides[-2:])
     return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+
+
+def functional_collective(name: str) -> Any:
+    """An op of torch's functional collectives; ``None`` if this torch has none of that name."""
+    return getattr(getattr(torch.ops._c10d_functional, name, None), "default", None)
 
 
 def is_argument(node: Node) -> bool:

@@ -16,9 +16,10 @@ from .load import load_quantized_
 from .loftq import LoftQLayer, loftq_
 from .pack import PackedLayer, Packing, pack_, unpack_
 from .qa_lora import qa_lora_
+from .sharding import PackedShard
 from .weight import PackedWeight
 
 __all__ = [
-    "Exported", "LoftQLayer", "PackedLayer", "PackedWeight", "Packing", "export", "from_bitsandbytes_", "load_packed_",
-    "load_quantized_", "loftq_", "pack_", "packed_state_dict", "qa_lora_", "unpack_",
+    "Exported", "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "export", "from_bitsandbytes_",
+    "load_packed_", "load_quantized_", "loftq_", "pack_", "packed_state_dict", "qa_lora_", "unpack_",
 ]  # fmt: skip

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.ir.sharding import is_sharded
+
 from .weight import PARTS, PackedWeight
 
 __all__ = ["give", "load_packed_", "packed_state_dict", "readers_of_files"]
@@ -27,22 +29,33 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 Read = Callable[[], Tensor]
 
 
-def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def packed_state_dict(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a model with packed weights as plain tensors: ``safetensors.torch.save_file(packed_state_dict(m),
     path)``.
 
     A tensor that is there under several names (tied weights) is given once, under the first of them.
 
-    Raises ``ValueError`` for state that is no tensor.
+    Args:
+        model: or its state: of a sharded model the full one, ``get_model_state_dict(model, options=StateDictOptions(
+            full_state_dict=True))``.
+
+    Raises ``ValueError`` for state that is no tensor, or a shard.
     """
     state: dict[str, Tensor] = {}
     seen = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    given = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    for name, value in given.items():
         if id(value) in seen:
             continue
         seen.add(id(value))
         if not isinstance(value, Tensor):
             msg = f"packed_state_dict: {name!r} is a {type(value).__name__}, no tensor; save it beside the file"
+            raise ValueError(msg)
+        if is_sharded(value):
+            msg = (
+                f"packed_state_dict: {name!r} is sharded; give packed_state_dict what get_model_state_dict returns "
+                "with full_state_dict=True, or save with torch.distributed.checkpoint"
+            )
             raise ValueError(msg)
         if not isinstance(value, PackedWeight):
             state[name] = value.detach()
@@ -63,8 +76,8 @@ def load_packed_(model: nn.Module, source: Mapping[str, Tensor] | str | Path, de
         source: tensors by name, a ``.safetensors`` file, or a folder of such files. Files are read tensor by tensor.
         device: where tensors go; by default where the model's are, and where they come from if that is the meta device.
 
-    Raises ``ValueError`` if names differ, before anything is loaded, and for a tensor of another shape. Of the names of
-    a tied weight one is enough.
+    Raises ``ValueError`` if names differ, or the model is sharded, before anything is loaded, and for a tensor of
+    another shape. Of the names of a tied weight one is enough.
     """
     with ExitStack() as files:
         given = _readers(source, files)
@@ -84,6 +97,9 @@ def give(model: nn.Module, given: Mapping[str, Read], device: Any, caller: str) 
     """
     state = model.state_dict(keep_vars=True)
     _check_names(state, given.keys(), caller)
+    if sharded := next((name for name, value in state.items() if is_sharded(value)), None):
+        msg = f"{caller}: {sharded!r} is sharded; load before fully_shard, or by set_model_state_dict"
+        raise ValueError(msg)
     names_of: dict[int, list[str]] = {}
     for name, value in state.items():
         names_of.setdefault(id(value), []).append(name)

@@ -116,6 +116,7 @@ def pack_(
         packed: Any = made.get(id(weight))
         if packed is None:
             packed = PackedWeight.of(weight, text, multiplies(module) == "transposed")
+            packed.layer = name
             packed = made[id(weight)] = nn.Parameter(packed, requires_grad=False)
         size = weight.numel() * weight.element_size()
         layers.append(PackedLayer(name, packed.spec, tuple(weight.shape), size, packed.nbytes))

@@ -46,6 +46,9 @@ PARTS = ("codes", "scales", "global_scale", "scale_codes", "second", "offset", "
 
 Parts = dict[str, Tensor]
 
+#: Namespaces of ops that send tensors to other ranks.
+_COLLECTIVES = ("c10d", "_c10d_functional")
+
 #: Share of a change that rounding may take before it is said.
 NOTICED = 0.01
 
@@ -111,10 +114,12 @@ class PackedWeight(Tensor):
     Attributes:
         spec: text of a :class:`~qcompile.ir.stored.Stored`.
         transposed: whether this is ``[..., K, N]``; parts do not differ.
+        layer: name of the layer it was packed for, for messages.
     """
 
     spec: str
     transposed: bool
+    layer: str = ""
     codes: Tensor
     scales: Tensor
     global_scale: Tensor
@@ -169,6 +174,15 @@ class PackedWeight(Tensor):
         return Stored.parse(self.spec)
 
     @property
+    def total(self) -> int:
+        """Rows of the whole weight, of which a shard has some."""
+        return self.shape[0]
+
+    def matches(self, other: PackedWeight) -> bool:
+        """Whether parts of the other mean the same here."""
+        return (self.spec, self.transposed, self.total) == (other.spec, other.transposed, other.total)
+
+    @property
     def size_contracted(self) -> Any:
         """K."""
         return self.shape[-2 if self.transposed else -1]
@@ -185,7 +199,9 @@ class PackedWeight(Tensor):
 
     def _with(self, parts: Parts, dtype: torch.dtype | None = None, transposed: bool | None = None) -> PackedWeight:
         how = self.transposed if transposed is None else transposed
-        return PackedWeight(parts, self.spec, self.size_contracted, dtype or self.dtype, how)
+        made = PackedWeight(parts, self.spec, self.size_contracted, dtype or self.dtype, how)
+        made.layer = self.layer
+        return made
 
     def _each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> PackedWeight:
         return self._with({name: change(part) for name, part in self.parts.items()}, dtype)
@@ -193,7 +209,7 @@ class PackedWeight(Tensor):
     def _store(self, value: Tensor) -> None:
         """Write ``value`` (plain or packed, its shape) into the parts."""
         if isinstance(value, PackedWeight):
-            if (value.spec, value.transposed) == (self.spec, self.transposed):
+            if self.matches(value):
                 for name, part in self.parts.items():
                     part.copy_(value.parts[name])
                 return
@@ -243,10 +259,17 @@ class PackedWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _HANDLERS:
-            result = _HANDLERS[func](func, *args, **kwargs)
+        if func in HANDLERS:
+            result = HANDLERS[func](func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func.namespace in _COLLECTIVES:
+            weights = (value for value in compat.tree_leaves((args, kwargs)) if isinstance(value, PackedWeight))
+            msg = (
+                f"layer {next(weights).layer!r}: {func} of a packed weight: codes are gathered, scattered and "
+                "broadcast, but never reduced; send its parts, or weight.decoded()"
+            )
+            raise NotImplementedError(msg)
         dense: dict[int, Tensor] = {}
 
         def decoded(value: Any) -> Any:
@@ -301,6 +324,13 @@ class PackedWeight(Tensor):
             self.__dict__.pop(name, None)
         self.__dict__ |= {"spec": value.spec, "transposed": value.transposed, **value.parts}
 
+    def __get_tensor_shard__(self, index: Any) -> PackedWeight:
+        """What ``torch.distributed.checkpoint`` saves and loads into: rows, of which a file may have some."""
+        from .sharding import PackedShard, rows_of
+
+        whole = not isinstance(self, PackedShard) and not self.transposed
+        return rows_of(self, 0, self.shape[0], owned=True) if whole else self
+
     def share_memory_(self) -> PackedWeight:
         """Returns another tensor around the same parts, which ``Module.share_memory`` swaps for this one."""
         return self._each(Tensor.share_memory_)
@@ -310,7 +340,7 @@ class PackedWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         size = "×".join(map(str, self.shape))
-        return f"PackedWeight({size} {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.spec!r})"
+        return f"{type(self).__name__}({size} {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.spec!r})"
 
 
 torch.serialization.add_safe_globals([PackedWeight])
@@ -368,18 +398,29 @@ def _empty_like(func: Any, weight: PackedWeight, *, dtype: Any = None, device: A
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Into a packed weight, out of one, or both."""
     if isinstance(target, PackedWeight):
-        target._store(source)
+        if not _stands_for(target, source):
+            target._store(source)
     else:
         target.copy_(source.decoded(), non_blocking)  # type: ignore[attr-defined]
     return target
 
 
-def _view(func: Any, weight: PackedWeight, shape: Sequence[Any]) -> Any:
+def _stands_for(weight: PackedWeight, value: Tensor) -> bool:
+    """Whether writing a wide value would change nothing: DDP writes back what it has broadcast. Quantized once more,
+    nested scales would be others.
+    """
+    if isinstance(value, PackedWeight) or compat.is_tracing() or weight.device.type == "meta":
+        return False
+    same = (value.shape, value.dtype, value.device) == (weight.shape, weight.dtype, weight.device)
+    return same and torch.equal(value, weight.decoded())
+
+
+def same_shape(func: Any, weight: PackedWeight, shape: Sequence[Any]) -> Any:
     return _same(func, weight) if list(shape) == list(weight.shape) else NotImplemented
 
 
 #: Op → what it does to a packed weight without decoding it; ``NotImplemented`` decodes.
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _clone,
@@ -389,6 +430,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
-    aten.view.default: _view,
-    aten._unsafe_view.default: _view,
+    aten.view.default: same_shape,
+    aten._unsafe_view.default: same_shape,
 }
