@@ -10,13 +10,17 @@ from qcompile.ir.encoding import Encoding
 from qcompile.ir.operand import Operand
 
 from .graph import aten, emit, input_of, is_call, same_size, same_sizes, static_size, through_views
+from .record import operand_kind
 from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
     "decode_root",
     "gemm_operands",
+    "given_part",
+    "kind_of",
     "matrix_form",
+    "restores_mean",
     "stored_operand",
     "stored_view",
 ]
@@ -46,6 +50,28 @@ def decode_root(node: Node, rotated: bool = False) -> Node | None:
     if rotated and is_call(root, Hadamard.op):
         root = through_views(input_of(root))
     return root if is_call(root, Dequantize.op, RestoreOutliers.op) else None
+
+
+def given_part(node: Node) -> Node | None:
+    """The input of the graph that a node is, or copies as it is; ``None`` if there is none."""
+    source = input_of(node) if is_call(node, aten.clone.default) else node
+    return source if source.op == "placeholder" else None
+
+
+def restores_mean(node: Node) -> bool:
+    """Whether decoded scales of a stored weight get their mean back: a number that is an input of the graph."""
+    if not is_call(node, aten.add.Tensor) or not is_call(input_of(node), Dequantize.op):
+        return False
+    other = node.args[1]
+    return isinstance(other, Node) and given_part(other) is not None and other.meta["val"].dim() == 0
+
+
+def kind_of(decoded: Node) -> str:
+    """``"weight"`` or ``"activation"`` for what a decoder makes of an operand, "" if nothing says: as `insert` marked
+    it, and a weight if its codes are inputs of the graph.
+    """
+    stored = is_call(decoded, Dequantize.op) and given_part(through_views(Dequantize.of(decoded).codes)) is not None
+    return operand_kind(decoded) or ("weight" if stored else "")
 
 
 def stored_operand(root: Node) -> ProductOperand:

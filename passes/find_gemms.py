@@ -24,7 +24,7 @@ from .names import Names
 from .origins import Origin, Origins
 from .record import Site
 from .spellings import ATTENTION, HIGHER_ORDER_ATTENTION, TRANSFORM, Recognized, Slot, recognize
-from .subclasses import obstacle_of_class
+from .subclasses import obstacle_of_class, stored_as
 
 __all__ = ["find_gemms"]
 
@@ -182,8 +182,8 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
         return site
     weights = _weights(found.op, operands, values)
     site.slots = tuple(
-        replace(slot, kind="weight" if weight else "activation")
-        for slot, weight in zip(site.slots, weights, strict=True)
+        replace(slot, kind="weight" if weight else "activation", stored=stored_as(value))
+        for slot, weight, value in zip(site.slots, weights, values, strict=True)
     )
     site.reservation = _reservation(site, operands)
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))

@@ -8,6 +8,9 @@
 Done here, before the forward and the backward are parted: the partitioner then sees that the backward needs codes, and
 saves codes, without being told. Numbers do not change: ``quantized_mm`` is defined as decode, then multiply.
 
+A stored weight (:mod:`qcompile.stored`) is an input of the graph as codes and scales, and is read from there: the copy
+that a cast of the whole weight makes of its parts (autocast) is none that the backward should keep.
+
 A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
 keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
 """
@@ -22,10 +25,10 @@ from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import DENSE
 
-from .dialect import decode_root, gemm_operands, matrix_form, stored_operand, stored_view
+from .dialect import decode_root, gemm_operands, given_part, matrix_form, restores_mean, stored_operand, stored_view
 from .graph import aten, emit, input_of, is_call, same_sizes, take_over
 from .pass_base import Context
-from .views import ProductOperand, QuantizedMM
+from .views import Dequantize, ProductOperand, QuantizedMM
 
 __all__ = ["fuse"]
 
@@ -33,6 +36,7 @@ __all__ = ["fuse"]
 def fuse(graph: Graph, context: Context) -> int:
     """Returns how many products were fused."""
     count = 0
+    _read_given_parts(graph)
     made: dict[Any, Node | None] = {}
     for node in list(graph.nodes):
         if not is_call(node, aten.mm.default, aten.addmm.default, aten.bmm.default) or not _plain(node):
@@ -51,6 +55,17 @@ def fuse(graph: Graph, context: Context) -> int:
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _read_given_parts(graph: Graph) -> None:
+    """Let decoders read inputs of the graph instead of copies of them."""
+    readers = [*Dequantize.calls(graph), *(node for node in graph.nodes if restores_mean(node))]
+    for node in readers:
+        for source in node.all_input_nodes:
+            if (given := given_part(source)) is not None and given is not source:
+                node.replace_input_with(source, given)
+                if not source.users:
+                    graph.erase_node(source)
 
 
 def _plain(node: Node) -> bool:

@@ -4,7 +4,7 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
 
 * codes, scales, residuals and masks of activations are saved;
 * a decoded wide tensor, or a copy of it in another layout (convolution windows, a broadcast batch) or rotated, is never
-  saved but decoded again;
+  saved but decoded again; so are decoded scales of a stored weight;
 * a weight is quantized again from the parameter, which is resident anyway (``saved_weights="codes"`` saves codes
   instead), unless the forward changes that parameter: its codes are saved then;
 * a copy that repeats a smaller tensor (keys and values, once for every query head of their group) is made again;
@@ -29,6 +29,7 @@ from qcompile import compat
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
+from .dialect import restores_mean
 from .graph import (
     aten,
     bodies_called,
@@ -95,7 +96,8 @@ def hints(graph: Graph, context: Context) -> int:
         weight = operand_kind(node) == "weight" and recompute_weights and node not in overwritten
         if is_call(node, Quantize.op) and operand_kind(node) == "weight" and node not in overwritten:
             tags.update(dict.fromkeys(_casts(Quantize.of(node).x), _RECOMPUTE))
-        if is_call(node, *_DECODER_OPS) or (_keeps_size(node) and input_of(node) in decoded):
+        again = is_call(node, *_DECODER_OPS) or (_keeps_size(node) and input_of(node) in decoded)
+        if again or restores_mean(node):
             decoded.add(node)
             tags[node] = _RECOMPUTE
         elif _repeats(node) and is_read_by(node, backward):

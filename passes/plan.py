@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from qcompile.ir.definitions import short_names
 from qcompile.ir.operand import Operand, override_operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
@@ -27,12 +28,18 @@ __all__ = ["make_plan", "transform_at"]
 
 
 def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
-    """One decision per site. Skips come first, then rules in order (later ones win), then fuel."""
+    """One decision per site. Skips come first, then rules in order (later ones win), then fuel.
+
+    A weight that is stored as codes is what it is: of its products the recipe decides the activation and the gradients.
+    """
     matched: Counter[str] = Counter({describe(rule): 0 for rule in user_rules(recipe)})
     decisions = []
     fuel = recipe.fuel
     for site in sites:
         decision = _decide(site, recipe, matched)
+        if not decision.quantized and recipe.enabled and not site.obstacle and any(slot.stored for slot in site.slots):
+            why = f"{_stored_note(site)}; all else in high precision: {decision.reason}"
+            decision = Decision(site, True, why, (None,) * len(site.slots))
         if decision.quantized and fuel is not None:
             fuel -= 1
             if fuel < 0:
@@ -73,7 +80,6 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     verdict = next((r for r in reversed(applicable) if r.quantize is not None), None)
     if verdict is not None and not verdict.quantize:
         return Decision(site, False, describe(verdict))
-    kinds = [slot.kind for slot in site.slots]
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
     if site.missing and any(rule.name != "*" for rule in rules):
@@ -81,19 +87,25 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: _resolve(recipe, getattr(recipe, key), applicable, key) for key in ("activation", "weight")}
-    operands = tuple(chosen[kind] for kind in kinds)
+    operands = tuple(None if slot.stored else chosen[slot.kind] for slot in site.slots)
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
     by_cost = recipe.backward == "auto"
     decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward], by_cost=by_cost)
-    notes = [slot.note for slot in site.slots if slot.note]
+    notes = [_stored_note(site), *(slot.note for slot in site.slots if slot.note)]
     notes += _decide_gradients(decision, recipe, applicable)
     if not any(operands) and not decision.rounded:
-        return Decision(site, False, "; ".join(["the recipe quantizes none of its operands", *dict.fromkeys(notes)]))
+        reasons = ["the recipe quantizes none of its operands", *dict.fromkeys(filter(None, notes[1:]))]
+        return Decision(site, False, "; ".join(reasons))
     for note in (_rotation_note, shard_note):
         notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
     decision.reason = "; ".join(dict.fromkeys(filter(None, notes)))
     return decision
+
+
+def _stored_note(site: Site) -> str:
+    """How its weight is stored; "" if it is wide."""
+    return "; ".join(f"{slot.kind} stored as {short_names(slot.stored)}" for slot in site.slots if slot.stored)
 
 
 def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]) -> list[str]:

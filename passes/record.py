@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Node
 
 from qcompile.ir.operand import Operand
 
+from .graph import value_of
 from .spellings import Slot
 
 __all__ = [
@@ -54,8 +56,11 @@ def site_index(node: Node) -> int | None:
 
 
 def operand_kind(node: Node) -> str:
-    """``"weight"`` or ``"activation"`` for a node traced from an operand `insert` wrapped; "" for others."""
-    return mark_of(node, KIND_KEY) or ""
+    """``"weight"`` or ``"activation"`` for a node traced from an operand `insert` wrapped, ``"weight"`` for the codes
+    of a stored one, which are given; "" for others.
+    """
+    stored = node.op == "placeholder" and getattr(value_of(node), "dtype", None) == torch.uint8
+    return mark_of(node, KIND_KEY) or ("weight" if stored else "")
 
 
 def stated_role(node: Node) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from .dialect import decode_root
+from .dialect import decode_root, kind_of
 from .gradient_axes import ROLE_OF_OPERAND
-from .record import operand_kind, stated_role
+from .record import stated_role
 
 __all__ = ["depends_on_tangents", "product_role"]
 
@@ -36,5 +36,5 @@ def product_role(node: Node, operands: tuple[Node, ...], backward: set[Node]) ->
     if role := stated_role(node):
         return role
     roots = [decode_root(operand, rotated=True) for operand in operands if operand not in backward]
-    kinds = [operand_kind(root) for root in roots if root is not None]
+    kinds = [kind_of(root) for root in roots if root is not None]
     return ROLE_OF_OPERAND[kinds[0]] if kinds else "backward"

@@ -51,6 +51,8 @@ class Slot:
     note: str = ""
     item: int | None = None
     """Index into the argument where it is a list of operands (einsum)."""
+    stored: str = ""
+    """How the operand is stored as codes (text of a :class:`qcompile.ir.stored.Stored`); empty if it is wide."""
 
     def of(self, node: Node) -> Any:
         argument = self.argument(node)

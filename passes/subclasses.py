@@ -2,8 +2,9 @@
 
 Dynamo traces subclasses that only override ``__torch_function__`` away: their operands are plain tensors by now. What
 is left are wrappers around other tensors. A DTensor around a plain tensor is quantized on every rank
-(:mod:`qcompile.ir.sharding`). Every other wrapper brings products of its own (torchao's integer and float8 weights,
-nested tensors): it has no elements that a quantizer could read.
+(:mod:`qcompile.ir.sharding`). A weight that is stored as codes (:mod:`qcompile.stored`) is quantized already. Every
+other wrapper brings products of its own (torchao's integer and float8 weights, nested tensors): it has no elements that
+a quantizer could read.
 """
 
 from __future__ import annotations
@@ -17,17 +18,27 @@ from torch.fx import Node
 from qcompile import compat
 from qcompile.ir.operand import Operand
 from qcompile.ir.sharding import is_sharded, local_tensor, shards
+from qcompile.stored.weight import PackedWeight
 
 if TYPE_CHECKING:
     from .spellings import Slot
 
-__all__ = ["obstacle_of_class", "shard_note"]
+__all__ = ["obstacle_of_class", "shard_note", "stored_as"]
+
+
+def stored_as(operand: Tensor) -> str:
+    """How an operand is stored as codes, "" if it is not."""
+    return operand.spec if isinstance(operand, PackedWeight) else ""
 
 
 def obstacle_of_class(operands: Iterable[Tensor]) -> str:
-    """Why operands of these classes are left alone; "" if all are plain tensors or DTensors around such."""
+    """Why operands of these classes are left alone; "" if all are plain or packed tensors, or DTensors around plain
+    ones.
+    """
     for operand in operands:
         local = local_tensor(operand)
+        if isinstance(operand, PackedWeight):
+            continue
         if compat.is_wrapper_subclass(local):
             name = type(local).__name__
             where = " inside a DTensor" if is_sharded(operand) else ""

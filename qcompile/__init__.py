@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.explain import explain as explain
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
+    from qcompile.stored import PackedWeight as PackedWeight
+    from qcompile.stored import pack_ as pack_
+    from qcompile.stored import unpack_ as unpack_
 
 _EXPORTS = {
     "explain": "qcompile.report",
@@ -48,6 +51,9 @@ _EXPORTS = {
     "gradient_cosine": "qcompile.numerics",
     "save_repro": "qcompile.apps.repro",
     "RECIPES": "qcompile.recipes",
+    "PackedWeight": "qcompile.stored",
+    "pack_": "qcompile.stored",
+    "unpack_": "qcompile.stored",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -34,6 +34,7 @@ __all__ = [
     "plain_model",
     "qcompile_fp4",
     "qcompile_quest",
+    "qcompile_stored",
     "recipe_of",
     "register",
     "split_options",
@@ -50,6 +51,13 @@ def qcompile_fp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -
 def qcompile_quest(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
     """``torch.compile(model, backend="qcompile_quest", options={"bits": 4})``: :mod:`qcompile.recipes.quest`."""
     return compile_with(RECIPES["qcompile_quest"], gm, example_inputs, **kwargs)
+
+
+def qcompile_stored(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_stored")`` after ``qcompile.pack_(model, "nf4 block64")``:
+    :mod:`qcompile.recipes.stored`.
+    """
+    return compile_with(RECIPES["qcompile_stored"], gm, example_inputs, **kwargs)
 
 
 def backend(recipe: Recipe) -> Compiled:

@@ -60,6 +60,7 @@ __all__ = [
     "compile_fx",
     "compiled_call",
     "current_frame",
+    "disabled_torch_function",
     "eager_inner_compile",
     "empty_strided",
     "enter_autocast",
@@ -83,6 +84,7 @@ __all__ = [
     "local_variable",
     "log_artifact",
     "make_fx",
+    "make_wrapper_subclass",
     "memory_of",
     "min_cut_partition",
     "nll_loss_nd",
@@ -121,6 +123,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
+
+#: The ``__torch_function__`` of a class that overrides nothing, which Dynamo then traces as a plain tensor's.
+disabled_torch_function = torch._C._disabled_torch_function_impl
 
 #: Within it, tensors have data even where the user compiles under ``FakeTensorMode``.
 no_fake_mode = torch._subclasses.fake_tensor.unset_fake_temporarily
@@ -333,6 +338,17 @@ def is_wrapper_subclass(value: Any) -> bool:
     module = sys.modules.get("torch.distributed._functional_collectives")
     pending = module is not None and isinstance(value, module.AsyncCollectiveTensor)
     return not pending and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
+def make_wrapper_subclass(cls: Any, shape: Any, dtype: torch.dtype, device: torch.device, swapped: bool) -> Any:
+    """A tensor of a class without memory of its own; ``swapped``: its last two axes lie the other way round."""
+    lying = [*shape[:-2], shape[-1], shape[-2]] if swapped else list(shape)
+    strides: list[Any] = [1]
+    for extent in reversed(lying[1:]):
+        strides.insert(0, strides[0] * extent)
+    if swapped:
+        strides[-2:] = reversed(strides[-2:])
+    return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
 
 
 def is_argument(node: Node) -> bool:

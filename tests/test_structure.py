@@ -140,6 +140,7 @@ ROOMS = (
     "kernels",
     "definitions",
     "functional",
+    "stored",
     "passes",
     "session",
     "backends",

@@ -1,0 +1,73 @@
+"""How a weight is stored: the quantizer of its elements, and of its scales if those are quantized too.
+
+::
+
+    nf4 block64                            a float32 scale for every 64 elements
+    nf4 block64 absmax_bnb; nested         QLoRA: those scales in 8 bits, as bitsandbytes has them
+    nf4 block64; nested(int8 block128)     scales as any quantizer has them
+
+The axis that is quantized is the one the layer contracts, always the last one of what is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .definitions import cached_by_text
+from .nested import BITSANDBYTES, NestedScales
+from .quantizer import Quantizer
+
+__all__ = ["Stored"]
+
+_NESTED = "nested"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What :meth:`parse` makes of a text; ``str()`` is its inverse.
+
+    Attributes:
+        quantizer: of the elements, rounded to the nearest.
+        nested: of the float32 scales; ``None`` stores them as the scale rule does.
+
+    Raises ``ValueError`` naming the quantizer and what to write instead.
+    """
+
+    quantizer: Quantizer
+    nested: NestedScales | None = None
+
+    def __post_init__(self) -> None:
+        q = self.quantizer
+        if q.rounding == "stochastic":
+            msg = f"weights stored as {str(q)!r}: a stored weight is rounded once, to the nearest; use even"
+            raise ValueError(msg)
+        if self.nested and (q.scale.storage != "float32" or q.scale.two_level):
+            msg = f"weights stored as {str(q)!r}: scales in {q.scale.store} are not quantized again; drop '; nested'"
+            raise ValueError(msg)
+
+    def __str__(self) -> str:
+        if self.nested is None:
+            return str(self.quantizer)
+        how = "" if self.nested == BITSANDBYTES else f"({self.nested})"
+        return f"{self.quantizer}; {_NESTED}{how}"
+
+    def check_size(self, size: int) -> None:
+        """Raises ``ValueError`` if blocks do not divide rows of ``size`` elements."""
+        block = self.quantizer.granularity
+        if block.kind == "block" and size % block.size:
+            msg = f"K = {size} is no multiple of {block}; take a block that divides it, or 'row'"
+            raise ValueError(msg)
+
+    @staticmethod
+    @cached_by_text
+    def parse(text: str) -> Stored:
+        """Raises ``ValueError`` naming the part that is not understood."""
+        quantizer, separator, rest = (part.strip() for part in text.partition(";"))
+        if not separator:
+            return Stored(Quantizer.parse(quantizer))
+        if rest == _NESTED:
+            return Stored(Quantizer.parse(quantizer), BITSANDBYTES)
+        if not (rest.startswith(f"{_NESTED}(") and rest.endswith(")")):
+            msg = f"weights stored as {text!r}: {rest!r} after the quantizer is not 'nested' or 'nested(<quantizer>)'"
+            raise ValueError(msg)
+        return Stored(Quantizer.parse(quantizer), NestedScales.parse(rest[len(_NESTED) + 1 : -1]))

@@ -1,0 +1,16 @@
+"""Weights that are stored as codes: QLoRA, W4A16, and 4-bit weights under any recipe.
+
+::
+
+    qcompile.pack_(model, "nf4 block64 absmax_bnb; nested")     # in place; then PEFT, as usual
+    model = torch.compile(model, backend="qcompile_stored")
+
+"Stored" belongs to the weight. A recipe decides what activations and gradients are: ``qcompile_stored`` leaves them
+alone, ``qcompile_fp4`` multiplies FP4 activations by the codes.
+"""
+
+from .bitsandbytes import from_bitsandbytes_
+from .pack import PackedLayer, Packing, pack_, unpack_
+from .weight import PackedWeight
+
+__all__ = ["PackedLayer", "PackedWeight", "Packing", "from_bitsandbytes_", "pack_", "unpack_"]
