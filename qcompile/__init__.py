@@ -28,7 +28,11 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
     from qcompile.stored import PackedWeight as PackedWeight
+    from qcompile.stored import from_bitsandbytes_ as from_bitsandbytes_
+    from qcompile.stored import load_packed_ as load_packed_
+    from qcompile.stored import loftq_ as loftq_
     from qcompile.stored import pack_ as pack_
+    from qcompile.stored import packed_state_dict as packed_state_dict
     from qcompile.stored import unpack_ as unpack_
 
 _EXPORTS = {
@@ -51,9 +55,10 @@ _EXPORTS = {
     "gradient_cosine": "qcompile.numerics",
     "save_repro": "qcompile.apps.repro",
     "RECIPES": "qcompile.recipes",
-    "PackedWeight": "qcompile.stored",
-    "pack_": "qcompile.stored",
-    "unpack_": "qcompile.stored",
+    **dict.fromkeys(
+        ("PackedWeight", "from_bitsandbytes_", "load_packed_", "loftq_", "pack_", "packed_state_dict", "unpack_"),
+        "qcompile.stored",
+    ),
 }
 
 __all__ = sorted(_EXPORTS)

@@ -195,23 +195,23 @@ def _choice(
         weight = module._parameters["weight"]
         assert weight is not None
         matching = [(pattern, text) for pattern, text in rules.items() if matches_name(name, pattern)]
-        pattern, text = matching[-1] if matching else ("", spec)  # type: str, str | None
+        pattern, chosen_spec = matching[-1] if matching else ("", spec)
         exact = bool(pattern) and name.endswith(pattern)
-        if skipped := next((pattern for pattern in skip if matches_name(name, pattern)), None):
+        if skipped := next((skipping for skipping in skip if matches_name(name, skipping)), None):
             reason = f"skip={skipped!r}"
-        elif text is None:
+        elif chosen_spec is None:
             reason = f"rules: {pattern!r}: None"
         elif impossible := _impossible(name, module, weight, readers):
             if exact:
-                msg = f"pack_: layer {name!r} cannot be stored as {text!r}: {impossible}; leave it out of rules"
+                msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {impossible}; leave it out of rules"
                 raise ValueError(msg)
             reason = impossible
         else:
             reason = "" if matching else _left_wide(name, weight, weight is output, min_side)
         if not reason:
-            assert text is not None
-            _check_size(name, weight, text, multiplies(module) == "transposed")
-            chosen.specs[name] = text
+            assert chosen_spec is not None
+            _check_size(name, weight, chosen_spec, multiplies(module) == "transposed")
+            chosen.specs[name] = chosen_spec
         elif multiplies(module):
             chosen.wide[name] = reason
     return chosen

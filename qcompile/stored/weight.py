@@ -91,7 +91,7 @@ class PackedWeight(Tensor):
 
     spec: str
     transposed: bool
-    __torch_function__ = compat.disabled_torch_function
+    __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -139,7 +139,7 @@ class PackedWeight(Tensor):
         return self.shape[-2 if self.transposed else -1]
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Of all parts."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
