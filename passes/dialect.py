@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import Encoding
+from qcompile.ir.nested import NestedScales
 from qcompile.ir.operand import Operand
+from qcompile.ir.stored import Stored
 
 from .graph import aten, emit, input_of, is_call, same_size, same_sizes, static_size, through_views
 from .record import operand_kind
@@ -15,6 +17,7 @@ from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
+    "StoredScales",
     "decode_root",
     "gemm_operands",
     "given_part",
@@ -22,6 +25,7 @@ __all__ = [
     "matrix_form",
     "restores_mean",
     "stored_operand",
+    "stored_scales",
     "stored_view",
 ]
 
@@ -64,6 +68,33 @@ def restores_mean(node: Node) -> bool:
         return False
     other = node.args[1]
     return isinstance(other, Node) and given_part(other) is not None and other.meta["val"].dim() == 0
+
+
+class StoredScales(NamedTuple):
+    """The scales of a stored weight as it has them, and how it is ``stored``; see ``mm_stored`` in
+    :mod:`qcompile.ir.tensor_core_ops`.
+    """
+
+    stored: Stored
+    scales: Node
+    second: Node | None = None
+    offset: Node | None = None
+
+
+def stored_scales(operand: ProductOperand) -> StoredScales | None:
+    """Of a quantized operand; ``None`` if its codes are none that the graph was given."""
+    spec = operand.encoding.operand
+    if spec is None or spec.outliers or given_part(through_views(operand.first)) is None:
+        return None
+    _, scales, global_scale, *_ = operand.parts
+    row, offset = through_views(scales), None
+    if restores_mean(row):
+        row, offset = input_of(row), row.args[1]
+    coded = Dequantize.match(row)
+    if coded is None:
+        return StoredScales(Stored(spec.quantizer), scales, global_scale)
+    nested = NestedScales(coded.quantizer, mean=offset is not None)
+    return StoredScales(Stored(spec.quantizer, nested), coded.codes, coded.scales, offset)  # type: ignore[arg-type]
 
 
 def kind_of(decoded: Node) -> str:

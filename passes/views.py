@@ -26,13 +26,14 @@ from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.operand import Operand
 from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.stored import Stored
 from qcompile.ir.transforms import Transform
 
 from .graph import emit, is_call, item_of
 
 __all__ = [
     "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EncodeCompensated", "EstimatorMask",
-    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "OperandStatistics",
+    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "MmStored", "OperandStatistics",
     "ProductOperand", "Quantize",
     "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated",
     "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View", "encoder_of",
@@ -46,7 +47,7 @@ Size = Any
 _NO_TRANSFORM = Transform()
 #: Values that travel as text.
 TEXTS: dict[type, Any] = {
-    kind: kind.parse for kind in (Encoding, EstimatorSpec, Operand, OutlierClamp, Quantizer, Transform)
+    kind: kind.parse for kind in (Encoding, EstimatorSpec, Operand, OutlierClamp, Quantizer, Stored, Transform)
 }
 
 
@@ -412,6 +413,22 @@ class MmBlockScaled(View):
     global_b: Node | None
     dtype: torch.dtype
     bias: Node | None = None
+
+
+@dataclass(frozen=True)
+class MmStored(View):
+    op = ops.mm_stored.default
+    x: Node
+    codes: Node
+    scales: Node
+    stored: Stored
+    size: Size
+    rows: bool
+    dtype: torch.dtype
+    bias: Node | None = None
+    second: Node | None = None
+    offset: Node | None = None
+    high_first: bool = False
 
 
 #: Op → its view.
