@@ -182,8 +182,8 @@ def _site(node: Node, found: Recognized, operands: list[Origin], body: _Body, na
         return site
     weights = _weights(found.op, operands, values)
     site.slots = tuple(
-        replace(slot, kind="weight" if weight else "activation", stored=stored_as(value))
-        for slot, weight, value in zip(site.slots, weights, values, strict=True)
+        replace(slot, kind="weight" if weight else "activation", stored=stored_as(slot.of(node)))
+        for slot, weight in zip(site.slots, weights, strict=True)
     )
     site.reservation = _reservation(site, operands)
     site.shape = (tuple(values[0].shape), tuple(values[1].shape))

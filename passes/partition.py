@@ -75,6 +75,9 @@ _DECODER_OPS = (Dequantize.op, RestoreOutliers.op)
 _ELEMENTWISE = (EncodeCompensated.op, Dequantize.op)
 _PRODUCTS = (QuantizedMM.op,)
 
+#: What `adopt` swaps the halves of bytes with.
+_SWAPS = (aten.bitwise_or.Tensor, aten.bitwise_left_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor_Scalar)
+
 #: What torch puts between a mask and an attention kernel that wants its rows aligned.
 _PADDING = (aten.constant_pad_nd.default, aten.slice.Tensor, aten.clone.default)
 
@@ -100,7 +103,7 @@ def hints(graph: Graph, context: Context) -> int:
         if again or restores_mean(node):
             decoded.add(node)
             tags[node] = _RECOMPUTE
-        elif _repeats(node) and is_read_by(node, backward):
+        elif _swaps_halves(node) or (_repeats(node) and is_read_by(node, backward)):
             tags[node] = _RECOMPUTE
         elif is_call(node, EstimatorMask.op):
             tags[node] = _RECOMPUTE if weight else _SAVE
@@ -121,6 +124,11 @@ def hints(graph: Graph, context: Context) -> int:
 def _keeps_size(node: Node) -> bool:
     """A tensor that is as wide as its input: a view, a copy in another layout, a rotation."""
     return is_relayout(node) or is_call(node, Hadamard.op)
+
+
+def _swaps_halves(node: Node) -> bool:
+    """Whether it is a step of `adopt` from bitsandbytes' bytes to codes."""
+    return is_call(node, *_SWAPS) and operand_kind(node) == "weight"
 
 
 def _repeats(node: Node) -> bool:

@@ -21,6 +21,7 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .account import account
+from .adopt import adopt
 from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
 from .causal_masks import causal_masks
@@ -60,6 +61,9 @@ class Capture:
 
     def expand(self) -> int:
         return expand(self.gm) if self.recipe.enabled else 0
+
+    def adopt(self) -> int:
+        return adopt(self.gm) if self.recipe.enabled else 0
 
     def find_gemms(self) -> int:
         self.names = Names(self.gm, self.call or compat.compiled_call())
@@ -127,6 +131,7 @@ DYNAMO = PipelineStage(
     "Dynamo FX graph, one per sub-graph",
     (
         GraphPass("expand", Capture.expand),
+        GraphPass("adopt", Capture.adopt),
         GraphPass("find_gemms", Capture.find_gemms, optional=False),
         GraphPass("plan", Capture.make_plan, optional=False),
         GraphPass("causal_masks", Capture.causal_masks, changes="no (attention's kernel, where a mask is only causal)"),

@@ -20,15 +20,23 @@ from qcompile.ir.operand import Operand
 from qcompile.ir.sharding import is_sharded, local_tensor, shards
 from qcompile.stored.weight import PackedWeight
 
+from .graph import value_of
+from .record import operand_kind
+from .views import Dequantize
+
 if TYPE_CHECKING:
     from .spellings import Slot
 
 __all__ = ["obstacle_of_class", "shard_note", "stored_as"]
 
 
-def stored_as(operand: Tensor) -> str:
-    """How an operand is stored as codes, "" if it is not."""
-    return operand.spec if isinstance(operand, PackedWeight) else ""
+def stored_as(operand: Node) -> str:
+    """How an operand is stored as codes, by us or by a library that `adopt` knows; "" if it is not."""
+    value = value_of(operand)
+    if isinstance(value, PackedWeight):
+        return value.spec
+    adopted = Dequantize.match(operand) if operand_kind(operand) == "weight" else None
+    return str(adopted.quantizer) if adopted else ""
 
 
 def obstacle_of_class(operands: Iterable[Tensor]) -> str:

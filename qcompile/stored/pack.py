@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from qcompile import compat
@@ -100,6 +98,9 @@ def pack_(
     Raises ``ValueError`` for a text that is not understood, for a pattern that matches no layer, and naming the layer
     for a weight that cannot be stored so. The model is as it was then.
     """
+    from rich.console import Console  # takes as long to import as to pack a small model, and no compilation needs it
+    from rich.progress import track
+
     chosen = _choice(model, spec, [skip] if isinstance(skip, str) else skip, rules or {}, min_side)
     before, console = bytes_of(model), Console()
     made: dict[int, Any] = {}

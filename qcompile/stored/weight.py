@@ -195,6 +195,14 @@ class PackedWeight(Tensor):
         spec, dtype, transposed = context
         return PackedWeight(inner, spec, shape[-2 if transposed else -1], dtype, transposed)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, for the key of AOTAutograd's cache."""
+        parts = [
+            (name, str(part.dtype), str(part.device), *part.shape, *part.stride(), part.storage_offset())
+            for name, part in self.parts.items()
+        ]
+        return repr((type(self).__name__, self.spec, str(self.dtype), self.transposed, *self.shape, parts))
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -42,7 +42,8 @@ def test_programs_are_recorded_in_the_order_of_the_table() -> None:
     recorded = [name for name in observed.programs if not name.endswith(("_2", "captured"))]
     assert recorded == [name for name in listed if name in recorded]
     assert set(listed) - set(recorded) == {
-        "dynamo_causal_masks", "dynamo_expand", "dynamo_find_gemms", "dynamo_plan", "dynamo_watch", "joint_account",
+        "dynamo_adopt", "dynamo_causal_masks", "dynamo_expand", "dynamo_find_gemms", "dynamo_plan", "dynamo_watch",
+        "joint_account",
         "joint_choose_providers", "partition_share_codes", "partition_narrow_saved", "post_grad_audit_encoders",
     }  # fmt: skip
 
@@ -70,7 +71,7 @@ PASSES = imports(FOLDER / "pipeline.py") - {"graph", "names", "pass_base", "reco
 
 def test_what_the_passes_are() -> None:
     assert {
-        "account", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand", "find_gemms", "fold",
+        "account", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand", "find_gemms", "fold",
         "fuse", "insert", "lower", "merge_quantize", "partition", "pin", "plan", "quantize_gradients",
         "recompute_codes", "watch",
     } == PASSES  # fmt: skip
