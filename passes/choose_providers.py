@@ -20,7 +20,7 @@ from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
-from .dialect import stored_scales
+from .dialect import stored_weight
 from .graph import same_sizes, static_size
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, Provision, marked
@@ -56,7 +56,7 @@ def _provision(node: Node) -> Provision:
         return Provision(DECODED, f"no 8-bit tensor cores on {value.device.type}")
     if value.dim() != 2:
         return Provision(DECODED, "a product of batches")
-    if product.a.encoding.is_dense and (weight := stored_scales(product.b)) is not None:
+    if product.a.encoding.is_dense and (weight := stored_weight(product.b)) is not None:
         return _of_stored_weight(node, product, weight.stored)
     readings, why_not = _readings(*product.operands)
     bias = None if product.bias is None else product.bias.meta["val"]

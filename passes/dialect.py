@@ -17,7 +17,7 @@ from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
-    "StoredScales",
+    "StoredWeight",
     "decode_root",
     "gemm_operands",
     "given_part",
@@ -25,8 +25,8 @@ __all__ = [
     "matrix_form",
     "restores_mean",
     "stored_operand",
-    "stored_scales",
     "stored_view",
+    "stored_weight",
 ]
 
 #: ATen products → positions of their two matrix operands.
@@ -70,31 +70,48 @@ def restores_mean(node: Node) -> bool:
     return isinstance(other, Node) and given_part(other) is not None and other.meta["val"].dim() == 0
 
 
-class StoredScales(NamedTuple):
-    """The scales of a stored weight as it has them, and how it is ``stored``; see ``mm_stored`` in
-    :mod:`qcompile.ir.tensor_core_ops`.
-    """
+class StoredWeight(NamedTuple):
+    """A weight that the graph was given, as ``mm_stored`` reads it (:mod:`qcompile.ir.tensor_core_ops`)."""
 
     stored: Stored
+    codes: Node
     scales: Node
-    second: Node | None = None
-    offset: Node | None = None
+    second: Node | None
+    offset: Node | None
+    high_first: bool
 
 
-def stored_scales(operand: ProductOperand) -> StoredScales | None:
-    """Of a quantized operand; ``None`` if its codes are none that the graph was given."""
+def stored_weight(operand: ProductOperand) -> StoredWeight | None:
+    """A quantized operand that is one; else ``None``."""
     spec = operand.encoding.operand
-    if spec is None or spec.outliers or given_part(through_views(operand.first)) is None:
+    codes, high_first = _given_codes(operand.first)
+    if spec is None or spec.outliers or codes is None:
         return None
-    _, scales, global_scale, *_ = operand.parts
+    _, scales, second, *_ = operand.parts
     row, offset = through_views(scales), None
     if restores_mean(row):
         row, offset = input_of(row), row.args[1]
-    coded = Dequantize.match(row)
-    if coded is None:
-        return StoredScales(Stored(spec.quantizer), scales, global_scale)
-    nested = NestedScales(coded.quantizer, mean=offset is not None)
-    return StoredScales(Stored(spec.quantizer, nested), coded.codes, coded.scales, offset)  # type: ignore[arg-type]
+    nested = None
+    if coded := Dequantize.match(row):
+        nested = NestedScales(coded.quantizer, mean=offset is not None)
+        scales, second = coded.codes, coded.scales
+    return StoredWeight(Stored(spec.quantizer, nested), codes, scales, second, offset, high_first)  # type: ignore
+
+
+def _given_codes(codes: Node) -> tuple[Node | None, bool]:
+    """The bytes that the graph was given as codes, or as codes whose halves `adopt` has swapped, and whether it has;
+    ``None`` for others.
+    """
+    if given_part(through_views(codes)) is not None:
+        return codes, False
+    if is_call(codes, aten.bitwise_or.Tensor):
+        up, down = codes.all_input_nodes if len(codes.all_input_nodes) == 2 else (codes, codes)
+        shifts = is_call(up, aten.bitwise_left_shift.Tensor_Scalar), is_call(down, aten.bitwise_right_shift.Tensor_Scalar)
+        if all(shifts) and up.args == down.args and up.args[1] == 4:
+            source = input_of(up)
+            if given_part(through_views(source)) is not None:
+                return source, True
+    return None, False
 
 
 def kind_of(decoded: Node) -> str:

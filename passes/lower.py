@@ -39,7 +39,7 @@ from qcompile.ir.quantizer import Granularity, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
-from .dialect import stored_scales
+from .dialect import stored_weight
 from .graph import aten, emit, static_size, take_over
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
@@ -173,11 +173,11 @@ def _block_scaled_product(graph: Graph, node: Node, product: QuantizedMM, made: 
 
 
 def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
-    weight = stored_scales(product.b)
+    weight = stored_weight(product.b)
     assert weight is not None
     return MmStored(
         product.a.first,
-        product.b.first,
+        weight.codes,
         weight.scales,
         weight.stored,
         product.b.size,
@@ -186,6 +186,7 @@ def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[A
         product.bias,
         weight.second,
         weight.offset,
+        weight.high_first,
     ).emit(graph, near=node)
 
 

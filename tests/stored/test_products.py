@@ -46,6 +46,23 @@ def test_products_decode_by_themselves_in_both_directions(spec):
     assert_same((result.outputs, result.gradients), run_eager(model, x), 2.0**-7)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_bytes_of_bitsandbytes_are_read_as_they_lie(nested):
+    """Their first code is in the high half: no copy of the codes is made for that."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(64, 128), requires_grad=False, quant_type="nf4", compress_statistics=nested
+    )
+    layer, x = layer.to("cpu"), torch.randn(4, 128)
+    result = on_hopper(layer, x)
+    assert [row["provider"] for row in result.gemms] == ["stored"]
+    program = result.program("post_grad_lower")
+    assert "bitwise" not in program
+    assert "dequantize" not in program
+    torch.testing.assert_close(result.outputs, layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_float32_products_are_equal_to_rounding():
     """A few rows of float32 have a kernel; more of them, and their gradients, are decoded first."""
     model, x = Layers(NESTED), leaf(8, 128)
