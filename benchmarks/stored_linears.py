@@ -173,9 +173,7 @@ def gemlite_int4(group: int, weight: Tensor, gradient: bool) -> Arm:
     scales = (blocks.abs().amax(-1, keepdim=True) / 7).to(BF16)
     codes = (blocks / scales.float()).round().clamp(-7, 7)
     kind = TORCH_TO_DTYPE[BF16]
-    layer = GemLiteLinearTriton(
-        4, group_size=group, in_features=k, out_features=n, input_dtype=kind, output_dtype=kind
-    )
+    layer = GemLiteLinearTriton(4, group_size=group, in_features=k, out_features=n, input_dtype=kind, output_dtype=kind)
     unsigned = (codes + 8).to(torch.uint8).view(n, k)
     layer.pack(unsigned, scales.view(-1, 1), torch.full_like(scales.view(-1, 1), 8), None)
     meaning = (codes * scales.float()).to(BF16).view(n, k)

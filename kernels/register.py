@@ -298,7 +298,9 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             op: (Provider("tensor cores", getattr(matmul_providers, op), lambda: (True, ""), _no_key, None),)
             for op in ("mm_8bit", "mm_1bit", "mm_block_scaled")
         },
-        "mm_stored": (Provider("triton", _triton("matmul.stored", "mm_stored"), _supports_stored, _key_of_stored, None),),
+        "mm_stored": (
+            Provider("triton", _triton("matmul.stored", "mm_stored"), _supports_stored, _key_of_stored, None),
+        ),
     },
 }
 

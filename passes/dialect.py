@@ -106,7 +106,10 @@ def _given_codes(codes: Node) -> tuple[Node | None, bool]:
         return codes, False
     if is_call(codes, aten.bitwise_or.Tensor):
         up, down = codes.all_input_nodes if len(codes.all_input_nodes) == 2 else (codes, codes)
-        shifts = is_call(up, aten.bitwise_left_shift.Tensor_Scalar), is_call(down, aten.bitwise_right_shift.Tensor_Scalar)
+        shifts = (
+            is_call(up, aten.bitwise_left_shift.Tensor_Scalar),
+            is_call(down, aten.bitwise_right_shift.Tensor_Scalar),
+        )
         if all(shifts) and up.args == down.args and up.args[1] == 4:
             source = input_of(up)
             if given_part(through_views(source)) is not None:

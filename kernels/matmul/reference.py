@@ -18,7 +18,16 @@ from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["block_of", "count_bits", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "mm_stored", "quantized_mm"]
+__all__ = [
+    "block_of",
+    "count_bits",
+    "decode_operand",
+    "mm_1bit",
+    "mm_8bit",
+    "mm_block_scaled",
+    "mm_stored",
+    "quantized_mm",
+]
 
 
 def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.dtype) -> Tensor:

@@ -23,17 +23,18 @@ processor. It issues 4 · 32 operations per clock and processor, so 3.1 per code
   bounds the kernel at 32 codes per clock, 3.7 TB/s, three quarters of the bandwidth and 0.88 of what a copy reaches;
 * 1 fused multiply-add for every row of x, and 1/32 for its scale.
 
-That is 3 for one row. The formula of E2M1, by contrast, takes 5 operations (extract, shift, sign, merge, multiply) and
-the multiply-add: 21 codes per clock, 2.5 TB/s; it leaves the unit that shuffles idle, though, which is also the one that
-loads x. So every format has both (:attr:`Config.table`). A row of x more is one operation more per code; from 8 on
-tensor cores are free of that: ``tile`` takes a shift, a shuffle, a multiplication and half a conversion at half rate, 4
-per code whatever M is.
+That is 3 for one row. The formula of E2M1 takes 5 operations instead of the shuffle (extract, shift, sign, merge,
+multiply): 18 codes per clock, 2.1 TB/s; but it leaves the unit that shuffles idle, which is also the one that loads. So
+every format has both (:attr:`Config.table`), and a card has to say which is faster. A row of x more is one operation
+more per code. Tensor cores are free of that: ``tile`` takes a shift, a shuffle, a multiplication and half a conversion
+at half rate, 4 per code whatever M is (6 as compiled, with what moves decoded elements to shared memory).
 
-**Bytes in flight.** 4 TB/s at 600 ns, the latency of a loaded memory, are 2.4 MB, 18 KiB per processor at the least; 40
-to 64 KiB hold it under the unevenness of real loads. A thread loads 16 bytes of each of ``block_n`` rows before it uses
-any, and the tile after that before it decodes this one. With 4 rows that is 64 bytes, 2 KiB per warp: 32 warps have
-64 KiB on the way. One row of K = 4096 is 2 KiB, 4 warps side by side; N = 4096 makes 1024 programs of 4 warps, 31 warps per
-processor. Every warp reads 512 bytes of a row in one instruction, whole lines.
+**Bytes in flight.** 4 TB/s at 600 ns, the latency of a loaded memory, are 2.4 MB, 18 KiB per processor at the least;
+40 to 64 KiB hold it under the unevenness of real loads. A thread loads 16 bytes of each of ``block_n`` rows before it
+uses any, and those of the next step before it decodes these. With 4 rows that is 64 bytes, 2 KiB per warp and step. The
+kernel takes 128 registers, which leaves 16 warps per processor: 32 KiB, and 64 KiB with the next step's. A row of
+K = 4096 is 2 KiB, 4 warps side by side; N = 4096 makes 1024 programs of 4 warps, 7.8 per processor. Every warp reads
+512 bytes of a row in one instruction, whole lines.
 
 **x** is read by every program, from L1 and L2: 2 bytes an element against ``block_n``/2 bytes of codes.
 
@@ -76,7 +77,7 @@ _WORD_BYTES = 4
 RUN = 4
 
 
-# --- how a weight is stored, as constants of the kernels -----------------------------------------------------------------
+# --- how a weight is stored, as constants of the kernels -------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +170,7 @@ def _book(text: str, device: torch.device) -> Tensor:
     return torch.tensor(nested.quantizer.format.levels, dtype=torch.float32, device=device)
 
 
-# --- from codes to levels -----------------------------------------------------------------------------------------------
+# --- from codes to levels --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def _levels(words, held, fmt: tl.constexpr, table: tl.constexpr, high_first: tl.
     swap: tl.constexpr = 4 if high_first else 0
     levels = ()
     for place in tl.static_range(CODES):
-        levels = levels + (_level(words, (4 * place) ^ swap, held, fmt, table),)
+        levels += (_level(words, (4 * place) ^ swap, held, fmt, table),)  # type: ignore[assignment]
     return levels
 
 
@@ -227,10 +228,7 @@ def _scales(stored, second, offset, book, rows, n, unit, units, per_row, fmt: tl
         if stored.dtype.element_ty == tl.int16:
             loaded &= 0xFFFF
     if fmt.nested:
-        if fmt.in_book:
-            level = tl.load(book + loaded, mask=inside, other=0.0)
-        else:
-            level = fmt.scale_level(loaded)
+        level = tl.load(book + loaded, mask=inside, other=0.0) if fmt.in_book else fmt.scale_level(loaded)
         scale = level * fmt.load_second(tl.load(second + at // fmt.nested, mask=inside, other=0.0))
         if offset is not None:
             scale += tl.load(offset)
@@ -252,7 +250,7 @@ def _words(codes, rows, n, word, row_words, wanted, block_w: tl.constexpr):
 
 @triton.jit
 def _weights(words, scale, held, dtype: tl.constexpr, fmt: tl.constexpr, table: tl.constexpr, high_first: tl.constexpr):
-    """Decoded elements ``[rows, 8 · words]`` in ``dtype``: level · scale, each rounded once in float32 and in ``dtype``.
+    """Decoded elements ``[rows, 8 · words]`` in ``dtype``: level · scale, rounded in float32 and then in ``dtype``.
 
     ``scale``: ``[rows, runs]``, or one for a row.
     """
@@ -272,7 +270,7 @@ def _pair(first, second, scale, dtype: tl.constexpr):
     return tl.join((first * scale).to(dtype), (second * scale).to(dtype))
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------------
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -307,13 +305,11 @@ def gemv(
     words = _words(codes, rows, n, word, row_words, True, block_w)
     sums = ()
     for _ in tl.static_range(m):
-        sums = sums + (tl.zeros([block_n, units], tl.float32),)
+        sums += (tl.zeros([block_n, units], tl.float32),)  # type: ignore[assignment]
     for step in range(steps):
         following = _words(codes, rows, n, word + block_w, row_words, step + 1 < steps, block_w)
         levels = _levels(words, held, fmt, table, high_first)
-        scale = _scales(
-            scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES
-        )
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
         columns = word * CODES + tl.arange(0, block_w * CODES)
         added = ()
         for row in tl.static_range(m):
@@ -324,7 +320,8 @@ def gemv(
             for place in tl.static_range(1, CODES):
                 total = tl.fma(levels[place], tl.broadcast_to(parts[place], [block_n, block_w]), total)
             of_runs = tl.sum(tl.reshape(total, [block_n, units, fmt.run]), 2)
-            added = added + (tl.fma(of_runs, tl.broadcast_to(scale, [block_n, units]), sums[row]),)
+            scales_of = tl.broadcast_to(scale, [block_n, units])
+            added += (tl.fma(of_runs, scales_of, sums[row]),)  # type: ignore[assignment]
         sums = added
         words = following
         word += block_w
@@ -373,9 +370,7 @@ def tile(
     product = tl.zeros([block_n, block_m], tl.float32)
     for _ in range(steps):
         words = _words(codes, rows, n, word, row_words, True, block_w)
-        scale = _scales(
-            scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES
-        )
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
         columns = word * CODES + tl.arange(0, block_w * CODES)
         inside = (lines < m)[:, None] & (columns < row_words * CODES)[None, :]
         at = lines.to(tl.int64)[:, None] * (row_words * CODES) + columns[None, :]
@@ -424,9 +419,7 @@ def tile_rows(
     for _ in range(steps):
         rows = first + tl.arange(0, block_n)
         words = _words(codes, rows, n, word, row_words, True, block_w)
-        scale = _scales(
-            scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES
-        )
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
         at = lines.to(tl.int64)[:, None] * n + rows[None, :]
         left = tl.load(x + at, mask=(lines < m)[:, None] & (rows < n)[None, :], other=0.0)
         right = _weights(words, scale, held, x.dtype.element_ty, fmt, table, high_first)
@@ -482,7 +475,7 @@ def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: 
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
-# --- how they are cut up ------------------------------------------------------------------------------------------------
+# --- how they are cut up ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -539,6 +532,7 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
+_KERNELS = {"gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
 def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates) -> Config | None:
@@ -571,7 +565,7 @@ def _splits(tiles: int, steps: int, config: Config, device: torch.device) -> tup
     return triton.cdiv(steps, each), each
 
 
-# --- calls --------------------------------------------------------------------------------------------------------------
+# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 def mm_stored(
@@ -609,20 +603,20 @@ def mm_stored(
     row_words = size // CODES.value
     config = _fitted(config, weight, row_words)
     arguments = _arguments(codes, scales, weight, second, offset)
+    extents: tuple[int, ...]
+    blocks: dict[str, Any]
     if config.kernel == "gemv":
-        kernel, tiles, steps = gemv, triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w)
-        extents, blocks = (n,), {"m": m}
+        extents, blocks, tiles, steps = (n,), {"m": m}, triton.cdiv(n, config.block_n), row_words
     else:
-        kernel = tile_rows if rows else tile
-        across, along = (row_words, n) if rows else (n, row_words)
-        block, step = (config.block_w, config.block_n) if rows else (config.block_n, config.block_w)
-        tiles, steps = triton.cdiv(across, block) * triton.cdiv(m, config.block_m), triton.cdiv(along, step)
         extents, blocks = (m, n), {"block_m": config.block_m}
+        across, steps = (row_words, n) if rows else (n, row_words)
+        tiles = triton.cdiv(across, config.block_w if rows else config.block_n) * triton.cdiv(m, config.block_m)
+    steps = triton.cdiv(steps, config.block_n if rows else config.block_w)
     splits, steps = _splits(tiles, steps, config, x.device)
     out = x.new_empty(shape, dtype=dtype)
     partial = x.new_empty((splits, *shape), dtype=torch.float32) if splits > 1 else out
     launch(
-        kernel,
+        _KERNELS[config.kernel],
         (tiles, splits),
         x.contiguous(),
         *arguments,

@@ -24,7 +24,8 @@ bit, that lacks counts of the bits of each row, which are added as offsets in th
 Tensor cores for FP4 take E2M1 codes as they are stored, two per byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
 
-A weight that is stored as codes beside activations in high precision (:mod:`.stored`) is decoded where it is multiplied.
+A weight that is stored as codes (:mod:`.stored`) beside activations in high precision is decoded where it is
+multiplied.
 
 None of these ops is differentiable, and none is saved for the backward: packed codes are.
 """

@@ -24,16 +24,15 @@ import torch
 
 pytest.importorskip("triton")
 
-import qcompile.kernels  # noqa: E402, F401
-from qcompile.ir.ops import global_scale_of  # noqa: E402
-from qcompile.ir.stored import Stored  # noqa: E402
-from qcompile.kernels.matmul import costs, reference  # noqa: E402
-from qcompile.kernels.matmul import stored as kernels  # noqa: E402
-from qcompile.kernels.matmul.stored import CONFIGS, Config  # noqa: E402
-from qcompile.stored.weight import encode  # noqa: E402
+import qcompile.kernels  # noqa: F401
+from qcompile.ir.stored import Stored
+from qcompile.kernels.matmul import costs, reference
+from qcompile.kernels.matmul import stored as kernels
+from qcompile.kernels.matmul.stored import CONFIGS, Config
+from qcompile.stored.weight import encode
 
-from .harness import compiled, interpreted, launching, run_interpreted  # noqa: E402
-from .test_triton_quantize import compile_for_hopper, spills  # noqa: E402
+from .harness import compiled, interpreted, launching, run_interpreted
+from .test_triton_quantize import compile_for_hopper, spills
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NESTED = "nf4 block64 absmax_bnb; nested"
@@ -283,7 +282,7 @@ def test_levels_by_formula(spec, monkeypatch, tmp_path):
     ],
 )
 def test_the_kernel_follows_from_rows_and_dtype(m, dtype, rows, kernel):
-    """Of float32, which no tensor core takes, CUDA cores multiply few rows; beyond some hundred rows cuBLAS is faster."""
+    """CUDA cores multiply few rows of float32, which no tensor core takes; cuBLAS is faster beyond some hundred."""
     config = kernels.config_for((m, 4096, 4096), rows, dtype, costs.RATES[0])
     assert (config and config.kernel) == kernel
     assert config is None or not config.most_m or m <= config.most_m

@@ -77,9 +77,7 @@ def test_rows_that_are_counted_at_run_time():
     model = Layers(NESTED)
     with torch.no_grad():
         result = on_hopper(model, torch.randn(8, 128), dynamic=True)
-    assert [(row["provider"], row["reason"]) for row in result.gemms] == [
-        ("stored", "M is known at run time only")
-    ] * 2
+    assert [(row["provider"], row["reason"]) for row in result.gemms] == [("stored", "M is known at run time only")] * 2
 
 
 @pytest.mark.parametrize(
