@@ -38,7 +38,7 @@ class Packing:
 
     Attributes:
         layers: those whose weights are stored as codes now.
-        wide: name → reason of the other layers that multiply by a weight.
+        wide: name → reason of the other layers that multiply by a weight, and of parameters of three axes (experts).
         bytes_before, bytes_after: of all parameters and buffers of the model.
     """
 
@@ -215,6 +215,9 @@ def _choice(
             chosen.specs[name] = chosen_spec
         elif multiplies(module):
             chosen.wide[name] = reason
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and not name.endswith("weight"):  # those of convolutions are called so
+            chosen.wide[name] = "a parameter of three axes, as those of experts: not packed"
     return chosen
 
 

@@ -70,6 +70,14 @@ def test_linear_layers_are_packed_and_heads_and_thin_ones_are_not():
     assert not model.layers[0][0].weight.requires_grad
 
 
+def test_experts_in_one_parameter_are_listed():
+    """They are most of the memory of such a model."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "conv": nn.Conv1d(4, 4, 3), "experts": nn.Module()})
+    model["experts"].up = nn.Parameter(torch.zeros(4, 64, 64))
+    done = qcompile.pack_(model, "nf4 block64")
+    assert done.wide == {"experts.up": "a parameter of three axes, as those of experts: not packed"}
+
+
 def test_rules_and_skip_choose_layers():
     """Later rules win; a rule packs what is left wide by default; skip= wins over all."""
     model = Model()
