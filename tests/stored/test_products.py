@@ -12,6 +12,7 @@ from torch import nn
 import qcompile
 from qcompile import compat
 from qcompile.recipes import STORED
+from qcompile.stored import PackedWeight
 from tests.passes.harness import Result, assert_same, compile_and_run, leaf, run_eager
 
 NESTED = "nf4 block64 absmax_bnb; nested"
@@ -103,3 +104,15 @@ def test_weights_that_the_graph_quantizes_are_decoded():
             model, leaf(4, 128), recipe=STORED.override({"weight": "int4 block32", "activation": "off", "min_side": 0})
         )
     assert "stored" not in [row["provider"] for row in result.gemms]
+
+
+@pytest.mark.inductor
+def test_inductor_calls_the_ops_own_kernel(fresh_dynamo):
+    """With optional tensors that are there and that are not, and a number of rows that is not fixed."""
+    weight = PackedWeight.of(torch.randn(48, 128), NESTED)
+    parts, op = weight.parts, torch.ops.qcompile.mm_stored
+    scales = parts["scale_codes"], weight.spec, 128, False, torch.float32, None, parts["second"], parts["offset"]
+    compiled = torch.compile(lambda x: torch.relu(op(x, parts["codes"], *scales)), dynamic=True, fullgraph=True)
+    for m in (3, 5):
+        x = torch.randn(m, 128)
+        torch.testing.assert_close(compiled(x), torch.relu(x @ weight.decoded().t()))
