@@ -55,6 +55,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "mm_1bit": matmul.mm_1bit,
     "count_bits": matmul.count_bits,
     "mm_block_scaled": matmul.mm_block_scaled,
+    "mm_stored": matmul.mm_stored,
 }
 
 
@@ -134,6 +135,10 @@ def _key_of_clamp_on_cuda(x, clamp, axis):
     return (x.dtype,), clamp, x.shape[axis]
 
 
+def _key_of_stored(x, codes, scales, stored, size, *rest):
+    return (x.dtype,), stored, size
+
+
 def _no_key(*arguments):
     return ()
 
@@ -148,6 +153,10 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
         return getattr(import_module(f"qcompile.kernels.{module}"), name)(*arguments)
 
     return call
+
+
+def _supports_stored(dtypes, stored, size):
+    return matmul_providers.supports_stored(stored, size, *dtypes)
 
 
 def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
@@ -290,6 +299,9 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             op: (Provider("tensor cores", getattr(matmul_providers, op), lambda: (True, ""), _no_key, None),)
             for op in ("mm_8bit", "mm_1bit", "mm_block_scaled")
         },
+        "mm_stored": (
+            Provider("triton", _triton("matmul.stored", "mm_stored"), _supports_stored, _key_of_stored, None),
+        ),
     },
 }
 

@@ -7,8 +7,9 @@ ones allocate what it allocated and launch what it launched, with their own addr
 per launch where the host function takes tens, which a model of small layers waits for.
 
 A function is repeated if it does nothing to its arguments, and what it makes of them, but allocate, view, copy and
-launch (:func:`qcompile.kernels.triton.launch`). Any other operation on them, a tensor from elsewhere, or a launch that
-gives no compiled kernel (Triton's interpreter), and the function itself runs at every call of that kind.
+launch (:func:`qcompile.kernels.triton.launch`). Any other operation on them, a tensor from elsewhere that is no
+constant (:func:`note_constant`), or a launch that gives no compiled kernel (Triton's interpreter), and the function
+itself runs at every call of that kind.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from qcompile import compat
 
-__all__ = ["note_launch", "replayed"]
+__all__ = ["note_constant", "note_launch", "replayed"]
 
 aten = torch.ops.aten
 
@@ -80,8 +81,8 @@ class _Allocation:
 
 
 @dataclass(frozen=True)
-class _Empty:
-    """A tensor without elements, which all calls can share."""
+class _Shared:
+    """A tensor that all calls can share: one without elements, or a constant."""
 
     tensor: Tensor
 
@@ -182,7 +183,7 @@ class _Recorder(compat.TorchDispatchMode):
         tensors = [value for value in compat.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if func in _ALLOCATIONS:
             made = _Allocation(tuple(result.shape), result.stride(), result.dtype, result.device)
-            self._made(result, made if result.numel() else _Empty(result))
+            self._made(result, made if result.numel() else _Shared(result))
         elif any(id(tensor) in self.slot_of for tensor in tensors) and self._knows(*tensors):
             self._note(func, args, kwargs or {}, result)
         return result  # of other tensors, constants that a first call works out: no step of the call
@@ -257,6 +258,13 @@ def note_launch(kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tu
     bound = kernel.signature.bind(*arguments, **named)
     bound.apply_defaults()
     recorder.launched(compiled, grid, bound.args)
+
+
+def note_constant(tensor: Tensor) -> None:
+    """Tell the recorder of this thread, if there is one, that ``tensor`` is the same, and unchanged, at every call."""
+    recorder = getattr(_active, "recorder", None)
+    if recorder is not None and id(tensor) not in recorder.slot_of:
+        recorder._made(tensor, _Shared(tensor))
 
 
 def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

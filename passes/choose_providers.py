@@ -2,7 +2,8 @@
 
 Where 8-bit tensor cores hold both operands exactly, they read the codes; which kernel then multiplies is up to
 :mod:`qcompile.kernels.matmul.providers`, by shape, dtype and card. Signs are read as stored where tensor cores count
-bits, MXFP4 and NVFP4 where they multiply FP4. Everywhere else the operands are decoded for an ATen product.
+bits, MXFP4 and NVFP4 where they multiply FP4. A stored weight beside activations in high precision is decoded by the
+kernel that multiplies it. Everywhere else the operands are decoded for an ATen product.
 
 The choice is a mark of the node (:data:`~.record.PROVIDER_KEY`), which it takes along through the partitioner.
 """
@@ -15,9 +16,11 @@ import torch
 from torch.fx import Graph, Node
 
 from qcompile import compat
+from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
+from .dialect import stored_weight
 from .graph import same_sizes, static_size
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, Provision, marked
@@ -53,6 +56,8 @@ def _provision(node: Node) -> Provision:
         return Provision(DECODED, f"no 8-bit tensor cores on {value.device.type}")
     if value.dim() != 2:
         return Provision(DECODED, "a product of batches")
+    if product.a.encoding.is_dense and (weight := stored_weight(product.b)) is not None:
+        return _of_stored_weight(node, product, weight.stored)
     readings, why_not = _readings(*product.operands)
     bias = None if product.bias is None else product.bias.meta["val"]
     if bias is not None and not same_sizes(bias.shape, value.shape[1:]):
@@ -78,6 +83,29 @@ def _provision(node: Node) -> Provision:
             return Provision(AT_RUN_TIME, "extents are known at run time only")
         return Provision(provider.name, "; ".join(filter(None, reasons)))
     return Provision(DECODED, "; ".join(filter(None, (*reasons, why_not))))
+
+
+def _of_stored_weight(node: Node, product: QuantizedMM, stored: Stored) -> Provision:
+    """What multiplies activations in high precision with a weight that the graph was given as codes."""
+    x, size, value = product.a.first.meta["val"], product.b.size, node.meta["val"]
+    bias = None if product.bias is None else product.bias.meta["val"]
+    if not isinstance(size, int):
+        return Provision(DECODED, "K is known at run time only")
+    if x.dtype != product.dtype:
+        return Provision(DECODED, f"the product is {product.dtype}, its operand {x.dtype}")
+    if bias is not None and not same_sizes(bias.shape, value.shape[1:]):
+        return Provision(DECODED, "a bias that is broadcast over the columns")
+    supported, reason = providers.supports_stored(str(stored), size, x.dtype)
+    if not supported:
+        return Provision(DECODED, reason)
+    m, rows = static_size(x.shape[0]), product.b.contracts_rows
+    if m is None:
+        return Provision(providers.STORED, "M is known at run time only")
+    n = product.b.first.meta["val"].shape[0]
+    card = compat.card_name(value.device)
+    if providers.decodes_first((m, n, size), rows, x.dtype, card):
+        return Provision(DECODED, f"with M = {m}, decoding before the product is estimated to be faster")
+    return Provision(providers.STORED)
 
 
 def _readings(a: ProductOperand, b: ProductOperand) -> tuple[list[tuple[torch.dtype, torch.dtype]], str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import Encoding
+from qcompile.ir.nested import NestedScales
 from qcompile.ir.operand import Operand
+from qcompile.ir.stored import Stored
 
 from .graph import aten, emit, input_of, is_call, is_cast, same_size, same_sizes, static_size, through_views
 from .record import operand_kind
@@ -15,6 +17,7 @@ from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
+    "StoredWeight",
     "adds_given_part",
     "decode_root",
     "gemm_operands",
@@ -23,6 +26,7 @@ __all__ = [
     "matrix_form",
     "stored_operand",
     "stored_view",
+    "stored_weight",
 ]
 
 #: ATen products → positions of their two matrix operands.
@@ -70,6 +74,53 @@ def adds_given_part(node: Node) -> bool:
     decoded = through_views(input_of(node))
     given = is_call(decoded, Dequantize.op) and given_part(through_views(Dequantize.of(decoded).codes)) is not None
     return given and given_part(through_views(node.args[1])) is not None
+
+
+class StoredWeight(NamedTuple):
+    """A weight that the graph was given, as ``mm_stored`` reads it (:mod:`qcompile.ir.tensor_core_ops`)."""
+
+    stored: Stored
+    codes: Node
+    scales: Node
+    second: Node | None
+    offset: Node | None
+    high_first: bool
+
+
+def stored_weight(operand: ProductOperand) -> StoredWeight | None:
+    """A quantized operand that is one; else ``None``."""
+    spec = operand.encoding.operand
+    codes, high_first = _given_codes(operand.first)
+    if spec is None or spec.outliers or codes is None:
+        return None
+    _, scales, second, *_ = operand.parts
+    row, offset = through_views(scales), None
+    if adds_given_part(row):
+        row, offset = input_of(row), row.args[1]
+    nested = None
+    if coded := Dequantize.match(row):
+        nested = NestedScales(coded.quantizer, mean=offset is not None)
+        scales, second = coded.codes, coded.scales
+    return StoredWeight(Stored(spec.quantizer, nested), codes, scales, second, offset, high_first)  # type: ignore
+
+
+def _given_codes(codes: Node) -> tuple[Node | None, bool]:
+    """The bytes that the graph was given as codes, or as codes whose halves `adopt` has swapped, and whether it has;
+    ``None`` for others.
+    """
+    if given_part(through_views(codes)) is not None:
+        return codes, False
+    if is_call(codes, aten.bitwise_or.Tensor):
+        up, down = codes.all_input_nodes if len(codes.all_input_nodes) == 2 else (codes, codes)
+        shifts = (
+            is_call(up, aten.bitwise_left_shift.Tensor_Scalar),
+            is_call(down, aten.bitwise_right_shift.Tensor_Scalar),
+        )
+        if all(shifts) and up.args == down.args and up.args[1] == 4:
+            source = input_of(up)
+            if given_part(through_views(source)) is not None:
+                return source, True
+    return None, False
 
 
 def kind_of(decoded: Node) -> str:

@@ -12,6 +12,10 @@ they multiply FP4::
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
+A weight that the graph was given as codes is decoded by the kernel that multiplies it, nested scales too::
+
+    quantized_mm(x, [codes_w, dequantize(codes_s, s_s) + mean])   ─►   mm_stored(x, codes_w, codes_s, s_s, mean)
+
 Elsewhere the operands are decoded for an ATen product, so that Inductor's own choices (cuBLAS, templates, epilogue
 fusion) apply to it; one decoded operand serves all products of the graph that read it::
 
@@ -36,6 +40,7 @@ from qcompile.ir.quantizer import Granularity, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
+from .dialect import stored_weight
 from .graph import aten, emit, static_size, take_over
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
@@ -45,6 +50,7 @@ from .views import (
     Mm1Bit,
     Mm8Bit,
     MmBlockScaled,
+    MmStored,
     ProductOperand,
     QuantizedMM,
     Recode,
@@ -191,6 +197,24 @@ def _block_scaled_product(graph: Graph, node: Node, product: QuantizedMM, made: 
     return MmBlockScaled(*tensors, product.dtype, product.bias).emit(graph, near=node)
 
 
+def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
+    weight = stored_weight(product.b)
+    assert weight is not None
+    return MmStored(
+        product.a.first,
+        weight.codes,
+        weight.scales,
+        weight.stored,
+        product.b.size,
+        product.b.contracts_rows,
+        product.dtype,
+        product.bias,
+        weight.second,
+        weight.offset,
+        weight.high_first,
+    ).emit(graph, near=node)
+
+
 # --- products of decoded operands ---------------------------------------------------------------------------------
 
 
@@ -238,4 +262,5 @@ _LOWERINGS = {
     DECODED: _decoded_product,
     providers.POPCOUNT[0].name: _popcount_product,
     providers.BLOCK_SCALED[0].name: _block_scaled_product,
+    providers.STORED: _stored_product,
 }

@@ -37,6 +37,7 @@ from .views import (
     Mm1Bit,
     Mm8Bit,
     MmBlockScaled,
+    MmStored,
     Quantize,
     Quantize8Bit,
     Quantize8BitMasked,
@@ -93,7 +94,7 @@ _TRACED: frozenset[type[View]] = frozenset({
 })  # fmt: skip
 _FUSED = _TRACED | {QuantizedMM}
 _RECOMPUTED = _FUSED | {EncodeCompensated}
-_LOWERED = _TRACED | {EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled}
+_LOWERED = _TRACED | {EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored}
 _MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
 
 #: By the name of the pass, in the order of the pipeline.
@@ -206,7 +207,7 @@ def _readers(node: Node) -> list[Node]:
 
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
-    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled)),
+    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored)),
     aten.view.dtype,
 )
 

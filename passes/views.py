@@ -26,16 +26,17 @@ from qcompile.ir.estimators import EstimatorSpec
 from qcompile.ir.operand import Operand
 from qcompile.ir.outliers import OutlierClamp, OutlierColumns, Outliers
 from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.stored import Stored
 from qcompile.ir.transforms import Transform
 
 from .graph import emit, is_call, item_of
 
 __all__ = [
     "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EncodeCompensated", "EstimatorMask",
-    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "OperandStatistics",
-    "ProductOperand", "Quantize",
-    "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated",
-    "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View", "encoder_of",
+    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "MmStored", "OperandStatistics",
+    "ProductOperand", "Quantize", "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed",
+    "QuantizeCompensated", "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View",
+    "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile
@@ -47,7 +48,7 @@ _NO_TRANSFORM = Transform()
 #: Values that travel as text.
 TEXTS: dict[type, Any] = {
     kind: kind.parse
-    for kind in (Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Quantizer, Transform)
+    for kind in (Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Quantizer, Stored, Transform)
 }
 
 
@@ -419,6 +420,22 @@ class MmBlockScaled(View):
     global_b: Node | None
     dtype: torch.dtype
     bias: Node | None = None
+
+
+@dataclass(frozen=True)
+class MmStored(View):
+    op = ops.mm_stored.default
+    x: Node
+    codes: Node
+    scales: Node
+    stored: Stored
+    size: Size
+    rows: bool
+    dtype: torch.dtype
+    bias: Node | None = None
+    second: Node | None = None
+    offset: Node | None = None
+    high_first: bool = False
 
 
 #: Op → its view.

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ import measure  # noqa: E402
 import prefill  # noqa: E402
 import profile_step  # noqa: E402
 import quantize_kernels  # noqa: E402
+import stored_linears  # noqa: E402
 import training_step  # noqa: E402
 from model import SIZES, Size, build, random_batch  # noqa: E402
 from profile_step import HEAD, Launch, class_of  # noqa: E402
@@ -568,3 +570,46 @@ def test_dense_rotations_are_the_blocks_of_the_others():
     small, dense = (model.layers[1].down_proj.rotation for model in models)
     assert dense.shape == (TINY.intermediate, TINY.intermediate)
     assert torch.allclose((x.unflatten(-1, (-1, 128)) @ small).flatten(-2), x @ dense, atol=0.05)
+
+
+# --- linear layers with stored weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_stored_linears_write_a_row_for_every_arm(tmp_path, monkeypatch, gradient):
+    """On the CPU the op's reference runs. An arm that computes something else has a row that says so, and no other is
+    lost for it.
+    """
+    arms = stored_linears.arms_of(["nf4", "nvfp4"], gradient, decoded=False)
+    arms = {name: make for name, make in arms.items() if name in ("bf16", "nf4", "nvfp4")}
+
+    def twice(weight):
+        arm = arms["nf4"](weight)
+        return replace(arm, name="twice", run=lambda x, parts: 2 * arm.run(x, parts))
+
+    monkeypatch.setattr(stored_linears, "arms_of", lambda *_: {"twice": twice, **arms})
+    out = tmp_path / "rows.csv"
+    options = ["--device", "cpu", "--shapes", "48,128", "--batches", "1", "3", "--repeats", "1"]
+    assert stored_linears.main([*options, "--out", str(out), *["--gradient"] * gradient]) == 1
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["arm"]) for row in rows] == [(batch, arm) for batch in "13" for arm in ("twice", *arms)]
+    for row in rows:
+        wrong = row["arm"] == "twice"
+        assert ("elements are wrong" in row["error"], math.isnan(float(row["microseconds"]))) == (wrong, wrong)
+
+
+def test_an_arm_has_its_time():
+    with pytest.raises(TimeoutError, match=r"took longer than 0\.05 s"), stored_linears.limited(0.05):
+        time.sleep(5)
+
+
+def test_a_sweep_of_stored_linears_begins_with_the_table():
+    """And has no cut twice."""
+    pytest.importorskip("triton")
+    from qcompile.kernels.matmul.stored import CONFIGS
+
+    for batch, gradient in ((1, False), (64, False), (300, True)):
+        found = list(stored_linears.variations(batch, gradient))
+        assert found[0] in CONFIGS[gradient]
+        assert len(set(map(str, found))) == len(found) > 50

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RATES", "Rates", "best_backward", "rates_of"]
+__all__ = ["RATES", "Rates", "best_backward", "decodes_in_tile", "rates_of"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Rates:
     Attributes:
         card: how torch names it.
         operations_8bit, operations_16bit, operations_32bit: of products, per microsecond.
+        operations_in_tile: of 16-bit products that decode a 4-bit weight in the tile (:mod:`.stored`); an estimate that
+            nothing has measured.
         bandwidth: of the passes that quantize, bytes per microsecond; less than that of a copy.
         launch: microseconds that a kernel takes at least.
     """
@@ -40,6 +42,7 @@ class Rates:
     operations_8bit: float = 1650e6
     operations_16bit: float = 745e6
     operations_32bit: float = 50e6
+    operations_in_tile: float = 400e6
     bandwidth: float = 3.2e6
     launch: float = 3.0
 
@@ -101,3 +104,19 @@ def best_backward(
     choices = [chosen for chosen in _OF_GRADIENT if set(chosen) <= set(roles)]
     estimates = {chosen: microseconds(chosen) for chosen in choices}
     return min(estimates, key=lambda chosen: estimates[chosen]), estimates
+
+
+#: Bytes per element that decoding a 4-bit weight to 16 bits reads and writes.
+_DECODED_BYTES = 2.5
+
+
+def decodes_in_tile(shape: tuple[int, int, int], rates: Rates) -> bool:
+    """Whether a product (M, N, K) with a stored weight takes longer if the weight is decoded first, for cuBLAS.
+
+    In the tile a weight is decoded once for every tile of rows of x, at the expense of the product's rate; before it,
+    the whole weight is written. Few rows never wait for the rate.
+    """
+    m, n, k = shape
+    operations = 2.0 * m * n * k
+    before = rates.passes(_DECODED_BYTES * n * k, 1) + rates.product_decoded(operations, torch.bfloat16)
+    return rates.launch + operations / rates.operations_in_tile <= before

@@ -34,6 +34,17 @@ dot_scaled E8M0 of 32 elements, or E4M3 of 16; any        10.0, 10.3, 12.0; all 
 reference  the same                                       any                     any
 ========== ============================================== ======================= =========================
 
+Of ``mm_stored``, whose weight is stored in 4 bits and whose other operand is in high precision:
+
+========== ============================================== ======================= =========================
+provider   weight                                         compute capability      x
+========== ============================================== ======================= =========================
+stored     two codes per byte; scales of rows or blocks   9.0; the kernels have   bfloat16, float16, float32
+           of a multiple of 16 elements, nested ones      run on no card yet
+           too; K a multiple of 8
+reference  any                                            any                     any
+========== ============================================== ======================= =========================
+
 Tensor cores for FP4 begin with compute capability 10 (Blackwell) and want such scales. With a scale for a row, the same
 FP8 codes give the same product there, through kernels that have run elsewhere, at half the rate of FP4. Blocks that all
 have the scale 1 would be FP4 as well: Triton 3.6 aborts where both operands have such a constant, and a tensor of ones
@@ -51,7 +62,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.ir.stored import Stored
+
 from . import reference
+from .costs import rates_of
 
 __all__ = [
     "BLOCK_SCALED",
@@ -59,12 +73,15 @@ __all__ = [
     "ONE_BIT",
     "POPCOUNT",
     "PROVIDERS",
+    "STORED",
     "Product",
     "Provider",
     "choose",
+    "decodes_first",
     "mm_1bit",
     "mm_8bit",
     "mm_block_scaled",
+    "supports_stored",
 ]
 
 #: Two E2M1 codes, or eight single bits, a byte: what stands for the dtype of stored codes, uint8, where they are
@@ -352,6 +369,31 @@ def _run_dot_scaled(*arguments: Any) -> Tensor:
     from . import block_scaled
 
     return block_scaled.mm_block_scaled(*arguments)
+
+
+# --- stored weights -------------------------------------------------------------------------------------------------
+
+#: What the report calls the kernels that decode a stored weight where it is multiplied, or before cuBLAS.
+STORED = "stored"
+
+
+def supports_stored(stored: str, size: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether :mod:`.stored` multiplies ``dtype`` with weights stored so, rows of ``size``; and if not, why."""
+    if not _has_triton():
+        return False, "Triton is not installed"
+    from . import stored as kernels
+
+    reason = kernels.obstacle(Stored.parse(stored), size, dtype)
+    return not reason, reason
+
+
+def decodes_first(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, card: str) -> bool:
+    """Whether x ``[M, …]`` of ``shape`` (M, N, K) waits for the weight to be decoded; ``rows``: whether those of the
+    weight are contracted. ``card``: as torch names it. The kernel decides alike, where M is known at run time only.
+    """
+    from . import stored as kernels
+
+    return kernels.config_for(shape, rows, dtype, rates_of(card)[0]) is None
 
 
 #: Best first, for stored E2M1 codes with scales of blocks.

@@ -13,10 +13,21 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.encoding import Encoding
+from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
+from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
 from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
 
-__all__ = ["block_of", "count_bits", "decode_operand", "mm_1bit", "mm_8bit", "mm_block_scaled", "quantized_mm"]
+__all__ = [
+    "block_of",
+    "count_bits",
+    "decode_operand",
+    "mm_1bit",
+    "mm_8bit",
+    "mm_block_scaled",
+    "mm_stored",
+    "quantized_mm",
+]
 
 
 def decode_operand(tensors: list[Tensor], operand: str, size: int, dtype: torch.dtype) -> Tensor:
@@ -134,3 +145,37 @@ def _block_scaled(codes: Tensor, scales: Tensor) -> Tensor:
     levels = decode(unpack(codes, 4, 2 * codes.shape[1]), quantizer.format)
     factors = scales.float() if quantizer.scale.two_level else load_scale(scales, quantizer)
     return levels * spread(factors, levels.shape, quantizer)
+
+
+def mm_stored(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    stored: str,
+    size: int,
+    rows: bool,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    second: Tensor | None = None,
+    offset: Tensor | None = None,
+    high_first: bool = False,
+) -> Tensor:
+    """``x @ Wᵀ + bias`` ``[M, N]``, or, if ``rows`` are contracted, ``x @ W + bias`` ``[M, size]``, in ``dtype``.
+
+    W ``[N, size]`` is decoded to x's dtype from codes uint8 ``[N, packed(size)]``. ``scales`` are as the quantizer of
+    ``stored`` (a :class:`~qcompile.ir.stored.Stored`) stores them, and ``second`` its global scale; or, if they are
+    nested, ``scales`` are codes uint8 ``[packed(n)]`` of the n scales, ``second`` the scales of those, and ``offset``
+    their mean. ``high_first``: the first of two codes of a byte is in its high half, as bitsandbytes has it.
+    """
+    spec = Stored.parse(stored)
+    q = spec.quantizer
+    if high_first:
+        codes = (codes << 4) | (codes >> 4)
+    global_scale = second
+    if spec.nested is not None:
+        assert second is not None
+        shape = torch.Size(q.scale_shape((codes.shape[0], size)))
+        scales, global_scale = dequantize_scales(CodedScales(scales, second, offset, shape), spec.nested), None
+    dense = torch.ops.qcompile.dequantize(codes, scales, str(q), -1, size, x.dtype, global_scale)
+    dense = dense if rows else dense.t()
+    return (x @ dense if bias is None else torch.addmm(bias, x, dense)).to(dtype)

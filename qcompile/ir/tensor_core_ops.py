@@ -24,6 +24,9 @@ bit, that lacks counts of the bits of each row, which are added as offsets in th
 Tensor cores for FP4 take E2M1 codes as they are stored, two per byte, and a scale for every block along K
 (:data:`BLOCK_SCALES`) instead of one for a row.
 
+A weight that is stored as codes (:mod:`.stored`) beside activations in high precision is decoded where it is
+multiplied.
+
 None of these ops is differentiable, and none is saved for the backward: packed codes are.
 """
 
@@ -65,6 +68,12 @@ _SCHEMAS = (
     # dtype of BLOCK_SCALES, times both global scales (float32 []), plus bias [N].
     "mm_block_scaled(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? global_a, Tensor? global_b, "
     "ScalarType dtype, Tensor? bias=None) -> Tensor",
+    # x [M, K] times a stored weight [N, size] transposed, plus bias [N]; or, if `rows` are contracted, x [M, N] times
+    # the weight as it is. `scales`: as the quantizer stores them, or their codes if they are nested. `second`: the
+    # global scale, or the scales of nested ones, which have an `offset`. `high_first`: the first of a byte's codes is
+    # in its high half.
+    "mm_stored(Tensor x, Tensor codes, Tensor scales, str stored, SymInt size, bool rows, ScalarType dtype, "
+    "Tensor? bias=None, Tensor? second=None, Tensor? offset=None, bool high_first=False) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -143,6 +152,11 @@ def _(codes):
 @register_meta("mm_8bit")
 def _(a, b, scale_a, scale_b, dtype, bias=None, offset_a=None, offset_b=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
+@register_meta("mm_stored")
+def _(x, codes, scales, stored, size, rows, dtype, bias=None, second=None, offset=None, high_first=False):
+    return x.new_empty([x.shape[0], size if rows else codes.shape[0]], dtype=dtype)
 
 
 @register_meta("mm_block_scaled")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qcompile.kernels.replay import note_launch, replayed
+from qcompile.kernels.replay import note_constant, note_launch, replayed
 
 
 class Kernel:
@@ -182,6 +182,22 @@ def test_what_cannot_be_repeated_runs_each_time(kernel, function):
         torch.testing.assert_close(call(x), function(kernel, x), rtol=0, atol=0)
     assert kernel.replays == 0
     assert list(call.plans.values()) == [None]
+
+
+def test_a_constant_is_read_again_and_stays_alive(kernel):
+    """A table that a function makes once, for all its calls."""
+    table = torch.arange(4.0)
+
+    def function(x):
+        note_constant(table)
+        out = torch.empty_like(x)
+        kernel.launch(table, out, 4, 2.0)
+        return out
+
+    call = replayed(function)
+    for _ in range(3):
+        assert torch.equal(call(torch.randn(4)), 2 * table)
+    assert (kernel.launches, kernel.replays) == (1, 2)
 
 
 def test_replayed_calls_do_not_record_gradients(kernel):

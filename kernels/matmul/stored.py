@@ -1,0 +1,705 @@
+"""Products with stored weights in Triton: 4-bit codes, two in a byte, are decoded where they are multiplied.
+
+============== ================================================ ====================================================
+kernel         computes                                         for
+============== ================================================ ====================================================
+``gemv``       x · Wᵀ on CUDA cores, float32                    the few rows of decoding, any floating-point dtype
+``tile``       x · Wᵀ on tensor cores                           up to where decoding once and cuBLAS is faster
+``tile_rows``  x · W on tensor cores (dX of dY), from the same  likewise
+               codes: no transposed copy
+``decode``     W                                                decode + cuBLAS, beyond that (:mod:`.costs`)
+============== ================================================ ====================================================
+
+``gemv`` multiplies float32 levels and applies the scale to the sum of a block, so it rounds no weight. The tensor cores
+take 16 bits: ``tile`` and ``tile_rows`` round level · scale to x's dtype, which is bit for bit what ``decode`` and the
+reference make of it. All sum in float32. Where the contraction is split over programs, each writes its own sum and
+``add_splits`` adds them in order: no atomics, so the same call gives the same bits.
+
+**What limits** ``gemv``. An H200 brings 4.8 TB/s to 132 processors of 1.76 GHz: 20.7 bytes, 41 codes, per clock and
+processor. It issues 4 · 32 operations per clock and processor, so 3.1 per code are free:
+
+* a code from its word: 1 shift; only low bits of it are read, so nothing is masked;
+* its level from a table in the registers of a warp, one entry per lane: 1 shuffle. Shuffles run at 32 per clock: this
+  bounds the kernel at 32 codes per clock, 3.7 TB/s, three quarters of the bandwidth and 0.88 of what a copy reaches;
+* 1 fused multiply-add for every row of x, and 1/32 for its scale.
+
+That is 3 for one row. The formula of E2M1 takes 5 operations instead of the shuffle (extract, shift, sign, merge,
+multiply): 18 codes per clock, 2.1 TB/s; but it leaves the unit that shuffles idle, which is also the one that loads. So
+every format has both (:attr:`Config.table`), and a card has to say which is faster. A row of x more is one operation
+more per code. Tensor cores are free of that: ``tile`` takes a shift, a shuffle, a multiplication and half a conversion
+at half rate, 4 per code whatever M is (6 as compiled, with what moves decoded elements to shared memory).
+
+**Bytes in flight.** 4 TB/s at 600 ns, the latency of a loaded memory, are 2.4 MB, 18 KiB per processor at the least;
+40 to 64 KiB hold it under the unevenness of real loads. A thread loads 16 bytes of each of ``block_n`` rows before it
+uses any, and those of the next step before it decodes these. With 4 rows that is 64 bytes, 2 KiB per warp and step. The
+kernel takes 128 registers, which leaves 16 warps per processor: 32 KiB, and 64 KiB with the next step's. A row of
+K = 4096 is 2 KiB, 4 warps side by side; N = 4096 makes 1024 programs of 4 warps, 7.8 per processor. Every warp reads
+512 bytes of a row in one instruction, whole lines.
+
+**x** is read by every program, from L1 and L2: 2 bytes an element against ``block_n``/2 bytes of codes.
+
+**Scales of scales** are decoded here, not in front of the kernel. Of ``nf4 block64; nested`` a code of a scale is 1/64
+byte per element; as float32 numbers that another kernel makes they are 4/64, which are written and read: 0.14 bytes per
+element beside the 0.5 of the codes, 27 % more traffic, and one more launch of 2 to 3 µs where the product of a
+4096 × 4096 weight takes 4 µs. In the kernel the level of a scale's code is one load from a table of 1 KiB, in L1, for
+every 32 elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.ir.nested import NestedScales
+from qcompile.ir.stored import Stored
+from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula.layout import MOST_MIDPOINTS
+from qcompile.kernels.formula.triton_target import device_function
+from qcompile.kernels.quantize.grid import Constants
+from qcompile.kernels.quantize.triton_codes import WARP, eighths
+from qcompile.kernels.replay import note_constant
+from qcompile.kernels.triton import INTERPRETED, launch, processors
+
+from . import costs
+
+__all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
+
+#: Codes in a word of 32 bits.
+CODES = tl.constexpr(8)
+_WORD_BYTES = 4
+#: Words that a thread loads at once, 16 bytes.
+RUN = 4
+
+
+# --- how a weight is stored, as constants of the kernels -------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Weight(Constants):
+    """A :class:`~qcompile.ir.stored.Stored` as constants of the kernels. There is one of each (:func:`weight_of`), told
+    apart by identity.
+
+    Attributes:
+        text: of the :class:`Stored`.
+        block: elements of a row that share a scale; 0 if all do.
+        by_row: whether rows have scales of their own.
+        run: words whose products are summed before the scale is applied.
+        two_level: whether ``second`` is one scale of all scales.
+        nested: how many scales share a scale, ``second``; 0 if they are none themselves.
+        in_book: whether the levels of nested scales come from a table in memory; else from their formula.
+        formulas: digests of the device functions.
+        level: ``(code) → level``.
+        load: ``(stored scale[, global scale]) → scale``.
+        scale_level, load_second: the same of nested scales.
+    """
+
+    text: str
+    block: int
+    by_row: bool
+    run: int
+    two_level: bool
+    nested: int
+    in_book: bool
+    formulas: tuple[str, ...]
+    level: Any = field(repr=False)
+    load: Any = field(repr=False)
+    scale_level: Any = field(repr=False, default=None)
+    load_second: Any = field(repr=False, default=None)
+
+
+def obstacle(stored: Stored, size: int, dtype: torch.dtype) -> str:
+    """Why no kernel here multiplies ``dtype`` with a weight stored so, rows of ``size``; empty if one does."""
+    q = stored.quantizer
+    fmt, block = q.format, q.granularity
+    nested = stored.nested.quantizer if stored.nested else None
+    checks = {
+        f"{fmt.name} has {fmt.codes_per_byte} codes per byte, not 2": fmt.codes_per_byte == 2,
+        f"which grid of {fmt.name} a code is of, its block's scale says": not fmt.grids,
+        f"scales of {block} are not those of rows or blocks of a row": block.kind != "square",
+        f"blocks of {block.size} are no multiple of 16": block.kind != "block" or block.size % 16 == 0,
+        f"K = {size} is no multiple of 8": size % CODES.value == 0,
+        f"no kernel reads {str(dtype).removeprefix('torch.')}": dtype in (torch.bfloat16, torch.float16, torch.float32),
+        "scales of scales have several codes per byte": nested is None or nested.format.codes_per_byte == 1,
+        "scales of scales are a pair of grids": nested is None or not nested.format.grids,
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+@cache
+def weight_of(text: str) -> Weight:
+    """The constants of a weight stored as ``text``."""
+    stored = Stored.parse(text)
+    q, block = stored.quantizer, stored.quantizer.granularity
+    formulas = {"level": rounding.decode(q.format), "load": scales.load_scale(q)}
+    nested, in_book = stored.nested, False
+    if nested is not None:
+        in_book = _in_book(nested)
+        formulas["load_second"] = scales.load_scale(nested.quantizer)
+        if not in_book:
+            formulas["scale_level"] = rounding.decode(nested.quantizer.format)
+    size = block.size if block.kind == "block" else 0
+    return Weight(
+        text=str(stored),
+        block=size,
+        by_row=block.kind != "tensor",
+        run=RUN if size % (RUN * CODES.value) == 0 else RUN // 2,
+        two_level=q.scale.two_level,
+        nested=nested.quantizer.granularity.size if nested else 0,
+        in_book=in_book,
+        formulas=tuple(formula.digest for formula in formulas.values()),
+        **{name: device_function(formula) for name, formula in formulas.items()},
+    )
+
+
+def _in_book(nested: NestedScales) -> bool:
+    """Whether a formula would compare codes with many levels."""
+    return len(nested.quantizer.format.codebook) > MOST_MIDPOINTS + 1
+
+
+@cache
+def _book(text: str, device: torch.device) -> Tensor:
+    """The levels of the codes of nested scales, float32."""
+    nested = Stored.parse(text).nested
+    assert nested is not None
+    return torch.tensor(nested.quantizer.format.levels, dtype=torch.float32, device=device)
+
+
+# --- from codes to levels --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lane_level(fmt: tl.constexpr, table: tl.constexpr):
+    """The level that this thread's lane holds, that of the code in the lane's low bits; unused without a table."""
+    if INTERPRETED or not table:
+        level = 0.0
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        level = fmt.level(lane & 15)
+    return level
+
+
+@triton.jit
+def _level(words, at: tl.constexpr, held, fmt: tl.constexpr, table: tl.constexpr):
+    """Float32 level of the code from bit ``at`` of every word."""
+    if INTERPRETED or not table:
+        level = fmt.level((words >> at) & 15)
+    else:  # of the lane, the shuffle reads five bits: the code, and one that does not matter
+        level = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=f,f,r",
+            [held, words >> at],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return level
+
+
+@triton.jit
+def _levels(words, held, fmt: tl.constexpr, table: tl.constexpr, high_first: tl.constexpr):
+    """The levels of a word's eight codes, in the order of elements."""
+    swap: tl.constexpr = 4 if high_first else 0
+    levels = ()
+    for place in tl.static_range(CODES):
+        levels += (_level(words, (4 * place) ^ swap, held, fmt, table),)  # type: ignore[assignment]
+    return levels
+
+
+@triton.jit
+def _scales(stored, second, offset, book, rows, n, unit, units, per_row, fmt: tl.constexpr, span: tl.constexpr):
+    """Float32 scales ``[rows, units]`` of runs of ``span`` elements, from run ``unit`` of a row on; 0 outside."""
+    if fmt.block == 0:
+        at = rows if fmt.by_row else rows * 0
+        at = at[:, None]
+        inside = (rows < n)[:, None]
+    else:
+        column = (unit + tl.arange(0, units)) * span // fmt.block
+        at = rows.to(tl.int64)[:, None] * per_row + column[None, :]
+        inside = (rows < n)[:, None] & (column < per_row)[None, :]
+    loaded = tl.load(stored + at, mask=inside, other=0)
+    if stored.dtype.element_ty != tl.float32:
+        loaded = loaded.to(tl.int32)
+        if stored.dtype.element_ty == tl.int16:
+            loaded &= 0xFFFF
+    if fmt.nested:
+        level = tl.load(book + loaded, mask=inside, other=0.0) if fmt.in_book else fmt.scale_level(loaded)
+        scale = level * fmt.load_second(tl.load(second + at // fmt.nested, mask=inside, other=0.0))
+        if offset is not None:
+            scale += tl.load(offset)
+    elif fmt.two_level:
+        scale = fmt.load(loaded, tl.load(second))
+    else:
+        scale = fmt.load(loaded)
+    return tl.where(inside, scale, 0.0)
+
+
+@triton.jit
+def _words(codes, rows, n, word, row_words, wanted, block_w: tl.constexpr):
+    """Words ``[rows, block_w]`` of codes from word ``word`` of a row on; 0 outside, or if not ``wanted``."""
+    columns = word + tl.arange(0, block_w)
+    inside = (rows < n)[:, None] & (columns < row_words)[None, :] & wanted
+    at = codes + rows.to(tl.int64)[:, None] * row_words + columns[None, :]
+    return tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _weights(words, scale, held, dtype: tl.constexpr, fmt: tl.constexpr, table: tl.constexpr, high_first: tl.constexpr):
+    """Decoded elements ``[rows, 8 · words]`` in ``dtype``: level · scale, rounded in float32 and then in ``dtype``.
+
+    ``scale``: ``[rows, runs]``, or one for a row.
+    """
+    rows: tl.constexpr = words.shape[0]
+    width: tl.constexpr = words.shape[1]
+    runs: tl.constexpr = scale.shape[1]
+    by_word = tl.reshape(tl.broadcast_to(scale[:, :, None], [rows, runs, width // runs]), [rows, width])
+    l0, l1, l2, l3, l4, l5, l6, l7 = _levels(words, held, fmt, table, high_first)
+    # Of two joined ones the last axis tells which: bits of an element's place, the lowest one joined last.
+    low = tl.join(_pair(l0, l4, by_word, dtype), _pair(l2, l6, by_word, dtype))
+    high = tl.join(_pair(l1, l5, by_word, dtype), _pair(l3, l7, by_word, dtype))
+    return tl.reshape(tl.join(low, high), [rows, CODES * width])
+
+
+@triton.jit
+def _pair(first, second, scale, dtype: tl.constexpr):
+    return tl.join((first * scale).to(dtype), (second * scale).to(dtype))
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gemv(
+    x,
+    codes,
+    scales,
+    second,
+    offset,
+    book,
+    bias,
+    out,
+    n,
+    row_words,
+    per_row,
+    steps,
+    m: tl.constexpr,
+    fmt: tl.constexpr,
+    table: tl.constexpr,
+    high_first: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+):
+    """``out[split, m, n] = x[m, K] · W[n, K]ᵀ`` over the ``steps`` · ``block_w`` words of a split; ``block_n`` columns
+    per program.
+    """
+    held = _lane_level(fmt, table)
+    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    split = tl.program_id(1)
+    units: tl.constexpr = block_w // fmt.run
+    word = split * steps * block_w
+    words = _words(codes, rows, n, word, row_words, True, block_w)
+    sums = ()
+    for _ in tl.static_range(m):
+        sums += (tl.zeros([block_n, units], tl.float32),)  # type: ignore[assignment]
+    for step in range(steps):
+        following = _words(codes, rows, n, word + block_w, row_words, step + 1 < steps, block_w)
+        levels = _levels(words, held, fmt, table, high_first)
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
+        columns = word * CODES + tl.arange(0, block_w * CODES)
+        added = ()
+        for row in tl.static_range(m):
+            at = row * row_words * CODES + columns
+            values = tl.load(x + at, mask=columns < row_words * CODES, other=0.0).to(tl.float32)
+            parts = eighths(values[None, :], 1)
+            total = levels[0] * parts[0]
+            for place in tl.static_range(1, CODES):
+                total = tl.fma(levels[place], tl.broadcast_to(parts[place], [block_n, block_w]), total)
+            of_runs = tl.sum(tl.reshape(total, [block_n, units, fmt.run]), 2)
+            scales_of = tl.broadcast_to(scale, [block_n, units])
+            added += (tl.fma(of_runs, scales_of, sums[row]),)  # type: ignore[assignment]
+        sums = added
+        words = following
+        word += block_w
+    for row in tl.static_range(m):
+        total = tl.sum(sums[row], 1)
+        if bias is not None:
+            total += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
+        at = (split * m + row) * n + rows
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=rows < n)
+
+
+@triton.jit
+def tile(
+    x,
+    codes,
+    scales,
+    second,
+    offset,
+    book,
+    bias,
+    out,
+    m,
+    n,
+    row_words,
+    per_row,
+    steps,
+    fmt: tl.constexpr,
+    table: tl.constexpr,
+    high_first: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+):
+    """The same on tensor cores, a tile of ``block_m`` × ``block_n`` per program.
+
+    W is the left operand, whose tiles are 64 rows on Hopper, so that few rows of x waste nothing.
+    """
+    held = _lane_level(fmt, table)
+    # Tiles that share codes run side by side.
+    tiles_m = tl.cdiv(m, block_m)
+    rows = tl.program_id(0) // tiles_m * block_n + tl.arange(0, block_n)
+    lines = tl.program_id(0) % tiles_m * block_m + tl.arange(0, block_m)
+    split = tl.program_id(1)
+    units: tl.constexpr = block_w // fmt.run
+    word = split * steps * block_w
+    product = tl.zeros([block_n, block_m], tl.float32)
+    for _ in range(steps):
+        words = _words(codes, rows, n, word, row_words, True, block_w)
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
+        columns = word * CODES + tl.arange(0, block_w * CODES)
+        inside = (lines < m)[:, None] & (columns < row_words * CODES)[None, :]
+        at = lines.to(tl.int64)[:, None] * (row_words * CODES) + columns[None, :]
+        left = _weights(words, scale, held, x.dtype.element_ty, fmt, table, high_first)
+        product = tl.dot(left, tl.load(x + at, mask=inside, other=0.0).T, product)
+        word += block_w
+    if bias is not None:
+        product += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    at = out + (split * m + lines).to(tl.int64)[None, :] * n + rows[:, None]
+    tl.store(at, product.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (lines < m)[None, :])
+
+
+@triton.jit
+def tile_rows(
+    x,
+    codes,
+    scales,
+    second,
+    offset,
+    book,
+    bias,
+    out,
+    m,
+    n,
+    row_words,
+    per_row,
+    steps,
+    fmt: tl.constexpr,
+    table: tl.constexpr,
+    high_first: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+):
+    """``out[split, m, K] = x[m, n] · W[n, K]``: ``block_w`` words of the columns per program, over ``steps`` ·
+    ``block_n`` rows of W.
+    """
+    held = _lane_level(fmt, table)
+    tiles_m = tl.cdiv(m, block_m)
+    word = tl.program_id(0) // tiles_m * block_w
+    lines = tl.program_id(0) % tiles_m * block_m + tl.arange(0, block_m)
+    split = tl.program_id(1)
+    units: tl.constexpr = block_w // fmt.run
+    product = tl.zeros([block_m, block_w * CODES], tl.float32)
+    first = split * steps * block_n
+    for _ in range(steps):
+        rows = first + tl.arange(0, block_n)
+        words = _words(codes, rows, n, word, row_words, True, block_w)
+        scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
+        at = lines.to(tl.int64)[:, None] * n + rows[None, :]
+        left = tl.load(x + at, mask=(lines < m)[:, None] & (rows < n)[None, :], other=0.0)
+        right = _weights(words, scale, held, x.dtype.element_ty, fmt, table, high_first)
+        product = tl.dot(left, right, product)
+        first += block_n
+    columns = word * CODES + tl.arange(0, block_w * CODES)
+    inside = columns < row_words * CODES
+    if bias is not None:
+        product += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = out + (split * m + lines).to(tl.int64)[:, None] * (row_words * CODES) + columns[None, :]
+    tl.store(at, product.to(out.dtype.element_ty), mask=(lines < m)[:, None] & inside[None, :])
+
+
+@triton.jit
+def decode_rows(
+    codes,
+    scales,
+    second,
+    offset,
+    book,
+    out,
+    n,
+    row_words,
+    per_row,
+    fmt: tl.constexpr,
+    table: tl.constexpr,
+    high_first: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+):
+    """``out[n, K]``: W."""
+    held = _lane_level(fmt, table)
+    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    word = tl.program_id(1) * block_w
+    units: tl.constexpr = block_w // fmt.run
+    words = _words(codes, rows, n, word, row_words, True, block_w)
+    scale = _scales(scales, second, offset, book, rows, n, word // fmt.run, units, per_row, fmt, fmt.run * CODES)
+    elements = _weights(words, scale, held, out.dtype.element_ty, fmt, table, high_first)
+    columns = word * CODES + tl.arange(0, block_w * CODES)
+    at = out + rows.to(tl.int64)[:, None] * (row_words * CODES) + columns[None, :]
+    tl.store(at, elements, mask=(rows < n)[:, None] & (columns < row_words * CODES)[None, :])
+
+
+@triton.jit
+def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr):
+    """``out[i] = Σ partial[split, i] + bias``, the splits in order."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    total = tl.zeros([block], tl.float32)
+    for split in tl.static_range(splits):
+        total += tl.load(partial + split * count + at, mask=at < count, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + at % columns, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+# --- how they are cut up ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut up. None of these has been measured: ``benchmarks/stored_linears.py --sweep`` does that.
+
+    Attributes:
+        kernel: ``gemv``, ``tile`` or ``tile_rows``.
+        most_m: the most rows of x that it is for; 0 if any.
+        block_n: rows of W per program, or, of ``tile_rows``, per step.
+        block_w: words of W's rows per step, or, of ``tile_rows``, per program; 8 codes each.
+        block_m: rows of x per program; ``gemv`` takes all.
+        warps, stages: warps of a program, and steps whose operands it has on their way.
+        programs: how many a processor should get; where tiles are fewer, the contraction is split.
+        table: whether levels are looked up in the registers of a warp; else they are computed.
+    """
+
+    kernel: str
+    most_m: int
+    block_n: int
+    block_w: int
+    block_m: int = 1
+    warps: int = 4
+    stages: int = 1
+    programs: int = 4
+    table: bool = True
+
+    def __str__(self) -> str:
+        extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
+        how = "table" if self.table else "formula"
+        return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
+
+
+#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. For ``gemv`` see
+#: "Bytes in flight" above. A ``tile`` of 64 rows and 256 codes is 8 KiB of codes per step; two programs of three stages
+#: have 48 KiB on their way.
+CONFIGS = {
+    False: (
+        Config("gemv", 1, block_n=4, block_w=512, programs=8),
+        Config("gemv", 4, block_n=2, block_w=512, programs=8),
+        Config("tile", 16, block_n=64, block_w=32, block_m=16, stages=3, programs=2),
+        Config("tile", 32, block_n=64, block_w=32, block_m=32, stages=3, programs=2),
+        Config("tile", 64, block_n=64, block_w=16, block_m=64, stages=3, programs=2),
+        Config("tile", 0, block_n=128, block_w=8, block_m=128, warps=8, stages=3, programs=1),
+    ),
+    True: (
+        Config("tile_rows", 16, block_n=64, block_w=16, block_m=16, stages=3, programs=2),
+        Config("tile_rows", 64, block_n=64, block_w=16, block_m=64, stages=3, programs=2),
+        Config("tile_rows", 0, block_n=64, block_w=16, block_m=128, warps=8, stages=3, programs=1),
+    ),
+}
+#: The most rows of x that CUDA cores multiply: float32 ones, which no tensor core takes.
+MOST_ROWS = 8
+_WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
+_DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
+_ADD_BLOCK = 1024
+_KERNELS = {"gemv": gemv, "tile": tile, "tile_rows": tile_rows}
+
+
+def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates) -> Config | None:
+    """How x ``[M, …]`` of ``shape`` (M, N, K) is multiplied; ``None`` if W is decoded for cuBLAS.
+
+    ``rows``: whether the contraction is over the rows of W.
+    """
+    m = shape[0]
+    if dtype == torch.float32:
+        return _WIDE_ROWS if m <= MOST_ROWS and not rows else None
+    if not costs.decodes_in_tile(shape, rates):
+        return None
+    return next(config for config in CONFIGS[rows] if not config.most_m or m <= config.most_m)
+
+
+def _fitted(config: Config, weight: Weight, row_words: int) -> Config:
+    """The config, no wider than a row, and no narrower than what shares a scale or a thread loads."""
+    words = max(RUN, min(config.block_w, triton.next_power_of_2(row_words)))
+    if config.kernel != "gemv":
+        words = max(words, 16 // CODES.value)
+        return replace(config, block_w=words)
+    warps = max(1, min(config.warps, config.block_n * words // (RUN * WARP.value)))
+    return replace(config, block_w=words, warps=warps)
+
+
+def _splits(tiles: int, steps: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Into how many parts the contraction is cut for every processor to get its programs, and the steps of each."""
+    wanted = config.programs * processors(device) // tiles
+    each = triton.cdiv(steps, max(1, min(wanted, steps)))
+    return triton.cdiv(steps, each), each
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def mm_stored(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    stored: str,
+    size: int,
+    rows: bool,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    second: Tensor | None = None,
+    offset: Tensor | None = None,
+    high_first: bool = False,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """As :func:`qcompile.kernels.matmul.reference.mm_stored`; ``config`` fixes the kernel.
+
+    Raises ``ValueError`` for what :func:`obstacle` names.
+    """
+    if reason := obstacle(Stored.parse(stored), size, x.dtype):
+        msg = f"mm_stored: {reason}"
+        raise ValueError(msg)
+    (m, _), n = x.shape, codes.shape[0]
+    shape = (m, size if rows else n)
+    if 0 in (m, n, size):
+        return x.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).contiguous()
+    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device))
+    if config is None:
+        dense = decode(codes, scales, stored, size, x.dtype, second, offset, high_first)
+        dense = dense if rows else dense.t()
+        return (torch.mm(x, dense) if bias is None else torch.addmm(bias, x, dense)).to(dtype)
+    weight = weight_of(stored)
+    row_words = size // CODES.value
+    config = _fitted(config, weight, row_words)
+    arguments = _arguments(codes, scales, weight, second, offset)
+    extents: tuple[int, ...]
+    blocks: dict[str, Any]
+    if config.kernel == "gemv":
+        extents, blocks, tiles, steps = (n,), {"m": m}, triton.cdiv(n, config.block_n), row_words
+    else:
+        extents, blocks = (m, n), {"block_m": config.block_m}
+        across, steps = (row_words, n) if rows else (n, row_words)
+        tiles = triton.cdiv(across, config.block_w if rows else config.block_n) * triton.cdiv(m, config.block_m)
+    steps = triton.cdiv(steps, config.block_n if rows else config.block_w)
+    splits, steps = _splits(tiles, steps, config, x.device)
+    out = x.new_empty(shape, dtype=dtype)
+    partial = x.new_empty((splits, *shape), dtype=torch.float32) if splits > 1 else out
+    launch(
+        _KERNELS[config.kernel],
+        (tiles, splits),
+        x.contiguous(),
+        *arguments,
+        bias if splits == 1 else None,
+        partial,
+        *extents,
+        row_words,
+        _per_row(weight, size),
+        steps,
+        **blocks,
+        fmt=weight,
+        table=config.table,
+        high_first=high_first,
+        block_n=config.block_n,
+        block_w=config.block_w,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if splits > 1:
+        count = shape[0] * shape[1]
+        programs = triton.cdiv(count, _ADD_BLOCK)
+        launch(add_splits, programs, partial, bias, out, count, shape[1], splits=splits, block=_ADD_BLOCK)
+    return out
+
+
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    stored: str,
+    size: int,
+    dtype: torch.dtype,
+    second: Tensor | None = None,
+    offset: Tensor | None = None,
+    high_first: bool = False,
+) -> Tensor:
+    """W ``[N, size]`` in ``dtype``, bit for bit that of the reference. N and ``size`` ≥ 1."""
+    weight, n = weight_of(stored), codes.shape[0]
+    row_words = size // CODES.value
+    config = _fitted(_DECODE, weight, row_words)
+    out = codes.new_empty((n, size), dtype=dtype)
+    launch(
+        decode_rows,
+        (triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w)),
+        *_arguments(codes, scales, weight, second, offset),
+        out,
+        n,
+        row_words,
+        _per_row(weight, size),
+        fmt=weight,
+        table=config.table,
+        high_first=high_first,
+        block_n=config.block_n,
+        block_w=config.block_w,
+        num_warps=config.warps,
+    )
+    return out
+
+
+def _arguments(
+    codes: Tensor, scales: Tensor, weight: Weight, second: Tensor | None, offset: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Codes as words, scales as numbers or bits, what belongs to scales of scales."""
+    book = _book(weight.text, codes.device) if weight.in_book else None
+    if book is not None:
+        note_constant(book)
+    scales = scales.contiguous()
+    if scales.dtype != torch.float32:
+        scales = scales.view(torch.int16 if scales.itemsize == 2 else torch.uint8)
+    return _words_of(codes), scales, second if second is None else second.contiguous(), offset, book
+
+
+def _words_of(codes: Tensor) -> Tensor:
+    codes = codes.contiguous()
+    aligned = codes if codes.data_ptr() % _WORD_BYTES == 0 else codes.clone()
+    return aligned.view(torch.int32)
+
+
+def _per_row(weight: Weight, size: int) -> int:
+    """Scales of a row."""
+    return triton.cdiv(size, weight.block) if weight.block else 1
+
+
+@cache
+def _rates(device: torch.device) -> costs.Rates:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return costs.rates_of(name)[0]
