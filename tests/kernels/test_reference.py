@@ -295,11 +295,11 @@ def test_products_of_8bit_codes_in_exact_integers(left, right, rng):
     """Levels are (code + offset) / factor; with sums of codes any two INT8 grids give the product of their levels."""
     codes, levels = [], []
     for fmt, rows in ((left, 5), (right, 7)):
-        index = rng.integers(0, len(fmt.magnitudes), (rows, 65))
-        sign = rng.integers(0, 2, index.shape)
+        index = rng.integers(0, len(fmt.codebook or fmt.magnitudes), (rows, 65))
+        sign = rng.integers(0, 1 if fmt.codebook else 2, index.shape)
         stored = torch.from_numpy((index | sign << fmt.bits - 1).astype(np.uint8))
         codes.append(recode(pack(stored, fmt.bits), fmt.name, 65, False))
-        levels.append(torch.from_numpy(np.array(fmt.magnitudes)[index] * np.where(sign, -1.0, 1.0)))
+        levels.append(torch.from_numpy(np.array(fmt.codebook or fmt.magnitudes)[index] * np.where(sign, -1.0, 1.0)))
         assert codes[-1].dtype == torch.int8
         assert torch.equal((codes[-1].double() + fmt.tensor_core_offset) / fmt.tensor_core_factor, levels[-1])
     sums = [c.sum(-1, keepdim=True, dtype=torch.float32) for c in codes]
