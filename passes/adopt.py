@@ -9,13 +9,14 @@ decodes the weight for an ATen product. Both become the same call, so that a bac
 codes in both directions. Bytes stay where bitsandbytes has them. Its first code is in the high half of a byte: what
 swaps the two is elementwise, and the backward does it again.
 
-What cannot be read is left as it is, and `find_gemms` says that it is an opaque op.
+What cannot be read is left as it is, and `find_gemms` says that it is an opaque op. So is a layer that computes in
+another dtype than autocast would: bitsandbytes' op does not follow autocast, and a linear layer does.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -43,21 +44,33 @@ ARGUMENTS = (
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")
 
 
-def adopt(gm: GraphModule, outside: dict[Node, Node] | None = None) -> int:
-    """Rewrites ``gm`` and the bodies of its higher-order ops in place; returns how many layers were read.
-
-    ``outside``: of a body, the nodes that its placeholders stand for, in graphs around it.
+class _Around(NamedTuple):
+    """What is around a graph: the nodes that placeholders of a body stand for, in the graphs that call it, and the
+    regions of autocast (device type, dtype, whether it is on), outermost first.
     """
+
+    arguments: dict[Node, Node]
+    autocasts: tuple[tuple[str, torch.dtype, bool], ...]
+
+
+def adopt(gm: GraphModule, around: _Around = _Around({}, ())) -> int:  # noqa: B008  (never changed)
+    """Rewrites ``gm`` and the bodies of its higher-order ops in place; returns how many layers were read."""
     if "bitsandbytes" not in sys.modules:
         return 0
-    outside = outside or {}
     count = 0
+    entered: dict[Node, tuple[str, torch.dtype, bool]] = {}
     for node in list(gm.graph.nodes):
+        if node.target is compat.enter_autocast:
+            entered[node] = node.args[:3]
+        elif node.target is compat.exit_autocast:
+            entered.pop(node.args[0], None)
+        autocasts = (*around.autocasts, *entered.values())
         function = "autograd_function_apply" in str(node.target)
         if name_of(node) == GEMM or function:
-            count += _adopt(gm.graph, node, outside)
+            count += _adopt(gm.graph, node, _Around(around.arguments, autocasts))
         if not function:
-            count += sum(adopt(body, {**outside, **arguments}) for _, body, arguments in bodies_called(node))
+            for _, body, arguments in bodies_called(node):
+                count += adopt(body, _Around({**around.arguments, **arguments}, autocasts))
     if count:
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
@@ -66,14 +79,14 @@ def adopt(gm: GraphModule, outside: dict[Node, Node] | None = None) -> int:
     return count
 
 
-def _adopt(graph: Graph, node: Node, outside: dict[Node, Node]) -> bool:
+def _adopt(graph: Graph, node: Node, around: _Around) -> bool:
     """Whether a call of the op, or of a function that is nothing else, could be read."""
     given: dict[str, Any] | None
     if name_of(node) == GEMM:
         given, results = _arguments(node), [node]
     else:
         given, results = _arguments_of_function(node), _results_of_function(node)
-    if given is None or not results or not _is_understood(given, outside):
+    if given is None or not results or not _is_understood(given, around):
         return False
     with graph.inserting_before(node):
         linear = _linear(graph, node, given)
@@ -118,19 +131,33 @@ def _results_of_function(call: Node) -> list[Node]:
     return list(call.users) if all(item is not None and item[1] == 0 for item in items) else []
 
 
-def _is_understood(given: dict[str, Any], outside: dict[Node, Node]) -> bool:
-    """Whether blocks lie within rows, and scales of scales are those that :mod:`qcompile.ir.nested` knows."""
+def _is_understood(given: dict[str, Any], around: _Around) -> bool:
+    """Whether blocks lie within rows, scales of scales are those that :mod:`qcompile.ir.nested` knows, and a linear
+    layer computes in the same dtype.
+    """
     rows, size = given["shapeB"]
     codes = value_of(given["B"])
+    if _autocast_dtype(codes.device.type, around) not in (None, value_of(given["A"]).dtype):
+        return False
     plain = codes.dtype == torch.uint8 and codes.numel() * 2 == rows * size and size % given["blocksize"] == 0
     if given["absmax_8bit"] is None:
         return plain
     source = given["absmax_code"]
-    while source in outside:
-        source = outside[source]
+    while source in around.arguments:
+        source = around.arguments[source]
     levels = compat.placeholder_value(source)
+    if type(levels) is not torch.Tensor or levels.is_meta:  # nothing to compare
+        return False
     known = torch.tensor(FORMATS["dynamic8"].codebook)
-    return plain and levels is not None and levels.shape == known.shape and torch.equal(levels.cpu(), known)
+    return plain and levels.shape == known.shape and torch.equal(levels.cpu(), known)
+
+
+def _autocast_dtype(device: str, around: _Around) -> torch.dtype | None:
+    """What autocast makes of the operands of a linear layer, ``None`` where it is off."""
+    for kind, dtype, enabled in reversed(around.autocasts):
+        if kind == device:
+            return dtype if enabled else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _linear(graph: Graph, near: Node, given: dict[str, Any]) -> Node:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
     from qcompile.stored import PackedWeight as PackedWeight
+    from qcompile.stored import export as export
     from qcompile.stored import from_bitsandbytes_ as from_bitsandbytes_
     from qcompile.stored import load_packed_ as load_packed_
     from qcompile.stored import loftq_ as loftq_
@@ -59,6 +60,7 @@ _EXPORTS = {
     **dict.fromkeys(
         (
             "PackedWeight",
+            "export",
             "from_bitsandbytes_",
             "load_packed_",
             "loftq_",

@@ -11,12 +11,13 @@ alone, ``qcompile_fp4`` multiplies FP4 activations by the codes.
 
 from .bitsandbytes import from_bitsandbytes_
 from .checkpoint import load_packed_, packed_state_dict
+from .layouts import export
 from .loftq import LoftQLayer, loftq_
 from .pack import PackedLayer, Packing, pack_, unpack_
 from .qa_lora import qa_lora_
 from .weight import PackedWeight
 
 __all__ = [
-    "LoftQLayer", "PackedLayer", "PackedWeight", "Packing", "from_bitsandbytes_", "load_packed_", "loftq_", "pack_",
-    "packed_state_dict", "qa_lora_", "unpack_",
+    "LoftQLayer", "PackedLayer", "PackedWeight", "Packing", "export", "from_bitsandbytes_", "load_packed_", "loftq_",
+    "pack_", "packed_state_dict", "qa_lora_", "unpack_",
 ]  # fmt: skip

@@ -113,6 +113,12 @@ class PackedWeight(Tensor):
 
     spec: str
     transposed: bool
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    scale_codes: Tensor
+    second: Tensor
+    offset: Tensor
     __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_fp4_with_a_bias_that_trains():
     for name, gradient in gradients.items():
         torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-5, atol=1e-6)
     assert result.fused() == Counter(fprop=1, dgrad=1)
+
+
+@pytest.mark.parametrize(("dtype", "read"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(dtype, read, inside):
+    """In a graph bitsandbytes' op computes in compute_dtype whatever autocast says; a linear layer in its place would
+    not, and would return another dtype than what follows has been told.
+    """
+    model, x = Layer(kind="nf4", bias=False), torch.randn(5, 128)
+    model.layer.compute_dtype = dtype
+
+    def under():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def call(x):
+        with under():
+            return model(x)
+
+    result = compile_and_run(call if inside else model, x, recipe=STORED, under=nullcontext if inside else under)
+    assert bool(result.quantized) == read
+    assert result.outputs.dtype == call(x).dtype
+    torch.testing.assert_close(result.outputs, call(x), rtol=2**-6, atol=2**-8)
 
 
 def test_inside_a_checkpointed_region():
