@@ -142,6 +142,14 @@ def test_zeros_in_files():
     assert torch.equal(other(x), saved(x))
 
 
+@pytest.mark.parametrize("spec", ["int4 block32; zeros", "e2m1 block16 e4m3; zeros"])
+def test_a_layout_without_float_zeros_does_not_drop_them(spec, tmp_path):
+    model = language_model(num_hidden_layers=1)
+    qcompile.pack_(model, spec, skip=["self_attn", "gate_proj", "up_proj"])
+    with pytest.raises(ValueError, match=r"no layout for weights stored as '.*; zeros'"):
+        qcompile.export(model, tmp_path)
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
