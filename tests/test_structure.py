@@ -140,6 +140,7 @@ ROOMS = (
     "kernels",
     "definitions",
     "functional",
+    "optim",
     "passes",
     "session",
     "backends",
