@@ -154,8 +154,7 @@ class AdamW(torch.optim.Optimizer):
         found = self._found_inf([gradient for *_, gradient in stepping])
         by_device: dict[torch.device, list[tuple[dict[str, Any], Tensor, Tensor]]] = {}
         for group, parameter, gradient in stepping:
-            if gradient.numel():
-                by_device.setdefault(gradient.device, []).append((group, parameter, gradient))
+            by_device.setdefault(gradient.device, []).append((group, parameter, gradient))
         for device, members in by_device.items():
             self._step_on(device, members, found.to(device, non_blocking=True))
         return loss
@@ -206,15 +205,11 @@ class AdamW(torch.optim.Optimizer):
         for (_, parameter, kind), (*_, gradient), real, integer in zip(
             plan.members, members, reals.unbind(), integers.unbind(), strict=True
         ):
+            if not gradient.numel():  # a rank may have nothing of a parameter, whose steps it counts all the same
+                continue
             own = local_tensor(parameter).detach()
             dense = own.contiguous()
-            state = {
-                name: local_tensor(tensor).view(-1, 1)
-                if name.endswith("_scale")
-                else blocks.as_blocks(local_tensor(tensor), kind)
-                for name, tensor in self.state[parameter].items()
-                if name != "step"
-            }
+            state = blocks.state_as_blocks(self.state[parameter], kind)
             gradient = blocks.as_blocks(gradient.contiguous(), kind)
             blocks.compiled(kind)(blocks.as_blocks(dense, kind), gradient, state, real, integer)
             if dense is not own:

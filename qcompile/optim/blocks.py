@@ -12,20 +12,31 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qcompile.ir.sharding import local_tensor
 from qcompile.kernels.formula.torch_target import torch_function
 
 from . import formulas
 from .states import Kind, Numbers
 
-__all__ = ["as_blocks", "compiled", "update"]
+__all__ = ["as_blocks", "compiled", "state_as_blocks", "update"]
 
 #: Who gets which of the random numbers of :func:`formulas.draw`.
 _DRAWN = ("parameter", "exp_avg", "exp_avg_sq")
 
 
 def as_blocks(tensor: Tensor, kind: Kind) -> Tensor:
-    """A contiguous parameter, gradient or code tensor as ``[blocks, block]``."""
+    """A contiguous parameter or gradient as ``[blocks, block]``."""
     return tensor.view(-1, kind.block or 1)
+
+
+def state_as_blocks(state: dict[str, Tensor], kind: Kind) -> dict[str, Tensor]:
+    """This rank's codes, as the bits that they are, and scales of a parameter."""
+    found = {}
+    for name, numbers in kind.entries():
+        found[name] = as_blocks(local_tensor(state[name]), kind).view(numbers.bits)
+        if numbers.scaled:
+            found[f"{name}_scale"] = local_tensor(state[f"{name}_scale"]).view(-1, 1)
+    return found
 
 
 def update(kind: Kind) -> Callable[[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor], None]:
@@ -77,7 +88,7 @@ def _storer(name: str, numbers: Numbers) -> Callable[[Tensor, Tensor], dict[str,
 
     def store(x: Tensor, random: Tensor) -> dict[str, Tensor]:
         scale, gamma = scale_of(x.abs().amax(1, keepdim=True))
-        return {name: encode(x, gamma, random).to(numbers.dtype), f"{name}_scale": scale}
+        return {name: encode(x, gamma, random).to(numbers.bits), f"{name}_scale": scale}
 
     return store
 

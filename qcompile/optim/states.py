@@ -33,7 +33,7 @@ class Numbers:
 
     Attributes:
         name: ``"fp32"``, or a store of :func:`qcompile.kernels.formula.scales.store_of`, scaled by blocks.
-        dtype: of codes: the number itself, or as many bits as a code has.
+        dtype: of the tensor of codes. Collectives know float16, but not int16.
     """
 
     name: str
@@ -44,16 +44,15 @@ class Numbers:
         return self.name != "fp32"
 
     @property
-    def smallest(self) -> float:
-        """The smallest number above 0, relative to the largest."""
-        fmt = formulas.stored_format(self.name)
-        return fmt.magnitudes[1] / fmt.max
+    def bits(self) -> torch.dtype:
+        """The integers that kernels see codes as; of unscaled numbers their own dtype."""
+        return torch.int16 if self.dtype == torch.float16 else self.dtype
 
 
 FP32 = Numbers("fp32", torch.float32)
 E4M3 = Numbers("e4m3", torch.uint8)
 UE5M3 = Numbers("ue5m3", torch.uint8)
-FP16 = Numbers("fp16", torch.int16)
+FP16 = Numbers("fp16", torch.float16)
 
 #: The masters there are.
 MASTERS: dict[str, Numbers | None] = {"none": None, "fp16": FP16, "fp32": FP32}
@@ -195,7 +194,7 @@ def encoded(parameter: Tensor, values: Tensor, name: str, kind: Kind) -> dict[st
     codes = evaluate(formulas.encode(numbers.name, name == "exp_avg_sq"), blocks, gamma, nearest)
     shape, own_shape = _scale_shapes(parameter, kind.block)
     return {
-        name: _like(parameter, codes.to(numbers.dtype).view(own.shape), parameter.shape),
+        name: _like(parameter, codes.to(numbers.bits).view(numbers.dtype).view(own.shape), parameter.shape),
         f"{name}_scale": _like(parameter, scale.reshape(own_shape).contiguous(), shape),
     }
 
@@ -205,7 +204,7 @@ def decoded(state: dict[str, Tensor], name: str, kind: Kind) -> Tensor:
     codes, numbers = state[name], dict(kind.entries())[name]
     own = local_tensor(codes)
     if numbers.scaled:
-        blocks, scale = own.reshape(-1, kind.block).to(torch.int32), local_tensor(state[f"{name}_scale"])
+        blocks, scale = own.reshape(-1, kind.block).view(numbers.bits).to(torch.int32), local_tensor(state[f"{name}_scale"])
         own = evaluate(formulas.decode(numbers.name), blocks, scale.reshape(-1, 1)).view(own.shape)
     return _like(codes, own.clone(), codes.shape)
 
