@@ -341,11 +341,19 @@ def _is_number(value: Any, least: float, below: float = math.inf) -> bool:
 #: Option, whether a value is right, and what is.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lr", lambda lr: lr.numel() == 1 if isinstance(lr, Tensor) else _is_number(lr, 0), "a number of at least 0"),
-    ("betas", lambda b: len(b) == 2 and all(_is_number(x, 0, 1) for x in b), "two numbers, at least 0 and below 1"),
+    (
+        "betas",
+        lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(_is_number(x, 0, 1) for x in b),
+        "two numbers, at least 0 and below 1",
+    ),
     ("eps", lambda eps: _is_number(eps, 0), "a number of at least 0"),
     ("weight_decay", lambda decay: _is_number(decay, 0), "a number of at least 0"),
-    ("states", lambda states: states in STATES, f"known are {', '.join(map(repr, STATES))}"),
-    ("master", lambda master: master is None or master in MASTERS, f"known are {', '.join(map(repr, MASTERS))}"),
+    ("states", lambda name: isinstance(name, str) and name in STATES, f"known are {', '.join(map(repr, STATES))}"),
+    (
+        "master",
+        lambda name: name is None or (isinstance(name, str) and name in MASTERS),
+        f"known are {', '.join(map(repr, MASTERS))}",
+    ),
     ("block", lambda n: isinstance(n, int) and n >= LEAST_BLOCK, f"an integer of at least {LEAST_BLOCK}"),
     ("seed", lambda seed: isinstance(seed, int), "an integer"),
 )

@@ -114,7 +114,9 @@ def _snapped(y: Value, fmt: Format, random: Value) -> Value:
     unit = binade.view(FLOAT).exact_product(2.0**-mantissa_bits)
     per_unit = (constant(254 << MANTISSA_BITS, INT) - binade).view(FLOAT).exact_product(2.0**mantissa_bits)
     dither = (random.float() + 0.5).exact_product(2.0**-16)
-    level = (size.exact_product(per_unit) + dither).floor().exact_product(unit)
+    count = size.exact_product(per_unit)
+    below = count.floor()  # apart from the rest of it, beside which all bits of the chance have their place
+    level = (below + (count - below + dither).floor()).exact_product(unit)
     return where(y < 0.0, -level, level)
 
 

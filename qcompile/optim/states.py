@@ -19,7 +19,18 @@ from qcompile.kernels.formula.torch_target import evaluate
 
 from . import formulas
 
-__all__ = ["LEAST_ELEMENTS", "STATES", "Kind", "Numbers", "allocate", "decoded", "encoded", "first_element", "kind_of", "rows"]
+__all__ = [
+    "LEAST_ELEMENTS",
+    "STATES",
+    "Kind",
+    "Numbers",
+    "allocate",
+    "decoded",
+    "encoded",
+    "first_element",
+    "kind_of",
+    "rows",
+]
 
 #: Parameters with fewer elements keep float32 states, as in bitsandbytes and torchao.
 LEAST_ELEMENTS = 4096
@@ -204,7 +215,10 @@ def decoded(state: dict[str, Tensor], name: str, kind: Kind) -> Tensor:
     codes, numbers = state[name], dict(kind.entries())[name]
     own = local_tensor(codes)
     if numbers.scaled:
-        blocks, scale = own.reshape(-1, kind.block).view(numbers.bits).to(torch.int32), local_tensor(state[f"{name}_scale"])
+        blocks, scale = (
+            own.reshape(-1, kind.block).view(numbers.bits).to(torch.int32),
+            local_tensor(state[f"{name}_scale"]),
+        )
         own = evaluate(formulas.decode(numbers.name), blocks, scale.reshape(-1, 1)).view(own.shape)
     return _like(codes, own.clone(), codes.shape)
 
