@@ -47,6 +47,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "ne": torch.ne,
     "and": torch.bitwise_and,
     "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
     "not": torch.logical_not,
     "shift_left": torch.bitwise_left_shift,
     "shift_right": torch.bitwise_right_shift,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class _Plan:
         members: group, parameter and kind, in the order of the groups.
         steps: float32 ``[members]``; the ``step`` of each state is a view of its element.
         keys, firsts: int32 ``[members]``: what random numbers are drawn by, and the shard's first element.
+        launches: of the kinds among them, with the places of their members.
     """
 
     members: list[tuple[dict[str, Any], Tensor, Kind]]
     steps: Tensor
     keys: Tensor
     firsts: Tensor
+    launches: dict[tuple[Kind, torch.dtype], Any] = field(default_factory=dict)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -202,18 +204,26 @@ class AdamW(torch.optim.Optimizer):
         reals = torch.cat([self._reals(group, steps) for group, steps in _by_group(plan)])
         keys = evaluate(formulas.hashed(), plan.keys + plan.steps.to(torch.int32) * _int32(_PER_STEP))
         integers = torch.stack([keys + plan.firsts, found.to(torch.int32).expand_as(keys)], 1)
-        for (_, parameter, kind), (*_, gradient), real, integer in zip(
-            plan.members, members, reals.unbind(), integers.unbind(), strict=True
-        ):
+        copies = []
+        held: dict[tuple[Kind, torch.dtype], _Held] = {}
+        for place, ((_, parameter, kind), (*_, gradient)) in enumerate(zip(plan.members, members, strict=True)):
             if not gradient.numel():  # a rank may have nothing of a parameter, whose steps it counts all the same
                 continue
             own = local_tensor(parameter).detach()
             dense = own.contiguous()
-            state = blocks.state_as_blocks(self.state[parameter], kind)
-            gradient = blocks.as_blocks(gradient.contiguous(), kind)
-            blocks.compiled(kind)(blocks.as_blocks(dense, kind), gradient, state, real, integer)
             if dense is not own:
-                own.copy_(dense)
+                copies.append((own, dense))
+            tensors = {
+                "parameter": blocks.as_blocks(dense, kind),
+                "gradient": blocks.as_blocks(gradient.contiguous(), kind),
+                **blocks.state_as_blocks(self.state[parameter], kind),
+            }
+            held.setdefault((kind, gradient.dtype), []).append((place, tensors))
+        for (kind, dtype), some in held.items():
+            provider = _fused if device.type == "cuda" else _one_by_one
+            provider(plan, kind, dtype, some, reals, integers)
+        for own, dense in copies:
+            own.copy_(dense)
 
     def _reals(self, group: dict[str, Any], steps: Tensor) -> Tensor:
         """Float32 ``[members, 8]``: what :func:`formulas.advance` takes behind the tensors, rounded once."""
@@ -318,6 +328,30 @@ class AdamW(torch.optim.Optimizer):
             for group in packed["param_groups"]
         ]
         return {"state": states, "param_groups": groups}
+
+
+#: Places in a plan, and the tensors there.
+_Held = list[tuple[int, dict[str, Tensor]]]
+
+
+def _one_by_one(plan: _Plan, kind: Kind, dtype: torch.dtype, held: _Held, reals: Tensor, integers: Tensor) -> None:
+    """A call of the compiled update per parameter."""
+    update = blocks.compiled(kind)
+    for place, tensors in held:
+        state = {name: tensor for name, tensor in tensors.items() if name not in ("parameter", "gradient")}
+        update(tensors["parameter"], tensors["gradient"], state, reals[place], integers[place])
+
+
+def _fused(plan: _Plan, kind: Kind, dtype: torch.dtype, held: _Held, reals: Tensor, integers: Tensor) -> None:
+    """One launch for all of them."""
+    from .triton import Launch
+
+    launch = plan.launches.get((kind, dtype))
+    places = [place for place, _ in held]
+    if launch is None or launch.places != places:
+        sizes = [tensors["parameter"].numel() for _, tensors in held]
+        launch = plan.launches[kind, dtype] = Launch(kind, dtype, places, sizes, reals.device)
+    launch([tensors for _, tensors in held], reals, integers)
 
 
 def _by_group(plan: _Plan) -> Iterator[tuple[dict[str, Any], Tensor]]:

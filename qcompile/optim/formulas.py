@@ -23,10 +23,6 @@ _EXPONENT = 0xFF << MANTISSA_BITS
 _HASH = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 
 
-def _exclusive_or(a: Value, b: Value) -> Value:
-    return (a | b) - (a & b)
-
-
 def _shifted(x: Value, places: int) -> Value:
     """Logical: zeros are shifted in."""
     return (x >> places) & (2 ** (32 - places) - 1)
@@ -34,12 +30,8 @@ def _shifted(x: Value, places: int) -> Value:
 
 def _hash(x: Value) -> Value:
     for shift, factor in _HASH:
-        x = _exclusive_or(x, _shifted(x, shift)) * factor
-    return _exclusive_or(x, _shifted(x, 15))
-
-
-def _half(bits: Value, upper: bool) -> Value:
-    return _shifted(bits, 16) if upper else bits & 0xFFFF
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 15)
 
 
 @cache
@@ -55,8 +47,8 @@ def draw() -> Formula:
     def bits(index: Value) -> tuple[Value, Value, Value]:
         first = _hash(index)
         # One more round: the first and the second moment need not be as good as strangers.
-        second = _exclusive_or(first, _shifted(first, 13)) * _HASH[0][1]
-        return _half(first, upper=True), _half(second, upper=True), _half(_exclusive_or(second, first), upper=True)
+        second = (first ^ _shifted(first, 13)) * _HASH[0][1]
+        return _shifted(first, 16), _shifted(second, 16), _shifted(second ^ first, 16)
 
     return Formula.record("draw", bits, index=INT)
 

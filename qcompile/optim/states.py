@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
 from qcompile.ir.sharding import is_sharded, local_tensor, shards
 from qcompile.kernels.formula.torch_target import evaluate
 
