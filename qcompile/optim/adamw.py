@@ -17,7 +17,18 @@ from qcompile.ir.sharding import is_sharded, local_tensor
 from qcompile.kernels.formula.torch_target import evaluate
 
 from . import blocks, formulas
-from .states import LEAST_BLOCK, MASTERS, STATES, Kind, allocate, decoded, encoded, first_element, kind_of
+from .states import (
+    LEAST_BLOCK,
+    LEAST_ELEMENTS,
+    MASTERS,
+    STATES,
+    Kind,
+    allocate,
+    decoded,
+    encoded,
+    first_element,
+    kind_of,
+)
 
 __all__ = ["AdamW"]
 
@@ -59,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled, times ``lr``.
         states: ``"8bit"``; ``"fp8-lm"``, FP8-LM's E4M3 and FP16 with a scaled FP16 master; ``"fp32"``.
-        master: ``"none"``, ``"fp16"`` (scaled) or ``"fp32"`` copy of 16-bit parameters; by default what ``states`` says.
+        master: ``"none"``, ``"fp16"`` (scaled) or ``"fp32"``, of 16-bit parameters; by default what ``states`` says.
         block: most elements that share a scale; blocks are the largest that part a row evenly.
         seed: of stochastic rounding. Random numbers follow from it, the step and the element's place.
 
@@ -134,19 +145,21 @@ class AdamW(torch.optim.Optimizer):
         """Small parameters are expected; a model that has nothing else would save nothing."""
         all_of = [(p, self._kind(group, p)) for group in self.param_groups for p in group["params"]]
         wanted = {id(p) for g in self.param_groups for p in g["params"] if STATES[g["states"]].first.scaled}
-        wide = sum(p.numel() for p, kind in all_of if not kind.block and id(p) in wanted and p.numel() >= 4096)
-        if total := sum(p.numel() for p, _ in all_of):
-            if wide > total / 20:
-                warnings.warn(
-                    f"AdamW: {wide} of {total} parameters keep float32 states: their rows part into no block of "
-                    f"{LEAST_BLOCK} elements (FSDP1's flat parameters are vectors: use fully_shard)",
-                    stacklevel=3,
-                )
+        wide = sum(
+            p.numel() for p, kind in all_of if not kind.block and id(p) in wanted and p.numel() >= LEAST_ELEMENTS
+        )
+        total = sum(p.numel() for p, _ in all_of)
+        if wide > total / 20:
+            warnings.warn(
+                f"AdamW: {wide} of {total} parameters keep float32 states: their rows part into no block of "
+                f"{LEAST_BLOCK} elements (FSDP1's flat parameters are vectors: use fully_shard)",
+                stacklevel=3,
+            )
 
     # --- the step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns what ``closure``, called first, returns."""
         loss = None
         if closure is not None:
@@ -192,7 +205,7 @@ class AdamW(torch.optim.Optimizer):
             found = (~largest.square().isfinite()).float()
         else:
             found = torch.zeros((), device=device)
-        meshes = {p.device_mesh: None for p in parameters if is_sharded(p)}  # type: ignore[attr-defined]
+        meshes = {p.device_mesh: None for p in parameters if is_sharded(p)}
         for mesh in meshes:
             for axis in range(mesh.ndim):
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(axis))
@@ -251,7 +264,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _planned(self, device: torch.device, members: list[tuple[dict[str, Any], Tensor]]) -> _Plan:
         plan = self._plans.get(device)
-        if plan is None or [p for _, p, _ in plan.members] != [p for _, p in members]:
+        if plan is None or [id(p) for _, p, _ in plan.members] != [id(p) for _, p in members]:
             plan = self._plans[device] = self._plan(device, members)
         return plan
 

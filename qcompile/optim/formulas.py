@@ -109,7 +109,7 @@ def _snapped(y: Value, fmt: Format, random: Value) -> Value:
     count = size.exact_product(per_unit)
     below = count.floor()  # apart from the rest of it, beside which all bits of the chance have their place
     level = (below + (count - below + dither).floor()).exact_product(unit)
-    return where(y < 0.0, -level, level)
+    return where(y < 0.0, 0.0 - level, level)  # 0 without a sign, which Triton's minus has not either
 
 
 @cache

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def _check_shards(parameter: Tensor, lead: int, size: int) -> None:
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _like(parameter: Tensor, own: Tensor, shape: torch.Size) -> Tensor:
+def _like(parameter: Any, own: Tensor, shape: torch.Size) -> Tensor:
     """``own`` as this rank's part of a tensor of ``shape`` that is placed as ``parameter`` is."""
     if not is_sharded(parameter):
         return own
@@ -224,8 +225,8 @@ def decoded(state: dict[str, Tensor], name: str, kind: Kind) -> Tensor:
     return _like(codes, own.clone(), codes.shape)
 
 
-def first_element(parameter: Tensor) -> int:
-    """Where this rank's shard begins in the whole parameter, counted in elements; exact for shards of the first axis."""
+def first_element(parameter: Any) -> int:
+    """The place of this rank's first element in the whole parameter; exact for shards of the first axis."""
     if not is_sharded(parameter):
         return 0
     sizes, starts = list(parameter.shape), [0] * parameter.dim()

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.triton_target import device_function
 from qcompile.kernels.triton import absolute_maximum, launch
 
@@ -52,10 +51,10 @@ class _State:
     place: int
     scaled: bool
     dtype: Any
-    decode: Any = field(repr=False)
-    scale: Any = field(repr=False)
-    encode: Any = field(repr=False)
     formulas: tuple[str, ...] = ()
+    decode: Any = field(default=None, repr=False)
+    scale: Any = field(default=None, repr=False)
+    encode: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +70,10 @@ class _Constants:
     second: _State
     master: _State
     rounds: bool
+    formulas: tuple[str, ...]
     advance: Any = field(repr=False)
     draw: Any = field(repr=False)
-    round_parameter: Any = field(repr=False)
-    formulas: tuple[str, ...] = ()
+    round_parameter: Any = field(default=None, repr=False)
 
     @property
     def cache_key(self) -> str:
@@ -83,14 +82,14 @@ class _Constants:
 
 def _state(name: str, numbers: Numbers | None) -> _State:
     if numbers is None or not numbers.scaled:
-        return _State(-1 if numbers is None else _PLACES[name], False, tl.float32, None, None, None)
+        return _State(-1 if numbers is None else _PLACES[name], False, tl.float32)
     parts = (
         formulas.decode(numbers.name),
         formulas.scale(numbers.name),
         formulas.encode(numbers.name, name == "exp_avg_sq"),
     )
-    functions = map(device_function, parts)
-    return _State(_PLACES[name], True, _TYPES[numbers.bits], *functions, tuple(f.digest for f in parts))
+    digests = tuple(formula.digest for formula in parts)
+    return _State(_PLACES[name], True, _TYPES[numbers.bits], digests, *map(device_function, parts))
 
 
 @cache
@@ -98,21 +97,21 @@ def _constants(kind: Kind, gradient: torch.dtype) -> _Constants:
     block = kind.block or 128
     width = triton.next_power_of_2(block)
     rounds = kind.master is None and kind.parameter != torch.float32
-    parts: list[Formula] = [formulas.advance(), formulas.draw()]
-    parts += [formulas.round_parameter(kind.parameter)] if rounds else []
-    functions = [*map(device_function, parts), *[None] * (not rounds)]
+    parts = [formulas.advance(), formulas.draw(), *([formulas.round_parameter(kind.parameter)] if rounds else [])]
     numbers = dict(kind.entries())
-    states = (_state(name, numbers.get(name)) for name in _PLACES)
+    first, second, master = (_state(name, numbers.get(name)) for name in _PLACES)
     return _Constants(
         _TYPES[kind.parameter],
         _TYPES[gradient],
         block,
         width,
         max(1, _ELEMENTS // width),
-        *states,
+        first,
+        second,
+        master,
         rounds,
-        *functions,
-        tuple(f.digest for f in parts),
+        tuple(formula.digest for formula in parts),
+        *map(device_function, parts),
     )
 
 
@@ -209,8 +208,8 @@ class Launch:
         self.on_host: Tensor | None = None
 
     def __call__(self, members: Sequence[dict[str, Tensor]], reals: Tensor, integers: Tensor) -> None:
-        """``members``: ``parameter``, ``gradient`` and state of each, contiguous; the others as in :func:`blocks.update`,
-        one row per member.
+        """``members``: ``parameter``, ``gradient`` and state of each, contiguous. ``reals`` and ``integers`` have a row
+        for every place, as :func:`blocks.update` takes it.
         """
         addresses = [_addresses(tensors) for tensors in members]
         if addresses != self.addresses:  # gradients move; the copy does not wait, and its source outlives it

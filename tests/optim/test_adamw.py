@@ -316,6 +316,7 @@ def test_one_program_for_all_sizes_learning_rates_and_blocks():
     assert programs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_is_eager_bit_for_bit():
@@ -351,8 +352,9 @@ def test_parameters_without_gradients_do_not_step():
     own[0].grad = own[3].grad = None
     optimizer.step()
     give_gradients(own, 4)
+    own[1].grad = own[2].grad = None  # as many others as before
     optimizer.step()
-    assert [float(optimizer.state[p]["step"]) for p in own] == [4, 5, 5, 4, 5]
+    assert [float(optimizer.state[p]["step"]) for p in own] == [4, 4, 4, 4, 5]
     assert [float(before.state[p]["step"]) for p in before.param_groups[0]["params"]] == [3] * 5
 
 
@@ -500,7 +502,7 @@ def test_a_state_of_other_blocks_is_refused():
     saved = trained(AdamW(parameters(), block=64)).state_dict()
     for group in saved["param_groups"]:
         del group["block"]
-    message = r"^AdamW: exp_avg_scale of a parameter \(40, 128\) is \(40, 2\) torch.float32, and its group calls for \(40, 1\)"
+    message = r"^AdamW: exp_avg_scale of a parameter \(40, 128\) is \(40, 2\) torch.float32, .* calls for \(40, 1\)"
     with pytest.raises(ValueError, match=message):
         AdamW(parameters()).load_state_dict(saved)
 
