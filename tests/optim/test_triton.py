@@ -19,8 +19,8 @@ from qcompile.optim.states import STATES, kind_of
 
 from ..kernels.harness import SM90, compiled, interpreted, run_interpreted
 
-#: Blocks of 128, 125 and 16, a parameter of many programs, small ones; sizes that end within a program.
-SHAPES = ((70, 128), (33, 125), (300, 16 * 17), (100,), ())
+#: Blocks of 128, 125 and 68, small parameters, a scalar; sizes that end within a program, one of three programs.
+SHAPES = ((70, 128), (33, 125), (16, 16 * 17), (100,), ())
 
 
 def train(dtype: torch.dtype, **options) -> list[torch.Tensor]:
@@ -58,10 +58,9 @@ def test_numerics_under_the_interpreter():
 
 
 @compiled
-@pytest.mark.parametrize("states", ["8bit", "fp8-lm"])
-def test_it_compiles(states):
+def test_it_compiles():
     """For an H100; no product is contracted with a sum, which would round other than torch does."""
-    kind = kind_of(torch.empty(64, 128, dtype=torch.bfloat16), STATES[states], STATES[states].master, 128)
+    kind = kind_of(torch.empty(64, 128, dtype=torch.bfloat16), STATES["8bit"], "none", 128)
     signature = {"table": "*i64", "sizes": "*i64", "programs": "*i32", "reals": "*fp32", "integers": "*i32"}
     source = ASTSource(fused._step, signature | {"own": "constexpr"}, {"own": fused._constants(kind, torch.bfloat16)})
     kernel = triton_compile(source, target=SM90, options={"enable_fp_fusion": False})
