@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
+    from qcompile import optim as optim
     from qcompile.apps.repro import save_repro as save_repro
     from qcompile.backends import backend as backend
     from qcompile.backends import register as register
@@ -74,5 +75,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
+    if name == "optim":
+        return import_module("qcompile.optim")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

@@ -141,6 +141,7 @@ ROOMS = (
     "definitions",
     "functional",
     "stored",
+    "optim",
     "passes",
     "session",
     "backends",

@@ -45,6 +45,7 @@ OPERATORS = {
     "ne": "{0} != {1}",
     "and": "{0} & {1}",
     "or": "{0} | {1}",
+    "xor": "{0} ^ {1}",
     "shift_left": "{0} << {1}",
     "shift_right": "{0} >> {1}",
 }
@@ -187,6 +188,9 @@ class Value:
 
     def __or__(self, other: Value | Number) -> Value:
         return self._with("or", other)
+
+    def __xor__(self, other: Value | Number) -> Value:
+        return self._with("xor", other)
 
     def __invert__(self) -> Value:
         if self.dtype != BOOL:

@@ -89,6 +89,7 @@ _OPS: dict[str, Callable[..., Body]] = {
     "power": _power,
     "and": partial(_same_named, "bitwise_and"),
     "or": partial(_same_named, "bitwise_or"),
+    "xor": partial(_same_named, "bitwise_xor"),
     "not": partial(_same_named, "logical_not"),
     "shift_left": partial(_same_named, "bitwise_left_shift"),
     "shift_right": partial(_same_named, "bitwise_right_shift"),

@@ -29,6 +29,7 @@ __all__ = [
     "scale_and_reciprocal",
     "scaled_error",
     "store_of",
+    "stored_format",
     "stored_scale",
 ]
 
@@ -88,10 +89,21 @@ def store_of(name: str) -> Store:
         case "bf16":
             return Store(_bfloat16, lambda bits: (bits << 16).view(FLOAT))
         case "fp16":
-            return _small_float(_ScaleFormat("fp16", 16, float_magnitudes(5, 10, reserved=1024)), 0x7E00)
+            return _small_float(stored_format(name), 0x7E00)
+        case "ue5m3":
+            return _small_float(stored_format(name), 0xFF)
+    return _small_float(stored_format(name), 0x7F)
+
+
+@cache
+def stored_format(name: str) -> Format:
+    """The levels of the small float that a store keeps numbers in."""
+    match name:
+        case "fp16":
+            return _ScaleFormat(name, 16, float_magnitudes(5, 10, reserved=1024))
         case "ue5m3":  # no sign, so all eight bits are magnitude
-            return _small_float(_ScaleFormat("ue5m3", 9, float_magnitudes(5, 3, reserved=1)), 0xFF)
-    return _small_float(get_format(name), 0x7F)
+            return _ScaleFormat(name, 9, float_magnitudes(5, 3, reserved=1))
+    return get_format(name)
 
 
 # --- recorded, by quantizer -----------------------------------------------------------------------------------------

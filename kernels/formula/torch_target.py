@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .expression import Formula, Value
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "torch_function"]
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -46,6 +47,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "ne": torch.ne,
     "and": torch.bitwise_and,
     "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
     "not": torch.logical_not,
     "shift_left": torch.bitwise_left_shift,
     "shift_right": torch.bitwise_right_shift,
@@ -77,3 +79,29 @@ def evaluate(formula: Formula, *inputs: Tensor) -> Any:
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in inputs))
     outputs = tuple(tensor_of(output).expand(shape) for output in formula.outputs)  # a constant has no shape
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+@cache
+def torch_function(formula: Formula) -> Callable[..., Any]:
+    """``formula`` as a function of tensors without loops or look-ups, which ``torch.compile`` traces quickly. Its
+    results have the shapes that they follow from.
+    """
+    constants: dict[str, str] = {}
+
+    def literal(value: Value) -> str:
+        made = f"torch.full((), {value.args[0]!r}, dtype={value.dtype}, device={formula.inputs[0].args[0]}.device)"
+        return constants.setdefault(made, f"c{len(constants)}")
+
+    def line(step: Value, arguments: Sequence[str]) -> str:
+        dtype = (str(step.dtype),) if step.op in _CONVERSIONS else ()
+        return f"op_{step.op}({', '.join((*arguments, *dtype))})"
+
+    steps = [f"{name} = {text}" for _, name, text in formula.lines(line, literal)]
+    results = f"return {', '.join(formula.results(literal))}"
+    body = [*(f"{name} = {made}" for made, name in constants.items()), *steps, results]
+    inputs = ", ".join(value.args[0] for value in formula.inputs)
+    source = "\n    ".join([f"def {formula.name}({inputs}):", *body])
+    named = {f"op_{name}": function for name, function in (_OPS | _CONVERSIONS).items()}
+    scope: dict[str, Any] = {"torch": torch, "inf": float("inf"), "nan": float("nan"), **named}
+    exec(compile(source, f"<formula {formula.name}>", "exec"), scope)
+    return scope[formula.name]

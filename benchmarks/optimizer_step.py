@@ -1,0 +1,185 @@
+"""Bytes of states per parameter and time per step of AdamW, ours beside torch's, torchao's and bitsandbytes'.
+
+Parameters are the matrices of Llama's layers and its norms, as many as the size asks for, with gradients of the same
+dtype; nothing else runs. The first step is timed apart: it makes the states and compiles. Every arm has a process of
+its own and a time limit; a row is written as soon as it is there, and a failed arm has its reason in the row.
+
+    python benchmarks/optimizer_step.py --out benchmarks/h200/optimizer_step.csv [--millions 100 300 1000] [--limit 120]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import brief, milliseconds, write_rows
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+LR = 1e-4
+
+
+def _torchs(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, fused=True)
+
+
+def _ours(**options: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        from qcompile.optim import AdamW
+
+        return AdamW(parameters, lr=LR, **options)
+
+    return make
+
+
+def _torchaos(name: str, **options: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        import torchao.optim
+
+        return getattr(torchao.optim, name)(parameters, lr=LR, **options)
+
+    return make
+
+
+def _bitsandbytes(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=LR)
+
+
+#: Arm → dtype of parameters and gradients, and the optimizer.
+ARMS: dict[str, tuple[torch.dtype, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
+    "torch fused, FP32": (FP32, _torchs),
+    "torch fused, BF16": (BF16, _torchs),
+    "ours 8bit, FP32": (FP32, _ours()),
+    "ours 8bit, BF16": (BF16, _ours()),
+    "ours 8bit, BF16 with FP32 master": (BF16, _ours(master="fp32")),
+    "ours fp8-lm, BF16": (BF16, _ours(states="fp8-lm")),
+    "ours fp32, FP32": (FP32, _ours(states="fp32")),
+    "torchao AdamW8bit, BF16": (BF16, _torchaos("AdamW8bit", bf16_stochastic_round=True)),
+    "torchao AdamWFp8, BF16": (BF16, _torchaos("AdamWFp8", bf16_stochastic_round=True)),
+    "bitsandbytes AdamW8bit, BF16": (BF16, _bitsandbytes),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """``state_bytes``: of all that the optimizer holds, per parameter. ``ratio``: to fused AdamW in float32."""
+
+    arm: str
+    millions: float
+    tensors: int
+    first_step_s: float = 0.0
+    ms: float = 0.0
+    state_bytes: float = 0.0
+    ratio: float = 0.0
+    error: str = ""
+
+
+def shapes(millions: float) -> list[tuple[int, ...]]:
+    """Layers of a Llama until there are as many parameters: 12 · width² each, about one per 128 of width."""
+    width = 128 * max(1, round((millions * 1e6 * 128 / 12) ** (1 / 3) / 128))
+    layer = [(width, width)] * 4 + [(8 * width // 3 // 128 * 128 + 128, width)] * 3 + [(width,)] * 2
+    found: list[tuple[int, ...]] = []
+    while sum(torch.Size(shape).numel() for shape in found) < millions * 1e6:
+        found += layer
+    return found
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the storages of all state tensors, those inside of subclasses included; each storage once."""
+    storages: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                count(getattr(value, name))
+        elif isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+
+    for state in optimizer.state.values():
+        for value in state.values():
+            count(value)
+    return sum(storages.values())
+
+
+def measured(arm: str, millions: float, steps: int) -> Row:
+    dtype, make = ARMS[arm]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.randn(shape, device=DEVICE, generator=generator).mul(0.02).to(dtype))
+        for shape in shapes(millions)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, device=DEVICE, generator=generator).mul(1e-3).to(dtype)
+    optimizer = make(parameters)
+    start = time.perf_counter()
+    optimizer.step()
+    _wait()
+    first = time.perf_counter() - start
+    optimizer.step()
+    _wait()
+    times = milliseconds(optimizer.step, steps, DEVICE.type == "cuda")
+    elements = sum(parameter.numel() for parameter in parameters)
+    return Row(arm, elements / 1e6, len(parameters), first, median(times), state_bytes(optimizer) / elements)
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_time(arm: str, millions: float, steps: int, limit: float) -> Row:
+    """The row of an arm from a process of its own, killed after ``limit`` seconds."""
+    command = [sys.executable, __file__, "--arm", arm, "--millions", str(millions), "--steps", str(steps)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return Row(arm, millions, 0, error=f"not done after {limit:g} s")
+    if run.returncode:
+        return Row(arm, millions, 0, error=run.stderr.strip().splitlines()[-1][:160] if run.stderr else "killed")
+    return Row(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--millions", type=float, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=120, help="seconds per arm")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # the process of one
+    options = parser.parse_args()
+    if options.arm:
+        try:
+            row = measured(options.arm, options.millions[0], options.steps)
+        except Exception as error:  # whatever another library raises belongs in its row
+            row = Row(options.arm, options.millions[0], 0, error=brief(error))
+        print(json.dumps(asdict(row)))
+        return
+    if options.out is None:
+        parser.error("--out says where the rows go")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for millions in options.millions:
+        baseline = 0.0
+        for arm in options.arms:
+            row = in_time(arm, millions, options.steps, options.limit)
+            baseline = row.ms if arm == "torch fused, FP32" else baseline
+            rows.append(Row(**{**asdict(row), "ratio": row.ms / baseline if baseline else 0.0}))
+            write_rows(options.out, rows)  # all of them, so that what is there is a table at any time
+            print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What an element of the optimizer computes, written once: torch on the CPU and the Triton kernel are printed from it.
+
+Numbers of a state lie in blocks with one float32 scale each. As in :mod:`qcompile.kernels.quantize.reference`, with M
+the largest level: s = amax / M, γ = M / amax, y = x · γ, and x̂ = s · level.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from qcompile.ir.formats import Format
+from qcompile.kernels.formula.expression import FLOAT, INT, Formula, Value, constant, where
+from qcompile.kernels.formula.layout import MANTISSA_BITS, minifloat
+from qcompile.kernels.formula.scales import store_of, stored_format
+
+__all__ = ["SMALLEST_NORMAL", "advance", "decode", "draw", "encode", "hashed", "round_parameter", "scale"]
+
+SMALLEST_NORMAL = 2.0**-126
+_EXPONENT = 0xFF << MANTISSA_BITS
+#: Wellons' "lowbias32", as stochastic rounding elsewhere draws its numbers, with signs that int32 has.
+_HASH = ((16, 0x21F0AAAD), (15, 0x735A2D97))
+
+
+def _shifted(x: Value, places: int) -> Value:
+    """Logical: zeros are shifted in."""
+    return (x >> places) & (2 ** (32 - places) - 1)
+
+
+def _hash(x: Value) -> Value:
+    for shift, factor in _HASH:
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 15)
+
+
+@cache
+def hashed() -> Formula:
+    """``(x) → hash`` of int32."""
+    return Formula.record("hashed", _hash, x=INT)
+
+
+@cache
+def draw() -> Formula:
+    """``(index) → 16 random bits for the parameter, the first and the second moment``; index counts elements."""
+
+    def bits(index: Value) -> tuple[Value, Value, Value]:
+        first = _hash(index)
+        # One more round: the first and the second moment need not be as good as strangers.
+        second = (first ^ _shifted(first, 13)) * _HASH[0][1]
+        return _shifted(first, 16), _shifted(second, 16), _shifted(second ^ first, 16)
+
+    return Formula.record("draw", bits, index=INT)
+
+
+@cache
+def advance() -> Formula:
+    """AdamW: ``(parameter, gradient, m, v, what :func:`qcompile.optim.adamw.scalars` says) → parameter, m, v``.
+
+    As torch.optim.AdamW computes it: decoupled weight decay, then the step.
+    """
+
+    def update(
+        p: Value,
+        g: Value,
+        m: Value,
+        v: Value,
+        unscale: Value,
+        new1: Value,
+        keep2: Value,
+        new2: Value,
+        decay: Value,
+        rate: Value,
+        root: Value,
+        eps: Value,
+    ) -> tuple[Value, Value, Value]:
+        g = g * unscale
+        m = m + (g - m) * new1
+        v = v * keep2 + g * g * new2
+        return p * decay - m / (v.sqrt() / root + eps) * rate, m, v
+
+    names = ("p", "g", "m", "v", "unscale", "new1", "keep2", "new2", "decay", "rate", "root", "eps")
+    return Formula.record("advance", update, **dict.fromkeys(names, FLOAT))
+
+
+@cache
+def scale(name: str) -> Formula:
+    """``(amax) → scale, γ`` of a block. The smallest level times the smallest scale is a normal number."""
+    fmt = stored_format(name)
+    floor = fmt.max / fmt.magnitudes[1] * SMALLEST_NORMAL
+
+    def pair(amax: Value) -> tuple[Value, Value]:
+        amax = amax.clamp(min=floor)
+        return amax / fmt.max, fmt.max / amax
+
+    return Formula.record("scale", pair, amax=FLOAT)
+
+
+def _snapped(y: Value, fmt: Format, random: Value) -> Value:
+    """y to the level below or above, by chance such that the mean is y; 16 random bits."""
+    layout = minifloat(fmt)
+    assert layout is not None
+    mantissa_bits, factor = layout
+    size = abs(y)
+    binade = size.at_least(factor * SMALLEST_NORMAL).view(INT) & _EXPONENT
+    unit = binade.view(FLOAT).exact_product(2.0**-mantissa_bits)
+    per_unit = (constant(254 << MANTISSA_BITS, INT) - binade).view(FLOAT).exact_product(2.0**mantissa_bits)
+    dither = (random.float() + 0.5).exact_product(2.0**-16)
+    count = size.exact_product(per_unit)
+    below = count.floor()  # apart from the rest of it, beside which all bits of the chance have their place
+    level = (below + (count - below + dither).floor()).exact_product(unit)
+    return where(y < 0.0, 0.0 - level, level)  # 0 without a sign, which Triton's minus has not either
+
+
+@cache
+def encode(name: str, positive: bool) -> Formula:
+    """``(x, γ, 16 random bits) → code``, rounded by chance. ``positive``: x ≥ 0, and no x > 0 is stored as 0."""
+    fmt, store = stored_format(name), store_of(name)
+
+    def code(x: Value, gamma: Value, random: Value) -> Value:
+        y = x * gamma
+        if positive:
+            y = where(x > 0.0, y.at_least(fmt.magnitudes[1]), 0.0)
+        return store.encode(_snapped(y, fmt, random))
+
+    return Formula.record("encode", code, x=FLOAT, gamma=FLOAT, random=INT)
+
+
+@cache
+def decode(name: str) -> Formula:
+    """``(code, scale) → x``."""
+    return Formula.record("decode", lambda code, scale: store_of(name).decode(code) * scale, code=INT, scale=FLOAT)
+
+
+@cache
+def round_parameter(dtype: torch.dtype) -> Formula:
+    """``(x, 16 random bits) → x`` rounded by chance to a number that ``dtype`` holds; infinity and NaN stay."""
+
+    def rounded(x: Value, random: Value) -> Value:
+        if dtype == torch.bfloat16:  # the upper half: the lower one is the chance of the next number away from 0
+            return where(x.isfinite(), ((x.view(INT) + random) & -(2**16)).view(FLOAT), x)
+        return where(x.isfinite(), _snapped(x.clamp(-65504.0, 65504.0), stored_format("fp16"), random), x)
+
+    return Formula.record("round_parameter", rounded, x=FLOAT, random=INT)
