@@ -64,6 +64,7 @@ __all__ = [
     "disabled_torch_function",
     "eager_inner_compile",
     "empty_strided",
+    "enabled_torch_function",
     "enter_autocast",
     "erase_unread",
     "exit_autocast",
@@ -131,6 +132,9 @@ nll_loss_nd = torch._C._nn.nll_loss_nd
 
 #: The ``__torch_function__`` of a class that overrides nothing, which Dynamo then traces as a plain tensor's.
 disabled_torch_function = torch._C._disabled_torch_function_impl
+
+#: Within it, classes with a ``__torch_function__`` are asked, also where a subclass of tensors has turned that off.
+enabled_torch_function = torch._C._EnableTorchFunction
 
 #: Within it, tensors have data even where the user compiles under ``FakeTensorMode``.
 no_fake_mode = torch._subclasses.fake_tensor.unset_fake_temporarily

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from qcompile import compat
 from qcompile.ir.formulas import float32
 
 __all__ = ["OPERATORS", "Formula", "Number", "Value", "constant", "where"]
@@ -328,7 +329,8 @@ class Formula:
     def record(name: str, function: Callable[..., Any], **inputs: torch.dtype) -> Formula:
         """``function`` applied to one value per keyword. Raises ``TypeError`` if it does not return values."""
         values = tuple(Value.input(key, dtype) for key, dtype in inputs.items())
-        result = function(*values)
+        with compat.enabled_torch_function():  # a tensor subclass that is at work may have turned it off
+            result = function(*values)
         outputs = result if isinstance(result, tuple) else (result,)
         for output in outputs:
             if not isinstance(output, Value):

@@ -421,6 +421,8 @@ def _layout_of(kind: str, layer: _Chosen, bits: int | None, dtype: torch.dtype) 
     shape = tuple(weight.mT.shape if layer.transposed else weight.shape)
     if layer.transposed and kind != "bitsandbytes":
         return layout, f"its weight lies [K, N] (Conv1D), and {kind} quantizes nn.Linear only; skip it"
+    if stored.zeros:
+        return layout, f"{kind} has no float zeros; qcompile.unpack_ the model and pack it without 'zeros'"
     return layout, layout.fault(stored, (shape[0], shape[1]), dtype)
 
 

@@ -80,6 +80,13 @@ def test_constants_are_float32_numbers():
     assert torch.tensor(0.1).item().hex() in formula.text
 
 
+def test_formulas_are_recorded_where_a_subclass_of_tensors_is_at_work():
+    """Its ``__torch_function__`` runs ops with overriding turned off, and the first op of a kind records formulas."""
+    with torch._C.DisableTorchFunctionSubclass():
+        formula = Formula.record("f", lambda y: torch.where(y < 0, -1.0, 1.0), y=torch.float32)
+    assert "where" in formula.text
+
+
 def test_what_is_computed_twice_is_printed_once():
     formula = Formula.record("twice", lambda y: (y * y + 1) / (y * y + 1), y=FLOAT)
     assert [step.op for step in formula.steps] == ["mul", "add", "div"]

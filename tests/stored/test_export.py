@@ -288,6 +288,13 @@ REFUSED = [
     ("int4 block32x32", "compressed-tensors", {}, "a scale per block32x32 is shared by rows; use block32"),
     (NVFP4, "compressed-tensors", {"fused": ()}, "decoded in bfloat16, and the model is float32; give dtype=torch.bf"),
     ("int4 block32", "gptq", {}, "scales in 16 bits, and the model is float32; give dtype=torch.float16"),
+    (
+        "int4 block32; zeros",
+        "compressed-tensors",
+        {},
+        "compressed-tensors has no float zeros; qcompile.unpack_ the model",
+    ),
+    ("nf4 block64; zeros", "bitsandbytes", {}, "bitsandbytes has no float zeros"),
     ("int3 block32", "gptq", {"dtype": F16}, "gptq has integers of 2, 4 or 8 bits, not 3; bits=4 writes the same"),
 ]
 
