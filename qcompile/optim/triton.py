@@ -155,10 +155,9 @@ def _step(table, sizes, programs, reals, integers, own: tl.constexpr, aligned: t
         at = rows[:, None] * own.block + columns
         size = tl.load(sizes + member)
         present = rows * own.block < size
-        if own.whole and own.block == own.width:  # one value along a row: a thread moves many elements at once
-            inside = present[:, None]
-        else:
-            inside = (columns < own.block) & (at < size)
+        # Of one value along a row where that is possible: a thread then moves many elements at once.
+        whole_rows: tl.constexpr = own.whole and own.block == own.width
+        inside = present[:, None] if whole_rows else (columns < own.block) & (at < size)
         for_parameter, for_first, for_second = own.draw(at.to(tl.int32) + tl.load(integers + 2 * member))
 
         g = tl.load(_at(table, 1, own.gradient, aligned) + at, mask=inside, other=0.0).to(tl.float32)
