@@ -211,7 +211,9 @@ class AdamW(torch.optim.Optimizer):
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(axis))
         return found
 
-    def _step_on(self, device: torch.device, members: list[tuple[dict[str, Any], Tensor, Tensor]], found: Tensor):
+    def _step_on(
+        self, device: torch.device, members: list[tuple[dict[str, Any], Tensor, Tensor]], found: Tensor
+    ) -> None:
         plan = self._planned(device, [(group, parameter) for group, parameter, _ in members])
         plan.steps += 1 - found
         reals = torch.cat([self._reals(group, steps) for group, steps in _by_group(plan)])

@@ -12,7 +12,7 @@ import torch
 
 from qcompile.ir.formats import Format
 from qcompile.kernels.formula.expression import FLOAT, INT, Formula, Value, constant, where
-from qcompile.kernels.formula.layout import MANTISSA_BITS, minifloat
+from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of, minifloat
 from qcompile.kernels.formula.scales import store_of, stored_format
 
 __all__ = ["SMALLEST_NORMAL", "advance", "decode", "draw", "encode", "hashed", "round_parameter", "scale"]
@@ -96,32 +96,41 @@ def scale(name: str) -> Formula:
     return Formula.record("scale", pair, amax=FLOAT)
 
 
-def _snapped(y: Value, fmt: Format, random: Value) -> Value:
-    """y to the level below or above, by chance such that the mean is y; 16 random bits."""
+def _rounded(y: Value, fmt: Format, random: Value) -> tuple[Value, Value]:
+    """|y| to the level below or above, by chance such that the mean is |y|, and its index; 16 random bits.
+
+    As in :func:`qcompile.kernels.formula.rounding.nearest`, a level is a count of units in the last place of its
+    binade, and an index that count and 2^m for every binade above the smallest.
+    """
     layout = minifloat(fmt)
     assert layout is not None
     mantissa_bits, factor = layout
     size = abs(y)
-    binade = size.at_least(factor * SMALLEST_NORMAL).view(INT) & _EXPONENT
+    smallest_normal = factor * SMALLEST_NORMAL
+    binade = size.at_least(smallest_normal).view(INT) & _EXPONENT
     unit = binade.view(FLOAT).exact_product(2.0**-mantissa_bits)
     per_unit = (constant(254 << MANTISSA_BITS, INT) - binade).view(FLOAT).exact_product(2.0**mantissa_bits)
     dither = (random.float() + 0.5).exact_product(2.0**-16)
     count = size.exact_product(per_unit)
     below = count.floor()  # apart from the rest of it, beside which all bits of the chance have their place
-    level = (below + (count - below + dither).floor()).exact_product(unit)
-    return where(y < 0.0, 0.0 - level, level)  # 0 without a sign, which Triton's minus has not either
+    count = below + (count - below + dither).floor()
+    index = count.int() + ((binade - bits_of(smallest_normal)) >> (MANTISSA_BITS - mantissa_bits))
+    return count.exact_product(unit), index
 
 
 @cache
 def encode(name: str, positive: bool) -> Formula:
     """``(x, γ, 16 random bits) → code``, rounded by chance. ``positive``: x ≥ 0, and no x > 0 is stored as 0."""
-    fmt, store = stored_format(name), store_of(name)
+    fmt = stored_format(name)
+    last, sign = len(fmt.magnitudes) - 1, 2 ** (fmt.bits - 1)
 
     def code(x: Value, gamma: Value, random: Value) -> Value:
         y = x * gamma
         if positive:
             y = where(x > 0.0, y.at_least(fmt.magnitudes[1]), 0.0)
-        return store.encode(_snapped(y, fmt, random))
+        _, index = _rounded(y, fmt, random)
+        index = where(index > last, last, index)  # the largest of a block may be rounded above M / s
+        return index if positive else where(y < 0.0, index | sign, index)
 
     return Formula.record("encode", code, x=FLOAT, gamma=FLOAT, random=INT)
 
@@ -139,6 +148,7 @@ def round_parameter(dtype: torch.dtype) -> Formula:
     def rounded(x: Value, random: Value) -> Value:
         if dtype == torch.bfloat16:  # the upper half: the lower one is the chance of the next number away from 0
             return where(x.isfinite(), ((x.view(INT) + random) & -(2**16)).view(FLOAT), x)
-        return where(x.isfinite(), _snapped(x.clamp(-65504.0, 65504.0), stored_format("fp16"), random), x)
+        level, _ = _rounded(x.clamp(-65504.0, 65504.0), stored_format("fp16"), random)
+        return where(x.isfinite(), where(x < 0.0, 0.0 - level, level), x)
 
     return Formula.record("round_parameter", rounded, x=FLOAT, random=INT)

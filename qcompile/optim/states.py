@@ -165,9 +165,10 @@ def _like(parameter: Any, own: Tensor, shape: torch.Size) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
+    made = DTensor.from_local(
         own, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=strides
     )
+    return made.to(own.device)  # parameters that FSDP2 offloads are on the CPU, where from_local leaves nothing
 
 
 def _scale_shapes(parameter: Tensor, block: int) -> tuple[torch.Size, torch.Size]:

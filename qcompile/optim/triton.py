@@ -31,8 +31,8 @@ __all__ = ["Launch"]
 COLUMNS = 8
 _PLACES = {"exp_avg": 2, "exp_avg_sq": 4, "master": 6}
 _COLUMNS = tl.constexpr(COLUMNS)
-#: Elements of a program.
-_ELEMENTS = 4096
+#: Elements of a program: 8 per thread. With more, registers run out (ptxas for sm_90: 78 here, 255 at 4096).
+_ELEMENTS = 1024
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -59,11 +59,15 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _Constants:
-    """What the kernel is specialized by; one object per kind, as Triton looks constants up at every launch."""
+    """What the kernel is specialized by; one object per kind, as Triton looks constants up at every launch.
+
+    A program has ``rows`` of ``width`` ≥ ``block`` elements; ``whole`` if parameters have whole blocks.
+    """
 
     parameter: Any
     gradient: Any
     block: int
+    whole: bool
     width: int
     rows: int
     first: _State
@@ -104,6 +108,7 @@ def _constants(kind: Kind, gradient: torch.dtype) -> _Constants:
         _TYPES[kind.parameter],
         _TYPES[gradient],
         block,
+        kind.block > 0,
         width,
         max(1, _ELEMENTS // width),
         first,
@@ -116,30 +121,31 @@ def _constants(kind: Kind, gradient: torch.dtype) -> _Constants:
 
 
 @triton.jit
-def _at(table, column: tl.constexpr, dtype: tl.constexpr):
-    return tl.load(table + column).to(tl.pointer_type(dtype))
+def _at(table, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
+    pointer = tl.load(table + column).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if aligned else pointer
 
 
 @triton.jit
-def _load(table, state: tl.constexpr, at, rows, inside, present):
-    x = tl.load(_at(table, state.place, state.dtype) + at, mask=inside, other=0)
+def _load(table, state: tl.constexpr, at, rows, inside, present, aligned: tl.constexpr):
+    x = tl.load(_at(table, state.place, state.dtype, aligned) + at, mask=inside, other=0)
     if state.scaled:
-        scale = tl.load(_at(table, state.place + 1, tl.float32) + rows, mask=present, other=0.0)
+        scale = tl.load(_at(table, state.place + 1, tl.float32, aligned) + rows, mask=present, other=0.0)
         x = state.decode(x.to(tl.int32), scale[:, None])
     return x
 
 
 @triton.jit
-def _store(table, state: tl.constexpr, x, bits, at, rows, inside, present):
+def _store(table, state: tl.constexpr, x, bits, at, rows, inside, present, aligned: tl.constexpr):
     if state.scaled:
         scale, gamma = state.scale(absolute_maximum(tl.where(inside, x, 0.0), 1))
-        tl.store(_at(table, state.place + 1, tl.float32) + rows, scale, mask=present)
+        tl.store(_at(table, state.place + 1, tl.float32, aligned) + rows, scale, mask=present)
         x = state.encode(x, gamma[:, None], bits).to(state.dtype)
-    tl.store(_at(table, state.place, state.dtype) + at, x, mask=inside)
+    tl.store(_at(table, state.place, state.dtype, aligned) + at, x, mask=inside)
 
 
 @triton.jit
-def _step(table, sizes, programs, reals, integers, own: tl.constexpr):
+def _step(table, sizes, programs, reals, integers, own: tl.constexpr, aligned: tl.constexpr):
     program = tl.program_id(0)
     member = tl.load(programs + 2 * program)
     table += member * _COLUMNS
@@ -148,17 +154,19 @@ def _step(table, sizes, programs, reals, integers, own: tl.constexpr):
         columns = tl.arange(0, own.width)[None, :]
         at = rows[:, None] * own.block + columns
         size = tl.load(sizes + member)
-        inside = (columns < own.block) & (at < size)
         present = rows * own.block < size
+        # Of one value along a row where that is possible: a thread then moves many elements at once.
+        whole_rows: tl.constexpr = own.whole and own.block == own.width
+        inside = present[:, None] if whole_rows else (columns < own.block) & (at < size)
         for_parameter, for_first, for_second = own.draw(at.to(tl.int32) + tl.load(integers + 2 * member))
 
-        g = tl.load(_at(table, 1, own.gradient) + at, mask=inside, other=0.0).to(tl.float32)
-        m = _load(table, own.first, at, rows, inside, present)
-        v = _load(table, own.second, at, rows, inside, present)
+        g = tl.load(_at(table, 1, own.gradient, aligned) + at, mask=inside, other=0.0).to(tl.float32)
+        m = _load(table, own.first, at, rows, inside, present, aligned)
+        v = _load(table, own.second, at, rows, inside, present, aligned)
         if own.master.place >= 0:
-            p = _load(table, own.master, at, rows, inside, present)
+            p = _load(table, own.master, at, rows, inside, present, aligned)
         else:
-            p = tl.load(_at(table, 0, own.parameter) + at, mask=inside, other=0.0).to(tl.float32)
+            p = tl.load(_at(table, 0, own.parameter, aligned) + at, mask=inside, other=0.0).to(tl.float32)
         reals += member * 8
         p, m, v = own.advance(
             p,
@@ -174,13 +182,13 @@ def _step(table, sizes, programs, reals, integers, own: tl.constexpr):
             tl.load(reals + 6),
             tl.load(reals + 7),
         )
-        _store(table, own.first, m, for_first, at, rows, inside, present)
-        _store(table, own.second, v, for_second, at, rows, inside, present)
+        _store(table, own.first, m, for_first, at, rows, inside, present, aligned)
+        _store(table, own.second, v, for_second, at, rows, inside, present, aligned)
         if own.master.place >= 0:
-            _store(table, own.master, p, for_parameter, at, rows, inside, present)
+            _store(table, own.master, p, for_parameter, at, rows, inside, present, aligned)
         if own.rounds:
             p = own.round_parameter(p, for_parameter)
-        tl.store(_at(table, 0, own.parameter) + at, p.to(own.parameter), mask=inside)
+        tl.store(_at(table, 0, own.parameter, aligned) + at, p.to(own.parameter), mask=inside)
 
 
 class Launch:
@@ -205,6 +213,7 @@ class Launch:
         self.sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
         self.table = torch.empty(len(sizes), COLUMNS, dtype=torch.int64, device=device)
         self.addresses: list[list[int]] = []
+        self.aligned = False
         self.on_host: Tensor | None = None
 
     def __call__(self, members: Sequence[dict[str, Tensor]], reals: Tensor, integers: Tensor) -> None:
@@ -217,8 +226,10 @@ class Launch:
             self.on_host = host.pin_memory() if self.table.is_cuda else host
             self.table.copy_(self.on_host, non_blocking=True)
             self.addresses = addresses
+            self.aligned = all(address % 16 == 0 for row in addresses for address in row)
         reals, integers = reals[self.rows], integers[self.rows]
-        launch(_step, len(self.programs), self.table, self.sizes, self.programs, reals, integers, own=self.own)
+        arguments = (self.table, self.sizes, self.programs, reals, integers)
+        launch(_step, len(self.programs), *arguments, own=self.own, aligned=self.aligned)
 
 
 def _addresses(tensors: dict[str, Tensor]) -> list[int]:

@@ -123,7 +123,7 @@ def test_training_goes_as_with_float32_states():
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x.to(dtype)).float(), y).backward()
             optimizer.step()
-        return float(nn.functional.mse_loss(model(x.to(dtype)).float(), y))
+        return float(nn.functional.mse_loss(model(x.to(dtype)).float(), y).detach())
 
     exact = loss_after(torch.optim.AdamW)
     assert loss_after(torch.optim.AdamW, steps=1) > 4 * exact

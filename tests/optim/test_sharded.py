@@ -57,3 +57,13 @@ def test_one_process_resumes_what_two_ranks_saved(fsdp):
 
 def test_a_nan_of_one_rank_skips_the_step_of_both(fsdp):
     assert [rank["changed"] for rank in fsdp("nan")] == [[], []]
+
+
+def test_shards_that_cut_blocks_are_refused(fsdp):
+    for rank in fsdp("columns"):
+        assert rank["message"] == (
+            "AdamW: 2 shards along axis 1 of a parameter (64, 128) cut blocks of 128; give block= such that a shard "
+            "holds whole blocks, or the parameter a group with states='fp32'"
+        )
+        assert rank["scales"].shape == (64, 2)
+        torch.testing.assert_close(rank["weight"], torch.full((64, 128), 1 - 1e-3 - 1e-5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from unittest import mock
 
 import pytest
@@ -59,11 +60,16 @@ def test_numerics_under_the_interpreter():
 
 @compiled
 def test_it_compiles():
-    """For an H100; no product is contracted with a sum, which would round other than torch does."""
+    """For an H100: products are not contracted with sums, which would round other than torch does, and a thread reads
+    and writes several elements at once.
+    """
     kind = kind_of(torch.empty(64, 128, dtype=torch.bfloat16), STATES["8bit"], "none", 128)
     signature = {"table": "*i64", "sizes": "*i64", "programs": "*i32", "reals": "*fp32", "integers": "*i32"}
-    source = ASTSource(fused._step, signature | {"own": "constexpr"}, {"own": fused._constants(kind, torch.bfloat16)})
+    constants = {"own": fused._constants(kind, torch.bfloat16), "aligned": True}
+    source = ASTSource(fused._step, signature | {"own": "constexpr", "aligned": "constexpr"}, constants)
     kernel = triton_compile(source, target=SM90, options={"enable_fp_fusion": False})
     products = [line for line in kernel.asm["ptx"].splitlines() if "fma.rn.f32" in line]
     assert [line for line in products if "0f" not in line] == []  # the others are by a constant power of two, exact
-    assert kernel.asm["cubin"]
+    accesses = set(re.findall(r"((?:ld|st)\.global\.\S+)", kernel.asm["ptx"]))
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= accesses
+    assert not [access for access in accesses if access.endswith(("b8", "b16"))]

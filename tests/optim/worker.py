@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qcompile.optim import AdamW
 
@@ -108,11 +109,27 @@ def not_finite() -> dict[str, Any]:
     return {"changed": [name for name in before if not torch.equal(before[name], after[name])]}
 
 
+def cut_columns() -> dict[str, Any]:
+    """Rows of one block, halved: refused; of two blocks, halved: trained."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.ones(64, 128), mesh, [Shard(1)]))
+    try:
+        AdamW([weight])
+    except ValueError as error:
+        message = str(error)
+    optimizer = AdamW([weight], block=64)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    return {"message": message, "weight": whole(weight), "scales": whole(state["exp_avg_scale"])}
+
+
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp_8bit": lambda _: trained(),
     "fsdp_fp8-lm": lambda _: trained(states="fp8-lm"),
     "fsdp_checkpoint": checkpoint,
     "fsdp_nan": lambda _: not_finite(),
+    "fsdp_columns": lambda _: cut_columns(),
 }
 
 
