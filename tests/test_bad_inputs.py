@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "one for True": ({"attention": 1}, r"option 'attention': 1 is not True or False"),
     "unknown pass": (
         {"disable_passes": ["fusee"]},
-        r"option 'disable_passes': there is no pass 'fusee'; passes: expand, causal_masks, insert, .*",
+        r"option 'disable_passes': there is no pass 'fusee'; passes: expand, adopt, causal_masks, insert, .*",
     ),
     "pass not in a list": ({"disable_passes": "fuse"}, r"option 'disable_passes' takes a list of names, got 'fuse'"),
     "layer not in a list": ({"skip": "lm_head"}, r"option 'skip' takes a list of names, got 'lm_head'"),

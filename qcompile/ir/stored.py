@@ -55,7 +55,7 @@ class Stored:
         if self.zeros and q.granularity.kind not in ("block", "row"):
             msg = f"weights stored as {str(q)!r}: zeros belong to blocks of a row, for example block32, or to 'row'"
             raise ValueError(msg)
-        if not self.zeros and q.format.range[0] >= 0:
+        if not self.zeros and all(grid.range[0] >= 0 for grid in q.format.choices):
             msg = f"weights stored as {str(q)!r}: {q.format.name} has no negative levels; add '; zeros'"
             raise ValueError(msg)
 

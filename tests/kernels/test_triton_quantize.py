@@ -59,7 +59,8 @@ def quantizers() -> list[str]:
     texts = []
     for fmt in (fmt for fmt in FORMATS.values() if fmt.name == short_name(fmt.name)):  # others' tests define some
         for rounding in ("even", "half_up"):
-            if fmt.tensor_core_type and not (fmt.pruned or (fmt.torch_dtype and rounding == "half_up")):
+            looked_up = len(fmt.codebook) <= 16  # by the lanes of half a warp
+            if fmt.tensor_core_type and looked_up and not (fmt.pruned or (fmt.torch_dtype and rounding == "half_up")):
                 texts += [f"{fmt.name} row {rule} {rounding}" for rule in ("absmax", "absmax_pow2")]
     return texts
 

@@ -168,7 +168,7 @@ def test_on_the_meta_device_shapes_are_packed():
     assert model.conv.weight.decoded().isfinite().all()
 
 
-def test_a_format_of_the_users():
+def test_a_format_of_the_users(definitions_forgotten):
     """By its short name in the text; stored under the full one, which means one thing for ever."""
     mine = qcompile.Format("eighths", bits=4, codebook=tuple(x / 8 for x in range(-8, 8)))
     model = nn.Sequential(nn.Linear(64, 64))
