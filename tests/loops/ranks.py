@@ -14,6 +14,7 @@ import pytest
 import torch
 
 WORLD = 2
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ranks:
@@ -44,7 +45,8 @@ class Ranks:
         processes = []
         for rank, path in enumerate(logs):
             command = [sys.executable, self.script, self.group, str(rank), str(WORLD), str(self.directory)]
-            environment = {**os.environ, **environments[rank]}
+            paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # scripts import tests
+            environment = {**os.environ, "PYTHONPATH": paths, **environments[rank]}
             with path.open("w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + self.timeout

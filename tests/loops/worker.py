@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.recipes import RECIPES
+from tests.loops.cells import run_cells
 
 VOCABULARY, WIDTH, LAYERS, STEPS = 57, 36, 2, 4
 #: The decoder's head is tied to its embedding and would stay wide: both uses of one weight are to be tested.
@@ -242,23 +241,5 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def main(group: str, rank: int, world: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    for name, cell in CELLS.items():
-        if name.startswith(group):
-            print(f"{name}:", flush=True)  # the last line before a traceback says whose it is
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
-            torch.save(cell(directory), directory / f"{name}.rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    run_cells(CELLS)

@@ -6,8 +6,6 @@ compared can be compared bit for bit. ``python worker.py GROUP RANK WORLD DIRECT
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qcompile.optim import AdamW
+from tests.loops.cells import run_cells
 
 STEPS = 4
 
@@ -133,22 +132,6 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def main(group: str, rank: int, world: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    torch.compiler.set_stance("force_eager")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    for name, cell in CELLS.items():
-        if name.startswith(group):
-            print(f"{name}:", flush=True)  # the last line before a traceback says whose it is
-            torch.save(cell(directory), directory / f"{name}.rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    torch.compiler.set_stance("force_eager")
+    run_cells(CELLS)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["adapted", "in_4_bits", "language_model", "loss_and_gradients"]
+__all__ = ["adapted", "in_4_bits", "language_model", "loss_and_gradients", "with_numbers"]
 
 #: Classes of transformers, and what their configurations need beyond SIZES.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,7 +61,11 @@ def adapted(model: nn.Module, **options: Any) -> Any:
     targets = [name for name in linear if name != "lm_head"]
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets} | options)
     torch.manual_seed(4)
-    model = peft.get_peft_model(model, config)
+    return with_numbers(peft.get_peft_model(model, config))
+
+
+def with_numbers(model: nn.Module) -> nn.Module:
+    """Adapters as training would leave them: lora_B is not zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -6,8 +6,6 @@ leaves what each returned in ``DIRECTORY/{CELL}.rank{RANK}.pt``. ``DIRECTORY/of_
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +30,7 @@ from qcompile import compat
 from qcompile.backends import compile_with
 from qcompile.recipes import STORED
 from qcompile.stored import PackedShard, PackedWeight, load_packed_, packed_state_dict
+from tests.loops.cells import run_cells
 
 WIDTH, LAYERS, STEPS, VOCABULARY = 128, 2, 2, 57
 NESTED = "nf4 block64 absmax_bnb; nested"
@@ -299,22 +298,5 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def main(group: str, rank: int, world: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    for name, cell in CELLS.items():
-        if name.startswith(group):
-            print(f"{name}:", flush=True)
-            torch._dynamo.reset()
-            torch.save(cell(directory), directory / f"{name}.rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    run_cells(CELLS, timeout=120)

@@ -15,7 +15,7 @@ from qcompile.recipes import STORED
 from qcompile.stored import PackedWeight
 from qcompile.stored.pack import packed_weights
 from tests.passes.harness import assert_same, compile_and_run, compiler, leaf, run_eager
-from tests.stored.adapters import language_model, loss_and_gradients
+from tests.stored.adapters import language_model, loss_and_gradients, with_numbers
 
 peft = pytest.importorskip("peft")
 
@@ -151,16 +151,6 @@ def test_a_layout_without_float_zeros_does_not_drop_them(spec, tmp_path):
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
-
-
-def with_numbers(model: nn.Module) -> nn.Module:
-    """Adapters as training would leave them: lora_B is not zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
 
 
 def adapted(spec: str = UINT4, inputs: int = 96, outputs: int = 37, **options):
