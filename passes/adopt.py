@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from qcompile import compat
 from qcompile.ir.formats import FORMATS
-from qcompile.ir.nested import BITSANDBYTES
+from qcompile.ir.nested import BITSANDBYTES, BITSANDBYTES_FORMATS
 from qcompile.ir.quantizer import Quantizer
 
 from .graph import argument_of, bodies_called, item_of, results_of, value_of
@@ -34,8 +34,6 @@ from .views import Dequantize
 __all__ = ["adopt"]
 
 GEMM = "bitsandbytes::gemm_4bit"
-#: bitsandbytes' ``quant_type`` → our format.
-FORMAT_OF = {"nf4": "nf4", "fp4": "fp4bnb"}
 #: Arguments of the op, in order.
 ARGUMENTS = (
     "A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset",
@@ -180,7 +178,7 @@ def _linear(graph: Graph, near: Node, given: dict[str, Any]) -> Node:
         )
         scales = emit(torch.add, emit(of_scales.op, *of_scales.arguments()), given["absmax_offset"])
     scales = emit(torch.reshape, scales, (rows, size // block))
-    quantizer = Quantizer.parse(f"{FORMAT_OF[given['quant_type']]} block{block} absmax_bnb")
+    quantizer = Quantizer.parse(f"{BITSANDBYTES_FORMATS[given['quant_type']]} block{block} absmax_bnb")
     decode = Dequantize(codes, scales, quantizer, -1, size, value_of(given["A"]).dtype)
     weight = emit(decode.op, *decode.arguments())
     linear = graph.call_function(torch.nn.functional.linear, (given["A"], weight, given["bias"]))

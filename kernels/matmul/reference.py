@@ -16,7 +16,7 @@ from qcompile.ir.encoding import Encoding
 from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
-from qcompile.kernels.quantize.reference import decode, load_scale, spread, unpack
+from qcompile.kernels.quantize.reference import decode, load_scale, spread, swap_halves, unpack
 
 __all__ = [
     "block_of",
@@ -170,7 +170,7 @@ def mm_stored(
     spec = Stored.parse(stored)
     q = spec.quantizer
     if high_first:
-        codes = (codes << 4) | (codes >> 4)
+        codes = swap_halves(codes)
     global_scale = second
     if spec.nested is not None:
         assert second is not None

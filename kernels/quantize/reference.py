@@ -52,6 +52,7 @@ __all__ = [
     "recode",
     "scale_pair",
     "scaled_input",
+    "swap_halves",
     "unpack",
 ]
 
@@ -511,6 +512,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for i in range(1, per_byte):
         packed = packed | (codes[..., i] << (width * i))
     return packed
+
+
+def swap_halves(packed: Tensor) -> Tensor:
+    """Bytes of two codes with these swapped: bitsandbytes has the first one in the high half, we in the low one."""
+    return (packed << 4) | (packed >> 4)
 
 
 def unpack(packed: Tensor, bits: int, size: int) -> Tensor:

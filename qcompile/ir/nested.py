@@ -12,7 +12,7 @@ from functools import cache
 
 from .quantizer import Quantizer
 
-__all__ = ["BITSANDBYTES", "NestedScales"]
+__all__ = ["BITSANDBYTES", "BITSANDBYTES_FORMATS", "NestedScales"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,5 @@ class NestedScales:
 
 #: What bitsandbytes does with the absolute maxima of blocks under ``compress_statistics=True``.
 BITSANDBYTES = NestedScales(Quantizer.parse("dynamic8 block256 absmax_bnb"))
+#: bitsandbytes' ``quant_type`` → our format.
+BITSANDBYTES_FORMATS = {"nf4": "nf4", "fp4": "fp4bnb"}

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layouts import BITSANDBYTES_TYPES, swap_halves
+from qcompile.ir.nested import BITSANDBYTES
+from qcompile.kernels.quantize.reference import swap_halves
+
+from .layouts import bnb_spec
 from .weight import PackedWeight
 
 __all__ = ["from_bitsandbytes_", "packed_weight"]
 
-#: bitsandbytes' ``quant_type`` → our format.
-_FORMATS = {theirs: ours for ours, theirs in BITSANDBYTES_TYPES.items()}
-#: Scales that share a scale of scales, and what our text calls that.
-_NESTED_BLOCK = 256
+#: Scales that share a scale of scales.
+_NESTED_BLOCK = BITSANDBYTES.quantizer.granularity.size
 
 
 def from_bitsandbytes_(model: nn.Module) -> list[str]:
@@ -64,5 +65,4 @@ def packed_weight(name: str, weight: Any) -> PackedWeight:
         parts |= {"scale_codes": state.absmax, "second": state.state2.absmax, "offset": state.offset.view(())}
     else:
         parts["scales"] = state.absmax.view(rows, -1)
-    spec = f"{_FORMATS[state.quant_type]} block{state.blocksize} absmax_bnb even{'; nested' if state.nested else ''}"
-    return PackedWeight(parts, spec, size, state.dtype)
+    return PackedWeight(parts, bnb_spec(state.quant_type, state.blocksize, state.nested), size, state.dtype)

@@ -40,7 +40,16 @@ from .layouts import (
     PackedIntegers,
     settled,
 )
-from .pack import SHOWN, choice, impossible, left_wide, multiplies, output_embeddings, packed_weights, readers_of
+from .pack import (
+    choice,
+    impossible,
+    left_wide,
+    lines_of_wide,
+    multiplies,
+    output_embeddings,
+    packed_weights,
+    readers_of,
+)
 from .weight import PackedWeight
 
 __all__ = ["FUSED", "Exported", "export"]
@@ -79,10 +88,7 @@ class Exported:
             f"exported to {self.path} as {self.layout}: {how}; {self.bytes / 1e6:.2f} MB in {files}",
             f"read back: all weights decode to the same {_name(self.dtype)} numbers",
         ]
-        for reason, count in Counter(self.wide.values()).items():
-            names = [name for name, why in self.wide.items() if why == reason]
-            lines.append(f"left wide: {', '.join(names[:SHOWN])}{', …' if count > SHOWN else ''} ({reason})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *lines_of_wide(self.wide)])
 
 
 def export(

@@ -35,11 +35,11 @@ from torch import Tensor
 
 from qcompile.ir.definitions import short_name, short_names
 from qcompile.ir.formats import Format
-from qcompile.ir.nested import BITSANDBYTES
+from qcompile.ir.nested import BITSANDBYTES, BITSANDBYTES_FORMATS
 from qcompile.ir.quantizer import SCALE_RULES, Quantizer
 from qcompile.ir.stored import Stored
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
-from qcompile.kernels.quantize.reference import load_scale, pack, unpack
+from qcompile.kernels.quantize.reference import load_scale, pack, swap_halves, unpack
 
 from .weight import PackedWeight
 
@@ -55,7 +55,6 @@ __all__ = [
     "pack_words",
     "reciprocal",
     "settled",
-    "swap_halves",
     "unpack_words",
 ]
 
@@ -223,11 +222,10 @@ _UNSIGNED = {4: "uint4b8", 8: "uint8b128"}
 
 
 @dataclass(frozen=True)
-class PackedIntegers(Layout):
-    """compressed-tensors' ``pack-quantized``."""
+class _IntegerLayout(Layout):
+    """One that holds integers of ``bits``."""
 
     bits: int
-    name = "pack-quantized"
 
     @property
     def integers(self) -> Integers:
@@ -238,6 +236,13 @@ class PackedIntegers(Layout):
 
     def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
         return self.integers.nearest(weight, dtype)
+
+
+@dataclass(frozen=True)
+class PackedIntegers(_IntegerLayout):
+    """compressed-tensors' ``pack-quantized``."""
+
+    name = "pack-quantized"
 
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
         return {
@@ -380,7 +385,7 @@ def _name(dtype: torch.dtype) -> str:
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
 
 #: Our format → bitsandbytes' ``quant_type``.
-BITSANDBYTES_TYPES = {"nf4": "nf4", "fp4bnb": "fp4"}
+BITSANDBYTES_TYPES = {ours: theirs for theirs, ours in BITSANDBYTES_FORMATS.items()}
 #: Blocks it has kernels for.
 _BNB_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -455,9 +460,7 @@ class BitsAndBytes(Layout):
             parts["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
         else:
             parts["scales"] = tensors["weight.absmax"].view(shape[0], -1)
-        fmt = next(ours for ours, theirs in BITSANDBYTES_TYPES.items() if theirs == kind)
-        spec = f"{fmt} block{block} absmax_bnb even{'; nested' if nested else ''}"
-        return PackedWeight(parts, spec, shape[1], dtype)
+        return PackedWeight(parts, bnb_spec(kind, block, nested), shape[1], dtype)
 
 
 _STATE = "quant_state.bitsandbytes__"
@@ -469,9 +472,9 @@ def bnb_state(tensors: Read) -> tuple[str, dict[str, Any]]:
     return key.removeprefix(f"weight.{_STATE}"), json.loads(bytes(tensors[key].tolist()))
 
 
-def swap_halves(codes: Tensor) -> Tensor:
-    """Bytes with their halves swapped: bitsandbytes has the first of two codes in the high one, we in the low one."""
-    return (codes << 4) | (codes >> 4)
+def bnb_spec(kind: str, block: int, nested: bool) -> str:
+    """How a weight of bitsandbytes is stored, by its ``quant_type`` and ``blocksize``."""
+    return f"{BITSANDBYTES_FORMATS[kind]} block{block} absmax_bnb even{'; nested' if nested else ''}"
 
 
 # --- GPTQ -----------------------------------------------------------------------------------------------------------
@@ -481,18 +484,13 @@ _GPTQ_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Gptq(Layout):
+class Gptq(_IntegerLayout):
     """AutoGPTQ's layout (``checkpoint_format`` "gptq", version 1), symmetric, no order of activations.
 
     Words run along K, and along N for zeros, of which 1 is taken off before they are stored.
     """
 
-    bits: int
     name = "gptq"
-
-    @property
-    def integers(self) -> Integers:
-        return Integers(self.bits)
 
     def fault(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> str:
         if self.bits not in _GPTQ_BITS:
@@ -503,10 +501,7 @@ class Gptq(Layout):
             return "gptq has scales in 16 bits, and the model is float32; give dtype=torch.float16"
         if shape[0] % per_word or shape[1] % per_word:
             return f"gptq packs {per_word} rows and columns to a word, which do not divide {shape[0]}×{shape[1]}"
-        return self.integers.fault(stored)
-
-    def nearest(self, weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
-        return self.integers.nearest(weight, dtype)
+        return super().fault(stored, shape, dtype)
 
     def write(self, weight: PackedWeight, dtype: torch.dtype) -> Tensors:
         scales = self.integers.scales(weight)

@@ -63,14 +63,22 @@ class Packing:
             f"packed layers: {how}; {self.bits_per_weight:.3f} bits per weight",
             f"model: {_megabytes(self.bytes_before)} → {_megabytes(self.bytes_after)}",
         ]
-        for reason, count in Counter(self.wide.values()).items():
-            names = [name for name, why in self.wide.items() if why == reason]
-            lines.append(f"left wide: {', '.join(names[:SHOWN])}{', …' if count > SHOWN else ''} ({reason})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *lines_of_wide(self.wide)])
 
 
 #: How many layers a line of the summary names.
 SHOWN = 4
+
+
+def lines_of_wide(wide: Mapping[str, str]) -> list[str]:
+    """Name → reason of layers left wide, as one line per reason."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in wide.items():
+        names_of.setdefault(reason, []).append(name)
+    return [
+        f"left wide: {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''} ({reason})"
+        for reason, names in names_of.items()
+    ]
 
 
 def pack_(
