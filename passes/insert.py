@@ -53,7 +53,6 @@ def stamp(plan: Plan) -> None:
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
     shared: dict[Any, Node] = {}
-    seen: dict[Any, torch.Tensor] = {}
     nodes = list(gm.graph.nodes)
     last_write = {compat.memory_of(value_of(x)): place for place, node in enumerate(nodes) for x in written_by(node)}
     wrapped = 0
@@ -62,7 +61,7 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
                     changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
-                    slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared, seen))
+                    slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared))
                     wrapped += 1
         if _is_barrier(node):
             shared.clear()
@@ -72,17 +71,9 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
     return wrapped
 
 
-def _wrap(
-    graph: Graph,
-    gemm: Node,
-    slot: Slot,
-    operand: Operand,
-    changes: bool,
-    shared: dict[Any, Node],
-    seen: dict[Any, torch.Tensor],
-) -> Node:
+def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, changes: bool, shared: dict[Any, Node]) -> Node:
     """The quantized operand, made once per (source, dtype, frame, axis, kind, operand). ``changes``: whether something
-    writes into the source's memory later. ``seen``: see :class:`_Builder`.
+    writes into the source's memory later.
     """
     source = slot.of(gemm)
     dtype = _gemm_dtype(gemm, source)
@@ -90,7 +81,7 @@ def _wrap(
     key = (source, dtype, slot.frame, axis, slot.kind, str(operand))
     if key not in shared:
         with graph.inserting_before(gemm):
-            build = _Builder(graph, gemm, slot.kind, seen)
+            build = _Builder(graph, gemm, slot.kind)
             # An estimator with a slope saves its input, where the product alone would not: it must not see the change.
             saved = changes and operand.estimator.kind.slope is not None and value_of(source).requires_grad
             x = build(torch.clone, source) if saved else source
@@ -137,14 +128,10 @@ def _per_patch(build: _Builder, x: Node, patch: tuple[int, ...], quantize: Any) 
 
 
 class _Builder:
-    """Adds nodes that carry the metadata of the GEMM they serve, and the fake value AOTAutograd's cache asks for.
+    """Adds nodes that carry the metadata of the GEMM they serve, and the fake value AOTAutograd's cache asks for."""
 
-    ``seen``: the values of quantized operands so far, by the call and the geometry of what is quantized. Each takes the
-    operand's whole formula to find, and layers repeat.
-    """
-
-    def __init__(self, graph: Graph, gemm: Node, kind: str, seen: dict[Any, torch.Tensor]) -> None:
-        self.graph, self.gemm, self.kind, self.seen = graph, gemm, kind, seen
+    def __init__(self, graph: Graph, gemm: Node, kind: str) -> None:
+        self.graph, self.gemm, self.kind = graph, gemm, kind
         self.fake_mode = compat.fake_mode_of(graph)
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -156,23 +143,17 @@ class _Builder:
         node.meta["custom"] = self.gemm.meta["custom"]
         marked(node, **{KIND_KEY: self.kind})
         values = [value_of(a) for a in args]
-        with self.fake_mode, torch.no_grad():
-            if target == FakeQuantize.op and (geometry := _geometry(values[0])):
-                key = (*geometry, *args[1:3])  # the operand's text and the axis; a seed changes no geometry
-                known = self.seen.get(key)
-                value = self.seen[key] = target(*values) if known is None else torch.empty_like(known)
-            else:
-                value = target(*values, **kwargs)
-        node.meta["example_value"] = value
+
+        def run() -> Any:
+            with self.fake_mode, torch.no_grad():
+                return target(*values, **kwargs)
+
+        # A quantized operand takes its whole formula to find, and layers repeat.
+        repeated = target == FakeQuantize.op
+        node.meta["example_value"] = (
+            compat.fake_result(self.fake_mode, target, values, kwargs, run) if repeated else run()
+        )
         return node
-
-
-def _geometry(x: torch.Tensor) -> tuple[Any, ...]:
-    """What tells whether values computed from two tensors alike are laid out alike; empty if it cannot be told."""
-    sizes = *x.shape, *x.stride()
-    if compat.is_wrapper_subclass(x) or not all(isinstance(n, int) for n in sizes):
-        return ()
-    return x.dim(), sizes, x.dtype, x.device
 
 
 def _gemm_dtype(gemm: Node, source: Node) -> torch.dtype:
