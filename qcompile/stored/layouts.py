@@ -16,6 +16,8 @@ bitsandbytes           weight uint8 [N·K/2, 1], first code in the high half;   
                        absmax in 8 bits: weight.nested_absmax, weight.nested_quant_map
 gptq                   qweight int32 [K·b/32, N], scales [K/g, N],                     (u − zero) · scale
                        qzeros int32 [K/g, N·b/32] (v1: zero − 1), g_idx int32 [K]
+awq (read only)        qweight int32 [K, N/8], scales [K/g, N],                        (u − zero) · scale
+                       qzeros int32 [K/g, N/8]; columns interleaved by eight
 ====================== =============================================================== ==============================
 
 Integers of b bits are a stream: element i is bits i·b to (i+1)·b of a row, the lowest first, in little-endian words.
@@ -46,6 +48,7 @@ from .weight import PackedWeight
 __all__ = [
     "BITSANDBYTES_TYPES",
     "FLOATS",
+    "Awq",
     "BitsAndBytes",
     "Gptq",
     "Integers",
@@ -110,8 +113,16 @@ def codes_of(weight: PackedWeight) -> Tensor:
     return unpack(weight.parts["codes"], weight.stored.quantizer.format.bits, weight.size_contracted)
 
 
-class Layout(ABC):
-    """A layout. ``suffix`` below is what follows the layer's name and a dot."""
+class Readable(ABC):
+    """A layout that is read. Tensors are given by suffix, which is what follows the layer's name and a dot."""
+
+    @abstractmethod
+    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+        """The packed weight that decodes to the same numbers. Raises ``ValueError`` for what we have no word for."""
+
+
+class Layout(Readable):
+    """One that is written as well."""
 
     @abstractmethod
     def fault(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> str:
@@ -130,10 +141,6 @@ class Layout(ABC):
     @abstractmethod
     def decode(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """``[N, K]`` as the loaders of this layout compute it in a model of ``dtype``."""
-
-    @abstractmethod
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
-        """The packed weight that decodes to the same numbers. Raises ``ValueError`` for what we have no word for."""
 
 
 # --- integers -------------------------------------------------------------------------------------------------------
@@ -215,6 +222,19 @@ class Integers:
         stored = Stored.parse(f"{_UNSIGNED[self.bits]} {block}")
         parts = {"codes": pack(u, self.bits), "scales": scales.float().contiguous()}
         return PackedWeight(parts, str(stored), size, dtype)
+
+
+def asymmetric(u: Tensor, zeros: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> PackedWeight:
+    """The packed weight (u − zero) · scale of uint8 ``[N, K]``, with zeros and scales ``[N, blocks]``.
+
+    It is stored as scale · u + (−zero · scale). With scales of 16 bits both terms and their sum are float32 numbers, so
+    the weight is what (u − zero) · scale is when it is rounded once.
+    """
+    size = u.shape[-1]
+    block = "row" if scales.shape[-1] == 1 else f"block{size // scales.shape[-1]}"
+    scales = scales.float().contiguous()
+    parts = {"codes": pack(u, bits), "scales": scales, "zeros": -zeros.float() * scales}
+    return PackedWeight(parts, str(Stored.parse(f"uint{bits} {block}; zeros")), size, dtype)
 
 
 #: Bits → the format whose code is u: level u − 2^(bits − 1).
@@ -529,3 +549,47 @@ class Gptq(_IntegerLayout):
             raise ValueError(msg)
         u = unpack_words(tensors["qweight"].t(), self.bits, shape[1])
         return self.integers.weight(u, tensors["scales"].t(), dtype)
+
+
+# --- AWQ ------------------------------------------------------------------------------------------------------------
+
+#: Which of eight outputs is in bits 4·i … 4·i + 3 of a word, for i = 0 … 7.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Awq(Readable):
+    """AutoAWQ's layout ``version: "gemm"``: asymmetric integers of 4 bits.
+
+    A word holds eight neighbouring *outputs* of one input. Counted from 0, its four lowest bits are those of output 0,
+    then come 2, 4, 6, 1, 3, 5 and 7: ``qweight[k, n // 8]`` has output n where :data:`_AWQ_ORDER` has n % 8. Words of
+    zeros have the same order. Zeros are stored as they are (GPTQ's are one less), scales in float16.
+
+    An output's blocks of inputs are as long as there are rows of scales, 128 by AutoAWQ's default.
+    """
+
+    name = "awq"
+    bits = 4
+
+    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+        words, zeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
+        (rows, size), blocks, per_word = shape, scales.shape[0], len(_AWQ_ORDER)
+        expected = {"qweight": (size, rows // per_word), "qzeros": (blocks, rows // per_word), "scales": (blocks, rows)}
+        if rows % per_word or size % blocks:
+            msg = (
+                f"awq has words of {per_word} outputs and {blocks} blocks of inputs, which do not divide {rows}×{size}"
+            )
+            raise ValueError(msg)
+        for suffix, sizes in expected.items():
+            if (given := tuple(tensors[suffix].shape)) != sizes:
+                msg = f"its {suffix} is {given}, not {sizes} as awq has it of {rows}×{size} in {blocks} blocks"
+                raise ValueError(msg)
+        u = self._columns(words).t().contiguous()
+        return asymmetric(u, self._columns(zeros).t(), scales.t(), self.bits, dtype)
+
+    def _columns(self, words: Tensor) -> Tensor:
+        """uint8 ``[…, N]`` of int32 ``[…, N/8]``."""
+        per_word = len(_AWQ_ORDER)
+        places = torch.tensor(_AWQ_ORDER, device=words.device).argsort()
+        values = unpack_words(words, self.bits, words.shape[-1] * per_word)
+        return values.unflatten(-1, (-1, per_word)).index_select(-1, places).flatten(-2)

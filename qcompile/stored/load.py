@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import Read, give, readers_of_files
-from .layouts import FLOATS, BitsAndBytes, Gptq, Layout, PackedIntegers
+from .layouts import FLOATS, Awq, BitsAndBytes, Gptq, PackedIntegers, Readable
 from .pack import multiplies
 from .weight import PackedWeight
 
@@ -33,7 +33,8 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, whose ``quant_method`` is compressed-tensors
             (``pack-quantized`` with symmetric integers of 4 or 8 bits, ``nvfp4-pack-quantized``,
-            ``mxfp4-pack-quantized``), bitsandbytes (4 bits) or gptq (4 or 8 bits, version 1, symmetric).
+            ``mxfp4-pack-quantized``), bitsandbytes (4 bits), gptq (4 or 8 bits, version 1, symmetric) or awq
+            (AutoAWQ's version "gemm", 4 bits with zeros).
         device: where tensors go; by default where the model's are, and to the CPU where those are on meta.
 
     Returns the names of the layers that are packed. Raises ``ValueError`` naming the layer and what cannot be read, or
@@ -69,7 +70,7 @@ def _suffixes(name: str, modules: Mapping[str, nn.Module], read: Iterable[str]) 
     return sorted(own - modules[name]._parameters.keys() | {"weight"} & own)
 
 
-def _packed(name: str, module: nn.Module, layout: Layout, tensors: Mapping[str, Read]) -> PackedWeight:
+def _packed(name: str, module: nn.Module, layout: Readable, tensors: Mapping[str, Read]) -> PackedWeight:
     weight: Any = module.weight
     transposed = multiplies(module) == "transposed"
     rows, size = weight.mT.shape if transposed else weight.shape
@@ -84,13 +85,13 @@ def _packed(name: str, module: nn.Module, layout: Layout, tensors: Mapping[str, 
 
 # --- which layers have which layout ---------------------------------------------------------------------------------
 
-Layers = Callable[[Mapping[str, Any], Mapping[str, nn.Module], Mapping[str, Read]], dict[str, Layout]]
+Layers = Callable[[Mapping[str, Any], Mapping[str, nn.Module], Mapping[str, Read]], dict[str, Readable]]
 
 
 def _compressed_tensors(
     config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
-) -> dict[str, Layout]:
-    found: dict[str, Layout] = {}
+) -> dict[str, Readable]:
+    found: dict[str, Readable] = {}
     for name, module in modules.items():
         if f"{name}.weight_packed" not in read:
             if f"{name}.weight_scale" in read:
@@ -133,14 +134,14 @@ def _group_of(name: str, module: nn.Module, groups: Mapping[str, Any]) -> Mappin
 
 def _bitsandbytes(
     config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
-) -> dict[str, Layout]:
+) -> dict[str, Readable]:
     if not config.get("load_in_4bit", config.get("_load_in_4bit")):
         msg = "load_quantized_: bitsandbytes with load_in_8bit is not read; load_in_4bit is"
         raise ValueError(msg)
     return {name: BitsAndBytes() for name in modules if f"{name}.weight.absmax" in read}
 
 
-def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Layout]:
+def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Readable]:
     bits, version = config["bits"], config.get("checkpoint_format", "gptq")
     layout = Gptq(bits)
     if version != "gptq" or not layout.integers.readable:
@@ -151,5 +152,22 @@ def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Map
     return {name: layout for name in modules if f"{name}.qweight" in read}
 
 
+def _awq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Readable]:
+    layout = Awq()
+    version = config.get("version", config.get("format", "gemm"))
+    if (config["bits"], version.lower(), config.get("zero_point", True)) != (layout.bits, "gemm", True):
+        msg = (
+            f"load_quantized_: awq of {config['bits']} bits, version {version!r}, zero_point "
+            f"{config.get('zero_point', True)}, is not read; 4 bits, 'gemm', True is"
+        )
+        raise ValueError(msg)
+    return {name: layout for name in modules if f"{name}.qweight" in read}
+
+
 #: ``quant_method`` → the layouts of a model's quantized layers.
-_LAYERS: dict[str, Layers] = {"compressed-tensors": _compressed_tensors, "bitsandbytes": _bitsandbytes, "gptq": _gptq}
+_LAYERS: dict[str, Layers] = {
+    "compressed-tensors": _compressed_tensors,
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "awq": _awq,
+}

@@ -18,31 +18,22 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qcompile
 from qcompile.ir.formats import get_format
 from qcompile.ir.recipe import Recipe
-from qcompile.kernels.register import REFERENCES
 from qcompile.recipes import FP4, QUEST
 from qcompile.stored import PackedWeight
 from qcompile.stored.layouts import Integers, pack_words, reciprocal, settled, unpack_words
 from qcompile.stored.pack import packed_weights
 from tests.passes.harness import compiler
 from tests.stored.adapters import language_model
+from tests.stored.references import References
 
 IDS = torch.arange(3, 23)[None]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NVFP4 = "e2m1 block16 e4m3"
 LINEAR = 14
-
-
-class References(TorchDispatchMode):
-    """Quantizes by the references. The C++ kernels are the same bit for bit, but each is compiled first."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, _, name = func._schema.name.partition("::")
-        return (REFERENCES[name] if space == "qcompile" and name in REFERENCES else func)(*args, **(kwargs or {}))
 
 
 #: Tests in which Dynamo would see that mode.
@@ -509,7 +500,10 @@ def test_a_model_on_the_meta_device_is_filled(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq' in .* is not one of compressed-tensors, bitsandbytes, gptq"),
+        (
+            {"quant_method": "aqlm"},
+            "quant_method 'aqlm' in .* is not one of .*tensors, bitsandbytes, gptq, awq",
+        ),
         ({"format": "marlin-24"}, "q_proj': format 'marlin-24' is not read"),
         ({"config_groups": {}}, "q_proj' is packed, but in none of config_groups"),
     ],
