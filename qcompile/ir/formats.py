@@ -22,6 +22,8 @@ e4m3         2**-9 … 448 (the ``fn`` variant: no infinities)     OCP FP8 v1.0
 e5m2         2**-16 … 57344                                      OCP FP8 v1.0
 nf4          -1 … 0 … 1: quantiles of the normal distribution    arXiv 2305.14314 App. E (QLoRA)
 af4          -1 … 0 … 1: of least absolute error, blocks of 64   arXiv 2306.06965 (AbnormalFloat)
+nf4torchao   those of nf4 to four decimals; _bf16, _fp16 in that  torchao's NF4Tensor
+             dtype
 fp4bnb       0 .0625 8 12 4 6 2 3, both signs, over 12           bitsandbytes, ``quant_type="fp4"``
 uint4b8      -8 … 7: integers whose code is 8 more           compressed-tensors, GPTQ (vLLM's name)
 uint8b128    -128 … 127: integers whose code is 128 more      the same in 8 bits
@@ -395,6 +397,15 @@ _CODE_BOOKS = (
 _OFFSET_INTEGERS = tuple(
     Format(f"uint{b}b{2 ** (b - 1)}", b, codebook=tuple(range(-(2 ** (b - 1)), 2 ** (b - 1)))) for b in (4, 8)
 )
+#: NF4 with four decimals, in the dtype of the weight.
+_NF4_OF_TORCHAO = tuple(
+    Format(name, 4, codebook=torch.tensor([round(level, 4) for level in _NF4], device="cpu").to(dtype).tolist())
+    for name, dtype in (
+        ("nf4torchao", torch.float32),
+        ("nf4torchao_bf16", torch.bfloat16),
+        ("nf4torchao_fp16", torch.float16),
+    )
+)
 
 _ALL = (
     Format("e2m1", 4, float_magnitudes(2, 1)),
@@ -411,6 +422,7 @@ _ALL = (
     ),
     *_OFFSET_INTEGERS,
     *(Format(f"uint{b}", b, codebook=tuple(map(float, range(2**b)))) for b in (2, 3, 4, 8)),
+    *_NF4_OF_TORCHAO,
 )
 
 FORMATS: Registry[Format] = Registry("format", _ALL)

@@ -258,6 +258,9 @@ def _chosen(
     how: Mapping[str, Operand | Stored] = {}
     if spec is not None:
         found = choice(model, spec, skip, {}, Recipe.min_side)
+        if foreign := next(iter(found.foreign), None):
+            msg = f"export: layer {foreign!r} is quantized by torchao; qcompile.pack_(model, …) takes it over as it is"
+            raise ValueError(msg)
         how, reasons = {name: Stored.parse(text) for name, text in found.specs.items()}, found.wide
     elif recipe is not None:
         how, reasons = _trained(model, recipe, {**options, **({"skip": [*skip]} if skip else {})}, rotated)

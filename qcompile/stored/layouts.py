@@ -215,26 +215,28 @@ class Integers:
         value = u.to(torch.int16).sub_(self.zero).to(dtype).unflatten(-1, (scales.shape[-1], -1))
         return (value * scales.to(dtype).unsqueeze(-1)).flatten(-2)
 
-    def weight(self, u: Tensor, scales: Tensor, dtype: torch.dtype) -> PackedWeight:
-        """The packed weight of u and ``scales`` ``[N, blocks]``."""
+    def weight(self, u: Tensor, scales: Tensor, dtype: torch.dtype, zeros: Tensor | None = None) -> PackedWeight:
+        """The packed weight scale · (u − 2^(bits − 1)) + zero, of uint8 u ``[N, K]``, and ``scales`` and ``zeros``
+        ``[N, blocks]``. Zeros that are all 0 are left out.
+        """
         size = u.shape[-1]
         block = "row" if scales.shape[-1] == 1 else f"block{size // scales.shape[-1]}"
-        stored = Stored.parse(f"{_UNSIGNED[self.bits]} {block}")
+        stored = Stored(
+            Quantizer.parse(f"{_UNSIGNED[self.bits]} {block}"), zeros=zeros is not None and bool(zeros.any())
+        )
         parts = {"codes": pack(u, self.bits), "scales": scales.float().contiguous()}
+        if stored.zeros:
+            assert zeros is not None
+            parts["zeros"] = zeros.float().contiguous()
         return PackedWeight(parts, str(stored), size, dtype)
 
+    def weight_of_zeros(self, u: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> PackedWeight:
+        """(u − zero) · scale with integers for zeros.
 
-def asymmetric(u: Tensor, zeros: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> PackedWeight:
-    """The packed weight (u − zero) · scale of uint8 ``[N, K]``, with zeros and scales ``[N, blocks]``.
-
-    It is stored as scale · u + (−zero · scale). With scales of 16 bits both terms and their sum are float32 numbers, so
-    the weight is what (u − zero) · scale is when it is rounded once.
-    """
-    size = u.shape[-1]
-    block = "row" if scales.shape[-1] == 1 else f"block{size // scales.shape[-1]}"
-    scales = scales.float().contiguous()
-    parts = {"codes": pack(u, bits), "scales": scales, "zeros": -zeros.float() * scales}
-    return PackedWeight(parts, str(Stored.parse(f"uint{bits} {block}; zeros")), size, dtype)
+        With scales of 16 bits its two terms are float32 numbers, and so is their sum: it is what a loader has that
+        multiplies u − zero by the scale and rounds once.
+        """
+        return self.weight(u, scales, dtype, (self.zero - zeros.float()) * scales.float())
 
 
 #: Bits → the format whose code is u: level u − 2^(bits − 1).
@@ -585,7 +587,7 @@ class Awq(Readable):
                 msg = f"its {suffix} is {given}, not {sizes} as awq has it of {rows}×{size} in {blocks} blocks"
                 raise ValueError(msg)
         u = self._columns(words).t().contiguous()
-        return asymmetric(u, self._columns(zeros).t(), scales.t(), self.bits, dtype)
+        return Integers(self.bits).weight_of_zeros(u, self._columns(zeros).t(), scales.t(), dtype)
 
     def _columns(self, words: Tensor) -> Tensor:
         """uint8 ``[…, N]`` of int32 ``[…, N/8]``."""

@@ -16,6 +16,7 @@ from qcompile.ir.recipe import LEFT_WIDE, Recipe
 from qcompile.ir.rules import matches_name
 from qcompile.ir.stored import Stored
 
+from . import torchao
 from .weight import PackedWeight
 
 __all__ = [
@@ -96,6 +97,8 @@ def pack_(
     ``rules`` names them: output heads, adapters of PEFT's, those whose weight another module reads too, and those with
     a side below ``min_side``.
 
+    A weight that torchao has quantized (:mod:`.torchao`) is taken over as it is, whatever the spec is.
+
     Args:
         model: any module; on the meta device shapes alone are packed.
         spec: how weights are stored, for example ``"nf4 block64"``, ``"nf4 block64 absmax_bnb; nested"`` (as
@@ -107,7 +110,7 @@ def pack_(
     Returns what was done. A terminal shows progress, and this result.
 
     Raises ``ValueError`` for a text that is not understood, for a pattern that matches no layer, and naming the layer
-    for a weight that cannot be stored so. The model is as it was then.
+    for a weight that cannot be stored so, or one of torchao's that is not read. The model is as it was then.
     """
     from rich.console import Console  # takes as long to import as to pack a small model, and no compilation needs it
     from rich.progress import track
@@ -123,11 +126,13 @@ def pack_(
         assert weight is not None
         packed: Any = made.get(id(weight))
         if packed is None:
-            packed = PackedWeight.of(weight, text, multiplies(module) == "transposed")
+            if name in chosen.foreign:
+                packed = torchao.packed_weight(weight)
+            else:
+                packed = PackedWeight.of(weight, text, multiplies(module) == "transposed")
             packed.layer = name
             packed = made[id(weight)] = nn.Parameter(packed, requires_grad=False)
-        size = weight.numel() * weight.element_size()
-        layers.append(PackedLayer(name, packed.spec, tuple(weight.shape), size, packed.nbytes))
+        layers.append(PackedLayer(name, packed.spec, tuple(weight.shape), _bytes(weight), packed.nbytes))
         module.weight = packed
     result = Packing(tuple(layers), chosen.wide, before, bytes_of(model))
     if console.is_terminal:
@@ -170,7 +175,14 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each counted once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes if isinstance(t, PackedWeight) else t.numel() * t.element_size() for t in tensors.values())
+    return sum(map(_bytes, tensors.values()))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of those that it is made of."""
+    if compat.is_wrapper_subclass(tensor):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+    return tensor.numel() * tensor.element_size()
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------
@@ -188,7 +200,12 @@ def multiplies(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Choice:
+    """Name → how a layer is stored; names of those that torchao has quantized, whose weights are taken over; name → why
+    a layer stays wide.
+    """
+
     specs: dict[str, str]
+    foreign: set[str]
     wide: dict[str, str]
 
 
@@ -201,7 +218,7 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
     named = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is not None}
     for what, pattern in [*(("skip", pattern) for pattern in skip), *(("rules", pattern) for pattern in rules)]:
         _check_matched("pack_", what, pattern, named)
-    chosen = _Choice({}, {})
+    chosen = _Choice({}, set(), {})
     for name, module in named.items():
         weight = module._parameters["weight"]
         assert weight is not None
@@ -212,6 +229,11 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
             reason = f"skip={skipped!r}"
         elif chosen_spec is None:
             reason = f"rules: {pattern!r}: None"
+        elif torchao.is_quantized(weight) and not exact:
+            _check_torchao(name, module, weight)
+            chosen.foreign.add(name)
+            chosen.specs[name] = chosen_spec
+            continue
         elif why := impossible(name, module, weight, readers):
             if exact:
                 msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {why}; leave it out of rules"
@@ -276,6 +298,12 @@ def _check_matched(caller: str, what: str, pattern: str, names: Iterable[str]) -
     if not any(matches_name(name, pattern) for name in names):
         known = ", ".join(list(names)[:SHOWN])
         msg = f"{caller}: {what}: {pattern!r} matches no layer; there are {known or 'none'}, …"
+        raise ValueError(msg)
+
+
+def _check_torchao(name: str, module: nn.Module, weight: Tensor) -> None:
+    if fault := torchao.fault_of(weight) if multiplies(module) == "rows" else f"a {type(module).__name__} of torchao's":
+        msg = f"pack_: layer {name!r}: {fault}; skip=[{name!r}] leaves it as it is"
         raise ValueError(msg)
 
 
