@@ -65,6 +65,14 @@ def given_part(node: Node) -> Node | None:
     return source if source.op == "placeholder" else None
 
 
+def _of_given_part(node: Node) -> bool:
+    """Whether a node, through views, is such an input, or what is taken of one by indices: experts."""
+    node = through_views(node)
+    if is_call(node, aten.index.Tensor, aten.index_select.default):
+        node = through_views(input_of(node))
+    return given_part(node) is not None
+
+
 def adds_given_part(node: Node) -> bool:
     """Whether what is decoded of a stored weight gets a part of it added that is an input of the graph: decoded scales
     their mean, or levels their zeros.
@@ -72,8 +80,8 @@ def adds_given_part(node: Node) -> bool:
     if not is_call(node, aten.add.Tensor) or not isinstance(node.args[1], Node):
         return False
     decoded = through_views(input_of(node))
-    given = is_call(decoded, Dequantize.op) and given_part(through_views(Dequantize.of(decoded).codes)) is not None
-    return given and given_part(through_views(node.args[1])) is not None
+    given = is_call(decoded, Dequantize.op) and _of_given_part(Dequantize.of(decoded).codes)
+    return given and _of_given_part(node.args[1])
 
 
 class StoredWeight(NamedTuple):
@@ -127,7 +135,7 @@ def kind_of(decoded: Node) -> str:
     """``"weight"`` or ``"activation"`` for what a decoder makes of an operand, "" if nothing says: as `insert` marked
     it, and a weight if its codes are inputs of the graph.
     """
-    stored = is_call(decoded, Dequantize.op) and given_part(through_views(Dequantize.of(decoded).codes)) is not None
+    stored = is_call(decoded, Dequantize.op) and _of_given_part(Dequantize.of(decoded).codes)
     return operand_kind(decoded) or ("weight" if stored else "")
 
 

@@ -41,6 +41,7 @@ from .layouts import (
     settled,
 )
 from .pack import (
+    Place,
     choice,
     impossible,
     left_wide,
@@ -261,12 +262,17 @@ def _chosen(
         if foreign := next(iter(found.foreign), None):
             msg = f"export: layer {foreign!r} is quantized by torchao; qcompile.pack_(model, …) takes it over as it is"
             raise ValueError(msg)
-        how, reasons = {name: Stored.parse(text) for name, text in found.specs.items()}, found.wide
+        modules = dict(model.named_modules())
+        how = {name: Stored.parse(text) for name, text in found.specs.items() if name in modules}
+        reasons = found.wide | dict.fromkeys(found.specs.keys() - modules.keys(), "experts in one parameter")
     elif recipe is not None:
         how, reasons = _trained(model, recipe, {**options, **({"skip": [*skip]} if skip else {})}, rotated)
     else:
         reasons = {name: "not packed" for name, module in model.named_modules() if multiplies(module)}
     packed = dict(packed_weights(model))
+    if experts := next((name for name, weight in packed.items() if weight.dim() == 3), None):
+        msg = f"export: {experts!r}: no layout holds packed experts; call qcompile.unpack_(model, {experts!r}) first"
+        raise ValueError(msg)
     wide |= {name: reason for name, reason in reasons.items() if name not in packed}
     for name, module in model.named_modules():
         weight, transposed = getattr(module, "weight", None), multiplies(module) == "transposed"
@@ -303,7 +309,7 @@ def _trained(
         if verdict is not None and not verdict.quantize:
             reason = describe(verdict)
         else:
-            reason = impossible(name, module, weight, readers)
+            reason = impossible(Place(module), readers)
             if verdict is None and not reason:
                 reason = left_wide(name, weight, head, of.min_side)
         operand = of.operand_under(applicable, of.weight, "weight")

@@ -18,6 +18,8 @@ gptq                   qweight int32 [K·b/32, N], scales [K/g, N],             
                        qzeros int32 [K/g, N·b/32] (v1: zero − 1), g_idx int32 [K]
 awq (read only)        qweight int32 [K, N/8], scales [K/g, N],                        (u − zero) · scale
                        qzeros int32 [K/g, N/8]; columns interleaved by eight
+mxfp4 (read only)      blocks uint8 [E, N, K/32, 16], scales E8M0 uint8 [E, N, K/32]:  e2m1 · 2^(scale − 127)
+                       gpt-oss's experts, [E, K, N] in transformers
 ====================== =============================================================== ==============================
 
 Integers of b bits are a stream: element i is bits i·b to (i+1)·b of a row, the lowest first, in little-endian words.
@@ -53,6 +55,7 @@ __all__ = [
     "Gptq",
     "Integers",
     "Layout",
+    "Mxfp4Experts",
     "PackedFloats",
     "PackedIntegers",
     "pack_words",
@@ -117,8 +120,10 @@ class Readable(ABC):
     """A layout that is read. Tensors are given by suffix, which is what follows the layer's name and a dot."""
 
     @abstractmethod
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
-        """The packed weight that decodes to the same numbers. Raises ``ValueError`` for what we have no word for."""
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+        """The packed weight ``[…, N, K]`` of ``shape`` that decodes to the same numbers. Raises ``ValueError`` for what
+        we have no word for.
+        """
 
 
 class Layout(Readable):
@@ -277,7 +282,7 @@ class PackedIntegers(_IntegerLayout):
         u = unpack_words(tensors["weight_packed"], self.bits, shape[1])
         return self.integers.values(u, tensors["weight_scale"], dtype)
 
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         u = unpack_words(tensors["weight_packed"], self.bits, shape[1])
         return self.integers.weight(u, tensors["weight_scale"].view(shape[0], -1), dtype)
 
@@ -344,7 +349,7 @@ class PackedFloats(Layout):
             scales = scales / tensors["weight_global_scale"]
         return (levels.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         parts = {"codes": tensors["weight_packed"], "scales": tensors["weight_scale"]}
         if self.two_level:
             number = tensors["weight_global_scale"].float()
@@ -466,7 +471,7 @@ class BitsAndBytes(Layout):
         level = tensors["weight.quant_map"].index_select(0, codes.int())
         return (level.view(-1, state["blocksize"]) * absmax.unsqueeze(-1)).to(dtype).view(shape)
 
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         kind, state = bnb_state(tensors)
         block = state["blocksize"]
         if shape[1] % block:
@@ -540,7 +545,7 @@ class Gptq(_IntegerLayout):
         u = unpack_words(tensors["qweight"].t(), self.bits, shape[1])
         return self.integers.values(u, tensors["scales"].t(), dtype)
 
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         zeros = unpack_words(tensors["qzeros"], self.bits, shape[0])
         if not bool((zeros == self.integers.zero - 1).all()):
             msg = f"its zeros are not all {self.integers.zero}: asymmetric integers are not read"
@@ -573,7 +578,7 @@ class Awq(Readable):
     name = "awq"
     bits = 4
 
-    def read(self, tensors: Read, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         words, zeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
         (rows, size), blocks, per_word = shape, scales.shape[0], len(_AWQ_ORDER)
         expected = {"qweight": (size, rows // per_word), "qzeros": (blocks, rows // per_word), "scales": (blocks, rows)}
@@ -595,3 +600,28 @@ class Awq(Readable):
         places = torch.tensor(_AWQ_ORDER, device=words.device).argsort()
         values = unpack_words(words, self.bits, words.shape[-1] * per_word)
         return values.unflatten(-1, (-1, per_word)).index_select(-1, places).flatten(-2)
+
+
+# --- gpt-oss --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mxfp4Experts(Readable):
+    """MXFP4 as gpt-oss has it: our bytes as they are, block by block, for all experts of a layer together."""
+
+    name = "mxfp4"
+    quantizer = Quantizer.parse("e2m1 block32 e8m0")
+
+    def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+        experts, rows, size = shape
+        block = self.quantizer.granularity.size
+        blocks = (experts, rows, size // block)
+        for suffix, sizes in {"blocks": (*blocks, block // 2), "scales": blocks}.items():
+            if suffix not in tensors:
+                msg = f"it has no {suffix}"
+                raise ValueError(msg)
+            if (given := tuple(tensors[suffix].shape)) != sizes:
+                msg = f"its {suffix} are {given}, not {sizes}"
+                raise ValueError(msg)
+        parts = {"codes": tensors["blocks"].flatten(-2), "scales": tensors["scales"]}
+        return PackedWeight(parts, str(Stored(self.quantizer)), size, dtype)

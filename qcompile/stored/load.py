@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import Read, give, readers_of_files
-from .layouts import FLOATS, Awq, BitsAndBytes, Gptq, PackedIntegers, Readable
-from .pack import multiplies
+from .layouts import FLOATS, Awq, BitsAndBytes, Gptq, Mxfp4Experts, PackedIntegers, Readable
+from .pack import Place, places_of
 from .weight import PackedWeight
 
 __all__ = ["load_quantized_"]
@@ -33,8 +33,8 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, whose ``quant_method`` is compressed-tensors
             (``pack-quantized`` with symmetric integers of 4 or 8 bits, ``nvfp4-pack-quantized``,
-            ``mxfp4-pack-quantized``), bitsandbytes (4 bits), gptq (4 or 8 bits, version 1, symmetric) or awq
-            (AutoAWQ's version "gemm", 4 bits with zeros).
+            ``mxfp4-pack-quantized``), bitsandbytes (4 bits), gptq (4 or 8 bits, version 1, symmetric), awq
+            (AutoAWQ's version "gemm", 4 bits with zeros) or mxfp4 (gpt-oss).
         device: where tensors go; by default where the model's are, and to the CPU where those are on meta.
 
     Returns the names of the layers that are packed. Raises ``ValueError`` naming the layer and what cannot be read, or
@@ -46,14 +46,16 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
     if method not in _LAYERS:
         msg = f"load_quantized_: quant_method {method!r} in {str(folder)!r} is not one of {', '.join(_LAYERS)}"
         raise ValueError(msg)
-    modules = {name: module for name, module in model.named_modules() if multiplies(module)}
+    places = {name: place for name, place in places_of(model).items() if place.multiplies}
     with ExitStack() as files:
         read = readers_of_files(folder, files)
-        layouts = _LAYERS[method](config, modules, read)
+        layouts = _LAYERS[method](config, places, read)
+        names = model.state_dict().keys()
         for name, layout in layouts.items():
-            suffixes = _suffixes(name, modules, read)
-            tensors = {suffix: read.pop(f"{name}.{suffix}") for suffix in suffixes}
-            read[f"{name}.weight"] = partial(_packed, name, modules[name], layout, tensors)
+            place = places[name]
+            key, start = (name, f"{name}_") if place.is_experts else (f"{name}.weight", f"{name}.")
+            tensors = _take(read, start, names - {key})
+            read[key] = partial(_packed, name, place, layout, tensors)
         give(model, read, device, "load_quantized_")
     if empty := next((name for name, b in model.named_buffers() if b.is_meta), None):
         msg = (
@@ -64,41 +66,41 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
     return [*layouts]
 
 
-def _suffixes(name: str, modules: Mapping[str, nn.Module], read: Iterable[str]) -> list[str]:
-    """What follows the name of a layer in the keys of its quantized weight."""
-    own = {key.removeprefix(f"{name}.") for key in read if key.startswith(f"{name}.")}
-    return sorted(own - modules[name]._parameters.keys() | {"weight"} & own)
+def _take(read: dict[str, Read], start: str, wide: Set[str]) -> dict[str, Read]:
+    """Take out of ``read`` what a weight has become, by what follows ``start`` in keys. ``wide`` ones stay (a bias)."""
+    keys = [key for key in sorted(read) if key.startswith(start) and key not in wide]
+    return {key.removeprefix(start): read.pop(key) for key in keys}
 
 
-def _packed(name: str, module: nn.Module, layout: Readable, tensors: Mapping[str, Read]) -> PackedWeight:
-    weight: Any = module.weight
-    transposed = multiplies(module) == "transposed"
-    rows, size = weight.mT.shape if transposed else weight.shape
+def _packed(name: str, place: Place, layout: Readable, tensors: Mapping[str, Read]) -> PackedWeight:
+    weight: Any = place.weight
+    transposed = place.multiplies == "transposed"
+    shape = tuple(weight.mT.shape if transposed else weight.shape)
     given = {suffix: read() for suffix, read in tensors.items()}
     try:
-        packed = layout.read(given, (rows, size), weight.dtype)
+        packed = layout.read(given, shape, weight.dtype)
     except ValueError as error:
         msg = f"load_quantized_: layer {name!r}: {error}"
         raise ValueError(msg) from None
-    return PackedWeight(packed.parts, packed.spec, size, weight.dtype, transposed)
+    return PackedWeight(packed.parts, packed.spec, shape[-1], weight.dtype, transposed)
 
 
 # --- which layers have which layout ---------------------------------------------------------------------------------
 
-Layers = Callable[[Mapping[str, Any], Mapping[str, nn.Module], Mapping[str, Read]], dict[str, Readable]]
+Layers = Callable[[Mapping[str, Any], Mapping[str, Place], Mapping[str, Read]], dict[str, Readable]]
 
 
 def _compressed_tensors(
-    config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
+    config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]
 ) -> dict[str, Readable]:
     found: dict[str, Readable] = {}
-    for name, module in modules.items():
+    for name, place in places.items():
         if f"{name}.weight_packed" not in read:
             if f"{name}.weight_scale" in read:
                 msg = f"load_quantized_: layer {name!r} is quantized, but not packed ({config.get('format')})"
                 raise ValueError(msg)
             continue
-        group = _group_of(name, module, config["config_groups"])
+        group = _group_of(name, place.module, config["config_groups"])
         kind, weights = group.get("format") or config["format"], group["weights"]
         floats = next((layout for layout in FLOATS if layout.name == kind), None)
         layout = floats or PackedIntegers(weights["num_bits"])
@@ -133,15 +135,15 @@ def _group_of(name: str, module: nn.Module, groups: Mapping[str, Any]) -> Mappin
 
 
 def _bitsandbytes(
-    config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]
+    config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]
 ) -> dict[str, Readable]:
     if not config.get("load_in_4bit", config.get("_load_in_4bit")):
         msg = "load_quantized_: bitsandbytes with load_in_8bit is not read; load_in_4bit is"
         raise ValueError(msg)
-    return {name: BitsAndBytes() for name in modules if f"{name}.weight.absmax" in read}
+    return {name: BitsAndBytes() for name in places if f"{name}.weight.absmax" in read}
 
 
-def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Readable]:
+def _gptq(config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]) -> dict[str, Readable]:
     bits, version = config["bits"], config.get("checkpoint_format", "gptq")
     layout = Gptq(bits)
     if version != "gptq" or not layout.integers.readable:
@@ -149,10 +151,10 @@ def _gptq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Map
             f"load_quantized_: gptq of {bits} bits, checkpoint_format {version!r}, is not read; 4 or 8 bits, 'gptq' is"
         )
         raise ValueError(msg)
-    return {name: layout for name in modules if f"{name}.qweight" in read}
+    return {name: layout for name in places if f"{name}.qweight" in read}
 
 
-def _awq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapping[str, Read]) -> dict[str, Readable]:
+def _awq(config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]) -> dict[str, Readable]:
     layout = Awq()
     version = config.get("version", config.get("format", "gemm"))
     if (config["bits"], version.lower(), config.get("zero_point", True)) != (layout.bits, "gemm", True):
@@ -161,7 +163,11 @@ def _awq(config: Mapping[str, Any], modules: Mapping[str, nn.Module], read: Mapp
             f"{config.get('zero_point', True)}, is not read; 4 bits, 'gemm', True is"
         )
         raise ValueError(msg)
-    return {name: layout for name in modules if f"{name}.qweight" in read}
+    return {name: layout for name in places if f"{name}.qweight" in read}
+
+
+def _mxfp4(config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]) -> dict[str, Readable]:
+    return {name: Mxfp4Experts() for name, place in places.items() if place.is_experts and f"{name}_blocks" in read}
 
 
 #: ``quant_method`` → the layouts of a model's quantized layers.
@@ -170,4 +176,5 @@ _LAYERS: dict[str, Layers] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
     "awq": _awq,
+    "mxfp4": _mxfp4,
 }

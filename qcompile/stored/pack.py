@@ -20,14 +20,16 @@ from . import torchao
 from .weight import PackedWeight
 
 __all__ = [
-    "PackedLayer", "Packing", "bytes_of", "choice", "impossible", "left_wide", "multiplies", "output_embeddings",
-    "pack_", "packed_weights", "readers_of", "unpack_",
+    "PackedLayer", "Packing", "Place", "bytes_of", "choice", "impossible", "left_wide", "multiplies",
+    "output_embeddings", "pack_", "packed_weights", "places_of", "readers_of", "unpack_",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer whose weight is stored as codes: its name, how, the weight's shape, and bytes before and after."""
+    """A layer whose weight is stored as codes: its name (experts in one parameter have the parameter's), how, the
+    weight's shape, and bytes before and after.
+    """
 
     name: str
     spec: str
@@ -42,7 +44,7 @@ class Packing:
 
     Attributes:
         layers: those whose weights are stored as codes now.
-        wide: name → reason of the other layers that multiply by a weight, and of parameters of three axes (experts).
+        wide: name → reason of the other layers that multiply by a weight, and of other parameters of three axes.
         bytes_before, bytes_after: of all parameters and buffers of the model.
     """
 
@@ -93,9 +95,9 @@ def pack_(
     """Store the weights of a model's linear layers as codes and scales, in place, before ``torch.compile``.
 
     Every packed weight becomes a :class:`~qcompile.stored.PackedWeight`, frozen; modules keep their class, their name
-    and their forward. Layers are packed one after another, so no more than one is held twice. Layers left wide unless
-    ``rules`` names them: output heads, adapters of PEFT's, those whose weight another module reads too, and those with
-    a side below ``min_side``.
+    and their forward. So do experts that are one parameter of three axes, of which each is a matrix. Layers are packed
+    one after another, so no more than one is held twice. Layers left wide unless ``rules`` names them: output heads,
+    adapters of PEFT's, those whose weight another module reads too, and those with a side below ``min_side``.
 
     A weight that torchao has quantized (:mod:`.torchao`) is taken over as it is, whatever the spec is.
 
@@ -119,21 +121,20 @@ def pack_(
     before, console = bytes_of(model), Console()
     made: dict[int, Any] = {}
     layers = []
-    named = dict(model.named_modules())
+    places = places_of(model)
     for name, text in track(chosen.specs.items(), "packing", console=console, disable=not console.is_terminal):
-        module = named[name]
-        weight = module._parameters["weight"]
-        assert weight is not None
+        place = places[name]
+        weight = place.weight
         packed: Any = made.get(id(weight))
         if packed is None:
             if name in chosen.foreign:
                 packed = torchao.packed_weight(weight)
             else:
-                packed = PackedWeight.of(weight, text, multiplies(module) == "transposed")
+                packed = PackedWeight.of(weight, text, place.multiplies == "transposed")
             packed.layer = name
             packed = made[id(weight)] = nn.Parameter(packed, requires_grad=False)
         layers.append(PackedLayer(name, packed.spec, tuple(weight.shape), _bytes(weight), packed.nbytes))
-        module.weight = packed
+        place.put(packed)
     result = Packing(tuple(layers), chosen.wide, before, bytes_of(model))
     if console.is_terminal:
         console.print(str(result), highlight=False, markup=False)
@@ -151,25 +152,24 @@ def unpack_(model: nn.Module, names: str | Sequence[str] = "*") -> list[str]:
     Raises ``ValueError`` for a pattern that matches no packed layer.
     """
     patterns = [names] if isinstance(names, str) else list(names)
-    packed = dict(packed_weights(model))
+    packed = {name: place for name, place in places_of(model).items() if isinstance(place.weight, PackedWeight)}
     for pattern in patterns:
         _check_matched("unpack_", "names", pattern, packed)
     made: dict[int, nn.Parameter] = {}
     done = [name for name in packed if any(matches_name(name, pattern) for pattern in patterns)]
     for name in done:
-        weight = packed[name]
+        weight: Any = packed[name].weight
         if id(weight) not in made:
             made[id(weight)] = nn.Parameter(weight.decoded().contiguous(), requires_grad=False)
-        model.get_submodule(name).weight = made[id(weight)]
+        packed[name].put(made[id(weight)])
     return done
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
     """Name of the layer and weight, for every layer with a packed one."""
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, PackedWeight):
-            yield name, weight
+    for name, place in places_of(model).items():
+        if isinstance(place.weight, PackedWeight):
+            yield name, place.weight
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -191,11 +191,61 @@ def _bytes(tensor: Tensor) -> int:
 #: Kinds of layers that contract their ``weight`` and do nothing else with it; whether it lies transposed, by the name
 #: of the class (transformers' ``Conv1D`` is a linear layer whose weight is [inputs, outputs]).
 _BY_CLASS_NAME = {"Conv1D": "transposed"}
+#: The same of experts that are parameters of three axes, where they do not say so as those of transformers do.
+_EXPERTS_BY_CLASS_NAME = {"Llama4TextExperts": "transposed"}
 
 
 def multiplies(module: nn.Module) -> str:
     """``"rows"`` for a layer whose weight has a row per output, ``"transposed"`` for one with a column; else ""."""
     return "rows" if isinstance(module, nn.Linear) else _BY_CLASS_NAME.get(type(module).__name__, "")
+
+
+def multiplies_by_experts(module: nn.Module) -> str:
+    """The same of the matrices in parameters of three axes: what ``use_experts_implementation`` of transformers notes
+    as ``is_transposed``.
+    """
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return "transposed" if transposed else "rows"
+    return _EXPERTS_BY_CLASS_NAME.get(type(module).__name__, "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model has a weight."""
+
+    module: nn.Module
+    attribute: str = "weight"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module._parameters[self.attribute]  # type: ignore[return-value]
+
+    def put(self, weight: nn.Parameter) -> None:
+        setattr(self.module, self.attribute, weight)
+
+    @property
+    def is_experts(self) -> bool:
+        return self.attribute != "weight"
+
+    @property
+    def multiplies(self) -> str:
+        """See :func:`multiplies`."""
+        return (multiplies_by_experts if self.is_experts else multiplies)(self.module)
+
+
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """Name of the module and place of every parameter called ``weight``, and name and place of every other parameter of
+    three axes.
+    """
+    places = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and attribute == "weight":
+                places[name] = Place(module)
+            elif parameter is not None and parameter.dim() == 3:
+                places[f"{name}.{attribute}" if name else attribute] = Place(module, attribute)
+    return places
 
 
 @dataclass(frozen=True)
@@ -215,13 +265,12 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
         Stored.parse(text)
     readers = readers_of(model)
     output = getattr(output_embeddings(model), "weight", None)
-    named = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is not None}
+    places = places_of(model)
     for what, pattern in [*(("skip", pattern) for pattern in skip), *(("rules", pattern) for pattern in rules)]:
-        _check_matched("pack_", what, pattern, named)
+        _check_matched("pack_", what, pattern, places)
     chosen = _Choice({}, set(), {})
-    for name, module in named.items():
-        weight = module._parameters["weight"]
-        assert weight is not None
+    for name, place in places.items():
+        weight = place.weight
         matching = [(pattern, text) for pattern, text in rules.items() if matches_name(name, pattern)]
         pattern, chosen_spec = matching[-1] if matching else ("", spec)
         exact = bool(pattern) and name.endswith(pattern)
@@ -230,11 +279,11 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
         elif chosen_spec is None:
             reason = f"rules: {pattern!r}: None"
         elif torchao.is_quantized(weight) and not exact:
-            _check_torchao(name, module, weight)
+            _check_torchao(name, place)
             chosen.foreign.add(name)
             chosen.specs[name] = chosen_spec
             continue
-        elif why := impossible(name, module, weight, readers):
+        elif why := impossible(place, readers):
             if exact:
                 msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {why}; leave it out of rules"
                 raise ValueError(msg)
@@ -243,27 +292,27 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
             reason = "" if matching else left_wide(name, weight, weight is output, min_side)
         if not reason:
             assert chosen_spec is not None
-            _check_size(name, weight, chosen_spec, multiplies(module) == "transposed")
+            _check_size(name, weight, chosen_spec, place.multiplies == "transposed")
             chosen.specs[name] = chosen_spec
-        elif multiplies(module):
+        elif place.multiplies or place.is_experts:
             chosen.wide[name] = reason
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and not name.endswith("weight"):  # those of convolutions are called so
-            chosen.wide[name] = "a parameter of three axes, as those of experts: not packed"
     return chosen
 
 
-def impossible(name: str, module: nn.Module, weight: Tensor, readers: Mapping[int, set[str]]) -> str:
+def impossible(place: Place, readers: Mapping[int, set[str]]) -> str:
     """Why the weight of a layer cannot be stored as codes; "" if it can."""
-    if not multiplies(module):
-        return f"a module of class {type(module).__name__} does not only multiply by its weight"
+    weight, kind, axes = place.weight, type(place.module).__name__, 3 if place.is_experts else 2
+    if not place.multiplies:
+        if place.is_experts:
+            return f"a parameter of three axes of a {kind}, which does not say (is_transposed) how it is multiplied"
+        return f"a module of class {kind} does not only multiply by its weight"
     if isinstance(weight, PackedWeight):
         return f"stored already, as {short_names(weight.spec)!r}"
     if compat.is_wrapper_subclass(weight) or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
-    if weight.dim() != 2:
-        return f"its weight has {weight.dim()} axes, not 2"
-    others = readers[id(weight)] - {type(module).__name__}
+    if weight.dim() != axes:
+        return f"its weight has {weight.dim()} axes, not {axes}"
+    others = readers[id(weight)] - {kind}
     return f"tied: its weight is also that of a module of class {', '.join(sorted(others))}" if others else ""
 
 
@@ -273,7 +322,7 @@ def left_wide(name: str, weight: Tensor, is_output: bool, min_side: int) -> str:
         return f"a layer called {pattern}"
     if is_output:
         return "output head: the model's get_output_embeddings()"
-    thin = min(weight.shape)
+    thin = min(weight.shape[-2:])
     return f"a side of its weight is {thin}, below min_side={min_side}" if thin < min_side else ""
 
 
@@ -301,15 +350,16 @@ def _check_matched(caller: str, what: str, pattern: str, names: Iterable[str]) -
         raise ValueError(msg)
 
 
-def _check_torchao(name: str, module: nn.Module, weight: Tensor) -> None:
-    if fault := torchao.fault_of(weight) if multiplies(module) == "rows" else f"a {type(module).__name__} of torchao's":
+def _check_torchao(name: str, place: Place) -> None:
+    is_rows = place.multiplies == "rows"
+    if fault := torchao.fault_of(place.weight) if is_rows else f"torchao's weight of a {type(place.module).__name__}":
         msg = f"pack_: layer {name!r}: {fault}; skip=[{name!r}] leaves it as it is"
         raise ValueError(msg)
 
 
 def _check_size(name: str, weight: Tensor, spec: str, transposed: bool) -> None:
     try:
-        Stored.parse(spec).check_size(weight.shape[0 if transposed else 1])
+        Stored.parse(spec).check_size(weight.shape[-2 if transposed else -1])
     except ValueError as error:
         size = "×".join(map(str, weight.shape))
         msg = f"pack_: layer {name!r} of {size} as {spec!r}: {error}; or skip=[{name!r}]"

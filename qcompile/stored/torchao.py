@@ -9,7 +9,7 @@ torchao's class              made by                                            
 ``Int8Tensor``               ``Int8WeightOnlyConfig``                               ``uint8b128 row``
 ============================ ====================================================== ==================================
 
-Integers are q in two's complement, which stands for scale · (q − zero), or scale · q + zero in ``Int4Tensor``. Where all
+Integers are q in two's complement, which stand for scale · (q − zero), or scale · q + zero in ``Int4Tensor``. Where all
 zeros are 0 there are none here. Layouts for one kernel (tile-packed, preshuffled, opaque) are not read.
 
 NF4's levels have four decimals in torchao and are in the dtype of the weight, as all of its arithmetic is; a format for

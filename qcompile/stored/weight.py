@@ -92,17 +92,21 @@ def _centred(weight: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
 def decode(parts: Mapping[str, Tensor], stored: Stored, size: int, dtype: torch.dtype) -> Tensor:
     """The weight ``[..., N, size]`` in ``dtype`` that parts stand for."""
     q, codes = stored.quantizer, parts["codes"]
-    if stored.nested is None:
-        scales = parts["scales"]
-    else:
-        shape = torch.Size(q.scale_shape((*codes.shape[:-1], size)))
-        coded = CodedScales(parts["scale_codes"], parts["second"], parts.get("offset"), shape)
-        scales = dequantize_scales(coded, stored.nested)
+    scales = _scales(parts, stored, size)
     zeros, inner = parts.get("zeros"), torch.float32 if stored.zeros else dtype
     dense = torch.ops.qcompile.dequantize(codes, scales, str(q), -1, size, inner, parts.get("global_scale"))
     if zeros is None:
         return dense
     return (dense.unflatten(-1, (zeros.shape[-1], -1)) + zeros.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _scales(parts: Mapping[str, Tensor], stored: Stored, size: int) -> Tensor:
+    """Scales as the rule stores them, of rows of ``size`` elements."""
+    if stored.nested is None:
+        return parts["scales"]
+    shape = torch.Size(stored.quantizer.scale_shape((*parts["codes"].shape[:-1], size)))
+    coded = CodedScales(parts["scale_codes"], parts["second"], parts.get("offset"), shape)
+    return dequantize_scales(coded, stored.nested)
 
 
 class PackedWeight(Tensor):
@@ -419,6 +423,38 @@ def same_shape(func: Any, weight: PackedWeight, shape: Sequence[Any]) -> Any:
     return _same(func, weight) if list(shape) == list(weight.shape) else NotImplemented
 
 
+def _taken(weight: PackedWeight, take: Callable[[Tensor], Tensor]) -> Any:
+    """The experts, matrices along the first axis, that ``take`` takes of every part. Nested scales are decoded: experts
+    share a scale of them.
+    """
+    stored, parts = weight.stored, weight.parts
+    if type(weight) is not PackedWeight or weight.dim() != 3 or stored.quantizer.granularity.kind == "tensor":
+        return NotImplemented
+    if stored.nested is not None:
+        parts = {name: part for name, part in parts.items() if name not in ("scale_codes", "second", "offset")}
+        parts["scales"] = _scales(weight.parts, stored, weight.size_contracted)
+    spec = str(Stored(stored.quantizer, zeros=stored.zeros))
+    taken = {name: part if name == "global_scale" else take(part) for name, part in parts.items()}
+    made = PackedWeight(taken, spec, weight.size_contracted, weight.dtype, weight.transposed)
+    made.layer = weight.layer
+    return made
+
+
+def _select(func: Any, weight: PackedWeight, axis: int, index: Any) -> Any:
+    return NotImplemented if axis % weight.dim() else _taken(weight, lambda part: part.select(0, index))
+
+
+def _index_select(func: Any, weight: PackedWeight, axis: int, index: Tensor) -> Any:
+    return NotImplemented if axis % weight.dim() else _taken(weight, lambda part: part.index_select(0, index))
+
+
+def _index(func: Any, weight: PackedWeight, indices: Sequence[Tensor | None]) -> Any:
+    first, *others = indices
+    if others or first is None or first.dtype not in (torch.int32, torch.int64) or first.dim() != 1:
+        return NotImplemented
+    return _taken(weight, lambda part: part[first])
+
+
 #: Op → what it does to a packed weight without decoding it; ``NotImplemented`` decodes.
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,
@@ -430,6 +466,9 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
+    aten.select.int: _select,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
     aten.view.default: same_shape,
     aten._unsafe_view.default: same_shape,
 }

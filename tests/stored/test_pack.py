@@ -70,12 +70,13 @@ def test_linear_layers_are_packed_and_heads_and_thin_ones_are_not():
     assert not model.layers[0][0].weight.requires_grad
 
 
-def test_experts_in_one_parameter_are_listed():
-    """They are most of the memory of such a model."""
+def test_parameters_of_three_axes_that_may_be_no_experts_are_listed():
+    """Whichever axis they are contracted along."""
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "conv": nn.Conv1d(4, 4, 3), "experts": nn.Module()})
     model["experts"].up = nn.Parameter(torch.zeros(4, 64, 64))
     done = qcompile.pack_(model, "nf4 block64")
-    assert done.wide == {"experts.up": "a parameter of three axes, as those of experts: not packed"}
+    why = "a parameter of three axes of a Module, which does not say (is_transposed) how it is multiplied"
+    assert done.wide == {"experts.up": why}
 
 
 def test_rules_and_skip_choose_layers():
