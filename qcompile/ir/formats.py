@@ -399,7 +399,7 @@ _OFFSET_INTEGERS = tuple(
 )
 #: NF4 with four decimals, in the dtype of the weight.
 _NF4_OF_TORCHAO = tuple(
-    Format(name, 4, codebook=torch.tensor([round(level, 4) for level in _NF4], device="cpu").to(dtype).tolist())
+    Format(name, 4, codebook=tuple(torch.tensor([round(v, 4) for v in _NF4], device="cpu").to(dtype).tolist()))
     for name, dtype in (
         ("nf4torchao", torch.float32),
         ("nf4torchao_bf16", torch.bfloat16),

@@ -49,7 +49,9 @@ from .pack import (
     multiplies,
     output_embeddings,
     packed_weights,
+    places_of,
     readers_of,
+    tied_to_embedding,
 )
 from .weight import PackedWeight
 
@@ -257,6 +259,7 @@ def _chosen(
 ) -> Iterator[tuple[str, _Chosen]]:  # fmt: skip
     """Layers in the order of the model; fills in ``wide`` with the others."""
     how: Mapping[str, Operand | Stored] = {}
+    places = places_of(model)
     if spec is not None:
         found = choice(model, spec, skip, {}, Recipe.min_side)
         if foreign := next(iter(found.foreign), None):
@@ -264,14 +267,16 @@ def _chosen(
             raise ValueError(msg)
         modules = dict(model.named_modules())
         how = {name: Stored.parse(text) for name, text in found.specs.items() if name in modules}
-        reasons = found.wide | dict.fromkeys(found.specs.keys() - modules.keys(), "experts in one parameter")
+        reasons = {name: reason for name, reason in found.wide.items() if not places[name].looks_up}
+        reasons |= dict.fromkeys(found.specs.keys() - modules.keys(), "experts in one parameter")
     elif recipe is not None:
         how, reasons = _trained(model, recipe, {**options, **({"skip": [*skip]} if skip else {})}, rotated)
     else:
         reasons = {name: "not packed" for name, module in model.named_modules() if multiplies(module)}
     packed = dict(packed_weights(model))
-    if experts := next((name for name, weight in packed.items() if weight.dim() == 3), None):
-        msg = f"export: {experts!r}: no layout holds packed experts; call qcompile.unpack_(model, {experts!r}) first"
+    if other := next((name for name in packed if places[name].is_experts or not places[name].multiplies), None):
+        what = "experts" if places[other].is_experts else "embeddings"
+        msg = f"export: {other!r}: no layout holds packed {what}; call qcompile.unpack_(model, {other!r}) first"
         raise ValueError(msg)
     wide |= {name: reason for name, reason in reasons.items() if name not in packed}
     for name, module in model.named_modules():
@@ -309,9 +314,10 @@ def _trained(
         if verdict is not None and not verdict.quantize:
             reason = describe(verdict)
         else:
-            reason = impossible(Place(module), readers)
+            place = Place(module)
+            reason = impossible(place, readers) or tied_to_embedding(place, readers)
             if verdict is None and not reason:
-                reason = left_wide(name, weight, head, of.min_side)
+                reason = left_wide(name, place, head, of.min_side, readers)
         operand = of.operand_under(applicable, of.weight, "weight")
         if not reason and operand is None:
             reason = f"{of.name} leaves its weight wide"

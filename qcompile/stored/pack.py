@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,7 +21,8 @@ from .weight import PackedWeight
 
 __all__ = [
     "PackedLayer", "Packing", "Place", "bytes_of", "choice", "impossible", "left_wide", "multiplies",
-    "output_embeddings", "pack_", "packed_weights", "places_of", "readers_of", "unpack_",
+    "output_embeddings", "pack_", "packed_weights", "places_of", "readers_of", "tied_to_embedding",
+    "unpack_",
 ]  # fmt: skip
 
 
@@ -44,7 +45,8 @@ class Packing:
 
     Attributes:
         layers: those whose weights are stored as codes now.
-        wide: name → reason of the other layers that multiply by a weight, and of other parameters of three axes.
+        wide: name → reason of the other layers that multiply by a weight, of embeddings, and of other parameters of
+            three axes.
         bytes_before, bytes_after: of all parameters and buffers of the model.
     """
 
@@ -96,8 +98,9 @@ def pack_(
 
     Every packed weight becomes a :class:`~qcompile.stored.PackedWeight`, frozen; modules keep their class, their name
     and their forward. So do experts that are one parameter of three axes, of which each is a matrix. Layers are packed
-    one after another, so no more than one is held twice. Layers left wide unless ``rules`` names them: output heads,
-    adapters of PEFT's, those whose weight another module reads too, and those with a side below ``min_side``.
+    one after another, so no more than one is held twice. Layers left wide unless ``rules`` names them: embeddings,
+    output heads, adapters of PEFT's, and those with a side below ``min_side``. A head and an embedding that have one
+    weight are packed together.
 
     A weight that torchao has quantized (:mod:`.torchao`) is taken over as it is, whatever the spec is.
 
@@ -142,7 +145,7 @@ def pack_(
 
 
 def unpack_(model: nn.Module, names: str | Sequence[str] = "*") -> list[str]:
-    """Decode packed weights for good, in place; returns the names of their layers.
+    """Decode packed weights for good, in place; returns the names of their layers, those that share one included.
 
     The parameters are plain tensors of the same dtype again, still frozen: ``requires_grad_(True)`` trains them.
 
@@ -155,8 +158,9 @@ def unpack_(model: nn.Module, names: str | Sequence[str] = "*") -> list[str]:
     packed = {name: place for name, place in places_of(model).items() if isinstance(place.weight, PackedWeight)}
     for pattern in patterns:
         _check_matched("unpack_", "names", pattern, packed)
+    asked = {id(packed[name].weight) for name in packed if any(matches_name(name, pattern) for pattern in patterns)}
     made: dict[int, nn.Parameter] = {}
-    done = [name for name in packed if any(matches_name(name, pattern) for pattern in patterns)]
+    done = [name for name, place in packed.items() if id(place.weight) in asked]
     for name in done:
         weight: Any = packed[name].weight
         if id(weight) not in made:
@@ -181,7 +185,8 @@ def bytes_of(model: nn.Module) -> int:
 def _bytes(tensor: Tensor) -> int:
     """Of a tensor, or of those that it is made of."""
     if compat.is_wrapper_subclass(tensor):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+        inner: Any = tensor
+        return sum(_bytes(getattr(inner, name)) for name in inner.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
@@ -233,6 +238,16 @@ class Place:
         """See :func:`multiplies`."""
         return (multiplies_by_experts if self.is_experts else multiplies)(self.module)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether rows are looked up in it, as in an embedding."""
+        return isinstance(self.module, nn.Embedding) and not self.is_experts
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether its rows stand for themselves, in a product or looked up."""
+        return self.looks_up or (self.multiplies == "rows" and not self.is_experts)
+
 
 def places_of(model: nn.Module) -> dict[str, Place]:
     """Name of the module and place of every parameter called ``weight``, and name and place of every other parameter of
@@ -268,17 +283,18 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
     places = places_of(model)
     for what, pattern in [*(("skip", pattern) for pattern in skip), *(("rules", pattern) for pattern in rules)]:
         _check_matched("pack_", what, pattern, places)
-    chosen = _Choice({}, set(), {})
+    chosen, by_default = _Choice({}, set(), {}), set()
     for name, place in places.items():
         weight = place.weight
         matching = [(pattern, text) for pattern, text in rules.items() if matches_name(name, pattern)]
         pattern, chosen_spec = matching[-1] if matching else ("", spec)
         exact = bool(pattern) and name.endswith(pattern)
+        understood = bool(place.multiplies) or place.looks_up
         if skipped := next((skipping for skipping in skip if matches_name(name, skipping)), None):
             reason = f"skip={skipped!r}"
         elif chosen_spec is None:
             reason = f"rules: {pattern!r}: None"
-        elif torchao.is_quantized(weight) and not exact:
+        elif understood and torchao.is_quantized(weight) and not exact:
             _check_torchao(name, place)
             chosen.foreign.add(name)
             chosen.specs[name] = chosen_spec
@@ -288,21 +304,39 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
                 msg = f"pack_: layer {name!r} cannot be stored as {chosen_spec!r}: {why}; leave it out of rules"
                 raise ValueError(msg)
             reason = why
-        else:
-            reason = "" if matching else left_wide(name, weight, weight is output, min_side)
+        elif reason := "" if matching else left_wide(name, place, weight is output, min_side, readers):
+            by_default.add(name)
         if not reason:
             assert chosen_spec is not None
             _check_size(name, weight, chosen_spec, place.multiplies == "transposed")
             chosen.specs[name] = chosen_spec
-        elif place.multiplies or place.is_experts:
+        elif understood or place.is_experts:
             chosen.wide[name] = reason
+    _share(chosen, places, by_default)
     return chosen
 
 
-def impossible(place: Place, readers: Mapping[int, set[str]]) -> str:
+def _share(chosen: _Choice, places: Mapping[str, Place], by_default: Set[str]) -> None:
+    """Choose layers that have the weight of a chosen one, if they are only wide ``by_default``.
+
+    Raises ``ValueError`` if such a layer is to stay wide.
+    """
+    spec_of = {id(places[name].weight): (name, spec) for name, spec in chosen.specs.items()}
+    for name in chosen.wide.keys() & {name for name, place in places.items() if id(place.weight) in spec_of}:
+        packed, spec = spec_of[id(places[name].weight)]
+        if name not in by_default:
+            msg = (
+                f"pack_: layers {packed!r} and {name!r} have one weight, but {name!r} stays wide ({chosen.wide[name]})"
+            )
+            raise ValueError(msg)
+        chosen.specs[name] = spec
+        del chosen.wide[name]
+
+
+def impossible(place: Place, readers: Mapping[int, set[type]]) -> str:
     """Why the weight of a layer cannot be stored as codes; "" if it can."""
     weight, kind, axes = place.weight, type(place.module).__name__, 3 if place.is_experts else 2
-    if not place.multiplies:
+    if not place.multiplies and not place.looks_up:
         if place.is_experts:
             return f"a parameter of three axes of a {kind}, which does not say (is_transposed) how it is multiplied"
         return f"a module of class {kind} does not only multiply by its weight"
@@ -312,26 +346,43 @@ def impossible(place: Place, readers: Mapping[int, set[str]]) -> str:
         return f"its weight is a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
     if weight.dim() != axes:
         return f"its weight has {weight.dim()} axes, not {axes}"
-    others = readers[id(weight)] - {kind}
-    return f"tied: its weight is also that of a module of class {', '.join(sorted(others))}" if others else ""
+    if getattr(place.module, "max_norm", None) is not None:
+        return f"a module of class {kind} with max_norm writes to its weight"
+    rows = (nn.Linear, nn.Embedding) if place.reads_rows else ()
+    others = {other for other in readers[id(weight)] if other is not type(place.module) and not issubclass(other, rows)}
+    return _tied(others)
 
 
-def left_wide(name: str, weight: Tensor, is_output: bool, min_side: int) -> str:
+def tied_to_embedding(place: Place, readers: Mapping[int, set[type]]) -> str:
+    """That a layer that multiplies has the weight of an embedding; "" if it has not."""
+    return _tied({other for other in readers[id(place.weight)] if issubclass(other, nn.Embedding)})
+
+
+def _tied(others: Set[type]) -> str:
+    names = ", ".join(sorted(other.__name__ for other in others))
+    return f"tied: its weight is also that of a module of class {names}" if others else ""
+
+
+def left_wide(name: str, place: Place, is_output: bool, min_side: int, readers: Mapping[int, set[type]]) -> str:
     """Why a layer that no rule names stays wide; "" if it does not."""
+    if place.looks_up:
+        return "an embedding; rules may name it"
+    if tied := tied_to_embedding(place, readers):
+        return tied
     if pattern := next((pattern for pattern in LEFT_WIDE if matches_name(name, pattern)), ""):
         return f"a layer called {pattern}"
     if is_output:
         return "output head: the model's get_output_embeddings()"
-    thin = min(weight.shape[-2:])
+    thin = min(place.weight.shape[-2:])
     return f"a side of its weight is {thin}, below min_side={min_side}" if thin < min_side else ""
 
 
-def readers_of(model: nn.Module) -> dict[int, set[str]]:
-    """Class names of the modules that have a parameter, by its identity."""
-    readers: dict[int, set[str]] = {}
+def readers_of(model: nn.Module) -> dict[int, set[type]]:
+    """Classes of the modules that have a parameter, by its identity."""
+    readers: dict[int, set[type]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
-            readers.setdefault(id(parameter), set()).add(type(module).__name__)
+            readers.setdefault(id(parameter), set()).add(type(module))
     return readers
 
 
@@ -351,8 +402,8 @@ def _check_matched(caller: str, what: str, pattern: str, names: Iterable[str]) -
 
 
 def _check_torchao(name: str, place: Place) -> None:
-    is_rows = place.multiplies == "rows"
-    if fault := torchao.fault_of(place.weight) if is_rows else f"torchao's weight of a {type(place.module).__name__}":
+    kind = type(place.module).__name__
+    if fault := torchao.fault_of(place.weight) if place.reads_rows else f"torchao's weights of a {kind} are not read":
         msg = f"pack_: layer {name!r}: {fault}; skip=[{name!r}] leaves it as it is"
         raise ValueError(msg)
 

@@ -95,14 +95,13 @@ def _int4(weight: Any) -> PackedWeight:
 
 
 def _int8(weight: Any) -> PackedWeight:
-    integers = Integers(4 if getattr(weight, "target_dtype", torch.int8) in _UP_TO_4_BITS else 8)
+    bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
+    integers = Integers(4 if bits <= 4 else 8)
     u = (weight.qdata.to(torch.int16) + integers.zero).to(torch.uint8)
     scales = weight.scale.view(weight.shape[0], -1)
     zeros = torch.zeros_like(scales) if weight.zero_point is None else weight.zero_point.view(scales.shape).float()
     return integers.weight(u, scales, weight.dtype, -zeros * scales.float())
 
-
-_UP_TO_4_BITS = (torch.int1, torch.int2, torch.int3, torch.int4)
 
 _READERS: dict[str, Callable[[Any], PackedWeight]] = {
     "NF4Tensor": _nf4,

@@ -423,36 +423,51 @@ def same_shape(func: Any, weight: PackedWeight, shape: Sequence[Any]) -> Any:
     return _same(func, weight) if list(shape) == list(weight.shape) else NotImplemented
 
 
-def _taken(weight: PackedWeight, take: Callable[[Tensor], Tensor]) -> Any:
-    """The experts, matrices along the first axis, that ``take`` takes of every part. Nested scales are decoded: experts
-    share a scale of them.
+def _taken(weight: PackedWeight, take: Callable[[Tensor], Tensor]) -> tuple[Parts, Stored]:
+    """What ``take`` takes of every part along the first axis, and how that is stored.
+
+    Nested scales are decoded: those of several rows share a scale.
     """
     stored, parts = weight.stored, weight.parts
-    if type(weight) is not PackedWeight or weight.dim() != 3 or stored.quantizer.granularity.kind == "tensor":
-        return NotImplemented
     if stored.nested is not None:
         parts = {name: part for name, part in parts.items() if name not in ("scale_codes", "second", "offset")}
         parts["scales"] = _scales(weight.parts, stored, weight.size_contracted)
-    spec = str(Stored(stored.quantizer, zeros=stored.zeros))
     taken = {name: part if name == "global_scale" else take(part) for name, part in parts.items()}
-    made = PackedWeight(taken, spec, weight.size_contracted, weight.dtype, weight.transposed)
+    return taken, Stored(stored.quantizer, zeros=stored.zeros)
+
+
+def _experts(weight: PackedWeight, take: Callable[[Tensor], Tensor]) -> Any:
+    """The experts, matrices along the first axis, that ``take`` takes."""
+    if type(weight) is not PackedWeight or weight.dim() != 3 or weight.stored.quantizer.granularity.kind == "tensor":
+        return NotImplemented
+    parts, stored = _taken(weight, take)
+    made = PackedWeight(parts, str(stored), weight.size_contracted, weight.dtype, weight.transposed)
     made.layer = weight.layer
     return made
 
 
+def _embedding(func: Any, weight: PackedWeight, rows: Tensor, *_: Any) -> Any:
+    """Decodes the rows that are looked up."""
+    alone = weight.stored.quantizer.granularity.kind in ("row", "block")
+    if type(weight) is not PackedWeight or weight.transposed or not alone:
+        return NotImplemented
+    parts, stored = _taken(weight, lambda part: part[rows])
+    return decode(parts, stored, weight.size_contracted, weight.dtype)
+
+
 def _select(func: Any, weight: PackedWeight, axis: int, index: Any) -> Any:
-    return NotImplemented if axis % weight.dim() else _taken(weight, lambda part: part.select(0, index))
+    return NotImplemented if axis % weight.dim() else _experts(weight, lambda part: part.select(0, index))
 
 
 def _index_select(func: Any, weight: PackedWeight, axis: int, index: Tensor) -> Any:
-    return NotImplemented if axis % weight.dim() else _taken(weight, lambda part: part.index_select(0, index))
+    return NotImplemented if axis % weight.dim() else _experts(weight, lambda part: part.index_select(0, index))
 
 
 def _index(func: Any, weight: PackedWeight, indices: Sequence[Tensor | None]) -> Any:
     first, *others = indices
     if others or first is None or first.dtype not in (torch.int32, torch.int64) or first.dim() != 1:
         return NotImplemented
-    return _taken(weight, lambda part: part[first])
+    return _experts(weight, lambda part: part[first])
 
 
 #: Op → what it does to a packed weight without decoding it; ``NotImplemented`` decodes.
@@ -466,6 +481,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
+    aten.embedding.default: _embedding,
     aten.select.int: _select,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,

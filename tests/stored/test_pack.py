@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.recipes import STORED
 from qcompile.stored import PackedWeight
 from qcompile.stored.pack import bytes_of
+from tests.passes.harness import compile_and_run
 
 
 class Conv1D(nn.Module):
@@ -30,6 +32,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)) for _ in range(2))
         self.conv = Conv1D(128, 96)
         self.gate = nn.Linear(128, 4)
+        self.norm = nn.LayerNorm(128)
         self.lm_head = nn.Linear(128, 64, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -51,6 +54,7 @@ def test_linear_layers_are_packed_and_heads_and_thin_ones_are_not():
     done = qcompile.pack_(model, "nf4 block64 absmax_bnb; nested")
     assert list(packed_names(model)) == ["layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1", "conv"]
     assert done.wide == {
+        "embed": "an embedding; rules may name it",
         "gate": "a side of its weight is 4, below min_side=32",
         "lm_head": "a layer called lm_head",
     }
@@ -63,6 +67,7 @@ def test_linear_layers_are_packed_and_heads_and_thin_ones_are_not():
     assert str(done).splitlines() == [
         "packed layers: 5 as 'nf4 block64 absmax_bnb even; nested'; 4.132 bits per weight",
         f"model: {before / 1e6:.2f} MB → {done.bytes_after / 1e6:.2f} MB",
+        "left wide: embed (an embedding; rules may name it)",
         "left wide: gate (a side of its weight is 4, below min_side=32)",
         "left wide: lm_head (a layer called lm_head)",
     ]
@@ -114,7 +119,7 @@ def test_unpack_gives_plain_parameters_back():
 
 
 def test_tied_weights():
-    """Between linear layers there is one packed weight for both; an embedding looks rows up, so its weight stays."""
+    """Between linear layers there is one packed weight for both; with an embedding too, if rules name one of them."""
     model = nn.ModuleDict(
         {"embed": nn.Embedding(64, 128), "head": nn.Linear(128, 64), "a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}
     )
@@ -123,9 +128,48 @@ def test_tied_weights():
     done = qcompile.pack_(model, "nf4 block64")
     assert model["a"].weight is model["b"].weight
     assert list(packed_names(model)) == ["a", "b"]
-    assert done.wide == {"head": "tied: its weight is also that of a module of class Embedding"}
-    qcompile.unpack_(model)
+    assert done.wide == {
+        "embed": "an embedding; rules may name it",
+        "head": "tied: its weight is also that of a module of class Embedding",
+    }
+    with pytest.raises(ValueError, match=r"'embed' and 'head' have one weight, but 'head' stays wide \(skip='head'\)$"):
+        qcompile.pack_(model, "nf4 block64", rules={"embed": "int8 row"}, skip="head")
+    done = qcompile.pack_(model, "nf4 block64", rules={"embed": "int8 row"})
+    assert packed_names(model) == {
+        name: f"{spec} absmax even" for name, spec in
+        {"embed": "int8 row", "head": "int8 row", "a": "nf4 block64", "b": "nf4 block64"}.items()
+    }  # fmt: skip
+    assert model["head"].weight is model["embed"].weight
+    assert qcompile.unpack_(model, ["a", "head"]) == ["embed", "head", "a", "b"]
     assert model["a"].weight is model["b"].weight
+    assert model["head"].weight is model["embed"].weight
+
+
+@pytest.mark.parametrize(
+    "spec", ["nf4 block64 absmax_bnb; nested", "uint4 block32; zeros", "int8 row", "e2m1 block16 e4m3"]
+)
+def test_of_a_packed_embedding_the_rows_that_are_looked_up_are_decoded(spec, monkeypatch):
+    model = nn.Sequential(nn.Embedding(96, 64, padding_idx=3), nn.Linear(64, 96, bias=False))
+    model[1].weight = model[0].weight
+    qcompile.pack_(model, spec, rules={"0": spec})
+    ids = torch.randint(0, 96, (2, 15))
+    dense = model[0].weight.decoded()
+    with monkeypatch.context() as patch:
+        patch.delattr(PackedWeight, "decoded")
+        assert torch.equal(model[0](ids), dense[ids])
+    plain = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    plain[0].weight = plain[1].weight = nn.Parameter(dense, requires_grad=False)
+    result = compile_and_run(model, ids, recipe=STORED)
+    torch.testing.assert_close(result.outputs, plain(ids))
+    assert result.fused() == ({} if "zeros" in spec else {"fprop": 1})
+
+
+def test_embeddings_that_are_written_to_are_refused():
+    model = nn.Sequential(nn.Embedding(64, 64, max_norm=1.0))
+    with pytest.raises(
+        ValueError, match=r"layer '0' cannot .*: a module of class Embedding with max_norm writes to its"
+    ):
+        qcompile.pack_(model, "nf4 block64", rules={"0": "int8 row"})
 
 
 @pytest.mark.parametrize(
@@ -139,8 +183,8 @@ def test_tied_weights():
         ({"skip": "layres"}, r"skip: 'layres' matches no layer; there are embed, layers.0.0"),
         ({"rules": {"layres": None}}, r"rules: 'layres' matches no layer"),
         (
-            {"rules": {"embed": "int8 row"}},
-            "'embed' cannot be stored as 'int8 row': a module of class Embedding",
+            {"rules": {"norm": "int8 row"}},
+            "'norm' cannot be stored as 'int8 row': a module of class LayerNorm does not only multiply by its weight",
         ),
     ],
 )
