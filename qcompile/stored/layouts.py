@@ -7,7 +7,8 @@ that layout compute, in the dtype they compute it in, which is what an export is
 layout                 tensors of a layer, weight [N, K]                               value
 ====================== =============================================================== ==============================
 pack-quantized         weight_packed int32 [N, ⌈K·b/32⌉], weight_scale [N, K/g],       (u − 2^(b−1)) · scale
-                       weight_shape int64 [2]
+                       weight_shape int64 [2]; asymmetric, read only:                  (u − zero) · scale
+                       weight_zero_point int32 [⌈N·b/32⌉, K/g]
 nvfp4-pack-quantized   weight_packed uint8 [N, K/2], weight_scale E4M3 [N, K/16],      e2m1 · (scale / global)
                        weight_global_scale float32 [1]
 mxfp4-pack-quantized   weight_packed uint8 [N, K/2], weight_scale E8M0 uint8 [N, K/32] e2m1 · 2^(scale − 127)
@@ -267,7 +268,7 @@ class _IntegerLayout(Layout):
 
 @dataclass(frozen=True)
 class PackedIntegers(_IntegerLayout):
-    """compressed-tensors' ``pack-quantized``."""
+    """compressed-tensors' ``pack-quantized``; asymmetric weights, with ``weight_zero_point``, are read."""
 
     name = "pack-quantized"
 
@@ -284,7 +285,14 @@ class PackedIntegers(_IntegerLayout):
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         u = unpack_words(tensors["weight_packed"], self.bits, shape[1])
-        return self.integers.weight(u, tensors["weight_scale"].view(shape[0], -1), dtype)
+        scales = tensors["weight_scale"].view(shape[0], -1)
+        if (words := tensors.get("weight_zero_point")) is None:
+            return self.integers.weight(u, scales, dtype)
+        if (given := tuple(words.shape)) != (sizes := (-(-shape[0] * self.bits // _WORD), scales.shape[1])):
+            msg = f"its weight_zero_point is {given}, not {sizes}"
+            raise ValueError(msg)
+        zeros = unpack_words(words.t(), self.bits, shape[0]).t()  # words run along N
+        return self.integers.weight_of_zeros(u, zeros, scales, dtype)
 
     def scheme(self, stored: Stored) -> dict[str, Any]:
         block = stored.quantizer.granularity
@@ -512,9 +520,10 @@ _GPTQ_BITS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Gptq(_IntegerLayout):
-    """AutoGPTQ's layout (``checkpoint_format`` "gptq", version 1), symmetric, no order of activations.
+    """AutoGPTQ's layout (``checkpoint_format`` "gptq", version 1), no order of activations.
 
-    Words run along K, and along N for zeros, of which 1 is taken off before they are stored.
+    Words run along K, and along N for zeros, of which 1 is taken off before they are stored. Asymmetric weights are
+    read; symmetric ones are written as well.
     """
 
     name = "gptq"
@@ -546,16 +555,16 @@ class Gptq(_IntegerLayout):
         return self.integers.values(u, tensors["scales"].t(), dtype)
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-        zeros = unpack_words(tensors["qzeros"], self.bits, shape[0])
-        if not bool((zeros == self.integers.zero - 1).all()):
-            msg = f"its zeros are not all {self.integers.zero}: asymmetric integers are not read"
+        zeros = unpack_words(tensors["qzeros"], self.bits, shape[0]).short() + 1
+        if bool((zeros == 2**self.bits).any()):
+            msg = f"a zero is stored as {2**self.bits - 1}, which some loaders take for 0 and some for {2**self.bits}"
             raise ValueError(msg)
         size = shape[1] // tensors["scales"].shape[0]
         if not torch.equal(tensors["g_idx"].cpu(), torch.arange(shape[1], dtype=torch.int32) // size):
             msg = "its columns are in the order of activations (desc_act), which is not read"
             raise ValueError(msg)
         u = unpack_words(tensors["qweight"].t(), self.bits, shape[1])
-        return self.integers.weight(u, tensors["scales"].t(), dtype)
+        return self.integers.weight_of_zeros(u, zeros.t(), tensors["scales"].t(), dtype)
 
 
 # --- AWQ ------------------------------------------------------------------------------------------------------------

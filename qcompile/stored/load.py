@@ -32,8 +32,8 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
 
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, whose ``quant_method`` is compressed-tensors
-            (``pack-quantized`` with symmetric integers of 4 or 8 bits, ``nvfp4-pack-quantized``,
-            ``mxfp4-pack-quantized``), bitsandbytes (4 bits), gptq (4 or 8 bits, version 1, symmetric), awq
+            (``pack-quantized`` with integers of 4 or 8 bits, ``nvfp4-pack-quantized``,
+            ``mxfp4-pack-quantized``), bitsandbytes (4 bits), gptq (4 or 8 bits, version 1), awq
             (AutoAWQ's version "gemm", 4 bits with zeros) or mxfp4 (gpt-oss).
         device: where tensors go; by default where the model's are, and to the CPU where those are on meta.
 
@@ -104,11 +104,10 @@ def _compressed_tensors(
         kind, weights = group.get("format") or config["format"], group["weights"]
         floats = next((layout for layout in FLOATS if layout.name == kind), None)
         layout = floats or PackedIntegers(weights["num_bits"])
-        asymmetric = not weights.get("symmetric", True)
         if floats is None and kind != layout.name:
             fault = f"format {kind!r} is not read"
-        elif asymmetric or f"{name}.weight_g_idx" in read:
-            fault = "zero points are not read" if asymmetric else "an order of activations is not read"
+        elif f"{name}.weight_g_idx" in read:
+            fault = "an order of activations is not read"
         elif floats is None and not layout.integers.readable:  # type: ignore[union-attr]
             fault = f"integers of {weights['num_bits']} bits are not read; those of 4 and 8 bits are"
         else:

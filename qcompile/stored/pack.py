@@ -322,7 +322,7 @@ def _share(chosen: _Choice, places: Mapping[str, Place], by_default: Set[str]) -
     Raises ``ValueError`` if such a layer is to stay wide.
     """
     spec_of = {id(places[name].weight): (name, spec) for name, spec in chosen.specs.items()}
-    for name in chosen.wide.keys() & {name for name, place in places.items() if id(place.weight) in spec_of}:
+    for name in [name for name in chosen.wide if id(places[name].weight) in spec_of]:
         packed, spec = spec_of[id(places[name].weight)]
         if name not in by_default:
             msg = (

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -466,6 +468,30 @@ def test_checkpoints_of_compressed_tensors_are_read_with_the_codes_we_do_not_wri
     assert torch.equal(logits(model), logits(loaded(tmp_path)))
 
 
+def test_asymmetric_checkpoints_of_compressed_tensors_are_read(tmp_path):
+    """As its own decompressor does: transformers 5.23 loads no packed zeros."""
+    generator, model = torch.Generator().manual_seed(0), tiny(BF16)
+    qcompile.export(model, tmp_path, spec="int4 block32", round_scales=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in [name.removesuffix("weight_packed") for name in tensors if name.endswith("weight_packed")]:
+        zeros = torch.randint(-8, 8, tensors[f"{layer}weight_scale"].shape, generator=generator, dtype=torch.int8)
+        tensors[f"{layer}weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert len(qcompile.load_quantized_(model, tmp_path)) == LINEAR
+    how = QuantizationArgs(num_bits=4, group_size=32, strategy="group", symmetric=False)
+    scheme = QuantizationScheme(targets=["Linear"], weights=how)
+    for name, weight in packed_weights(model):
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        assert weight.spec == "uint4b8 block32 absmax even; zeros"
+        assert torch.equal(weight.decoded(), PackedQuantizationCompressor.decompress(own, scheme)["weight"]), name
+    tensors[f"{name}.weight_zero_point"] = zeros
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"^load_quantized_: layer '{name}': its weight_zero_point is .*, not \(16, 8\)$"
+    ):
+        qcompile.load_quantized_(tiny(BF16), tmp_path)
+
+
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False)])
 def test_checkpoints_of_bitsandbytes_are_read(tmp_path, kind, nested):
     config = transformers.BitsAndBytesConfig(
@@ -554,6 +580,25 @@ def test_gptq_by_an_independent_reader(tmp_path, spec, bits):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     group = {"int4 block32": 32, "e1m2 row": -1, "int8 block64": 64}[spec]
     assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (bits, group, True, False)
+
+
+def test_asymmetric_gptq_by_an_independent_reader(tmp_path):
+    qcompile.export(tiny(F16), tmp_path, "gptq", spec="int4 block32", round_scales=True)
+    tensors, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("qzeros"):  # nothing above 14
+            size = tensor.shape[1] * 8
+            tensor.copy_(pack_words(torch.randint(0, 15, (len(tensor), size), generator=generator).byte(), 4))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model, name = tiny(F16), "model.layers.1.self_attn.k_proj"
+    qcompile.load_quantized_(model, tmp_path)
+    weight = model.get_submodule(name).weight
+    assert weight.spec == "uint4b8 block32 absmax even; zeros"
+    assert torch.equal(gptq_weight(tensors, name, 4), weight.decoded())
+    tensors[f"{name}.qzeros"][0, 0] = -1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^load_quantized_: layer '{name}': a zero is stored as 15, which some"):
+        qcompile.load_quantized_(tiny(F16), tmp_path)
 
 
 def test_gptq_has_one_group_size(tmp_path):
