@@ -421,8 +421,8 @@ _ALL = (
         for b in range(1, 8)
     ),
     *_OFFSET_INTEGERS,
-    *(Format(f"uint{b}", b, codebook=tuple(map(float, range(2**b)))) for b in (2, 3, 4, 8)),
     *_NF4_OF_TORCHAO,
+    *(Format(f"uint{b}", b, codebook=tuple(map(float, range(2**b)))) for b in (2, 3, 4, 8)),
 )
 
 FORMATS: Registry[Format] = Registry("format", _ALL)
