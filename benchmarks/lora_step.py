@@ -124,9 +124,7 @@ ARMS = {
     "bnb_inductor": Arm(by_bitsandbytes),
     "torchao_inductor": Arm(by_torchao),
     "ours_nf4": Arm(packed(NF4), "qcompile_stored"),
-    "ours_w4a4": Arm(
-        packed("e2m1 row"), "qcompile_stored", {"activation": "e2m1 row"}, reference="eager", worst=False
-    ),
+    "ours_w4a4": Arm(packed("e2m1 row"), "qcompile_stored", {"activation": "e2m1 row"}, reference="eager", worst=False),
     "ours_on_bnb": Arm(by_bitsandbytes, "qcompile_stored"),  # bitsandbytes' layers, compiled as they are
 }
 DEFAULT = [name for name in ARMS if name != "ours_on_bnb"]

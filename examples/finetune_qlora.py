@@ -108,7 +108,9 @@ def run(name: str, folder: Path, tokens: torch.Tensor, seed: int, given: argpars
 
     @torch.no_grad()
     def validated() -> float:
-        return mean(loss_of(torch.stack(windows[i : i + given.batch])).item() for i in range(0, len(windows), given.batch))
+        return mean(
+            loss_of(torch.stack(windows[i : i + given.batch])).item() for i in range(0, len(windows), given.batch)
+        )
 
     before, losses, times = validated(), [], []
     if given.device == "cuda":
@@ -146,7 +148,11 @@ def table_of(runs: list[dict[str, Any]]) -> Table:
         figures = [f"{first[key]:.1f}" for key in ("model_mb", "saved_mb", "peak_mb")]
         noise = f" ± {(max(after) - min(after)) / 2:.4f}" if len(own) > 1 else ""
         table.add_row(
-            arm, *figures, f"{first['step_s']:.3f}", f"{mean(r['before'] for r in own):.4f}", f"{mean(after):.4f}{noise}"
+            arm,
+            *figures,
+            f"{first['step_s']:.3f}",
+            f"{mean(r['before'] for r in own):.4f}",
+            f"{mean(after):.4f}{noise}",
         )
     return table
 

@@ -33,7 +33,9 @@ def prompted(tokenizer: Any, prompt: str, device: str) -> torch.Tensor:
     """The prompt's tokens ``[1, T]``, as a message of a chat if the model has been tuned for chats."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        found = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
     else:
         found = tokenizer(prompt, return_tensors="pt")
     return found["input_ids"].to(device)
