@@ -6,8 +6,8 @@
 
 The model is transformers' Llama with random weights, made on the meta device and filled and packed layer by layer, so
 that it is never wide as a whole. PEFT puts BF16 adapters of rank 16 on all its linear layers but the head. A step is
-forward, loss, backward, fused AdamW of the adapters and ``zero_grad(set_to_none=True)``. ``--regional`` compiles decoder
-layers one by one (they share a compilation), which takes seconds instead of a minute; head and loss are then eager.
+forward, loss, backward, fused AdamW of the adapters and ``zero_grad(set_to_none=True)``. ``--regional`` compiles
+decoder layers one by one (they share a compilation), which is quicker by far; head and loss are then eager.
 
 Every arm has a process of its own and ``--limit`` seconds. Before it is timed its first loss and the gradients of all
 adapters are compared with a reference: bitsandbytes' eager layers where weights are NF4, and the same model without
@@ -21,12 +21,8 @@ Writes the CSV file after every arm.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,11 +33,25 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import brief, failure, fresh_log, milliseconds, write_rows
+from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process, milliseconds, write_rows
 from model import Size
 from torch import Tensor, nn
 
-__all__ = ["ARMS", "BASELINE", "Arm", "Row", "built", "main", "work"]
+__all__ = [
+    "ARMS",
+    "BASELINE",
+    "LLAMA_8B",
+    "NF4",
+    "TINY",
+    "Arm",
+    "Row",
+    "adapted",
+    "by_bitsandbytes",
+    "llama",
+    "main",
+    "packed",
+    "work",
+]
 
 BF16 = torch.bfloat16
 LLAMA_8B = Size("8B", 4096, 32, 14336, heads=32, kv_heads=8, sequence=2048, batch=4, vocabulary=128256)
@@ -155,28 +165,36 @@ class Row:
 
 
 @torch.no_grad()
-def built(size: Size, arm: Arm, device: torch.device) -> Any:
-    """The Llama with adapters on it, the same numbers for every arm."""
-    import peft
+def llama(size: Size, store: Callable[[nn.Module], None], device: torch.device) -> Any:
+    """transformers' Llama in BF16 with its decoder layers stored so, the same numbers in every call."""
     import transformers
 
     config = transformers.LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
-        max_position_embeddings=size.sequence, tie_word_embeddings=False, use_cache=False,
+        max_position_embeddings=size.sequence, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(BF16)
-    generator = torch.Generator(device).manual_seed(0)
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
+    generator = torch.Generator(device).manual_seed(0)
     for layer in model.model.layers:
-        arm.store(_filled(layer, size, device, generator))
+        store(_filled(layer, size, device, generator))
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         _filled(module, size, device, generator)
-    model.is_loaded_in_4bit = arm.store is by_bitsandbytes  # as transformers says it, for PEFT
+    model.is_loaded_in_4bit = store is by_bitsandbytes  # as transformers says it, for PEFT
+    return model.eval()
+
+
+@torch.no_grad()
+def adapted(model: Any, device: torch.device) -> Any:
+    """With adapters of rank 16 on all linear layers, the same numbers in every call."""
+    import peft
+
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    generator = torch.Generator(device).manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # lora_B is zero at first, and so would be the gradient of lora_A
             parameter.normal_(0, 0.02, generator=generator)
@@ -209,7 +227,7 @@ def compiled(model: Any, arm: Arm, regional: bool) -> str:
 
 
 def loss_and_gradients(model: Any, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -240,7 +258,7 @@ def work(name: str, given: argparse.Namespace, scratch: Path) -> Row:
     """The arm built, checked and timed. Raises ``ValueError`` if it computes something else."""
     arm, size, device, start = ARMS[name], _size(given), torch.device(given.device), time.perf_counter()
     cuda = device.type == "cuda"
-    model = built(size, arm, device)
+    model = adapted(llama(size, arm.store, device), device)
     model_bytes = torch.cuda.memory_allocated() if cuda else _bytes_of(model)
     shape = (size.batch, size.sequence)
     ids = torch.randint(size.vocabulary, shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -260,7 +278,7 @@ def work(name: str, given: argparse.Namespace, scratch: Path) -> Row:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -290,28 +308,6 @@ def _size(given: argparse.Namespace) -> Size:
     return replace(size, layers=given.layers or size.layers)
 
 
-def _in_own_process(name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path) -> Row:
-    """Raises ``RuntimeError`` with what the arm raised, ``TimeoutError`` if it took longer than ``limit`` seconds."""
-    result = scratch / "row.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, __file__, *arguments, "--worker", name, "--scratch", str(scratch)]
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            msg = f"took longer than {limit:g} s"
-            raise TimeoutError(msg) from None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
-                process.wait()
-    found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({process.returncode})"}
-    if "error" in found:
-        raise RuntimeError(found["error"])
-    return Row(**found)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
@@ -322,27 +318,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=100, help="seconds of an arm (default: 100)")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--worker", choices=tuple(ARMS), help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     arguments = list(sys.argv[1:] if argv is None else argv)
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("lora_step: needs a CUDA card (or --tiny --device cpu)", file=sys.stderr)
         return 2
     if given.worker:
-        try:
-            found = asdict(work(given.worker, given, given.scratch))
-        except Exception as error:
-            found = {"error": failure(error, given.out.with_suffix(".log"), given.worker).removeprefix("FAILED: ")}
-        (given.scratch / "row.json").write_text(json.dumps(found))
-        return 0
+        return answer(given, lambda: asdict(work(given.worker, given, given.scratch)))
     log, size = fresh_log(given.out), _size(given)
     rows: list[Row] = []
     base = math.nan
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.arms:
             try:
-                row = _in_own_process(name, arguments, given.limit, Path(scratch), log)
+                row = Row(**in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log))
             except (RuntimeError, TimeoutError) as error:
                 row = Row(name, size.layers, "", size.tokens, status=f"FAILED: {brief(error)}")
             base = row.median_ms if name == BASELINE else base

@@ -3,9 +3,9 @@
     python benchmarks/stored_quality.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out stored_quality_cpu.csv \\
         --text wikitext2=test.txt docs=valid.txt.xz
 
-The model is a folder of transformers' or a GGUF file. A text is cut into windows of ``--context`` tokens, and every token
-but a window's first is predicted from those before it in its window; perplexity is exp of the mean loss of the first
-``--tokens``. Decoder layers are compiled one by one, so that one compilation serves them all.
+The model is a folder of transformers' or a GGUF file. A text is cut into windows of ``--context`` tokens, and every
+token but a window's first is predicted from those before it in its window; perplexity is exp of the mean loss of the
+first ``--tokens``. Decoder layers are compiled one by one, so that one compilation serves them all.
 
 Writes a CSV file after every arm.
 """
@@ -84,8 +84,7 @@ def load(path: Path, device: str) -> tuple[Any, Any]:
 
 def windows_of(path: Path, tokenizer: Any, tokens: int, context: int) -> Tensor:
     """The beginning of a text (.xz or plain) as int64 ``[windows, context]``."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as file:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
         ids = tokenizer(file.read(16 * tokens), return_tensors="pt", verbose=False)["input_ids"][0]
     count = min(tokens, len(ids)) // context
     if not count:

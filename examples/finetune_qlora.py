@@ -4,7 +4,7 @@
     python examples/finetune_qlora.py --model path/to/model --text docs.txt.xz --steps 500 --seeds 2
 
 A model is a folder of transformers' or a GGUF file. Loss is validated on the last tenth of the text. Writes losses and
-memory of every run to ``finetune_qlora.json`` and plots them (.png). Needs ``pip install peft bitsandbytes accelerate``.
+memory of every run to ``finetune_qlora.json`` and plots them. Needs ``pip install peft bitsandbytes accelerate``.
 """
 
 from __future__ import annotations
@@ -191,8 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         folder = folder_of(given.model, given.out)
-        opened = lzma.open(given.text, "rt", encoding="utf-8") if given.text.suffix == ".xz" else given.text.open()
-        with opened as file:
+        with (lzma.open if given.text.suffix == ".xz" else open)(given.text, "rt", encoding="utf-8") as file:
             text = file.read(given.characters)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]

@@ -1,4 +1,4 @@
-"""The benchmarks of stored weights on a CPU: an arm that computes something else is not timed, and costs no other arm."""
+"""Benchmarks of stored weights on a CPU: an arm that computes something else is not timed, and costs no other arm."""
 
 from __future__ import annotations
 
