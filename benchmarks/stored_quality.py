@@ -52,6 +52,7 @@ ARMS = {
     "llm.int8": Arm("int8 row", "qcompile_llm_int8"),
     "e2m1 row": Arm("e2m1 row"),
     "e2m1 row, W4A4": Arm("e2m1 row", options={"activation": "e2m1 row"}),
+    "e2m1 row, W4A4, OCC": Arm("e2m1 row", options={"activation": "e2m1 row absmax even; ste; occ(residual=e4m3)"}),
 }
 
 

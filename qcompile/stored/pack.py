@@ -41,7 +41,8 @@ class Packing:
 
     Attributes:
         layers: those whose weights are stored as codes now.
-        wide: name → reason of the other layers that multiply by a weight, and of parameters of three axes (experts).
+        wide: name → reason of the other layers that multiply by a weight, of those whose weight another library has
+            quantized, and of parameters of three axes (experts).
         bytes_before, bytes_after: of all parameters and buffers of the model.
     """
 
@@ -223,7 +224,7 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
             assert chosen_spec is not None
             _check_size(name, weight, chosen_spec, multiplies(module) == "transposed")
             chosen.specs[name] = chosen_spec
-        elif multiplies(module):
+        elif multiplies(module) or not weight.is_floating_point():
             chosen.wide[name] = reason
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and not name.endswith("weight"):  # those of convolutions are called so
@@ -233,12 +234,12 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
 
 def impossible(name: str, module: nn.Module, weight: Tensor, readers: Mapping[int, set[str]]) -> str:
     """Why the weight of a layer cannot be stored as codes; "" if it can."""
-    if not multiplies(module):
-        return f"a module of class {type(module).__name__} does not only multiply by its weight"
     if isinstance(weight, PackedWeight):
         return f"stored already, as {short_names(weight.spec)!r}"
     if compat.is_wrapper_subclass(weight) or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+    if not multiplies(module):
+        return f"a module of class {type(module).__name__} does not only multiply by its weight"
     if weight.dim() != 2:
         return f"its weight has {weight.dim()} axes, not 2"
     others = readers[id(weight)] - {type(module).__name__}
