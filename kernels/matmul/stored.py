@@ -235,7 +235,7 @@ def _scales(stored, second, offset, book, rows, n, unit, units, per_row, fmt: tl
         column = (unit + tl.arange(0, units)) * span // fmt.block
         at = rows.to(tl.int64)[:, None] * per_row + column[None, :]
         inside = (rows < n)[:, None] & (column < per_row)[None, :]
-    loaded, shared = load_scales(stored, second, at, inside, fmt)
+    loaded, shared = load_scales(stored, second, tl.where(inside, at, 0), fmt)
     scale = scales_of(loaded, shared, offset, book, fmt)
     return tl.where(inside, scale, 0.0)
 

@@ -152,6 +152,14 @@ def _exchanged(first, second, thread, distance: gl.constexpr):
     )
 
 
+@gluon.jit
+def _keep_loads_before(thread):
+    """The assembler moves loads whose results are not wanted yet to where they are, but not across a barrier."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
 # --- operands --------------------------------------------------------------------------------------------------------
 
 
@@ -198,39 +206,46 @@ def _arranged(loaded, thread, unit: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _first_pair(register: gl.constexpr, thread, unit: gl.constexpr):
-    """Where in a step the codes of a register of :func:`_arranged` begin, in pairs."""
+def _pair_of_thread(thread, unit: gl.constexpr):
+    """Where in a step the codes of a thread's register 0 of :func:`_arranged` begin, in pairs."""
     upper = (thread >> 1) & 1
     lower = thread & 1
     if unit == 128:
-        pair = 16 * (thread & 3) + 4 * register
+        pair = 32 * upper + 16 * lower
     elif unit == 64:
-        pair = 32 * (register // 2) + 16 * lower + 8 * upper + 4 * (register % 2)
+        pair = 16 * lower + 8 * upper
     elif unit == 32:
-        pair = 16 * register + 8 * upper + 4 * lower
-    else:  # the second half is 8 pairs further on
-        pair = 16 * register + 4 * lower + 2 * upper
+        pair = 8 * upper + 4 * lower
+    else:
+        pair = 4 * lower + 2 * upper
     return pair
 
 
+@gluon.constexpr_function
+def _pair_of_register(register, unit):
+    """How far from there those of another register are."""
+    return {128: 4 * register, 64: 32 * (register // 2) + 4 * (register % 2)}.get(unit, 16 * register)
+
+
 @gluon.jit
-def _pairs_of_x(rows, pair, row_pairs, even: gl.constexpr, quads: gl.constexpr):
-    """Pairs of elements from ``pair`` on of the rows at ``rows``; 0 beyond K, where there may be such (not ``even``)."""
-    at = pair + gl.arange(0, quads.size_per_thread[2], gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
+def _side_by_side(at, inside, even: gl.constexpr, quads: gl.constexpr):
+    """As many words from ``at`` ``[threads, tiles]`` on as a thread has in a row of ``quads``; 0 where there are
+    ``inside`` fewer, unless ``even``.
+    """
+    side = gl.arange(0, quads.size_per_thread[2], gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
     if even:
-        loaded = gl.load(rows[:, :, None] + at)
+        words = gl.load(at[:, :, None] + side)
     else:
-        loaded = gl.load(rows[:, :, None] + at, mask=at < row_pairs, other=0)
-    return loaded
+        words = gl.load(at[:, :, None] + side, mask=side < inside[:, None, None], other=0)
+    return words
 
 
 @gluon.jit
-def _operand_of_x(rows, pair, row_pairs, even: gl.constexpr, unit: gl.constexpr, layout: gl.constexpr, quads: gl.constexpr):
-    """The four operand registers that belong to a word that :func:`_arranged` returned."""
-    pair = pair[:, None, None]
-    if unit == 16:
-        first, second = _pairs_of_x(rows, pair, row_pairs, even, quads).split()
-        third, fourth = _pairs_of_x(rows, pair + 8, row_pairs, even, quads).split()
+def _operand_of_x(at, inside, even: gl.constexpr, unit: gl.constexpr, layout: gl.constexpr, quads: gl.constexpr):
+    """The four operand registers that belong to a word that :func:`_arranged` returned, of the rows ``at``."""
+    if unit == 16:  # the second half of the word is of the next 16 codes
+        first, second = _side_by_side(at, inside, even, quads).split()
+        third, fourth = _side_by_side(at + 8, inside - 8, even, quads).split()
         operand = (
             gl.convert_layout(first, layout, assert_trivial=True),
             gl.convert_layout(second, layout, assert_trivial=True),
@@ -238,22 +253,25 @@ def _operand_of_x(rows, pair, row_pairs, even: gl.constexpr, unit: gl.constexpr,
             gl.convert_layout(fourth, layout, assert_trivial=True),
         )
     else:
-        operand = _four(_pairs_of_x(rows, pair, row_pairs, even, quads), layout)
+        operand = _four(_side_by_side(at, inside, even, quads), layout)
     return operand
 
 
 @gluon.jit
-def _load_words(rows, word, row_words, wanted, quads: gl.constexpr):
-    """Four words from ``word`` ``[threads]`` on of the rows at ``rows``; 0 outside or if not ``wanted``."""
-    columns = word[:, None, None] + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
-    return gl.load(rows[:, :, None] + columns, mask=(columns < row_words) & wanted, other=0, eviction_policy="evict_first")
+def _load_words(at, inside, wanted, even: gl.constexpr, quads: gl.constexpr):
+    """Four words from ``at`` ``[threads, tiles]`` on; 0 where there are ``inside`` fewer, or if not ``wanted``."""
+    side = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
+    if not even:
+        wanted = wanted & (side < inside[:, None, None])
+    return gl.load(at[:, :, None] + side, mask=wanted, other=0, eviction_policy="evict_first")
 
 
 @gluon.jit
 def _load_scales(scales, second, row, number, per_row, unit: gl.constexpr, fmt: gl.constexpr):
-    """What is loaded of the scales of units ``number`` ``[threads]`` of the rows."""
-    column = (number if unit == fmt.block else number // (fmt.block // unit))[:, None]
-    return load_scales(scales, second, row * per_row + column, column < per_row, fmt)
+    """What is loaded of the scales of units ``number`` ``[threads]`` of the rows; beyond a row, those of its last."""
+    column = number if unit == fmt.block else number // (fmt.block // unit)
+    column = gl.minimum(column, per_row - 1)[:, None]
+    return load_scales(scales, second, row * per_row + column, fmt)
 
 
 @gluon.jit
@@ -351,22 +369,21 @@ def fragments(
     row = first_row + _rows(threads, tiles_n, of_w) % block_n
     # Rows beyond the last, here and of x, are the last again, and are not stored.
     upper, lower = gl.minimum(row, n - 1).to(gl.int64), gl.minimum(row + 8, n - 1).to(gl.int64)
-    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True) * row_words
-    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True) * row_words
+    own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
     own_word = own // (32 * across) * turn + own % 4 * 4
-    own_unit = thread // (32 * across) * units
-
+    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True) * row_words + own_word[:, None]
+    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True) * row_words + own_word[:, None]
     own = gl.arange(0, threads, gl.SliceLayout(1, of_line))
+    own_pair = own // (32 * across) * (4 * turn) + _pair_of_thread(own, unit)
     line = (own % 32 // 4)[:, None] + 8 * gl.arange(0, tiles_m, gl.SliceLayout(0, of_line))[None, :]
-    line_x = x + gl.minimum(line, m - 1) * (4 * row_words)
-    own_pair = own // (32 * across) * (4 * turn)
+    line_x = x + gl.minimum(line, m - 1) * (4 * row_words) + own_pair[:, None]
 
     words = ()
     for step in gl.static_range(steps):
-        at = word + own_word + step * STEP_WORDS
-        words += (_load_words(upper_words, at, row_words, True, word_quads),)
-        words += (_load_words(lower_words, at, row_words, True, word_quads),)
+        inside = row_words - word - step * STEP_WORDS - own_word
+        words += (_load_words(upper_words + word + step * STEP_WORDS, inside, word < end, even, word_quads),)
+        words += (_load_words(lower_words + word + step * STEP_WORDS, inside, word < end, even, word_quads),)
     scale = ()
     if fmt.block:
         for first in gl.static_range(0, units, 4):
@@ -388,15 +405,18 @@ def fragments(
                 ahead += (_load_scales(scales, second, upper, number, per_row, unit, fmt),)
                 ahead += (_load_scales(scales, second, lower, number, per_row, unit, fmt),)
         next_words = ()
+        upper_at, lower_at, x_at = upper_words + following, lower_words + following, line_x + 4 * word
         for step in gl.static_range(steps):
             upper_codes = _arranged(words[2 * step], thread[:, None], unit, of_w)
             lower_codes = _arranged(words[2 * step + 1], thread[:, None], unit, of_w)
-            at = following + own_word + step * STEP_WORDS
-            next_words += (_load_words(upper_words, at, row_words, following < end, word_quads),)
-            next_words += (_load_words(lower_words, at, row_words, following < end, word_quads),)
+            inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
+            next_words += (_load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),)
+            next_words += (_load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),)
+            _keep_loads_before(thread)
             for register in gl.static_range(4):
-                pair = 4 * word + own_pair + 4 * step * STEP_WORDS + _first_pair(register, own, unit)
-                right = _operand_of_x(line_x, pair, 4 * row_words, even, unit, of_x, x_quads)
+                pair = 4 * step * STEP_WORDS + _pair_of_register(register, unit)
+                inside_x = 4 * (row_words - word) - pair - own_pair
+                right = _operand_of_x(x_at + pair, inside_x, even, unit, of_x, x_quads)
                 upper_levels = _levels(upper_codes[register], table)
                 lower_levels = _levels(lower_codes[register], table)
                 for half in gl.static_range(2):
@@ -417,9 +437,9 @@ def fragments(
         word = following
     if fmt.block == 0:
         at = (upper, lower) if fmt.by_row else (upper * 0, lower * 0)
-        loaded, shared = load_scales(scales, second, at[0], upper < n, fmt)
+        loaded, shared = load_scales(scales, second, at[0], fmt)
         of_upper = scales_of(loaded, shared, offset, book, fmt)
-        loaded, shared = load_scales(scales, second, at[1], lower < n, fmt)
+        loaded, shared = load_scales(scales, second, at[1], fmt)
         totals = _scaled(totals, of_upper, scales_of(loaded, shared, offset, book, fmt), (zero, zero, zero, zero))
 
     row = first_row + _rows(32 * across, tiles_n, of_w)[:, :, None]

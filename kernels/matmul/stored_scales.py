@@ -9,11 +9,12 @@ __all__ = ["load_scales", "scales_of"]
 
 
 @triton.jit
-def load_scales(stored, second, at, inside, fmt: tl.constexpr):
-    """What is stored of the scales at ``at``, and of those that they share (0 if there are none); 0 outside."""
-    loaded = tl.load(stored + at, mask=inside, other=0)
+def load_scales(stored, second, at, fmt: tl.constexpr):
+    """What is stored of the scales at ``at``, and of those that they share (0 if there are none)."""
+    loaded = tl.load(stored + at)
     if fmt.nested:
-        shared = tl.load(second + at // fmt.nested, mask=inside, other=0.0)
+        # A division of numbers without a sign is a shift.
+        shared = tl.load(second + (at.to(tl.uint64) // fmt.nested).to(tl.int64))
     elif fmt.two_level:
         shared = tl.load(second)
     else:

@@ -200,11 +200,18 @@ class _Program:
             by = np.minimum(by, bits - 1) if kind[0] == "s" else by
             result = shifted(value, by.astype(value.dtype))
             self.set(target, np.where(by < bits, result, value * 0), where)
+        elif base in ("div", "rem") and kind[0] in "su":
+            quotient, rest = np.divmod(get(operands[1], kind), get(operands[2], kind))
+            assert (_as(_bits(get(operands[1], kind)), kind) >= 0).all()  # where both kinds of division agree
+            self.set(target, quotient if base == "div" else rest, where)
         elif base == "not":
             self.set(target, ~get(operands[1], kind), where)
         elif base in ("neg", "abs"):
             value = get(operands[1], kind)
             self.set(target, -value if base == "neg" else np.abs(value), where)
+        elif base == "cvt" and kind == "f32" and modifiers[-2].endswith("x2"):
+            low, high = (_rounded(get(name, "f32"), modifiers[-2][:-2]) for name in (operands[2], operands[1]))
+            self.set(target, low | high << np.uint64(16), where)
         elif base == "cvt":
             to, source = modifiers[-2:]
             value = get(operands[1], source)
@@ -213,7 +220,7 @@ class _Program:
             elif to[0] == "f":
                 self.set(target, value.astype(f"f{int(to[1:]) // 8}"), where)
             else:
-                self.set(target, value.astype({"s": "i", "u": "u"}[to[0]] + str(int(to[1:]) // 8)), where)
+                self.set(target, value.astype({"s": "i"}.get(to[0], "u") + str(int(to[1:]) // 8)), where)
         elif base in ("mad", "mul") and modifiers[0] == "wide":
             wide = kind[0] + str(2 * int(kind[1:]))
             factors = [_as(_bits(get(n, kind).astype({"s": "i8", "u": "u8"}[kind[0]])), wide) for n in operands[1:3]]
