@@ -489,8 +489,8 @@ class Config:
         block_n: rows of W per program, or, of ``tile_rows``, per step.
         block_w: words of W's rows per step, or, of ``tile_rows``, per program; 8 codes each.
         block_m: rows of x per program; ``gemv`` takes all.
-        warps, stages: warps of a program, and steps whose operands it has on their way. In ``fragments`` ``block_w`` / 16
-            warps share rows of W and take turns along them, the others have rows of their own.
+        warps, stages: warps of a program, and steps whose operands it has on their way. In ``fragments``, ``block_w``
+            / 16 warps share rows of W and take turns along them, the others have rows of their own.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
     """
@@ -511,15 +511,14 @@ class Config:
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
-#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. For ``gemv`` see
-#: "Bytes in flight" above. A ``tile`` of 64 rows and 256 codes is 8 KiB of codes per step; two programs of three stages
-#: have 48 KiB on their way.
+#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. For ``fragments``
+#: see "Bytes in flight" in :mod:`.stored_fragments`.
 CONFIGS = {
     False: (
         Config("fragments", 8, block_n=32, block_w=64, block_m=8, warps=8, stages=2, programs=2),
         Config("fragments", 16, block_n=64, block_w=64, block_m=16, warps=16, stages=2, programs=1),
-        Config("fragments", 32, block_n=64, block_w=64, block_m=32, warps=16, stages=1, programs=1),
-        Config("fragments", 64, block_n=64, block_w=64, block_m=64, warps=16, stages=1, programs=1),
+        Config("fragments", 32, block_n=64, block_w=32, block_m=32, warps=8, stages=1, programs=1),
+        Config("fragments", 64, block_n=64, block_w=32, block_m=64, warps=8, stages=1, programs=1),
         Config("tile", 0, block_n=128, block_w=8, block_m=128, warps=8, stages=3, programs=1),
     ),
     True: (
@@ -608,7 +607,7 @@ def mm_stored(
     shape = (m, size if rows else n)
     if 0 in (m, n, size):
         return x.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).contiguous()
-    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device))
+    config = config or _chosen((m, n, size), rows, x)
     if config is None:
         dense = decode(codes, scales, stored, size, x.dtype, second, offset, high_first)
         dense = dense if rows else dense.t()
@@ -655,6 +654,13 @@ def mm_stored(
     return out
 
 
+def _chosen(shape: tuple[int, int, int], rows: bool, x: Tensor) -> Config | None:
+    config = config_for(shape, rows, x.dtype, _rates(x.device))
+    if config is None or config.kernel != "fragments":
+        return config
+    return _spread(config, shape[1], processors(x.device))
+
+
 def _by_fragments(
     x: Tensor,
     arguments: tuple[Tensor | None, ...],
@@ -669,7 +675,9 @@ def _by_fragments(
     codes = arguments[0]
     assert codes is not None
     m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
-    config = _spread(config, n, processors(x.device))
+    if m > config.block_m:
+        msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
+        raise ValueError(msg)
     along = config.block_w // STEP_WORDS.value
     across = config.warps // along
     tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * config.stages)

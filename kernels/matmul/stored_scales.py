@@ -1,4 +1,4 @@
-"""Scales of stored weights inside kernels, Triton's and Gluon's: what is loaded of one, and the number it stands for."""
+"""Scales of stored weights in kernels, of Triton and of Gluon: what is loaded of one, and the number it stands for."""
 
 from __future__ import annotations
 

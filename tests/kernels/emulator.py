@@ -1,8 +1,9 @@
 """Runs PTX of kernels without a card, all threads of a program at once in NumPy: for Gluon, which has no interpreter.
 
-It knows the instructions that the kernels under test have, and raises ``NotImplementedError`` at any other. Branches must
-be taken by all threads of a program alike. Every access to memory must lie in a tensor that the kernel was given, or in
-shared memory. Sums of ``mma`` are float32 in float64's order, not the tensor cores'.
+It knows the instructions that the kernels under test have, and raises ``NotImplementedError`` at any other. Branches
+must be taken by all threads of a program alike. Every access to memory must lie in a tensor that the kernel was given,
+or in shared memory. Threads run in step, so a barrier that is missing does not show. ``mma`` sums in float64 and rounds
+to float32.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _as(bits: np.ndarray, kind: str) -> np.ndarray:
 
 def _rounded(value: np.ndarray, kind: str) -> np.ndarray:
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[kind]
-    return _bits(torch.from_numpy(value.copy()).to(dtype).view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).numpy())
+    return _bits(
+        torch.from_numpy(value.copy()).to(dtype).view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).numpy()
+    )
 
 
 _COMPARE: dict[str, Callable] = {
@@ -107,7 +110,7 @@ class _Program:
         elif name.startswith("0f"):
             bits = self.all(int(name[2:], 16))
         else:
-            bits = self.all(int(name, 0))
+            bits = self.all(int(name.rstrip("U"), 0))
         return _as(bits, kind)
 
     def set(self, name: str, value: np.ndarray, where: np.ndarray) -> None:
@@ -226,6 +229,9 @@ class _Program:
             factors = [_as(_bits(get(n, kind).astype({"s": "i8", "u": "u8"}[kind[0]])), wide) for n in operands[1:3]]
             result = factors[0] * factors[1]
             self.set(target, result if base == "mul" else result + get(operands[3], wide), where)
+        elif base == "mul" and modifiers[0] == "hi":
+            wide = [get(name, kind).astype({"s": "i8", "u": "u8"}[kind[0]]) for name in operands[1:3]]
+            self.set(target, (wide[0] * wide[1] >> 32).astype(wide[0].dtype), where)
         elif base in ("mad", "fma"):
             a, b, c = (get(name, kind) for name in operands[1:4])
             exact = (a.astype(float) * b + c).astype(a.dtype) if kind[0] == "f" else a * b + c
@@ -238,7 +244,8 @@ class _Program:
                 function = _BINARY[base]
             self.set(target, function(a, b), where)
         else:
-            raise NotImplementedError(f"{op} {operands}")
+            msg = f"{op} {operands}"
+            raise NotImplementedError(msg)
 
     def shuffle(self, mode: str, operands: list[str], where: np.ndarray) -> None:
         lane = np.arange(self.threads)
@@ -258,7 +265,9 @@ class _Program:
 
         def halves(name: str) -> np.ndarray:
             pair = self.get(name, "b32").reshape(warps, 32)
-            return np.stack([_as((pair >> shift & 0xFFFF).astype(np.uint64), kind).astype(float) for shift in (0, 16)], -1)
+            return np.stack(
+                [_as((pair >> shift & 0xFFFF).astype(np.uint64), kind).astype(float) for shift in (0, 16)], -1
+            )
 
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
         total = np.zeros((warps, 16, 8))
