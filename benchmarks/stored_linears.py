@@ -225,10 +225,14 @@ def _by_fragments(batch: int, gradient: bool) -> Iterator[Any]:
     block_m = max(8, 1 << (batch - 1).bit_length())
     if gradient or block_m > 64:
         return
-    cuts = product((2, 4, 1), (1, 2), ((8, 2), (8, 1), (16, 1), (4, 4), (4, 2), (8, 3)), (4, 2, 8, 1))
-    for stages, tiles, (warps, programs), along in cuts:
-        if along <= warps:
-            block_n = 16 * tiles * warps // along
+    for stages, (warps, along), tiles in product(
+        (2, 1, 4) if batch <= 16 else (1, 2),
+        ((8, 4), (16, 4), (8, 8), (16, 8), (8, 2), (4, 4), (4, 2), (16, 2), (8, 1), (16, 16), (4, 1)),
+        (1, 2),
+    ):
+        block_n = 16 * tiles * warps // along
+        # Few programs of many rows read x less often, and split K to be enough.
+        for programs in (2,) if block_n < 64 else (1, 2, 4):
             yield Config("fragments", batch, block_n, 16 * along, block_m, warps, stages, programs)
 
 

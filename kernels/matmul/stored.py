@@ -4,7 +4,7 @@
 kernel         computes                                         for
 ============== ================================================ ====================================================
 ``fragments``  x · Wᵀ on tensor cores, 16-bit x                 up to 64 rows of x (:mod:`.stored_fragments`)
-``gemv``       x · Wᵀ on CUDA cores, float32                    the few rows of decoding, any floating-point dtype
+``gemv``       x · Wᵀ on CUDA cores, float32                    few rows of float32; any floating-point dtype
 ``tile``       x · Wᵀ on tensor cores                           up to where decoding once and cuBLAS is faster
 ``tile_rows``  x · W on tensor cores (dX of dY), from the same  likewise
                codes: no transposed copy

@@ -73,19 +73,24 @@ def test_the_op_for_any_number_of_rows(m, rows):
         assert_product(got, x, dense.t() if rows else dense, rounded=kernel != "fragments")
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "int4 block96", "int4 block256"])
+#: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor.
+CUTS = ((1, 1, 1, 1, 1), (4, 2, 1, 2, 1), (1, 8, 1, 2, 4), (2, 4, 2, 1, 1))
+FRAGMENTS = (*SPECS, "int4 block96", "int4 block256")
+
+
+@pytest.mark.parametrize("spec", FRAGMENTS)
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 33, 64])
 def test_fragments_however_they_are_cut(m, spec):
-    """Odd N; K of some blocks and of whole rounds, where nothing is masked; splits; warps side by side and in turn."""
-    block = Stored.parse(spec).quantizer.granularity.size
+    """Odd N; K of some blocks, with a bias, and of whole rounds, where nothing is masked, either half of a byte first;
+    splits. Every cut meets every spec.
+    """
+    across, along, tiles, stages, programs = CUTS[(m + FRAGMENTS.index(spec)) % len(CUTS)]
     block_m = max(8, 1 << (m - 1).bit_length())
+    config = Config("fragments", 0, 16 * across * tiles, 16 * along, block_m, across * along, stages, programs)
     bias = torch.randn(37, device="cuda", dtype=FP16)
-    for across, along, tiles, stages, programs in ((1, 1, 1, 1, 1), (4, 2, 1, 2, 1), (1, 8, 1, 2, 4), (2, 4, 2, 1, 1)):
-        config = Config("fragments", 0, 16 * across * tiles, 16 * along, block_m, across * along, stages, programs)
-        for size in (7 * (block or 40), 4096):
-            if size % (block or 1) == 0:
-                check(config, False, spec, m, 37, size, BF16, high_first=stages == 2)
-                check(config, False, spec, m, 37, size, FP16, bias=bias)
+    block = Stored.parse(spec).quantizer.granularity.size or 40
+    check(config, False, spec, m, 37, 7 * block, FP16, bias=bias)
+    check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
 @pytest.mark.parametrize("m", [1, 7, 8])

@@ -240,22 +240,13 @@ def compiled_for(n: int, size: int, m: int, rows: bool, spec: str, config: Confi
     return found
 
 
+#: tests/kernels/test_stored_fragments.py has those of few rows.
 FIRST = {(rows, config.most_m): config for rows, configs in CONFIGS.items() for config in configs}
 
 
-#: Those that are compiled in every run of the tests; tests/kernels/test_stored_fragments.py has those of few rows.
-QUICK = ((False, 0),)
-
-
 @compiled
-@pytest.mark.parametrize(
-    ("rows", "most_m"),
-    [
-        pytest.param(*key, marks=() if key in QUICK else pytest.mark.slow)
-        for key, config in FIRST.items()
-        if config.kernel != "fragments"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "most_m"), [key for key, config in FIRST.items() if config.kernel != "fragments"])
 def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
     """On Hopper no kernel of the table spills, codes come 16 bytes at a time, and levels out of registers."""
     config = FIRST[rows, most_m]
