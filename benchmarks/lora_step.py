@@ -203,8 +203,9 @@ def adapted(model: Any, device: torch.device) -> Any:
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     generator = torch.Generator(device).manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # lora_B is zero at first, and so would be the gradient of lora_A
-            parameter.normal_(0, 0.02, generator=generator)
+        if "lora_" in name:
+            parameter.data = parameter.data.to(BF16)  # PEFT leaves them in float32 beside bitsandbytes' bytes
+            parameter.normal_(0, 0.02, generator=generator)  # lora_B is zero at first, and lora_A's gradient then
     return model.train()
 
 

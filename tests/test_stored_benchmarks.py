@@ -21,6 +21,7 @@ if not BENCHMARKS.is_dir():
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 sys.path.insert(0, str(BENCHMARKS))
+import generate  # noqa: E402
 import lora_step  # noqa: E402
 import stored_quality  # noqa: E402
 
@@ -64,6 +65,18 @@ def test_an_arm_of_lora_that_takes_too_long_is_a_row_that_says_so(tmp_path, caps
         (arm, "FAILED: TimeoutError: took longer than 0.02 s") for arm in ("bf16", "ours_nf4")
     ]
     assert "ours_nf4" in capsys.readouterr().out
+
+
+def test_tokens_are_counted_if_the_model_would_choose_them(monkeypatch):
+    monkeypatch.setitem(generate.ARMS, "nf4", (lora_step.packed(lora_step.NF4), "eager"))
+    given = argparse.Namespace(tiny=True, layers=1, device="cpu", prompt=4, tokens=3, repeats=1)
+    row = generate.work("nf4", given)
+    assert (row.arm, row.layers, row.tokens, row.status) == ("nf4", 1, 3, "ok")
+    assert row.tokens_per_s > 0
+    assert row.off_by <= 0.1
+    monkeypatch.setattr(generate, "generated", lambda model, ids, *_: torch.cat((ids, ids[:, :3]), 1))
+    with pytest.raises(ValueError, match=r"a token's logit is [1-9]\.\d\d standard deviations from the best one"):
+        generate.work("nf4", given)
 
 
 def test_perplexity_of_stored_weights(tmp_path, monkeypatch):
