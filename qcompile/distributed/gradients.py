@@ -65,8 +65,8 @@ def fp8_gradients(
         model: holds FSDP2 modules or a DistributedDataParallel, or is one, compiled or not.
         format: of the codes, ``"e4m3"`` or ``"e5m2"``.
         block: neighbours in a flat bucket that share a scale, a power of two from 32 to 4096.
-        replicas: for HSDP, the ranks that hold the same shards as this one, over which gradients are averaged too. Shard
-            on the other axis of the mesh alone: FSDP2 runs the second reduction of a two-dimensional mesh itself.
+        replicas: for HSDP, the ranks that hold the same shards as this one, over which gradients are averaged too.
+            Shard on the other axis of the mesh alone: of a two-dimensional mesh FSDP2 runs the second reduction itself.
 
     Returns:
         Counts of the bytes that this rank sends.
@@ -115,11 +115,11 @@ def _hooks(model: nn.Module, codes: Codes, traffic: Traffic, replicas: dist.Proc
                 yield partial(module.set_all_reduce_hook, partial(_all_reduce_shard, codes, traffic, replicas))
         elif isinstance(module, DistributedDataParallel):
             if replicas is not None:
-                msg = f"fp8_gradients: replicas= is for FSDP2; {name} is a DistributedDataParallel, give it process_group="
+                msg = f"fp8_gradients: replicas= is for FSDP2; give {name}, a DistributedDataParallel, process_group="
                 raise ValueError(msg)
             bucket_state = _Bucket(codes, traffic, module.process_group)
             # A lambda: DDP compares annotations with classes, and here they are text.
-            hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731, PLW0108
+            hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731
             yield partial(module.register_comm_hook, bucket_state, hook)
 
 

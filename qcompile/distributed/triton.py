@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,7 +99,8 @@ def _launch(kernel, packets: Packets, rows: int, *arguments) -> None:
         return
     blocks = max(1, _ELEMENTS // packets.block)
     programs = -(-packets.width // (blocks * packets.block))
-    constants = {"fmt": grid_of(packets.quantizer), "blocks": blocks, "block": packets.block, "num_warps": _WARPS}
+    constants: dict[str, Any] = {"blocks": blocks, "block": packets.block, "num_warps": _WARPS}
+    constants["fmt"] = grid_of(packets.quantizer)
     launch(kernel, (programs, rows), *arguments, packets.width, packets.data.shape[1], **constants)
 
 

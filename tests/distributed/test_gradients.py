@@ -118,8 +118,8 @@ def test_what_is_refused(wire):
             "plain": "fp8_gradients: no FSDP2 module or DistributedDataParallel in the model; call fully_shard(model) "
             "first",
             "fsdp1": "fp8_gradients: 0 is sharded by FSDP1; use torch.distributed.fsdp.fully_shard",
-            "replicas": "fp8_gradients: replicas= is for FSDP2; DistributedDataParallel is a DistributedDataParallel, "
-            "give it process_group=",
+            "replicas": "fp8_gradients: replicas= is for FSDP2; give DistributedDataParallel, a "
+            "DistributedDataParallel, process_group=",
         }
 
 
