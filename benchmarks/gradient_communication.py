@@ -9,8 +9,8 @@ same batches. Arms run one after the other in one pair of processes, of which a 
 is not done in time. All rows are written after every arm. NVLink multicast stays off (``NCCL_NVLS_ENABLE=0``).
 
 - ``kernel``: time, and share of the bandwidth of a copy that moves as many bytes; buckets of 2 and of 8 ranks.
-- ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2 and 4 parts.
-  ``us`` is the device's time of back-to-back calls, which were queued while the device slept, ``host_us`` the host's.
+- ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2, 4 and
+  8 parts. ``us`` is the device's time of calls that were queued while the device slept, ``host_us`` the host's.
 - ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _timed(call: Callable[[], Any], run: Run, repeats: int = 20) -> tuple[float,
             mark.record()
         host = (time.perf_counter() - start) / repeats
         torch.cuda.synchronize()
-        times = [1e3 * a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)][2:]
+        times = [1e3 * a.elapsed_time(b) for a, b in pairwise(marks)][2:]
     else:
         times = [1e3 * ms for ms in milliseconds(call, repeats, cuda=False)]
         host = statistics.median(times) / 1e6
@@ -220,7 +221,7 @@ def reductions(run: Run) -> Iterator[Row]:
             base, host = _timed(call, run)
             sent = collectives.wide_bytes(len(x), BF16, WORLD, hops)
             yield Row(name, f"{mib} MiB", "bf16", base, host, sent / 1e6, 1.0)
-            for parts in (1, 2, 4):
+            for parts in (1, 2, 4, 8):
                 collectives.MOST_PARTS, collectives.SHORTEST_PART = parts, 1
                 sent = ours[name]()
                 time_us, host = _timed(ours[name], run)

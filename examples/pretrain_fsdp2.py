@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 8 examples/pretrain_fsdp2.py --text my_text.txt --out run
 
-Three lines differ from plain PyTorch: ``backend="qcompile_fp4"``, ``fp8_gradients(model)`` and ``qcompile``'s AdamW. Run
-the same command again to go on from the last checkpoint, on as many GPUs as there are then. Without a GPU it trains on
-CPUs over gloo. ``--out`` gets the losses (CSV), their plot, and the checkpoints.
+Three lines differ from plain PyTorch: ``backend="qcompile_fp4"``, ``fp8_gradients(model)`` and qcompile's ``AdamW``.
+Run the same command again to go on from the last checkpoint, on as many GPUs as there are then. Without a GPU it trains
+on CPUs over gloo. ``--out`` gets the losses (CSV), their plot, and the checkpoints.
 """
 
 import argparse
@@ -134,7 +134,8 @@ def train(options):
     losses = [(int(s), float(x)) for s, x in csv.reader(table.open())][:begin] if begin else []
     peak = next((peak for name, peak in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), 0.0)
     per_token, tokens = flops_per_token(model, options), options.batch * options.sequence
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+    status = TextColumn("{task.fields[status]}")
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), status, TimeRemainingColumn())
     with Progress(*columns, disable=not first) as progress:
         task = progress.add_task("", total=options.steps, completed=begin, status="compiling …")
         since, counted = time.perf_counter(), begin

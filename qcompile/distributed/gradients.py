@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from qcompile import compat
+from qcompile.ir.formats import get_format
 
 from .collectives import Codes, all_reduce, reduce_scatter, wide_bytes
 
@@ -72,8 +73,8 @@ def fp8_gradients(
         Counts of the bytes that this rank sends.
 
     Raises ``ValueError`` for a model without such wrappers, for FSDP1, a two-dimensional mesh, modules with several
-    parameter groups, and options out of range; ``TypeError`` when gradients have a dtype other than float32, bfloat16
-    and float16.
+    parameter groups, options out of range, and a GPU that cannot convert to FP8; ``TypeError`` when gradients have a
+    dtype other than float32, bfloat16 and float16.
     """
     if format not in _FORMATS:
         msg = f"fp8_gradients: format={format!r}; one of {', '.join(_FORMATS)}"
@@ -81,6 +82,12 @@ def fp8_gradients(
     if block not in _BLOCKS:
         msg = f"fp8_gradients: block={block!r}; a power of two from {_BLOCKS[0]} to {_BLOCKS[-1]}"
         raise ValueError(msg)
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        from qcompile.kernels.quantize.triton import missing_conversion  # torch for CPUs comes without Triton
+
+        if reason := missing_conversion(get_format(format)):
+            msg = f"fp8_gradients: {reason}"
+            raise ValueError(msg)
     codes, traffic = Codes(format, block), Traffic()
     hooks = [*_hooks(model, codes, traffic, replicas)]  # all are checked before any is set
     if not hooks:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcompile.distributed import collectives, fp8_gradients
 from qcompile.optim import AdamW
 from tests.loops.cells import run_cells
-from tests.loops.worker import Decoder, batches, loss_of, mine, sharded
+from tests.loops.worker import Decoder, batches, loss_of, mine
 
 BLOCK = 32
 #: Elements of a shard: blocks that end short, more than one part of a shard, and less than a block.
@@ -77,16 +77,17 @@ def wrapped(kind: str, fp8: bool, **policy: torch.dtype) -> tuple[nn.Module, Any
     return model, fp8_gradients(model, block=BLOCK) if fp8 else None
 
 
-def step(kind: str, **policy: torch.dtype) -> dict[str, Any]:
+def step(kind: str, compiled: bool = False, **policy: torch.dtype) -> dict[str, Any]:
     """Gradients of a batch, wide and in 8 bits, and what was sent for the latter."""
     found: dict[str, Any] = {}
     for fp8 in (False, True):
         model, traffic = wrapped(kind, fp8, **policy)
+        call = torch.compile(model, backend="eager") if compiled else model
         for tokens in mine(batches())[:2]:  # DDP puts all in one bucket the first time
             model.zero_grad()
             if fp8:
                 traffic.reset()
-            loss_of(model, tokens).backward()
+            loss_of(call, tokens).backward()
         found["fp8" if fp8 else "wide"] = gradients(model)
     return found | {"traffic": vars(traffic)}
 
@@ -162,14 +163,16 @@ def trained(directory: Path) -> dict[str, Any]:
     """Compiled blocks under FSDP2 and AdamW with 8-bit states, saved half-way, and finished by a new model."""
 
     def make() -> tuple[nn.Module, AdamW]:
-        model = sharded("qcompile_fp4")
-        fp8_gradients(model, block=BLOCK)
+        model, _ = wrapped("fsdp", True)
+        for block in model.blocks:  # what is in the graphs does not matter to the gradients' way
+            block.compile(backend="eager", fullgraph=True)
         return model, AdamW(model.parameters(), lr=1e-3)
 
     def run(model: nn.Module, optimizer: AdamW, data: Iterator[Tensor]) -> None:
         for tokens in data:
             loss_of(model, tokens).backward()
-            optimizer.step()
+            with torch.compiler.set_stance("force_eager"):  # on a CPU it compiles for longer than all else takes
+                optimizer.step()
             optimizer.zero_grad()
 
     data = mine(batches())
@@ -193,6 +196,7 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_fsdp": lambda _: step("fsdp"),
     "wire_fsdp_bfloat16": lambda _: step("fsdp", param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
     "wire_ddp": lambda _: step("ddp"),
+    "wire_ddp_compiled": lambda _: step("ddp", compiled=True),
     "wire_fsdp_accumulated": lambda _: accumulated("fsdp"),
     "wire_ddp_accumulated": lambda _: accumulated("ddp"),
     "wire_divided": lambda _: divided(),
