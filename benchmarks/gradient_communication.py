@@ -11,6 +11,7 @@ is not done in time. All rows are written after every arm. NVLink multicast stay
 - ``kernel``: time, and share of the bandwidth of a copy that moves as many bytes; buckets of 2 and of 8 ranks.
 - ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2, 4 and
   8 parts. ``us`` is the device's time of calls that were queued while the device slept, ``host_us`` the host's.
+- ``model reduce-scatter``: of 2, 4 and 8 GPUs, computed from the rows above.
 - ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
@@ -79,6 +80,20 @@ class Run:
         return self.device.type == "cuda"
 
 
+def bytes_encoded(world: int, width: int) -> int:
+    """Read and written where shards of ``width`` BF16 elements are quantized for all other ranks."""
+    return (world - 1) * (2 * width + packet_bytes(width))
+
+
+def bytes_summed(world: int, width: int) -> int:
+    """Read and written where what others sent is added to the own shard, all in BF16 but codes."""
+    return (world - 1) * packet_bytes(width) + 4 * width
+
+
+def packet_bytes(width: int) -> int:
+    return width + 4 * width // BLOCK
+
+
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -106,19 +121,19 @@ def kernels(run: Run) -> Iterator[Row]:
                 )  # fmt: skip
                 shards = [bucket[:width] for bucket in buckets]
                 outs = many(lambda width=width: torch.empty(width, dtype=BF16, device=run.device))
-                row_bytes = mine[0].data.numel()
+                row_bytes = packet_bytes(width)
                 # Calls, and the bytes that one of them reads and writes.
                 table: dict[str, tuple[list[Callable[[], Any]], int]] = {
                     "encode": (
                         [partial(encode, x, width, 0, p) for x, p in zip(buckets, sent, strict=True)],
-                        (world - 1) * (2 * width + row_bytes),
+                        bytes_encoded(world, width),
                     ),
                     "summed": (
                         [
                             partial(summed, p, x, 0, 1 / world, out)
                             for p, x, out in zip(sent, shards, outs, strict=True)
                         ],
-                        (world - 1) * row_bytes + 4 * width,
+                        bytes_summed(world, width),
                     ),
                     "summed_and_encoded": (
                         [
@@ -321,6 +336,31 @@ def _check(model: nn.Module, exact: dict[str, Tensor], most: float) -> float:
     return error
 
 
+# --- on paper -------------------------------------------------------------------------------------------------------
+
+
+def on_paper(rows: list[Row], mib: list[int]) -> Iterator[Row]:
+    """A reduce-scatter of 2, 4 and 8 GPUs by a model: links are as fast as BF16's reduce-scatter of 2 used them, each
+    kernel as fast per byte as it was measured for 2 ranks, and of quantizing and adding up only the first and the last
+    of 4 parts are not hidden. That of 2 is to be compared with the measurement.
+    """
+    measured = {(row.arm, row.size, row.gradients): row for row in rows if row.us}
+    for size in mib:
+        wide = measured.get(("reduce-scatter", f"{size} MiB", "bf16"))
+        kernels = [measured.get((f"kernel {name}", f"{size} MiB", "2 ranks")) for name in ("encode", "summed")]
+        if wide is None or None in kernels:
+            continue
+        moved = [of(2, size * 2**18) for of in (bytes_encoded, bytes_summed)]
+        rates = [each / row.us for each, row in zip(moved, kernels, strict=True) if row is not None]
+        for world in (2, 4, 8):
+            width = size * 2**19 // world
+            base = (world - 1) * 2 * width / (wide.sent_mb * 1e6 / wide.us)
+            sent = (world - 1) * packet_bytes(width)
+            computed = bytes_encoded(world, width) / rates[0] + bytes_summed(world, width) / rates[1]
+            time_us = sent / (wide.sent_mb * 1e6 / wide.us) + computed / 4
+            yield Row("model reduce-scatter", f"{size} MiB", f"{world} ranks", time_us, 0, sent / 1e6, time_us / base)
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +441,10 @@ def measured(options: argparse.Namespace, arms: list[str], limit: float) -> Iter
                 message = json.loads(line) if line.startswith("{") else {"ended": True} if not line else {}
             except queue.Empty:
                 message = {"failed": left[0], "why": f"not done after {limit:g} s"}
-            if "row" in message:
+            if message.get("failed", left[0]) != left[0]:  # one rank is ahead of what the other one has said
+                time.sleep(0.1)
+                lines.put(line)
+            elif "row" in message:
                 yield left[0], Row(**message["row"])
             elif "done" in message:
                 yield left.pop(0), None
@@ -422,7 +465,8 @@ def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         lines.put(line.strip() or " ")
-    lines.put("")
+    if process.wait():
+        lines.put("")
 
 
 def with_ratio(row: Row, rows: list[Row]) -> Row:
@@ -466,6 +510,8 @@ def main() -> None:
                 write_rows(options.out, rows)  # all of them, so that what is there is a table at any time
             if time.monotonic() - start > options.total:
                 break
+    rows += on_paper(rows, options.mib)
+    write_rows(options.out, rows)
     if left:
         print("no time for:", ", ".join(left))
 
