@@ -116,6 +116,7 @@ def test_what_is_refused(wire):
     for found in wire("refused"):
         assert "gradients are float64; reduce them in float32, bfloat16 or float16" in found.pop("dtype")
         assert found == {
+            "groups": "fp8_gradients: FSDPLinear has 2 parameter groups; apply fully_shard to its parts",
             "format": "fp8_gradients: format='e3m4'; one of e4m3, e5m2",
             "block": "fp8_gradients: block=100; a power of two from 32 to 4096",
             "plain": "fp8_gradients: no FSDP2 module or DistributedDataParallel in the model; call fully_shard(model) "

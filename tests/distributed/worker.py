@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from qcompile import compat
 from qcompile.distributed import collectives, fp8_gradients
 from qcompile.optim import AdamW
 from tests.loops.cells import run_cells
@@ -149,7 +151,10 @@ def refused() -> dict[str, Any]:
         wide(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
     except Exception as error:  # DDP may raise its own around it
         dtype = str(error)
+    with mock.patch.object(compat, "fsdp_axes", return_value=[(True, False)] * 2):  # torch 2.11 makes one at most
+        groups = said(fully_shard(nn.Linear(2, 2)))
     return {
+        "groups": groups,
         "format": said(ddp, format="e3m4"),
         "block": said(ddp, block=100),
         "plain": said(nn.Linear(2, 2)),
