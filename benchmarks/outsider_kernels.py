@@ -32,10 +32,10 @@ __all__ = ["main"]
 
 SIZES = [(16384, 4096), (16384, 2048), (16384, 14336)]
 OPS = {
-    "quantize_8bit": SIZES,
-    "quantize_8bit_masked": SIZES[:1],
     "estimator_mask": SIZES,
     "scale_gradient": SIZES,
+    "quantize_8bit": SIZES,
+    "quantize_8bit_masked": SIZES[:1],
 }
 BUILT_IN = "e2m1 row absmax even", "trust", "dge(k=5,cap=3)"
 #: Rows that are compared with the reference.
@@ -68,7 +68,7 @@ def main() -> None:
             built_in_us, outsider_us = time_of(op, size, *BUILT_IN), time_of(op, size, *outsider)
             found.append(Row(op, *size, built_in_us, outsider_us, outsider_us / built_in_us))
             print(found[-1], flush=True)
-    write_rows(arguments.out, found)
+            write_rows(arguments.out, found)
 
 
 def time_of(op: str, size: tuple[int, int], quantizer: str, mask: str, slope: str) -> float:

@@ -91,7 +91,7 @@ def _adopt(graph: Graph, node: Node, around: _Around) -> bool:
     linear.meta["example_value"] = value_of(results[0])
     for result in results:
         result.replace_all_uses_with(linear)
-    for unused in dict.fromkeys((*results, node)):
+    for unused in dict.fromkeys((*node.users, node)):
         graph.erase_node(unused)
     return True
 
@@ -124,9 +124,12 @@ def _viewed(node: Any) -> Any:
 
 
 def _results_of_function(call: Node) -> list[Node]:
-    """The nodes that take the first result out of the tuple; none if there are others."""
-    items = [item_of(user) for user in call.users]
-    return list(call.users) if all(item is not None and item[1] == 0 for item in items) else []
+    """The nodes that take the first result out of the tuple; none if another one is read. Torch 2.11 takes out all that
+    a region under a checkpoint returns.
+    """
+    items = {user: item_of(user) for user in call.users}
+    first = [user for user, item in items.items() if item is not None and item[1] == 0]
+    return first if all(user in first or not user.users for user in items) else []
 
 
 def _is_understood(given: dict[str, Any], around: _Around) -> bool:

@@ -7,6 +7,7 @@ become one, which writes packed codes too if the backward keeps them::
     recode(quantize(x, transform)), estimator_mask(x, …)  ─►   quantize_8bit_masked(x)
     mm_1bit(quantize(x)), estimator_mask(x, …)            ─►   quantize_8bit_masked(x), without 8-bit codes
     recode(quantize(x), transposed)                       ─►   quantize_8bit_transposed(x)
+    the same, estimator_mask(x, …)                        ─►   recode(quantize_8bit_masked(x), transposed)
     quantize(dy, along rows), quantize(dy, along columns) ─►   quantize_8bit_pair(dy)
 
 The second is for operands that are rotated, scaled by their root mean square, or have a mask taken of them; the third
@@ -170,6 +171,7 @@ def _replace_pair(graph: Graph, rows: Use, columns: Use) -> None:
 def _replace_single(graph: Graph, use: Use) -> bool:
     quantizer, fold, transform = use.call.quantizer, use.call.fold, use.call.transform
     whole = bool(transform or use.masks or quantizer.scale.statistic == "rms")
+    packed = use.packed or bool(use.transposed and use.masks)  # what is recoded once more
     if use.transposed and (use.plain or use.packed or fold is not None or not use.is_matrix):
         return False  # both layouts of one tensor in one graph: rare, and right as it is
     if fold is not None and whole:
@@ -178,21 +180,21 @@ def _replace_single(graph: Graph, use: Use) -> bool:
     with graph.inserting_before(use.node):
         x = _as_matrix(graph, use)
         view: View
-        if use.transposed:
+        if use.transposed and not use.masks:
             view = Quantize8BitTransposed(x, quantizer, transform)
         elif whole:
             estimators = [EstimatorMask.of(mask).estimator for mask in use.masks]
             masks = [mask for mask, its in zip(use.masks, estimators, strict=True) if its == estimators[0]]
             operand = Operand(quantizer, estimators[0] if estimators else STE, transform=transform)
-            view = Quantize8BitMasked(x, operand, use.packed, bool(use.plain))
+            view = Quantize8BitMasked(x, operand, packed, bool(use.plain))
         else:
             view = Quantize8Bit(x, quantizer, use.packed, fold)
         codes, scales, *more = view.emit_results(graph, near=use.node)
         for mask in masks:
             _replace_all([mask], _reshaped(graph, use, more[1], mask))
-        _replace_all([*use.plain, *use.transposed], codes)
+        _replace_all([*use.plain, *(() if packed else use.transposed)], codes)
         _replace_stored(graph, use, 1, scales)
-        if use.packed:
+        if packed:
             _replace_stored(graph, use, 0, more[0])
     return True
 

@@ -2,9 +2,9 @@
 every midpoint.
 
 The range that midpoints lie in is cut into *buckets* of equal width, none with more than one midpoint. Each lane of a
-warp holds what there is to know of a bucket, and gives it to the lanes that ask: the level below the midpoint, the rise
-to the level above, and the midpoint. The formula itself fills the table, where buckets begin and at their midpoints
-(``_bucket_table`` of :mod:`.triton_codes`).
+warp holds what there is to know of a bucket, and gives it to the lanes that ask: the level below the midpoint, its
+code, and the midpoint. The level above is the one below the midpoint of the next bucket. The formula itself fills the
+table, where buckets begin and at their midpoints (``_bucket_table`` of :mod:`.triton_codes`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from qcompile.ir.formats import Format
 from qcompile.ir.formulas import float32
 from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of, float_of, minifloat, uniform_offset, why_not_rounded
 
-__all__ = ["LOOK_UP_CODE", "Buckets", "buckets_of"]
+__all__ = ["Buckets", "buckets_of"]
 
 #: Buckets are one fewer than lanes. Lane i has number i − 1, and the first what lies above them all.
 BUCKETS = 31
 #: With fewer midpoints comparisons are faster.
 FEWEST_MIDPOINTS = 4
 
-#: PTX: level ($0) and step ($1) of y ($3), from the level below, the rise and the edge that lanes hold of their buckets
-#: ($4 … $6); the lane of its bucket stands in the low bits of $2.
+#: PTX: level ($0) of y ($2), from the level below and the edge that lanes hold of their buckets ($3, $4), and in low
+#: bits of $1 the lane that holds it: that of y's bucket, or, for y above the edge, the one after it.
 #:
 #: Below 1, float32 numbers are 2⁻²⁴ apart: the sum rounded down is 1 − (31 − n) · 2⁻²⁴ in bucket n. Above them all it
 #: saturates to 1, and of NaN it is 0; low bits of both are the first lane's. A large multiple of ``size`` less that of
@@ -33,28 +33,17 @@ FEWEST_MIDPOINTS = 4
 #: right.
 _LOOK_UP = """
 {{
-.reg .f32 size, below, rise, edge;
+.reg .f32 size, bucket, edge, above;
 {size}
-fma.rm.sat.f32 $2, size, {width}, {origin};
-shfl.sync.idx.b32 below, $4, $2, 31, 0xffffffff;
-shfl.sync.idx.b32 rise, $5, $2, 31, 0xffffffff;
-shfl.sync.idx.b32 edge, $6, $2, 31, 0xffffffff;
-fma.rn.sat.f32 $1, size, {steepness}, edge;
-fma.rn.f32 $0, $1, rise, below;
+fma.rm.sat.f32 bucket, size, {width}, {origin};
+shfl.sync.idx.b32 edge, $4, bucket, 31, 0xffffffff;
+fma.rn.sat.f32 above, size, {steepness}, edge;
+fma.rn.f32 $1, above, {next}, bucket;
+shfl.sync.idx.b32 $0, $3, $1, 31, 0xffffffff;
 }}
 """
 #: ``size``: the magnitude of y, or y itself, not below the first bucket.
-_MAGNITUDE, _VALUE = "abs.f32 size, $3;", "max.NaN.f32 size, $3, {lowest};"
-
-#: PTX: a code in the low bits ($0) from step ($1) and lane ($2), code and rise that lanes hold ($3, $4).
-LOOK_UP_CODE = """
-{
-.reg .f32 below, rise;
-shfl.sync.idx.b32 below, $3, $2, 31, 0xffffffff;
-shfl.sync.idx.b32 rise, $4, $2, 31, 0xffffffff;
-fma.rn.f32 $0, $1, rise, below;
-}
-"""
+_MAGNITUDE, _VALUE = "abs.f32 size, $2;", "max.NaN.f32 size, $2, {lowest};"
 
 
 @dataclass(frozen=True)
@@ -85,6 +74,7 @@ class Buckets:
             width=_ptx(self.per_unit * 2.0**-24),
             origin=_ptx(1 - (BUCKETS + self.first) * 2.0**-24),
             steepness=_ptx(self.steepness),
+            next=_ptx(2.0**-24),
         )
 
 
@@ -119,10 +109,9 @@ def buckets_of(fmt: Format, rounding: str) -> Buckets | None:
 
 
 def _is_found(levels: tuple[float, float], midpoint: float) -> bool:
-    """Whether the upper level and the midpoint are sums of the lower level and the rise, or half of it, in float32."""
+    """Whether the middle of two levels, in float32, is the midpoint."""
     low, high = map(float32, levels)
-    rise = float32(high - low)
-    return float32(low + rise) == high and float32(low + rise / 2) == midpoint
+    return float32(low + float32(high - low) / 2) == midpoint
 
 
 def _neighbour(value: float, direction: int) -> float:

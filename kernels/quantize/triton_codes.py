@@ -19,8 +19,6 @@ from qcompile.kernels.triton import (
     as_float,
 )
 
-from . import buckets
-
 __all__ = [
     "WARP",
     "biased_code",
@@ -40,7 +38,6 @@ __all__ = [
 ]
 
 WARP = tl.constexpr(32)
-LOOK_UP_CODE = tl.constexpr(buckets.LOOK_UP_CODE)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
 #: The same of whole numbers that are added up in the low bits.
@@ -137,7 +134,7 @@ def biased_level(code, fmt: tl.constexpr):
 
 @triton.jit
 def _bucket_table(fmt: tl.constexpr):
-    """What this thread's lane holds of its bucket (see :mod:`.buckets`): level, rise and edge; code and its rise."""
+    """What this thread's lane holds of its bucket (see :mod:`.buckets`): level, code as bits of float32, and edge."""
     buckets: tl.constexpr = fmt.buckets
     if INTERPRETED:
         lane = tl.arange(0, WARP)
@@ -145,16 +142,14 @@ def _bucket_table(fmt: tl.constexpr):
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
     number = (lane - 1) & (WARP - 1)
     below, code = fmt.nearest((number + buckets.first).to(tl.float32) * (1.0 / buckets.per_unit))
-    # Codes are added up in the low bits of float32 numbers.
-    code = code.to(tl.float32) + WHOLE
     following = tl.where(lane == 0, 0, (lane + 1) & (WARP - 1))  # nothing follows on the first
-    rise, code_rise = _of_lane(following, below) - below, _of_lane(following, code) - code
+    rise = _of_lane(following, below) - below
     middle = tl.fma(rise, 0.5, below)
     level, _ = fmt.nearest(middle)
     # The edge is the greatest number that stays below: where a tie goes up, the one before it.
     edge = tl.where(level == below, middle, as_float(as_bits(middle) - tl.where(middle > 0.0, 1, -1)))
     edge = tl.where(rise == 0.0, float("inf"), edge) * -buckets.steepness
-    return below, rise, edge, code, code_rise
+    return below, as_float(code), edge
 
 
 @triton.jit
@@ -173,26 +168,19 @@ def _of_lane(lane, x):
 def _looked_up(y, fmt: tl.constexpr):
     """:func:`nearest` by table."""
     buckets: tl.constexpr = fmt.buckets
-    below, rise, edge, code, code_rise = _bucket_table(fmt)
+    below, code, edge = _bucket_table(fmt)
     if INTERPRETED:
         size = tl.abs(y) if buckets.of_magnitudes else tl.where(y < buckets.lowest, buckets.lowest, y)
         number = tl.floor(size * buckets.per_unit) - buckets.first
         lane = tl.where(number < WARP - 1, number + 1.0, 0.0).to(tl.int32)
-        step = tl.where(size * buckets.steepness + _of_lane(lane, edge) > 0.0, 1.0, 0.0)
-        level = _of_lane(lane, below) + step * _of_lane(lane, rise)
-        code = _of_lane(lane, code) + step * _of_lane(lane, code_rise)
+        above = size * buckets.steepness + _of_lane(lane, edge) > 0.0
+        lane = (lane + above.to(tl.int32)) & (WARP - 1)
+        level = _of_lane(lane, below)
     else:
-        level, step, lane = tl.inline_asm_elementwise(
-            buckets.look_up,
-            "=f,=f,=f,f,f,f,f",
-            [y, below, rise, edge],
-            dtype=(tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
+        level, lane = tl.inline_asm_elementwise(
+            buckets.look_up, "=f,=r,f,f,f", [y, below, edge], dtype=(tl.float32, tl.int32), is_pure=True, pack=1
         )
-        code = tl.inline_asm_elementwise(
-            LOOK_UP_CODE, "=f,f,f,f,f", [step, lane, code, code_rise], dtype=tl.float32, is_pure=True, pack=1
-        )
+    code = _of_lane(lane, code)
     code = as_bits(code) & (2**fmt.bits - 1)
     if buckets.signed:
         sign = as_bits(y) & SIGN if fmt.has_zero else tl.where(y < 0.0, SIGN, 0)

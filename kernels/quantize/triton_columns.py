@@ -1,7 +1,7 @@
 """Quantized and transposed in Triton, and the columns of a matrix. Bytes per element of a 16-bit x:
 
-* **transposed** (2 + 2 in, 1 out): scales of rows first, then tiles; the second reading of a small matrix comes out of
-  L2.
+* **transposed** (2 in, 1 out, and of 4 bits ½ out and in): codes by rows, which are recoded in tiles; those of a small
+  matrix come out of L2.
 * **rows and columns of one matrix** (2 + 2 in, 1 + 1 out): persistent programs quantize rows and keep the absolute
   maxima of the columns they have seen in registers; a second kernel writes the columns' codes, transposed.
 """
@@ -32,7 +32,8 @@ from qcompile.kernels.triton import (
 from . import reference
 from .grid import grid_of
 from .triton_codes import encoded, saturated
-from .triton_rows import ELEMENTS_PER_THREAD, flat, loaded, quantize_8bit
+from .triton_recode import recode
+from .triton_rows import flat, quantize_8bit, write_rows
 
 __all__ = ["quantize_8bit_pair", "quantize_8bit_transposed", "quantize_columns"]
 
@@ -62,19 +63,6 @@ def _write_transposed(
     column = first_column + tl.arange(0, tile_columns)[:, None]
     at = column.to(tl.int64) * rows + row
     tl.store(codes + at, tl.trans(tile), mask=(row < rows) & (column < columns))
-
-
-@triton.jit
-def _row_scales(x, scales, gammas, row_stride, size, fmt: tl.constexpr, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    x += row * row_stride
-    at = runs(block, RUN)
-    largest = tl.abs(loaded(x, None, at, at < size).to(tl.float32))
-    for start in range(block, size, block):
-        largest = greater(largest, tl.abs(loaded(x, None, start + at, start + at < size).to(tl.float32)))
-    scale, gamma = fmt.scale_pair(greater(absolute_maximum(largest, None), fmt.amax_floor))
-    tl.store(scales + row, scale)
-    tl.store(gammas + row, gamma)
 
 
 @triton.jit
@@ -196,23 +184,12 @@ def quantize_8bit_transposed(x: Tensor, quantizer: str) -> tuple[Tensor, Tensor]
     """As :func:`qcompile.kernels.quantize.reference.quantize_8bit_transposed`; dtypes and strides as above."""
     if x.numel() == 0:
         return reference.quantize_8bit_transposed(x, quantizer)
-    x = with_dense_rows(x)
+    q, x = Quantizer.parse(quantizer), with_dense_rows(x)
     rows, size = x.shape
     scales = x.new_empty((rows, 1), dtype=torch.float32)
-    gammas, block = torch.empty_like(scales), row_block(size)
-    launch(
-        _row_scales,
-        rows,
-        x,
-        scales,
-        gammas,
-        x.stride(0),
-        size,
-        fmt=grid_of(quantizer),
-        block=block,
-        num_warps=warps(block, ELEMENTS_PER_THREAD),
-    )
-    return _transposed(x, quantizer, gammas, None), scales
+    stored = x.new_empty((rows, q.packed_size(size)), dtype=torch.uint8)
+    write_rows(x, grid_of(quantizer), None, None, scales, stored, None)
+    return recode(stored, quantizer, size, True), scales
 
 
 def quantize_8bit_pair(

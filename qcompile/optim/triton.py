@@ -146,6 +146,10 @@ def _store(table, state: tl.constexpr, x, bits, at, rows, inside, present, align
 
 @triton.jit
 def _step(table, sizes, programs, reals, integers, own: tl.constexpr, aligned: tl.constexpr):
+    # Triton 3.6 passes a constant on only under a name of its own.
+    first: tl.constexpr = own.first
+    second: tl.constexpr = own.second
+    master: tl.constexpr = own.master
     program = tl.program_id(0)
     member = tl.load(programs + 2 * program)
     table += member * _COLUMNS
@@ -161,10 +165,10 @@ def _step(table, sizes, programs, reals, integers, own: tl.constexpr, aligned: t
         for_parameter, for_first, for_second = own.draw(at.to(tl.int32) + tl.load(integers + 2 * member))
 
         g = tl.load(_at(table, 1, own.gradient, aligned) + at, mask=inside, other=0.0).to(tl.float32)
-        m = _load(table, own.first, at, rows, inside, present, aligned)
-        v = _load(table, own.second, at, rows, inside, present, aligned)
-        if own.master.place >= 0:
-            p = _load(table, own.master, at, rows, inside, present, aligned)
+        m = _load(table, first, at, rows, inside, present, aligned)
+        v = _load(table, second, at, rows, inside, present, aligned)
+        if master.place >= 0:
+            p = _load(table, master, at, rows, inside, present, aligned)
         else:
             p = tl.load(_at(table, 0, own.parameter, aligned) + at, mask=inside, other=0.0).to(tl.float32)
         reals += member * 8
@@ -182,10 +186,10 @@ def _step(table, sizes, programs, reals, integers, own: tl.constexpr, aligned: t
             tl.load(reals + 6),
             tl.load(reals + 7),
         )
-        _store(table, own.first, m, for_first, at, rows, inside, present, aligned)
-        _store(table, own.second, v, for_second, at, rows, inside, present, aligned)
-        if own.master.place >= 0:
-            _store(table, own.master, p, for_parameter, at, rows, inside, present, aligned)
+        _store(table, first, m, for_first, at, rows, inside, present, aligned)
+        _store(table, second, v, for_second, at, rows, inside, present, aligned)
+        if master.place >= 0:
+            _store(table, master, p, for_parameter, at, rows, inside, present, aligned)
         if own.rounds:
             p = own.round_parameter(p, for_parameter)
         tl.store(_at(table, 0, own.parameter, aligned) + at, p.to(own.parameter), mask=inside)

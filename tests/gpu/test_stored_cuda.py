@@ -181,6 +181,6 @@ def test_reference_and_kernels_have_one_signature():
     """A call with everything by position, as generated code makes it."""
     parts = weight(64, 256, NESTED, "cuda")
     x = torch.randn(4, 256, device="cuda", dtype=BF16)
-    call = arguments(parts, NESTED, 256, False, BF16, torch.zeros(64, device="cuda"), True)
+    call = arguments(parts, NESTED, 256, False, BF16, torch.randn(64, device="cuda", dtype=BF16), True)
     got, expected = DIRECT["mm_stored"](x, *call), reference.mm_stored(x, *call)
     assert (got.double() - expected.double()).norm() <= 2.0**-7 * expected.double().norm()

@@ -25,7 +25,12 @@ from qcompile.kernels.quantize import triton as kernels  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E2M1, E4M3 = "e2m1 row absmax even", "e4m3 row absmax even"
-NAMES = [name for name, fmt in FORMATS.items() if fmt.tensor_core_type and not fmt.pruned]
+#: Formats with codes for tensor cores whose grid the kernels print.
+NAMES = [
+    name
+    for name, fmt in FORMATS.items()
+    if fmt.tensor_core_type and not fmt.pruned and kernels.supports_recode((), f"{name} row absmax even")[0]
+]
 #: Rows of less than a run, of a warp, of several; of no whole run; as long as registers hold, and longer.
 SHAPES = [(1, 1), (37, 129), (130, 34), (5, 4099), (300, 2048), (64, 4096), (9, 14336), (7, 16384), (3, 20000)]
 

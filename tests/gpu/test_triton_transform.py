@@ -203,18 +203,18 @@ def test_cuda_graph():
     x = torch.randn(256, 4096, device="cuda", dtype=BF16)
     mask = torch.randint(256, (256, 512), device="cuda", dtype=torch.uint8)
 
-    def everything(rows, rotations):
+    def everything(rows, of_rotations):
         return [
             *rows.quantize_8bit_masked(x, MIDRISE4, True),
             *rows.quantize_8bit_transposed(x, "midrise4 row rms half_up", "hadamard(128)"),
-            rotations.hadamard(x, 128, -1, mask),
+            of_rotations.hadamard(x, 128, -1, mask),
         ]
 
-    everything(kernels, kernels)  # compiles
+    everything(kernels, rotations)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = everything(kernels, kernels)
+        captured = everything(kernels, rotations)
     for scale in (1.0, 1e-3):
         x.normal_().mul_(scale)
         mask.random_()

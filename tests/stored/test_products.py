@@ -43,7 +43,8 @@ def test_products_decode_by_themselves_in_both_directions(spec):
     assert [row["provider"] for row in result.gemms] == ["stored"] * 4
     for op, calls in (("mm_stored", 4), ("dequantize", 0), ("quantized_mm", 0)):
         assert result.count(op, "post_grad_lower") == calls, op
-    assert_same((result.outputs, result.gradients), run_eager(model, x))
+    # The two sum in orders of their own and round to bfloat16, the gradient of the hidden layer too.
+    assert_same((result.outputs, result.gradients), run_eager(model, x), tolerance=2**-8)
 
 
 @pytest.mark.parametrize("nested", [True, False])
