@@ -19,8 +19,8 @@ from .packets import Packets, decode, encode, summed, summed_and_encoded
 
 __all__ = ["Codes", "all_reduce", "reduce_scatter", "wide_bytes"]
 
-#: Rows are cut into this many parts at most, of which one is quantized while another travels, and no part is shorter
-#: than this many bytes of codes per rank: short messages take as long as longer ones.
+#: Shards are cut into this many parts at most, of which one is quantized or added up while another travels. No part is
+#: shorter than this many elements, which are bytes of codes: messages have a latency.
 MOST_PARTS, SHORTEST_PART = 4, 8 << 20
 
 
@@ -40,7 +40,7 @@ def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, factor: flo
         out: flat, one shard. Its dtype may be another.
     """
     rank, width = group.rank(), len(out)
-    parts = _send(x, width, width, group, codes)
+    parts = _send(x, width, group, codes)
     own = x[rank * width : (rank + 1) * width]
     for start, arriving in parts:
         received = arriving.wait()
@@ -53,9 +53,9 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, factor: float, codes: Codes)
     this rank sends.
     """
     rank, world = group.rank(), group.size()
-    stride = -(-len(x) // (world * codes.block)) * codes.block  # the last shards may be short, or empty
-    own = x[rank * stride : (rank + 1) * stride]
-    parts = _send(x, stride, stride, group, codes)
+    width = -(-len(x) // (world * codes.block)) * codes.block  # the last shards may be short, or empty
+    own = x[rank * width : (rank + 1) * width]
+    parts = _send(x, width, group, codes)
     gathering = []
     for start, arriving in parts:
         received = arriving.wait()
@@ -65,7 +65,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, factor: float, codes: Codes)
         gathering.append((start, work, all_of, mine))
     for start, work, all_of, _ in gathering:
         work.wait()
-        decode(all_of, x[start:], stride)
+        decode(all_of, x[start:], width)
     sent = sum(arriving.bytes for _, arriving in parts)
     return sent + (world - 1) * sum(mine.data.numel() for *_, mine in gathering)
 
@@ -88,22 +88,24 @@ class _Arriving:
         return self.received
 
 
-def _send(x: Tensor, stride: int, width: int, group: dist.ProcessGroup, codes: Codes) -> list[tuple[int, _Arriving]]:
-    """The other ranks' shards of ``x`` on their way to them, in parts; with each where in a shard it begins."""
+def _send(x: Tensor, width: int, group: dist.ProcessGroup, codes: Codes) -> list[tuple[int, _Arriving]]:
+    """The other ranks' shards of ``x``, of ``width`` elements, on their way to them, in parts; with each where in a
+    shard it begins.
+    """
     rank, world = group.rank(), group.size()
     counts = [int(other != rank) for other in range(world)]
     found = []
-    length = part_length(width, codes.block)
+    length = _part_length(width, codes.block)
     for start in range(0, width, length):
         sent = Packets.empty(world - 1, min(length, width - start), codes.format, codes.block, x.device)
         received = sent.like(world - 1)
-        encode(x[start:], stride, rank, sent)
+        encode(x[start:], width, rank, sent)
         work = dist.all_to_all_single(received.data, sent.data, counts, counts, group=group, async_op=True)
         found.append((start, _Arriving(work, sent, received)))
     return found
 
 
-def part_length(width: int, block: int) -> int:
+def _part_length(width: int, block: int) -> int:
     """Elements of a part of a shard of ``width``: whole blocks."""
     parts = max(1, min(MOST_PARTS, width // SHORTEST_PART))
     return max(1, -(-width // (parts * block))) * block
