@@ -513,8 +513,8 @@ class Config:
 
 #: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
 #: ``fragments`` for 1 to 16 and for 64 rows were the fastest of about 100 on an H200, for ``nf4 block64; nested`` and
-#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for there to be enough
-#: programs. Others were not measured.
+#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for enough programs.
+#: Others were not measured.
 CONFIGS = {
     False: (
         Config("fragments", 8, block_n=16, block_w=64, block_m=8, warps=4, stages=2, programs=2),

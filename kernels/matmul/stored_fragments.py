@@ -22,11 +22,11 @@ not the thread (:func:`_arranged`).
 **Bytes in flight**: when a thread has arranged the words of a step it loads those of the next round's, ``steps`` · 32
 bytes per 16 rows; with 16 warps per processor and two steps that is 32 KiB.
 
-**What limits it** on an H200, in codes per clock and processor, of which memory brings 41. 2.2 instructions per code for
-``nf4 block64; nested`` and 8 rows of x, as compiled, are 58. The unit that loads and shuffles takes 0.5 look-ups and
-0.125 shuffles per code, 51, and x, 16 bytes per lane and word: 36 in all for 8 rows of x; 48 for one. x comes from L2
-once per ``block_n`` rows of W: with 4 · M of them that is as much as the codes. Measured at N = K = 8192: 2.0 TB/s of
-codes and scales, 21 codes, with one row of x, half of what memory brings; all cuts that were tried are within 10 %.
+**What limits it** on an H200, in codes per clock and processor, of which memory brings 41. 2.2 instructions per code
+for ``nf4 block64; nested`` and 8 rows of x, as compiled, are 58. The unit that loads and shuffles takes 0.5 look-ups
+and 0.125 shuffles per code, 51, and x, 16 bytes per lane and word: 36 in all for 8 rows of x; 48 for one. x comes from
+L2 once per ``block_n`` rows of W: with 4 · M of them that is as much as the codes. Measured at N = K = 8192: 2.0 TB/s
+of codes and scales, 21 codes, with one row of x, half of what memory brings; all cuts that were tried are within 10 %.
 """
 
 from __future__ import annotations
