@@ -481,7 +481,7 @@ def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: 
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut up. None of these has been measured: ``benchmarks/stored_linears.py --sweep`` does that.
+    """How a product is cut up; ``benchmarks/stored_linears.py --sweep`` tries others.
 
     Attributes:
         kernel: ``fragments``, ``gemv``, ``tile`` or ``tile_rows``.
@@ -511,14 +511,16 @@ class Config:
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
-#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. For ``fragments``
-#: see "Bytes in flight" in :mod:`.stored_fragments`.
+#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
+#: ``fragments`` for 1 to 16 and for 64 rows were the fastest of about 100 on an H200, for ``nf4 block64; nested`` and
+#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for enough programs.
+#: Others were not measured.
 CONFIGS = {
     False: (
-        Config("fragments", 8, block_n=32, block_w=64, block_m=8, warps=8, stages=2, programs=2),
-        Config("fragments", 16, block_n=64, block_w=64, block_m=16, warps=16, stages=2, programs=1),
-        Config("fragments", 32, block_n=64, block_w=32, block_m=32, warps=8, stages=1, programs=1),
-        Config("fragments", 64, block_n=64, block_w=32, block_m=64, warps=8, stages=1, programs=1),
+        Config("fragments", 8, block_n=16, block_w=64, block_m=8, warps=4, stages=2, programs=2),
+        Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1),
+        Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1),
+        Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1),
         Config("tile", 0, block_n=128, block_w=8, block_m=128, warps=8, stages=3, programs=1),
     ),
     True: (
@@ -560,17 +562,6 @@ def _fitted(config: Config, row_words: int) -> Config:
     return replace(config, block_w=words, warps=warps)
 
 
-def _spread(config: Config, n: int, count: int) -> Config:
-    """The config of ``fragments`` with fewer rows per program, and more warps that share them, as long as there are
-    programs for fewer than ``count`` processors.
-    """
-    while config.block_n > MMA_COLUMNS and triton.cdiv(n, config.block_n // 2) <= config.programs * count:
-        along = config.block_w // STEP_WORDS.value
-        shared = 2 * config.block_w if along < config.warps else config.block_w
-        config = replace(config, block_n=config.block_n // 2, block_w=shared)
-    return config
-
-
 def _splits(tiles: int, steps: int, config: Config, device: torch.device) -> tuple[int, int]:
     """Into how many parts the contraction is cut for every processor to get its programs, and the steps of each."""
     wanted = config.programs * processors(device) // tiles
@@ -607,7 +598,7 @@ def mm_stored(
     shape = (m, size if rows else n)
     if 0 in (m, n, size):
         return x.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).contiguous()
-    config = config or _chosen((m, n, size), rows, x)
+    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device))
     if config is None:
         dense = decode(codes, scales, stored, size, x.dtype, second, offset, high_first)
         dense = dense if rows else dense.t()
@@ -652,13 +643,6 @@ def mm_stored(
     )
     _add_splits(partial, bias, out)
     return out
-
-
-def _chosen(shape: tuple[int, int, int], rows: bool, x: Tensor) -> Config | None:
-    config = config_for(shape, rows, x.dtype, _rates(x.device))
-    if config is None or config.kernel != "fragments":
-        return config
-    return _spread(config, shape[1], processors(x.device))
 
 
 def _by_fragments(
