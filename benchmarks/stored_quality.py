@@ -29,7 +29,7 @@ from torch import Tensor
 
 import qcompile
 
-__all__ = ["ARMS", "BASELINE", "Arm", "Row", "load", "main", "perplexity", "windows_of"]
+__all__ = ["ARMS", "BASELINE", "Arm", "Row", "load", "main", "perplexity", "tokenizer_of", "windows_of"]
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,22 @@ class Row:
     error: str = ""
 
 
-def load(path: Path, device: str) -> tuple[Any, Any]:
-    """Model in BF16 and tokenizer, of a folder or a GGUF file."""
-    where, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+def load(path: Path, device: str) -> Any:
+    """The model in BF16, of a folder or a GGUF file."""
+    where, options = _source(path)
     if options:  # plain layers, instead of those that keep GGUF's blocks
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
+
+
+def tokenizer_of(path: Path) -> Any:
+    where, options = _source(path)
+    return transformers.AutoTokenizer.from_pretrained(where, **options)
+
+
+def _source(path: Path) -> tuple[Path, dict[str, Any]]:
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
 
 
 def windows_of(path: Path, tokenizer: Any, tokens: int, context: int) -> Tensor:
@@ -103,7 +111,7 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 def prepared(arm: Arm, path: Path, device: str) -> tuple[Any, float]:
     """The compiled model, and bits per packed weight."""
-    model, _ = load(path, device)
+    model = load(path, device)
     bits = qcompile.pack_(model, arm.spec).bits_per_weight if arm.spec else 16.0
     torch.compiler.reset()
     for layer in model.model.layers:
@@ -123,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     log = fresh_log(given.out)
     try:
-        tokenizer = load(given.model, "cpu")[1]
+        tokenizer = tokenizer_of(given.model)
         files = dict(text.split("=", 1) for text in given.text)
         texts = {name: windows_of(Path(file), tokenizer, given.tokens, given.context) for name, file in files.items()}
     except (ValueError, OSError) as error:

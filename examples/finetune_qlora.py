@@ -205,8 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = runs[-1]
             print(f"{name}, seed {seed}: {found['before']:.4f} → {found['after']:.4f}", flush=True)
             (given.out / "finetune_qlora.json").write_text(json.dumps(runs), encoding="utf-8")
-            plot(runs, given.out / "finetune_qlora.png")
     Console(highlight=False).print(table_of(runs))
+    plot(runs, given.out / "finetune_qlora.png")
     return 0
 
 
