@@ -194,7 +194,9 @@ class _Program:
             self.set(target, np.take_along_axis(both, places, 1).copy().view(np.uint32)[:, 0], where)
         elif base == "bfe":
             position, length = get(operands[2], "u32"), get(operands[3], "u32")
-            self.set(target, get(operands[1], "u32") >> position & (1 << length) - np.uint32(1), where)
+            above = np.uint32(32) - length  # of fields that end within the register
+            field = get(operands[1], "u32") << (above - position)
+            self.set(target, (field.view(np.int32) >> above.view(np.int32) if kind == "s32" else field >> above), where)
         elif base in ("shl", "shr"):
             bits = int(kind[1:])
             by = get(operands[2], "u32")
