@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
+import json
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -26,10 +30,13 @@ import torch
 __all__ = [
     "Call",
     "Seconds",
+    "add_worker_arguments",
+    "answer",
     "copy_microseconds",
     "environment",
     "failure",
     "fresh_log",
+    "in_fresh_process",
     "in_own_process",
     "microseconds",
     "milliseconds",
@@ -249,3 +256,50 @@ def in_own_process(work: Callable[[], Any]) -> Any:
     if not done:
         raise RuntimeError(result)
     return result
+
+
+# --- arms in fresh processes ----------------------------------------------------------------------------------------
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a script that runs itself by :func:`in_fresh_process` tells its workers."""
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+
+
+def in_fresh_process(
+    script: Path, name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path
+) -> dict[str, Any]:
+    """What ``script``, run once more with ``--worker name``, answers; what it prints goes to ``log``.
+
+    A fork would do in less time, but not after CUDA has been asked anything. Raises ``RuntimeError`` with what the
+    worker raised, and ``TimeoutError`` if it took longer than ``limit`` seconds.
+    """
+    result = scratch / "answer.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(script), *arguments, "--worker", name, "--scratch", str(scratch)]
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            msg = f"took longer than {limit:g} s"
+            raise TimeoutError(msg) from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
+                process.wait()
+    found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({process.returncode})"}
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return found
+
+
+def answer(given: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int:
+    """In a worker: what ``work`` returns or raises, for :func:`in_fresh_process`; returns the exit status."""
+    try:
+        found = work()
+    except Exception as error:
+        found = {"error": failure(error, given.out.with_suffix(".log"), given.worker).removeprefix("FAILED: ")}
+    (given.scratch / "answer.json").write_text(json.dumps(found))
+    return 0

@@ -210,23 +210,51 @@ def variations(batch: int, gradient: bool) -> Iterator[Any]:
     from qcompile.kernels.matmul import stored as kernels
 
     table = kernels.CONFIGS[gradient]
+    seen: set[str] = set()
     fitting = [config for config in table if not config.most_m or batch <= config.most_m]
-    yield from fitting
-    seen = set(map(str, fitting))
-    few = batch <= kernels.MOST_ROWS and not gradient
-    cuts = product((1, 2, 4, 8), ((128, 1), (256, 2), (512, 4), (1024, 8)), (4, 8, 16), (True, False)) if few else ()
-    for block_n, (block_w, warps), programs, lookup in cuts:
-        config = kernels.Config("gemv", batch, block_n, block_w, 1, warps, 1, programs, lookup)
+    for config in (*fitting, *_by_fragments(batch, gradient), *_few_rows(batch, gradient), *_tiles(batch, gradient)):
         if str(config) not in seen:
+            seen.add(str(config))
             yield config
-    name = "tile_rows" if gradient else "tile"
+
+
+def _by_fragments(batch: int, gradient: bool) -> Iterator[Any]:
+    """Warps side by side and in turn, tiles of 16 rows of W for each, steps ahead; the likelier first."""
+    from qcompile.kernels.matmul.stored import Config
+
+    block_m = max(8, 1 << (batch - 1).bit_length())
+    if gradient or block_m > 64:
+        return
+    for stages, (warps, along), tiles in product(
+        (2, 1, 4) if batch <= 16 else (1, 2),
+        ((8, 4), (16, 4), (8, 8), (16, 8), (8, 2), (4, 4), (4, 2), (16, 2), (8, 1), (16, 16), (4, 1)),
+        (1, 2),
+    ):
+        block_n = 16 * tiles * warps // along
+        # Few programs of many rows read x less often, and split K to be enough.
+        for programs in (2,) if block_n < 64 else (1, 2, 4):
+            yield Config("fragments", batch, block_n, 16 * along, block_m, warps, stages, programs)
+
+
+def _few_rows(batch: int, gradient: bool) -> Iterator[Any]:
+    from qcompile.kernels.matmul.stored import MOST_ROWS, Config
+
+    if gradient or batch > MOST_ROWS:
+        return
+    for block_n, (block_w, warps), programs, lookup in product(
+        (1, 2, 4, 8), ((128, 1), (256, 2), (512, 4), (1024, 8)), (4, 8, 16), (True, False)
+    ):
+        yield Config("gemv", batch, block_n, block_w, 1, warps, 1, programs, lookup)
+
+
+def _tiles(batch: int, gradient: bool) -> Iterator[Any]:
+    from qcompile.kernels.matmul.stored import Config
+
     block_m = min(128, max(16, 1 << (batch - 1).bit_length()))
     for block_n, block_w, warps, stages, programs, lookup in product(
         (64, 128), (8, 16, 32), (4, 8), (2, 3, 4), (1, 2, 4), (True, False)
     ):
-        config = kernels.Config(name, 0, block_n, block_w, block_m, warps, stages, programs, lookup)
-        if str(config) not in seen:
-            yield config
+        yield Config("tile_rows" if gradient else "tile", 0, block_n, block_w, block_m, warps, stages, programs, lookup)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -283,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gradient", action="store_true", help="dY · W instead of x · Wᵀ")
     parser.add_argument("--decoded", action="store_true", help="add the weight decoded first, for cuBLAS")
     parser.add_argument("--sweep", action="store_true", help="time every cut of our kernels, and nothing else but BF16")
+    parser.add_argument("--kernels", nargs="+", help="kernels of the sweep (default: all), for example fragments")
     parser.add_argument("--limit", type=float, default=40, help="seconds of an arm (default: 40)")
     parser.add_argument("--seconds", type=float, default=120, help="of a sweep (default: 120)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing (default: 20)")
@@ -325,6 +354,8 @@ def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str
         for config in variations(batch, arguments.gradient):
             if time.monotonic() > end:
                 break
+            if arguments.kernels and config.kernel not in arguments.kernels:
+                continue
             yield f"{name} {config}", partial(ours, name, gradient=arguments.gradient, config=config)
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not follow __getattr__
+    from qcompile import distributed as distributed
     from qcompile import optim as optim
     from qcompile.apps.repro import save_repro as save_repro
     from qcompile.backends import backend as backend
@@ -75,7 +76,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
-    if name == "optim":
-        return import_module("qcompile.optim")
+    if name in ("distributed", "optim"):
+        return import_module(f"qcompile.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

@@ -33,6 +33,7 @@ import torch._inductor.compile_fx
 import torch._inductor.fx_passes.post_grad
 import torch._inductor.pattern_matcher
 import torch._logging._internal
+import torch.distributed as dist
 import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
@@ -54,6 +55,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
+    "all_gather_single",
     "before_next_call",
     "cache_counters",
     "captures_recurrent_layers",
@@ -72,6 +74,7 @@ __all__ = [
     "fake_result",
     "fake_values_hold",
     "frame_compilations",
+    "fsdp_axes",
     "functional_collective",
     "given_fake_tensors",
     "guard_identity",
@@ -98,6 +101,7 @@ __all__ = [
     "placeholder_value",
     "raw_stream",
     "recompile_limits",
+    "reduction",
     "register_backend",
     "remember_fake_results",
     "set_grad_enabled",
@@ -129,6 +133,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
+
+#: What ``all_gather_into_tensor`` is called from 2.13 on.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: The ``__torch_function__`` of a class that overrides nothing, which Dynamo then traces as a plain tensor's.
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -521,6 +528,23 @@ def _is_marked_dynamic(size: Any) -> bool:
             if strict and isinstance(extent, torch.SymInt) and extent.node.expr.free_symbols & symbols:
                 return True
     return False
+
+
+def fsdp_axes(module: Any) -> list[tuple[bool, bool]]:
+    """Of every parameter group of an FSDP2 module, whether its mesh has an axis that shards and one that replicates."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # 2.11 has one at most
+    groups = list(filter(None, [state._fsdp_param_group])) if groups is None else groups
+    return [
+        (hasattr(group.mesh_info, "shard_mesh_size"), hasattr(group.mesh_info, "replicate_mesh_size"))
+        for group in groups
+    ]
+
+
+def reduction(op: Any) -> tuple[Any, Any]:
+    """The kind of a ``dist.ReduceOp``, and the factor of a ``PREMUL_SUM``, which nothing public tells."""
+    state = op.__getstate__()
+    return state if isinstance(state, tuple) else (op, None)
 
 
 def memory_of(value: Any) -> Any:

@@ -142,6 +142,7 @@ ROOMS = (
     "functional",
     "stored",
     "optim",
+    "distributed",
     "passes",
     "session",
     "backends",

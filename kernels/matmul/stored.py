@@ -3,14 +3,16 @@
 ============== ================================================ ====================================================
 kernel         computes                                         for
 ============== ================================================ ====================================================
-``gemv``       x · Wᵀ on CUDA cores, float32                    the few rows of decoding, any floating-point dtype
+``fragments``  x · Wᵀ on tensor cores, 16-bit x                 up to 64 rows of x (:mod:`.stored_fragments`)
+``gemv``       x · Wᵀ on CUDA cores, float32                    few rows of float32; any floating-point dtype
 ``tile``       x · Wᵀ on tensor cores                           up to where decoding once and cuBLAS is faster
 ``tile_rows``  x · W on tensor cores (dX of dY), from the same  likewise
                codes: no transposed copy
 ``decode``     W                                                decode + cuBLAS, beyond that (:mod:`.costs`)
 ============== ================================================ ====================================================
 
-``gemv`` multiplies float32 levels and applies the scale to the sum of a block, so it rounds no weight. The tensor cores
+``fragments`` rounds levels to x's dtype and multiplies the scale by the float32 sum of a block. ``gemv`` multiplies
+float32 levels and applies the scale to the sum of a block, so it rounds no weight. The tensor cores
 take 16 bits: ``tile`` and ``tile_rows`` round level · scale to x's dtype, which is bit for bit what ``decode`` and the
 reference make of it. All sum in float32. Where the contraction is split over programs, each writes its own sum and
 ``add_splits`` adds them in order: no atomics, so the same call gives the same bits.
@@ -47,6 +49,7 @@ every 32 elements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -67,6 +70,8 @@ from qcompile.kernels.replay import note_constant
 from qcompile.kernels.triton import INTERPRETED, launch, processors
 
 from . import costs
+from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments
+from .stored_scales import load_scales, scales_of
 
 __all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
 
@@ -170,6 +175,14 @@ def _book(text: str, device: torch.device) -> Tensor:
     return torch.tensor(nested.quantizer.format.levels, dtype=torch.float32, device=device)
 
 
+@cache
+def _pairs(text: str, dtype: torch.dtype, high_first: bool, device: torch.device) -> Tensor:
+    """Two levels in ``dtype`` for every byte, the first element's in the low half of an int32."""
+    levels = Stored.parse(text).quantizer.format.levels
+    codes = torch.arange(256).view(-1, 1) >> torch.tensor([4, 0] if high_first else [0, 4])
+    return torch.tensor(levels).to(dtype)[codes & 15].view(torch.int32).flatten().to(device)
+
+
 # --- from codes to levels --------------------------------------------------------------------------------------------
 
 
@@ -222,20 +235,8 @@ def _scales(stored, second, offset, book, rows, n, unit, units, per_row, fmt: tl
         column = (unit + tl.arange(0, units)) * span // fmt.block
         at = rows.to(tl.int64)[:, None] * per_row + column[None, :]
         inside = (rows < n)[:, None] & (column < per_row)[None, :]
-    loaded = tl.load(stored + at, mask=inside, other=0)
-    if stored.dtype.element_ty != tl.float32:
-        loaded = loaded.to(tl.int32)
-        if stored.dtype.element_ty == tl.int16:
-            loaded &= 0xFFFF
-    if fmt.nested:
-        level = tl.load(book + loaded, mask=inside, other=0.0) if fmt.in_book else fmt.scale_level(loaded)
-        scale = level * fmt.load_second(tl.load(second + at // fmt.nested, mask=inside, other=0.0))
-        if offset is not None:
-            scale += tl.load(offset)
-    elif fmt.two_level:
-        scale = fmt.load(loaded, tl.load(second))
-    else:
-        scale = fmt.load(loaded)
+    loaded, shared = load_scales(stored, second, tl.where(inside, at, 0), fmt)
+    scale = scales_of(loaded, shared, offset, book, fmt)
     return tl.where(inside, scale, 0.0)
 
 
@@ -480,15 +481,16 @@ def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: 
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut up. None of these has been measured: ``benchmarks/stored_linears.py --sweep`` does that.
+    """How a product is cut up; ``benchmarks/stored_linears.py --sweep`` tries others.
 
     Attributes:
-        kernel: ``gemv``, ``tile`` or ``tile_rows``.
+        kernel: ``fragments``, ``gemv``, ``tile`` or ``tile_rows``.
         most_m: the most rows of x that it is for; 0 if any.
         block_n: rows of W per program, or, of ``tile_rows``, per step.
         block_w: words of W's rows per step, or, of ``tile_rows``, per program; 8 codes each.
         block_m: rows of x per program; ``gemv`` takes all.
-        warps, stages: warps of a program, and steps whose operands it has on their way.
+        warps, stages: warps of a program, and steps whose operands it has on their way. In ``fragments``, ``block_w``
+            / 16 warps share rows of W and take turns along them, the others have rows of their own.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
     """
@@ -509,16 +511,16 @@ class Config:
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
-#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. For ``gemv`` see
-#: "Bytes in flight" above. A ``tile`` of 64 rows and 256 codes is 8 KiB of codes per step; two programs of three stages
-#: have 48 KiB on their way.
+#: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
+#: ``fragments`` for 1 to 16 and for 64 rows were the fastest of about 100 on an H200, for ``nf4 block64; nested`` and
+#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for enough programs.
+#: Others were not measured.
 CONFIGS = {
     False: (
-        Config("gemv", 1, block_n=4, block_w=512, programs=8),
-        Config("gemv", 4, block_n=2, block_w=512, programs=8),
-        Config("tile", 16, block_n=64, block_w=32, block_m=16, stages=3, programs=2),
-        Config("tile", 32, block_n=64, block_w=32, block_m=32, stages=3, programs=2),
-        Config("tile", 64, block_n=64, block_w=16, block_m=64, stages=3, programs=2),
+        Config("fragments", 8, block_n=16, block_w=64, block_m=8, warps=4, stages=2, programs=2),
+        Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1),
+        Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1),
+        Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1),
         Config("tile", 0, block_n=128, block_w=8, block_m=128, warps=8, stages=3, programs=1),
     ),
     True: (
@@ -532,7 +534,7 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
-_KERNELS = {"gemv": gemv, "tile": tile, "tile_rows": tile_rows}
+_KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
 def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates) -> Config | None:
@@ -548,8 +550,10 @@ def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rate
     return next(config for config in CONFIGS[rows] if not config.most_m or m <= config.most_m)
 
 
-def _fitted(config: Config, weight: Weight, row_words: int) -> Config:
+def _fitted(config: Config, row_words: int) -> Config:
     """The config, no wider than a row, and no narrower than what shares a scale or a thread loads."""
+    if config.kernel == "fragments":
+        return config
     words = max(RUN, min(config.block_w, triton.next_power_of_2(row_words)))
     if config.kernel != "gemv":
         words = max(words, 16 // CODES.value)
@@ -601,8 +605,10 @@ def mm_stored(
         return (torch.mm(x, dense) if bias is None else torch.addmm(bias, x, dense)).to(dtype)
     weight = weight_of(stored)
     row_words = size // CODES.value
-    config = _fitted(config, weight, row_words)
+    config = _fitted(config, row_words)
     arguments = _arguments(codes, scales, weight, second, offset)
+    if config.kernel == "fragments":
+        return _by_fragments(x, arguments, weight, size, dtype, bias, high_first, config)
     extents: tuple[int, ...]
     blocks: dict[str, Any]
     if config.kernel == "gemv":
@@ -635,11 +641,69 @@ def mm_stored(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if splits > 1:
-        count = shape[0] * shape[1]
-        programs = triton.cdiv(count, _ADD_BLOCK)
-        launch(add_splits, programs, partial, bias, out, count, shape[1], splits=splits, block=_ADD_BLOCK)
+    _add_splits(partial, bias, out)
     return out
+
+
+def _by_fragments(
+    x: Tensor,
+    arguments: tuple[Tensor | None, ...],
+    weight: Weight,
+    size: int,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    high_first: bool,
+    config: Config,
+) -> Tensor:
+    """:func:`mm_stored` by the kernel of :mod:`.stored_fragments`, for as many rows of x as ``config.block_m``."""
+    codes = arguments[0]
+    assert codes is not None
+    m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
+    if m > config.block_m:
+        msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
+        raise ValueError(msg)
+    along = config.block_w // STEP_WORDS.value
+    across = config.warps // along
+    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * config.stages)
+    splits, rounds = _splits(tiles, turns, config, x.device)
+    pairs = _pairs(weight.text, x.dtype, high_first, x.device)
+    note_constant(pairs)
+    out = x.new_empty((m, n), dtype=dtype)
+    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
+    launch(
+        fragments,
+        (tiles, splits),
+        _words_of(x),
+        *arguments,
+        pairs,
+        bias if splits == 1 else None,
+        partial,
+        m,
+        n,
+        row_words,
+        _per_row(weight, size),
+        rounds,
+        fmt=weight,
+        instruction=MMA[x.dtype],
+        unit=math.gcd(weight.block, UNIT.value),
+        tiles_m=config.block_m // MMA_ROWS,
+        tiles_n=config.block_n // (MMA_COLUMNS * across),
+        across=across,
+        along=along,
+        steps=config.stages,
+        even=row_words == splits * rounds * config.block_w * config.stages,
+        num_warps=config.warps,
+    )
+    _add_splits(partial, bias, out)
+    return out
+
+
+def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Nothing if ``partial`` is ``out`` already."""
+    if partial is not out:
+        count, columns = out.numel(), out.shape[1]
+        programs = triton.cdiv(count, _ADD_BLOCK)
+        launch(add_splits, programs, partial, bias, out, count, columns, splits=partial.shape[0], block=_ADD_BLOCK)
 
 
 def decode(
@@ -655,7 +719,7 @@ def decode(
     """W ``[N, size]`` in ``dtype``, bit for bit that of the reference. N and ``size`` ≥ 1."""
     weight, n = weight_of(stored), codes.shape[0]
     row_words = size // CODES.value
-    config = _fitted(_DECODE, weight, row_words)
+    config = _fitted(_DECODE, row_words)
     out = codes.new_empty((n, size), dtype=dtype)
     launch(
         decode_rows,

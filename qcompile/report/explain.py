@@ -22,7 +22,7 @@ from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 from .model import Report
 from .outside import OutsideGraphs
 from .rows import Row, rows_of
-from .saved import newly_saved, storage_of
+from .saved import newly_saved, storage_of, storages_of
 from .text import SHOWN, folded_name, some
 
 __all__ = ["explain"]
@@ -55,7 +55,7 @@ def explain(
     outside = OutsideGraphs(model)
     earlier = compat.frame_compilations()
     tensors = [*_tensors_of(model), *compat.tree_leaves((args, kwargs))]
-    alive = {storage_of(value) for value in tensors if isinstance(value, Tensor)}
+    alive = storages_of(value for value in tensors if isinstance(value, Tensor))
     kept: list[Tensor] = []
 
     def observing(gm: Any, example_inputs: Any, **_: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qcompile import compat
 from qcompile.backends import plain_model
 
-__all__ = ["SavedBytes", "newly_saved", "saved_bytes", "storage_of"]
+__all__ = ["SavedBytes", "newly_saved", "saved_bytes", "storage_of", "storages_of"]
 
 
 class SavedBytes:
@@ -38,7 +38,7 @@ def saved_bytes(model: nn.Module | None = None, *inputs: Any) -> Iterator[SavedB
     owners = [*model.parameters(), *model.buffers()] if model is not None else []
     owners += [leaf for leaf in compat.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     saved = SavedBytes()
-    with newly_saved({storage_of(tensor) for tensor in owners}) as kept:
+    with newly_saved(storages_of(owners)) as kept:
         yield saved
         saved.tensors += [(tuple(t.shape), t.dtype, t.untyped_storage().nbytes()) for t in kept]
 
@@ -51,13 +51,29 @@ def newly_saved(seen: set[int]) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if (storage := storage_of(tensor)) not in seen:
-            seen.add(storage)
-            kept.append(tensor.detach())
+        for part in _plain(tensor):
+            if (storage := storage_of(part)) not in seen:
+                seen.add(storage)
+                kept.append(part.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    """Of all of them: those that a packed weight or a DTensor is made of, in its place."""
+    return {storage_of(part) for tensor in tensors for part in _plain(tensor)}
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    if not compat.is_wrapper_subclass(tensor):
+        yield tensor
+        return
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    for part in parts:
+        if isinstance(part, Tensor):  # a DTensor has its mesh among them
+            yield from _plain(part)
 
 
 def storage_of(tensor: Tensor) -> int:

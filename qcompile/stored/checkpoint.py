@@ -95,6 +95,9 @@ def give(model: nn.Module, given: Mapping[str, Read], device: Any, caller: str) 
     Raises ``ValueError``, which ``caller`` begins, if names differ, before anything is loaded, and for a tensor of
     another shape. Of the names of a tied weight one is enough.
     """
+    tie: Any = getattr(model, "tie_weights", None)  # transformers'; accelerate.init_empty_weights undoes it
+    if tie is not None and any(value.is_meta for value in model.parameters()):
+        tie()
     state = model.state_dict(keep_vars=True)
     _check_names(state, given.keys(), caller)
     if sharded := next((name for name, value in state.items() if is_sharded(value)), None):

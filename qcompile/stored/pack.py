@@ -45,8 +45,8 @@ class Packing:
 
     Attributes:
         layers: those whose weights are stored as codes now.
-        wide: name → reason of the other layers that multiply by a weight, of embeddings, and of other parameters of
-            three axes.
+        wide: name → reason of the other layers that multiply by a weight, of embeddings, of layers whose weight another
+        library has quantized, and of other parameters of three axes.
         bytes_before, bytes_after: of all parameters and buffers of the model.
     """
 
@@ -310,7 +310,7 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
             assert chosen_spec is not None
             _check_size(name, weight, chosen_spec, place.multiplies == "transposed")
             chosen.specs[name] = chosen_spec
-        elif understood or place.is_experts:
+        elif understood or place.is_experts or not weight.is_floating_point():
             chosen.wide[name] = reason
     _share(chosen, places, by_default)
     return chosen
@@ -336,14 +336,14 @@ def _share(chosen: _Choice, places: Mapping[str, Place], by_default: Set[str]) -
 def impossible(place: Place, readers: Mapping[int, set[type]]) -> str:
     """Why the weight of a layer cannot be stored as codes; "" if it can."""
     weight, kind, axes = place.weight, type(place.module).__name__, 3 if place.is_experts else 2
-    if not place.multiplies and not place.looks_up:
-        if place.is_experts:
-            return f"a parameter of three axes of a {kind}, which does not say (is_transposed) how it is multiplied"
-        return f"a module of class {kind} does not only multiply by its weight"
     if isinstance(weight, PackedWeight):
         return f"stored already, as {short_names(weight.spec)!r}"
     if compat.is_wrapper_subclass(weight) or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+    if not place.multiplies and not place.looks_up:
+        if place.is_experts:
+            return f"a parameter of three axes of a {kind}, which does not say (is_transposed) how it is multiplied"
+        return f"a module of class {kind} does not only multiply by its weight"
     if weight.dim() != axes:
         return f"its weight has {weight.dim()} axes, not {axes}"
     if getattr(place.module, "max_norm", None) is not None:

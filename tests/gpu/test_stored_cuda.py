@@ -22,7 +22,7 @@ from qcompile.kernels.matmul import stored as kernels
 from qcompile.kernels.matmul.stored import CONFIGS, Config
 from qcompile.kernels.register import DIRECT
 
-from ..kernels.test_stored_matmul import NESTED, SPECS, arguments, assert_product, decoded, weight
+from ..kernels.test_stored_matmul import NESTED, SPECS, arguments, as_multiplied, assert_product, decoded, weight
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA card")
@@ -42,9 +42,8 @@ def check(config: Config, rows: bool, spec: str, m: int, n: int, size: int, dtyp
     parts = weight(n, size, spec, "cuda")
     x = torch.randn(m, n if rows else size, device="cuda", dtype=dtype)
     got = kernels.mm_stored(x, *arguments(parts, spec, size, rows, dtype, bias, high_first), config=config)
-    exact = config.kernel == "gemv"
-    dense = decoded(parts, spec, size, FP32 if exact else dtype)
-    assert_product(got, x, dense.t() if rows else dense, bias, rounded=not exact)
+    dense = as_multiplied(config.kernel, parts, spec, size, dtype)
+    assert_product(got, x, dense.t() if rows else dense, bias, rounded=config.kernel not in ("gemv", "fragments"))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -53,7 +52,7 @@ def test_every_config_with_every_kind_of_scale(name, spec):
     """Odd N and M, K = 3 blocks and K of several steps, both halves' order, levels by table and by formula."""
     rows, config = CONFIG_OF[name]
     block = Stored.parse(spec).quantizer.granularity.size or 32
-    m = {"gemv": config.most_m}.get(config.kernel, 17)
+    m = {"gemv": config.most_m, "fragments": config.most_m - 1}.get(config.kernel, 17)
     for size, table, high_first in ((3 * block, True, False), (4096 + 3 * block, True, True), (640, False, False)):
         check(replace(config, table=table), rows, spec, m, 37, size, BF16, high_first)
     bias = torch.randn(640 if rows else 1000, device="cuda", dtype=FP16)
@@ -68,12 +67,30 @@ def test_the_op_for_any_number_of_rows(m, rows):
         parts = weight(n, size, NESTED, "cuda")
         x = torch.randn(m, n if rows else size, device="cuda", dtype=BF16)
         got = torch.ops.qcompile.mm_stored(x, *arguments(parts, NESTED, size, rows, BF16))
-        dense = decoded(parts, NESTED, size, BF16)
-        exact = decoded(parts, NESTED, size, FP32)
         config = kernels.config_for((m, n, size), rows, BF16, kernels._rates(x.device))
-        by_levels = config is not None and config.kernel == "gemv"
-        dense = exact if by_levels else dense
-        assert_product(got, x, dense.t() if rows else dense, rounded=not by_levels)
+        kernel = "" if config is None else config.kernel
+        dense = as_multiplied(kernel, parts, NESTED, size, BF16)
+        assert_product(got, x, dense.t() if rows else dense, rounded=kernel != "fragments")
+
+
+#: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor.
+CUTS = ((1, 1, 1, 1, 1), (4, 2, 1, 2, 1), (1, 8, 1, 2, 4), (2, 4, 2, 1, 1))
+FRAGMENTS = (*SPECS, "int4 block96", "int4 block256")
+
+
+@pytest.mark.parametrize("spec", FRAGMENTS)
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 33, 64])
+def test_fragments_however_they_are_cut(m, spec):
+    """Odd N; K of some blocks, with a bias, and of whole rounds, where nothing is masked, either half of a byte first;
+    splits. Every cut meets every spec.
+    """
+    across, along, tiles, stages, programs = CUTS[(m + FRAGMENTS.index(spec)) % len(CUTS)]
+    block_m = max(8, 1 << (m - 1).bit_length())
+    config = Config("fragments", 0, 16 * across * tiles, 16 * along, block_m, across * along, stages, programs)
+    bias = torch.randn(37, device="cuda", dtype=FP16)
+    block = Stored.parse(spec).quantizer.granularity.size or 40
+    check(config, False, spec, m, 37, 7 * block, FP16, bias=bias)
+    check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
 @pytest.mark.parametrize("m", [1, 7, 8])

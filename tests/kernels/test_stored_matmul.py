@@ -6,6 +6,8 @@ p = x · w, with Σ|p| in float64:
 * ``gemv`` multiplies float32 levels: no weight is rounded, but for its scale (one rounding of the level times it, and
   up to two of the scale's own parts in the reference as well as here): 4 u, u = 2⁻²⁴. Its sum, in any order, is off by
   less than K u Σ|p|.
+* ``fragments`` multiplies the levels rounded to x's dtype, the scale with the sum of a block: a bound as of ``gemv``,
+  of tensor cores (below), with one operation more per block.
 * ``tile`` multiplies exactly the weights that the reference decodes to x's dtype. Tensor cores sum float32, rounding
   toward zero: less than 2 K u Σ|p|. So does NumPy, which the interpreter multiplies with, at half of that.
 * Splits add their sums in float32: part of the K.
@@ -73,6 +75,21 @@ def decoded(parts: dict[str, torch.Tensor], spec: str, size: int, dtype: torch.d
     """W ``[N, size]`` by the reference, in ``dtype``: a product with the unit matrix."""
     unit = torch.eye(parts["codes"].shape[0], dtype=dtype, device=parts["codes"].device)
     return reference.mm_stored(unit, *arguments(parts, spec, size, True, dtype))
+
+
+def as_multiplied(
+    kernel: str, parts: dict[str, torch.Tensor], spec: str, size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """W ``[N, size]`` as a kernel sees it beside x of ``dtype``."""
+    if kernel not in ("gemv", "fragments"):
+        return decoded(parts, spec, size, dtype)
+    dense = decoded(parts, spec, size, FP32)
+    if kernel == "gemv":
+        return dense
+    levels = torch.tensor(Stored.parse(spec).quantizer.format.levels, device=dense.device)
+    of_codes = (levels.to(dtype).double() / levels.double()).nan_to_num(1.0)  # a level of 0 stays one
+    low, high = (parts["codes"] & 15).long(), (parts["codes"] >> 4).long()
+    return dense.double() * of_codes[torch.stack([low, high], -1).flatten(1)]
 
 
 def assert_product(got, x, dense, bias=None, rounded: bool = True) -> None:
@@ -223,17 +240,13 @@ def compiled_for(n: int, size: int, m: int, rows: bool, spec: str, config: Confi
     return found
 
 
+#: tests/kernels/test_stored_fragments.py has those of few rows.
 FIRST = {(rows, config.most_m): config for rows, configs in CONFIGS.items() for config in configs}
 
 
-#: Those that are compiled in every run of the tests.
-QUICK = ((False, 1), (False, 16))
-
-
 @compiled
-@pytest.mark.parametrize(
-    ("rows", "most_m"), [pytest.param(*key, marks=() if key in QUICK else pytest.mark.slow) for key in FIRST]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "most_m"), [key for key, config in FIRST.items() if config.kernel != "fragments"])
 def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
     """On Hopper no kernel of the table spills, codes come 16 bytes at a time, and levels out of registers."""
     config = FIRST[rows, most_m]
@@ -242,15 +255,24 @@ def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
     ptx = built.asm["ptx"]
     assert spills(built, tmp_path) == 0
     assert "shfl.sync.idx" in ptx
-    loads = r"ld\.global\S*\.v4\.b32" if config.kernel == "gemv" else r"cp\.async\.cg\.shared\.global \[.*\], 0x10"
-    assert re.search(loads, ptx)
+    assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", ptx)
     assert built.metadata.shared <= 227 * 1024
-    if config.kernel == "gemv":
-        assert not re.search(r"ld\.global\S*evict_first\S*\.v2|evict_first\S*\.b32 +%r\d", ptx)
-        assert "mma" not in ptx
-    else:
-        wide = config.kernel == "tile" or config.block_m >= 64
-        assert ("wgmma.mma_async" if wide else "mma.sync") in ptx
+    wide = config.kernel == "tile" or config.block_m >= 64
+    assert ("wgmma.mma_async" if wide else "mma.sync") in ptx
+
+
+@compiled
+@pytest.mark.slow
+def test_few_rows_of_float32(monkeypatch, tmp_path):
+    """Codes come 16 bytes at a time, levels out of registers; nothing spills."""
+    config = kernels.config_for((8, 4096, 4096), False, FP32, costs.RATES[0])
+    built = compiled_for(4096, 4096, 8, False, NESTED, config, monkeypatch)["gemv"]
+    ptx = built.asm["ptx"]
+    assert spills(built, tmp_path) == 0
+    assert "shfl.sync.idx" in ptx
+    assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+    assert not re.search(r"ld\.global\S*evict_first\S*\.v2|evict_first\S*\.b32 +%r\d", ptx)
+    assert "mma" not in ptx
 
 
 @compiled
@@ -258,7 +280,7 @@ def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
 @pytest.mark.parametrize("spec", ["e2m1 block16 e4m3", "int4 block32"])
 def test_levels_by_formula(spec, monkeypatch, tmp_path):
     """What ``table=False`` is for: no shuffle but those of the sum, which are few."""
-    config = replace(CONFIGS[False][0], table=False)
+    config = Config("gemv", 1, block_n=4, block_w=512, programs=8, table=False)
     built = compiled_for(4096, 4096, 1, False, spec, config, monkeypatch)["gemv"]
     assert "shfl.sync.idx" not in built.asm["ptx"]
     assert spills(built, tmp_path) == 0
@@ -270,9 +292,9 @@ def test_levels_by_formula(spec, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("m", "dtype", "rows", "kernel"),
     [
-        (1, BF16, False, "gemv"),
-        (4, FP16, False, "gemv"),
-        (5, BF16, False, "tile"),
+        (1, BF16, False, "fragments"),
+        (4, FP16, False, "fragments"),
+        (64, BF16, False, "fragments"),
         (8, FP32, False, "gemv"),
         (9, FP32, False, None),
         (200, BF16, False, "tile"),

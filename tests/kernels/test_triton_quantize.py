@@ -29,6 +29,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.runtime.interpreter import TensorHandle  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
@@ -530,7 +531,8 @@ def compile_for_hopper(kernel, arguments, constants: dict, num_warps: int, maxnr
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not plain):
             aligned.append((i,))
     signature = {p.name: signature.get(p.name, "constexpr") for p in kernel.params}
-    source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
     return triton.compile(source, target=SM90, options=options)
 

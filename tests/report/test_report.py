@@ -373,6 +373,24 @@ def test_what_one_graph_computes_and_the_next_one_saves_counts_once(enabled, act
     assert report.saved_bytes == measured.total > 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_weights_are_parameters_and_not_saved(compiled):
+    """Their codes and scales are alive anyway. What is kept of two frozen layers is the output of the ReLU."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).requires_grad_(False)
+    qcompile.pack_(model, "nf4 block64 absmax_bnb; nested")
+    x = torch.randn(8, 64, requires_grad=True)
+
+    def backend(gm, inputs):
+        return compile_with(RECIPES["qcompile_stored"], gm, inputs, inner_compile=compat.eager_inner_compile)
+
+    call = torch.compile(model, backend=backend) if compiled else model
+    call(x)
+    with qcompile.saved_bytes(model, x) as measured:
+        call(x)
+    assert [shape for shape, _, _ in measured.tensors] == [(8, 128)]
+    assert qcompile.explain(model, x, backend="qcompile_stored").saved_bytes <= 8 * 128 * 4
+
+
 # --- programs -----------------------------------------------------------------------------------------------
 
 

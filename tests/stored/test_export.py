@@ -505,15 +505,18 @@ def test_checkpoints_of_bitsandbytes_are_read(tmp_path, kind, nested):
     assert torch.equal(logits(model), logits(theirs.train()))
 
 
-def test_a_model_on_the_meta_device_is_filled(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_on_the_meta_device_is_filled(tmp_path, tied):
+    """Its head as well, where that is the embedding: accelerate parts the two."""
     accelerate = pytest.importorskip("accelerate")
-    model = tiny(BF16)
+    model = tiny(BF16, tie_word_embeddings=tied)
     qcompile.export(model, tmp_path, spec="e2m1 block32 e8m0")
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with accelerate.init_empty_weights():
         empty = transformers.AutoModelForCausalLM.from_config(config)
     assert len(qcompile.load_quantized_(empty, tmp_path)) == LINEAR
     assert not any(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    assert (empty.lm_head.weight is empty.model.embed_tokens.weight) == tied
     assert torch.equal(logits(empty.eval()), logits(loaded(tmp_path)))
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config)

@@ -84,6 +84,18 @@ def test_parameters_of_three_axes_that_may_be_no_experts_are_listed():
     assert done.wide == {"experts.up": why}
 
 
+def test_layers_that_another_library_has_quantized_are_listed():
+    """transformers keeps the blocks of a GGUF file in modules of its own; else nothing would say why they stay."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "gguf": nn.Module()})
+    model["gguf"].weight = nn.Parameter(torch.zeros(64, 36, dtype=torch.uint8), requires_grad=False)
+    done = qcompile.pack_(model, "nf4 block64")
+    assert done.wide == {"gguf": "its weight is a Parameter of uint8"}
+    with pytest.raises(
+        ValueError, match=r"layer 'gguf' cannot be stored as 'int8 row': its weight is a Parameter of uint8"
+    ):
+        qcompile.pack_(model, "nf4 block64", rules={"gguf": "int8 row"})
+
+
 def test_rules_and_skip_choose_layers():
     """Later rules win; a rule packs what is left wide by default; skip= wins over all."""
     model = Model()

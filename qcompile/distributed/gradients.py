@@ -1,0 +1,209 @@
+"""Gradients in eight bits between ranks, for FSDP2 and DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from qcompile import compat
+from qcompile.ir.formats import get_format
+
+from .collectives import Codes, all_reduce, reduce_scatter, wide_bytes
+
+__all__ = ["Traffic", "fp8_gradients"]
+
+_FORMATS = ("e4m3", "e5m2")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKS = tuple(2**i for i in range(5, 13))
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent of gradients since :meth:`reset`.
+
+    Attributes:
+        bytes: codes and scales.
+        wide_bytes: what the same reductions would send in the dtype of the gradients.
+        reductions: how many there were.
+    """
+
+    bytes: int = 0
+    wide_bytes: int = 0
+    reductions: int = 0
+
+    def reset(self) -> None:
+        """Count from here on, a step for example."""
+        self.bytes = self.wide_bytes = self.reductions = 0
+
+    def _add(self, sent: int, wide: int) -> None:
+        self.bytes += sent
+        self.wide_bytes += wide
+        self.reductions += 1
+
+
+def fp8_gradients(
+    model: nn.Module,
+    format: str = "e4m3",
+    *,
+    block: int = 256,
+    replicas: dist.ProcessGroup | None = None,
+) -> Traffic:
+    """Let the gradients of ``model`` travel between ranks as FP8 codes; sums are float32.
+
+    Call it once, after ``fully_shard`` or ``DistributedDataParallel`` and on every rank alike. Under FSDP2 the sum of a
+    shard is rounded to the dtype of the reduction only; under DDP it is quantized once more, and all ranks decode the
+    same bytes. What a rank adds of its own is never quantized. Gradients are averaged as the wrapper would.
+
+    Args:
+        model: holds FSDP2 modules or a DistributedDataParallel, or is one, compiled or not.
+        format: of the codes, ``"e4m3"`` or ``"e5m2"``.
+        block: neighbours in a flat bucket that share a scale, a power of two from 32 to 4096.
+        replicas: for HSDP, the ranks that hold the same shards as this one, over which gradients are averaged too.
+            Shard on the other axis of the mesh alone: of a two-dimensional mesh FSDP2 runs the second reduction itself.
+
+    Returns:
+        Counts of the bytes that this rank sends.
+
+    Raises ``ValueError`` for a model without such wrappers, for FSDP1, a two-dimensional mesh, modules with several
+    parameter groups, options out of range, and a GPU that cannot convert to FP8; ``TypeError`` when gradients have a
+    dtype other than float32, bfloat16 and float16.
+    """
+    if format not in _FORMATS:
+        msg = f"fp8_gradients: format={format!r}; one of {', '.join(_FORMATS)}"
+        raise ValueError(msg)
+    if block not in _BLOCKS:
+        msg = f"fp8_gradients: block={block!r}; a power of two from {_BLOCKS[0]} to {_BLOCKS[-1]}"
+        raise ValueError(msg)
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        from qcompile.kernels.quantize.triton import missing_conversion  # torch for CPUs comes without Triton
+
+        if reason := missing_conversion(get_format(format)):
+            msg = f"fp8_gradients: {reason}"
+            raise ValueError(msg)
+    codes, traffic = Codes(format, block), Traffic()
+    hooks = [*_hooks(model, codes, traffic, replicas)]  # all are checked before any is set
+    if not hooks:
+        msg = "fp8_gradients: no FSDP2 module or DistributedDataParallel in the model; call fully_shard(model) first"
+        raise ValueError(msg)
+    for install in hooks:
+        install()
+    return traffic
+
+
+def _hooks(model: nn.Module, codes: Codes, traffic: Traffic, replicas: dist.ProcessGroup | None) -> Iterator[Any]:
+    """What sets the hook of each wrapper."""
+    for name, module in model.named_modules():
+        name = name or type(module).__name__
+        if isinstance(module, FullyShardedDataParallel):
+            msg = f"fp8_gradients: {name} is sharded by FSDP1; use torch.distributed.fsdp.fully_shard"
+            raise ValueError(msg)
+        if isinstance(module, FSDPModule):
+            if not (groups := compat.fsdp_axes(module)):
+                continue
+            if len(groups) > 1:
+                msg = f"fp8_gradients: {name} has {len(groups)} parameter groups; apply fully_shard to its parts"
+                raise ValueError(msg)
+            if any(replicates for _, replicates in groups):
+                msg = (
+                    f"fp8_gradients: {name} is replicated on an axis of its mesh, whose reduction FSDP2 runs itself; "
+                    "shard on mesh['shard'] and give replicas=mesh['replicate'].get_group()"
+                )
+                raise ValueError(msg)
+            yield partial(module.set_custom_reduce_scatter, cast(Any, _ReduceScatter(codes, traffic)))
+            if replicas is not None:
+                yield partial(module.set_all_reduce_hook, partial(_all_reduce_shard, codes, traffic, replicas))
+        elif isinstance(module, DistributedDataParallel):
+            if replicas is not None:
+                msg = f"fp8_gradients: replicas= is for FSDP2; give {name}, a DistributedDataParallel, process_group="
+                raise ValueError(msg)
+            bucket_state = _Bucket(codes, traffic, module.process_group)
+            # A lambda: DDP compares annotations with classes, and here they are text.
+            hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731
+            yield partial(module.register_comm_hook, bucket_state, hook)
+
+
+def _check(gradient: Tensor) -> None:
+    if gradient.dtype not in _DTYPES:
+        dtype = str(gradient.dtype).removeprefix("torch.")
+        msg = f"fp8_gradients: gradients are {dtype}; reduce them in float32, bfloat16 or float16"
+        raise TypeError(msg)
+
+
+# --- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ReduceScatter:
+    """What ``FSDPModule.set_custom_reduce_scatter`` takes. FSDP calls it on the stream of its reduce-scatters."""
+
+    codes: Codes
+    traffic: Traffic
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Done, or queued on the current stream, when it returns; so there is nothing to wait for (``async_op``)."""
+        _check(input_tensor)
+        world = group.size()
+        sent = reduce_scatter(input_tensor, output_tensor, group, _factor(op, world), self.codes)
+        self.traffic._add(sent, wide_bytes(len(input_tensor), input_tensor.dtype, world, hops=1))
+
+
+def _factor(op: Any, world: int) -> float:
+    """What sums are multiplied with in a reduction ``op``."""
+    kind, factor = compat.reduction(op)
+    if kind == dist.ReduceOp.PREMUL_SUM:
+        return factor
+    return {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1 / world}[kind]
+
+
+def _all_reduce_shard(codes: Codes, traffic: Traffic, group: dist.ProcessGroup, shard: Tensor) -> None:
+    """What ``FSDPModule.set_all_reduce_hook`` takes: the mean over replicas, on the stream of FSDP's all-reduces."""
+    if shard.is_cuda:  # allocated on the stream of reduce-scatters, which may give its memory to the next one
+        shard.record_stream(torch.cuda.current_stream(shard.device))
+    world = group.size()
+    sent = all_reduce(shard, group, 1 / world, codes)
+    traffic._add(sent, wide_bytes(len(shard), shard.dtype, world, hops=2))
+
+
+# --- DDP ------------------------------------------------------------------------------------------------------------
+
+
+class _Bucket:
+    """What a DDP's hook knows: the group, and on CUDA a stream beside that of the backward."""
+
+    def __init__(self, codes: Codes, traffic: Traffic, group: dist.ProcessGroup) -> None:
+        self.codes, self.traffic, self.group = codes, traffic, group
+        self.stream: torch.cuda.Stream | None = None
+
+
+def _reduce_bucket(state: _Bucket, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What ``DistributedDataParallel.register_comm_hook`` takes: the mean of the bucket's gradients."""
+    gradients = bucket.buffer()
+    _check(gradients)
+    world = state.group.size()
+    if not gradients.is_cuda:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        sent = all_reduce(gradients, state.group, 1 / world, state.codes)
+        done.set_result(gradients)
+    else:
+        # Beside the backward, as NCCL's own reductions are; a future remembers the stream on which it is set.
+        state.stream = state.stream or torch.cuda.Stream(gradients.device)
+        state.stream.wait_stream(torch.cuda.current_stream(gradients.device))
+        done = torch.futures.Future(devices=[gradients.device])
+        with torch.cuda.stream(state.stream):
+            sent = all_reduce(gradients, state.group, 1 / world, state.codes)
+            done.set_result(gradients)
+    state.traffic._add(sent, wide_bytes(len(gradients), gradients.dtype, world, hops=2))
+    return done

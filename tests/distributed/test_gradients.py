@@ -1,0 +1,135 @@
+"""FP8 gradients on two ranks over gloo, against exact sums, against the reference's codes, and against wide gradients.
+
+What would break: a shard that is sent to another rank, a part of it that is summed twice or left out, a mean that is a
+sum, ranks that decode different bytes, micro-batches that are reduced one by one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.kernels.quantize import reference
+
+from ..loops.ranks import WORLD, Ranks
+from . import worker
+
+#: Threads and a network that two processes of one machine can share.
+GLOO = ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},) * WORLD
+#: Relative errors, L2. E4M3 rounds to 2⁻⁴ of a binade's start at most, 2.6 % root mean square; of two summands that are
+#: alike in size and independent, one is rounded, and the mean of an all-reduce once more.
+ONE_HOP, TWO_HOPS = 0.020, 0.033
+
+
+@pytest.fixture(scope="module")
+def wire(tmp_path_factory) -> Ranks:
+    return Ranks(worker.__file__, "wire", tmp_path_factory.mktemp("wire"), GLOO)
+
+
+def error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    assert list(actual) == list(exact)
+    a, b = (torch.cat([t.flatten().double() for t in each.values()]) for each in (actual, exact))
+    return float((a - b).norm() / b.norm())
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What arrives of a flat float tensor."""
+    quantizer = f"e4m3 block{worker.BLOCK} absmax even"
+    return reference.dequantize(*reference.quantize(x, quantizer, -1), quantizer, -1, len(x), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", worker.DTYPES, ids=str)
+@pytest.mark.parametrize("width", worker.WIDTHS)
+def test_reduce_scatter(width, dtype, wire):
+    """Own summands as they are, the other's as the reference rounds them, added up in float32, and bytes counted."""
+    summands = [worker.summand(rank, WORLD * width, dtype).float().split(width) for rank in range(WORLD)]
+    for rank, found in enumerate(wire("direct")):
+        parts = [of[rank] if source == rank else rounded(of[rank]) for source, of in enumerate(summands)]
+        expected = ((parts[0] + parts[1]) * 0.5).to(dtype)
+        assert torch.equal(found[f"scatter {width} {dtype}"], expected)
+        # Codes, and a float32 number per block of 32; parts are filled up to 16 bytes.
+        assert width * (1 + 1 / 8) <= found[f"sent {width}"] <= width * (1 + 1 / 8) + 3 * 2 * 16
+
+
+@pytest.mark.parametrize("dtype", worker.DTYPES, ids=str)
+@pytest.mark.parametrize("width", worker.WIDTHS)
+def test_all_reduce(width, dtype, wire):
+    first, second = (found[f"all {width} {dtype}"] for found in wire("direct"))
+    assert torch.equal(first, second)
+    size = 2 * width - 3
+    exact = sum(worker.summand(rank, size, dtype).double() for rank in range(WORLD)) / 2
+    assert error({"": first}, {"": exact}) < (TWO_HOPS if width > 100 else 0.06)  # of few elements it is by chance
+    stride = -(-size // (2 * worker.BLOCK)) * worker.BLOCK
+    mine, other = (worker.summand(rank, size, dtype).float()[:stride] for rank in range(WORLD))
+    expected = rounded((mine + rounded(other)) * 0.5).to(dtype)  # the first shard, which rank 0 sums
+    assert torch.equal(first[:stride], expected)
+
+
+def test_what_is_not_finite_arrives(wire):
+    for found in wire("direct"):
+        assert not found["broken"][[7, 300]].isfinite().any()
+        assert found["broken"][64:288].isfinite().all()  # other blocks
+
+
+@pytest.mark.parametrize(
+    ("cell", "limit"),
+    [("fsdp", ONE_HOP), ("fsdp_bfloat16", ONE_HOP), ("ddp", TWO_HOPS), ("ddp_compiled", TWO_HOPS)],
+)
+def test_gradients_of_a_model(cell, limit, wire):
+    first, second = wire(cell)
+    assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in first["fp8"])
+    assert 0.001 < error(first["fp8"], first["wide"]) < limit
+    assert first["traffic"]["reductions"] == (4 if cell.startswith("ddp") else 3)  # buckets; blocks and the rest
+    itemsize = 2 if cell == "fsdp_bfloat16" else 4
+    # Blocks of 32: 1⅛ bytes per element; shards are filled up to whole blocks and 16 bytes.
+    ratio = first["traffic"]["bytes"] / first["traffic"]["wide_bytes"]
+    assert 1.125 / itemsize <= ratio < 1.2 / itemsize
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("fsdp", ONE_HOP), ("ddp", TWO_HOPS)])
+def test_accumulation(kind, limit, wire):
+    """Micro-batches without synchronization send nothing (asserted by the cell), and nothing of them is lost."""
+    first, second = wire(f"{kind}_accumulated")
+    assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in first["fp8"])
+    assert 0.001 < error(first["fp8"], first["wide"]) < limit
+
+
+def test_a_divisor_of_the_users(wire):
+    for found in wire("divided"):
+        for name, mean in found["mean"].items():
+            assert torch.equal(found["divided"][name], mean / 4), name  # 1/8 of the sum, and 1/2: exact
+
+
+def test_replicas(wire):
+    (first, second), wide = wire("replicated"), wire("ddp")[0]["wide"]
+    assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in wide)
+    assert 0.001 < error(first["fp8"], wide) < TWO_HOPS
+    assert first["bytes"] > 0
+    assert first["message"] == (
+        "fp8_gradients: Decoder is replicated on an axis of its mesh, whose reduction FSDP2 runs itself; shard on "
+        "mesh['shard'] and give replicas=mesh['replicate'].get_group()"
+    ).replace("Decoder", "FSDPDecoder")
+
+
+def test_what_is_refused(wire):
+    for found in wire("refused"):
+        assert "gradients are float64; reduce them in float32, bfloat16 or float16" in found.pop("dtype")
+        assert found == {
+            "groups": "fp8_gradients: FSDPLinear has 2 parameter groups; apply fully_shard to its parts",
+            "format": "fp8_gradients: format='e3m4'; one of e4m3, e5m2",
+            "block": "fp8_gradients: block=100; a power of two from 32 to 4096",
+            "plain": "fp8_gradients: no FSDP2 module or DistributedDataParallel in the model; call fully_shard(model) "
+            "first",
+            "fsdp1": "fp8_gradients: 0 is sharded by FSDP1; use torch.distributed.fsdp.fully_shard",
+            "replicas": "fp8_gradients: replicas= is for FSDP2; give DistributedDataParallel, a "
+            "DistributedDataParallel, process_group=",
+        }
+
+
+def test_compiled_blocks_resume_bitwise(wire):
+    """FP8 gradients and 8-bit states: a new model goes on where the first one was saved."""
+    first, second = wire("trained")
+    for name, parameter in first["whole"].items():
+        assert torch.equal(parameter, first["resumed"][name]), name
+        assert torch.equal(parameter, second["whole"][name]), name

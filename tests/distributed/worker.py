@@ -1,0 +1,216 @@
+"""What the tests of FP8 gradients run on each of two ranks: ``python worker.py GROUP RANK WORLD DIRECTORY`` as in
+``tests/loops/worker.py``, whose decoder is trained here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qcompile import compat
+from qcompile.distributed import collectives, fp8_gradients
+from qcompile.optim import AdamW
+from tests.loops.cells import run_cells
+from tests.loops.worker import Decoder, batches, loss_of, mine
+
+BLOCK = 32
+#: Elements of a shard: blocks that end short, more than one part of a shard, and less than a block.
+WIDTHS = (1000, 64, 7)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = collectives.Codes("e4m3", BLOCK)
+
+
+def summand(rank: int, size: int, dtype: torch.dtype, number: int = 0) -> Tensor:
+    """What a rank adds: of magnitudes that spread, with zeros."""
+    generator = torch.Generator().manual_seed(100 * number + rank)
+    x = torch.randn(size, generator=generator) * torch.randn(size, generator=generator).exp()
+    x[::5] = 0
+    return x.to(dtype)
+
+
+def direct() -> dict[str, Any]:
+    """The two collectives on flat tensors of many sizes and dtypes."""
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    found: dict[str, Any] = {}
+    for width in WIDTHS:
+        for dtype in DTYPES:
+            x, out = summand(rank, world * width, dtype), torch.full((width,), torch.nan, dtype=dtype)
+            sent = collectives.reduce_scatter(x, out, group, 0.5, CODES)
+            found[f"scatter {width} {dtype}"], found[f"sent {width}"] = out, sent
+            x = summand(rank, 2 * width - 3, dtype)
+            collectives.all_reduce(x, group, 0.5, CODES)
+            found[f"all {width} {dtype}"] = x
+    broken = torch.ones(400)
+    if rank == 1:
+        broken[7], broken[300] = torch.nan, torch.inf
+    collectives.all_reduce(broken, group, 0.5, CODES)
+    return found | {"broken": broken}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def wrapped(kind: str, fp8: bool, **policy: torch.dtype) -> tuple[nn.Module, Any]:
+    """The decoder under DDP with several buckets, or FSDP2 by blocks; and the counts of ``fp8_gradients``."""
+    model: nn.Module = Decoder()
+    if kind == "ddp":
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 10_000
+        model = DistributedDataParallel(model, bucket_cap_mb=20_000 / 2**20)
+    else:
+        for block in model.blocks:
+            fully_shard(block, mp_policy=MixedPrecisionPolicy(**policy))
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(**policy))
+    return model, fp8_gradients(model, block=BLOCK) if fp8 else None
+
+
+def step(kind: str, compiled: bool = False, **policy: torch.dtype) -> dict[str, Any]:
+    """Gradients of a batch, wide and in 8 bits, and what was sent for the latter."""
+    found: dict[str, Any] = {}
+    for fp8 in (False, True):
+        model, traffic = wrapped(kind, fp8, **policy)
+        call = torch.compile(model, backend="eager") if compiled else model
+        for tokens in mine(batches())[:2]:  # DDP puts all in one bucket the first time
+            model.zero_grad()
+            if fp8:
+                traffic.reset()
+            loss_of(call, tokens).backward()
+        found["fp8" if fp8 else "wide"] = gradients(model)
+    return found | {"traffic": vars(traffic)}
+
+
+def accumulated(kind: str) -> dict[str, Any]:
+    """Two micro-batches, of which the second reduces."""
+    found: dict[str, Any] = {}
+    for fp8 in (False, True):
+        model, traffic = wrapped(kind, fp8)
+        first, second = mine(batches())[0].chunk(2)
+        if kind == "ddp":
+            with model.no_sync():
+                loss_of(model, first).backward()
+        else:
+            model.set_requires_gradient_sync(False)
+            loss_of(model, first).backward()
+            model.set_requires_gradient_sync(True)
+        if fp8:
+            assert traffic.bytes == 0
+        loss_of(model, second).backward()
+        found["fp8" if fp8 else "wide"] = gradients(model)
+    return found
+
+
+def divided() -> dict[str, Any]:
+    """``set_gradient_divide_factor``: what FSDP hands over is a sum of multiples then."""
+    model, _ = wrapped("fsdp", True)
+    loss_of(model, mine(batches())[0]).backward()
+    mean = gradients(model)
+    model.zero_grad()
+    for module in (*model.blocks, model):
+        module.set_gradient_divide_factor(8.0)
+    loss_of(model, mine(batches())[0]).backward()
+    return {"mean": mean, "divided": gradients(model)}
+
+
+def replicated() -> dict[str, Any]:
+    """A mesh of two replicas of one shard each; and what is said of it where FSDP2 reduces over both axes."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(Decoder(), mesh=mesh["shard"])
+    traffic = fp8_gradients(model, block=BLOCK, replicas=mesh["replicate"].get_group())
+    loss_of(model, mine(batches())[1]).backward()  # the last one of :func:`step`
+    return {"fp8": gradients(model), "bytes": traffic.bytes, "message": said(fully_shard(Decoder(), mesh=mesh))}
+
+
+def said(model: nn.Module, **options: Any) -> str:
+    try:
+        fp8_gradients(model, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refused() -> dict[str, Any]:
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    wide = DistributedDataParallel(nn.Linear(2, 2, dtype=torch.float64))
+    fp8_gradients(wide)
+    try:
+        wide(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    except Exception as error:  # DDP may raise its own around it
+        dtype = str(error)
+    with mock.patch.object(compat, "fsdp_axes", return_value=[(True, False)] * 2):  # torch 2.11 makes one at most
+        groups = said(fully_shard(nn.Linear(2, 2)))
+    return {
+        "groups": groups,
+        "format": said(ddp, format="e3m4"),
+        "block": said(ddp, block=100),
+        "plain": said(nn.Linear(2, 2)),
+        "fsdp1": said(nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))),
+        "replicas": said(ddp, replicas=dist.group.WORLD),
+        "dtype": dtype,
+    }
+
+
+def trained(directory: Path) -> dict[str, Any]:
+    """Compiled blocks under FSDP2 and AdamW with 8-bit states, saved half-way, and finished by a new model."""
+
+    def make() -> tuple[nn.Module, AdamW]:
+        model, _ = wrapped("fsdp", True)
+        for block in model.blocks:  # what is in the graphs does not matter to the gradients' way
+            block.compile(backend="eager", fullgraph=True)
+        return model, AdamW(model.parameters(), lr=1e-3)
+
+    def run(model: nn.Module, optimizer: AdamW, data: Iterator[Tensor]) -> None:
+        for tokens in data:
+            loss_of(model, tokens).backward()
+            with torch.compiler.set_stance("force_eager"):  # on a CPU it compiles for longer than all else takes
+                optimizer.step()
+            optimizer.zero_grad()
+
+    data = mine(batches())
+    model, optimizer = make()
+    run(model, optimizer, data[:2])
+    saved, state = get_state_dict(model, optimizer)
+    dcp.save({"model": saved, "optimizer": state}, checkpoint_id=directory / "checkpoint")
+    run(model, optimizer, data[2:])
+
+    resumed, other = make()
+    target, target_state = get_state_dict(resumed, other)
+    dcp.load({"model": target, "optimizer": target_state}, checkpoint_id=directory / "checkpoint")
+    set_state_dict(resumed, other, model_state_dict=target, optim_state_dict=target_state)
+    run(resumed, other, data[2:])
+    whole = [{n: p.full_tensor().detach() for n, p in m.named_parameters()} for m in (model, resumed)]
+    return {"whole": whole[0], "resumed": whole[1]}
+
+
+CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "wire_direct": lambda _: direct(),
+    "wire_fsdp": lambda _: step("fsdp"),
+    "wire_fsdp_bfloat16": lambda _: step("fsdp", param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
+    "wire_ddp": lambda _: step("ddp"),
+    "wire_ddp_compiled": lambda _: step("ddp", compiled=True),
+    "wire_fsdp_accumulated": lambda _: accumulated("fsdp"),
+    "wire_ddp_accumulated": lambda _: accumulated("ddp"),
+    "wire_divided": lambda _: divided(),
+    "wire_replicated": lambda _: replicated(),
+    "wire_refused": lambda _: refused(),
+    "wire_trained": trained,
+}
+
+
+if __name__ == "__main__":
+    collectives.SHORTEST_PART = 300  # shards of tests are small; some are to be cut
+    run_cells(CELLS)
