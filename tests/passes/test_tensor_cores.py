@@ -243,8 +243,8 @@ def test_rules_reach_folded_gradients() -> None:
 
 
 def test_rotated_operands_are_encoded_and_masked_in_one_kernel() -> None:
-    """Codes for the product, packed codes and mask for the backward from one reading of x; weights are masked where
-    their gradient is.
+    """Codes for the product, packed codes and mask for the backward from one reading of x. The backward reads weights
+    once, for their transposed codes and their mask.
     """
     x = torch.randn(35, 48, requires_grad=True)
     result = compile_and_run(Block(), x, recipe=QUEST, backward="fp8")
@@ -252,8 +252,10 @@ def test_rotated_operands_are_encoded_and_masked_in_one_kernel() -> None:
     assert forward.count("qcompile.quantize_8bit_masked.default(") == 5  # two activations, three weights
     assert forward.count("qcompile.mm_8bit.default(") == 3
     assert "estimator_mask" not in forward
-    assert backward.count("qcompile.quantize_8bit_transposed.default(") == 3
-    assert backward.count("qcompile.estimator_mask.default(") == 3
+    assert backward.count("qcompile.quantize_8bit_masked.default(") == 3
+    assert backward.count("qcompile.recode.default(") == 5  # three weights and two activations, transposed
+    for other in ("quantize_8bit_transposed", "estimator_mask"):
+        assert f"qcompile.{other}.default(" not in backward
     assert backward.count("qcompile.quantize_8bit_pair.default(") == 3
     assert backward.count("qcompile.mm_8bit.default(") == 6
     assert backward.count("qcompile.hadamard.default(") == 5  # each gradient of a rotated operand, once
