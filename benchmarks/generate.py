@@ -67,7 +67,7 @@ class Row:
 
 def work(name: str, given: argparse.Namespace) -> Row:
     """The arm built, checked and timed. Raises ``ValueError`` if it generates something else."""
-    from qcompile.stored.pack import bytes_of
+    from qcompile.stored import bytes_of
 
     store, backend = ARMS[name]
     size, device = _size(given), torch.device(given.device)

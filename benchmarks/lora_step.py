@@ -306,7 +306,7 @@ def work(name: str, given: argparse.Namespace, scratch: Path) -> Row:
 
 
 def _bytes_of(model: nn.Module) -> int:
-    from qcompile.stored.pack import bytes_of
+    from qcompile.stored import bytes_of
 
     return bytes_of(model)
 

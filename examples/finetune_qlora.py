@@ -4,7 +4,7 @@
     python examples/finetune_qlora.py --model path/to/model --text docs.txt.xz --steps 500 --seeds 2
 
 A model is a folder of transformers' or a GGUF file. Loss is validated on the last tenth of the text. Writes losses and
-memory of every run to ``finetune_qlora.json`` and plots them. Needs ``pip install peft bitsandbytes accelerate``.
+memory of every run to ``finetune_qlora.json`` and plots them. Needs ``pip install qcompile[examples]``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+from local_model import NF4, SMALL, folder_of
 from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.stored.pack import bytes_of
+from qcompile.stored import bytes_of
 
-HERE = Path(__file__).parent
 SHAKESPEARE = Path(qcompile.__file__).parent / "data" / "tinyshakespeare.txt.xz"
-NF4 = "nf4 block64 absmax_bnb; nested"
 BITSANDBYTES = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": torch.bfloat16,
@@ -51,22 +50,6 @@ ARMS = {
     "NF4, LoftQ": Arm(NF4, False, "qcompile_stored"),
     "INT4, float zeros": Arm("uint4 block32; zeros", False, "qcompile_stored"),
 }
-
-
-def folder_of(model: Path, out: Path) -> Path:
-    """Where transformers finds the model: a GGUF file is decoded into a folder in ``out``."""
-    if model.suffix != ".gguf":
-        return model
-    folder = out / model.stem
-    if not folder.exists():
-        where = {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
-        wide = transformers.GgufConfig(dequantize=True)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, quantization_config=wide
-        )
-        transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-        loaded.save_pretrained(folder)
-    return folder
 
 
 def adapted(name: str, folder: Path, device: str, seed: int) -> Any:
@@ -119,7 +102,7 @@ def run(name: str, folder: Path, tokens: torch.Tensor, seed: int, given: argpars
         begun = time.perf_counter()
         starts = torch.randint(len(train) - given.context, (given.batch, 1), generator=generator)
         ids = train[starts + torch.arange(given.context)]
-        if step == 1:
+        if step == min(1, given.steps - 1):  # the first one compiles
             with qcompile.saved_bytes(model, ids) as saved:
                 loss = loss_of(ids)
         else:
@@ -175,7 +158,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "data" / "stories260K", help="folder, or GGUF file")
+    parser.add_argument("--model", type=Path, default=SMALL, help="folder, or GGUF file")
     parser.add_argument("--text", type=Path, default=SHAKESPEARE, help="plain or .xz")
     parser.add_argument("--characters", type=int, default=4_000_000, help="of the text that are read")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=["BF16", "bitsandbytes NF4", "NF4"])
@@ -195,6 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
             text = file.read(given.characters)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        if len(tokens) < 10 * given.context:  # the last tenth is held out
+            msg = f"{given.text} has {len(tokens)} tokens; --context {given.context} needs {10 * given.context}"
+            raise ValueError(msg)
     except (ValueError, OSError) as error:
         print(f"finetune_qlora: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import lzma
 import math
 import os
 import shutil
+import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -123,6 +124,8 @@ def train(options):
         files("qcompile.data").joinpath("tinyshakespeare.txt.xz").read_bytes()
     )  # fmt: skip
     text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if len(text) <= options.sequence + 1:
+        sys.exit(f"pretrain_fsdp2: {options.text} has {len(text)} bytes, too few for --sequence {options.sequence}")
     options.out.mkdir(parents=True, exist_ok=True)
 
     model = build(options, device)

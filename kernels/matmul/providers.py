@@ -39,8 +39,8 @@ Of ``mm_stored``, whose weight is stored in 4 bits and whose other operand is in
 ========== ============================================== ======================= =========================
 provider   weight                                         compute capability      x
 ========== ============================================== ======================= =========================
-stored     two codes per byte; scales of rows or blocks   9.0; the kernels have   bfloat16, float16, float32
-           of a multiple of 16 elements, nested ones      run on no card yet
+stored     two codes per byte; scales of rows or blocks   9.0                     bfloat16, float16, float32
+           of a multiple of 16 elements, nested ones
            too; K a multiple of 8
 reference  any                                            any                     any
 ========== ============================================== ======================= =========================

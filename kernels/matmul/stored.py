@@ -12,33 +12,14 @@ kernel         computes                                         for
 ============== ================================================ ====================================================
 
 ``fragments`` rounds levels to x's dtype and multiplies the scale by the float32 sum of a block. ``gemv`` multiplies
-float32 levels and applies the scale to the sum of a block, so it rounds no weight. The tensor cores
-take 16 bits: ``tile`` and ``tile_rows`` round level · scale to x's dtype, which is bit for bit what ``decode`` and the
-reference make of it. All sum in float32. Where the contraction is split over programs, each writes its own sum and
-``add_splits`` adds them in order: no atomics, so the same call gives the same bits.
+float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and ``tile_rows`` round
+level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All sum in float32. Where
+the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in order: no atomics, so
+the same call gives the same bits.
 
-**What limits** ``gemv``. An H200 brings 4.8 TB/s to 132 processors of 1.76 GHz: 20.7 bytes, 41 codes, per clock and
-processor. It issues 4 · 32 operations per clock and processor, so 3.1 per code are free:
-
-* a code from its word: 1 shift; only low bits of it are read, so nothing is masked;
-* its level from a table in the registers of a warp, one entry per lane: 1 shuffle. Shuffles run at 32 per clock: this
-  bounds the kernel at 32 codes per clock, 3.7 TB/s, three quarters of the bandwidth and 0.88 of what a copy reaches;
-* 1 fused multiply-add for every row of x, and 1/32 for its scale.
-
-That is 3 for one row. The formula of E2M1 takes 5 operations instead of the shuffle (extract, shift, sign, merge,
-multiply): 18 codes per clock, 2.1 TB/s; but it leaves the unit that shuffles idle, which is also the one that loads. So
-every format has both (:attr:`Config.table`), and a card has to say which is faster. A row of x more is one operation
-more per code. Tensor cores are free of that: ``tile`` takes a shift, a shuffle, a multiplication and half a conversion
-at half rate, 4 per code whatever M is (6 as compiled, with what moves decoded elements to shared memory).
-
-**Bytes in flight.** 4 TB/s at 600 ns, the latency of a loaded memory, are 2.4 MB, 18 KiB per processor at the least;
-40 to 64 KiB hold it under the unevenness of real loads. A thread loads 16 bytes of each of ``block_n`` rows before it
-uses any, and those of the next step before it decodes these. With 4 rows that is 64 bytes, 2 KiB per warp and step. The
-kernel takes 128 registers, which leaves 16 warps per processor: 32 KiB, and 64 KiB with the next step's. A row of
-K = 4096 is 2 KiB, 4 warps side by side; N = 4096 makes 1024 programs of 4 warps, 7.8 per processor. Every warp reads
-512 bytes of a row in one instruction, whole lines.
-
-**x** is read by every program, from L1 and L2: 2 bytes an element against ``block_n``/2 bytes of codes.
+**Levels** come from a table in the registers of a warp, one entry per lane and one shuffle per code, or from the
+format's formula (:attr:`Config.table`); on an H200 the table is faster. ``tile`` takes 6 instructions per code as
+compiled, and what moves decoded elements to shared memory.
 
 **Scales of scales** are decoded here, not in front of the kernel. Of ``nf4 block64; nested`` a code of a scale is 1/64
 byte per element; as float32 numbers that another kernel makes they are 4/64, which are written and read: 0.14 bytes per

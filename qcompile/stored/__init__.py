@@ -14,12 +14,13 @@ from .checkpoint import load_packed_, packed_state_dict
 from .export import Exported, export
 from .load import load_quantized_
 from .loftq import LoftQLayer, loftq_
-from .pack import PackedLayer, Packing, pack_, unpack_
+from .pack import PackedLayer, Packing, bytes_of, pack_, unpack_
 from .qa_lora import qa_lora_
 from .sharding import PackedShard
 from .weight import PackedWeight
 
 __all__ = [
-    "Exported", "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "export", "from_bitsandbytes_",
-    "load_packed_", "load_quantized_", "loftq_", "pack_", "packed_state_dict", "qa_lora_", "unpack_",
+    "Exported", "LoftQLayer", "PackedLayer", "PackedShard", "PackedWeight", "Packing", "bytes_of", "export",
+    "from_bitsandbytes_", "load_packed_", "load_quantized_", "loftq_", "pack_", "packed_state_dict", "qa_lora_",
+    "unpack_",
 ]  # fmt: skip
