@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao import quantization as torchao
 from torchao.quantization import Float8Tensor, MappingType
-from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
 
 import qcompile
 from qcompile.recipes import STORED
@@ -187,6 +187,9 @@ def test_weights_of_torchao_that_are_not_read_name_their_layer():
     faults = {
         "torchao's NF4Tensor has blocks of 1×96, which do not divide rows of 256": torchao.NF4Tensor.from_tensor(
             torch.randn(96, 256), 96, 128
+        ),
+        "torchao's Int8Tensor has blocks of 2×256: 2 of 64 rows share a scale": torchao.Int8Tensor(
+            row.char(), row[:32, :1], [2, 256], torch.float32
         ),
         "torchao's Float8Tensor is not read; those of NF4Tensor, Int4Tensor, .* are": Float8Tensor.from_hp(row),
         r"torchao's Int4Tensor also quantizes activations \(activation_dtype\)": torchao.Int4Tensor(
