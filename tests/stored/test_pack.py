@@ -192,6 +192,10 @@ def test_embeddings_that_are_written_to_are_refused():
             "layer 'layers.0.0' of 64×128 as 'nf4 block48': K = 128 is no multiple of block48; take",
         ),
         ({"spec": "nf5 block64"}, "nf5"),
+        ({"spec": None}, "^weights stored as None: that is no text; for example 'nf4 block64'$"),
+        ({"spec": 4}, "^weights stored as 4: that is no text"),
+        ({"spec": ["nf4"]}, r"^weights stored as \['nf4'\]: that is no text"),
+        ({"rules": {"conv": 4}}, "^weights stored as 4: that is no text"),
         ({"skip": "layres"}, r"skip: 'layres' matches no layer; there are embed, layers.0.0"),
         ({"rules": {"layres": None}}, r"rules: 'layres' matches no layer"),
         (
