@@ -63,7 +63,6 @@ __all__ = [
     "reciprocal",
     "settled",
     "unpack_words",
-    "words_of",
 ]
 
 Tensors = dict[str, Tensor]
