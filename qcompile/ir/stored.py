@@ -72,9 +72,16 @@ class Stored:
             raise ValueError(msg)
 
     @staticmethod
-    @cached_by_text
     def parse(text: str) -> Stored:
-        """Raises ``ValueError`` naming the part that is not understood."""
+        """Raises ``ValueError`` naming the part that is not understood, or what is no text."""
+        if not isinstance(text, str):
+            msg = f"weights stored as {text!r}: that is no text; for example 'nf4 block64'"
+            raise ValueError(msg)
+        return Stored._parsed(text)
+
+    @staticmethod
+    @cached_by_text
+    def _parsed(text: str) -> Stored:
         before, separator, last = (part.strip() for part in text.rpartition(";"))
         zeros = bool(separator) and last == _ZEROS
         quantizer, separator, rest = (part.strip() for part in (before if zeros else text).partition(";"))

@@ -41,7 +41,7 @@ from torch import Tensor
 from qcompile.ir.definitions import short_name, short_names
 from qcompile.ir.formats import Format
 from qcompile.ir.nested import BITSANDBYTES, BITSANDBYTES_FORMATS
-from qcompile.ir.quantizer import SCALE_RULES, Quantizer
+from qcompile.ir.quantizer import SCALE_RULES, Granularity, Quantizer
 from qcompile.ir.stored import Stored
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
 from qcompile.kernels.quantize.reference import load_scale, pack, swap_halves, unpack
@@ -75,6 +75,11 @@ _TOGETHER = 8
 _WORD = 32
 
 
+def words_of(size: int, bits: int) -> int:
+    """How many words hold ``size`` integers of ``bits``."""
+    return -(-size * bits // _WORD)
+
+
 def pack_words(values: Tensor, bits: int) -> Tensor:
     """int32 ``[..., ⌈n·bits/32⌉]``: the lowest ``bits`` of uint8 ``[..., n]`` as a stream."""
     size = values.shape[-1]
@@ -83,14 +88,17 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
     for i in range(1, _TOGETHER):
         joined |= values[..., i].long() << (bits * i)
     stream = joined.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
-    length = -(-size * bits // _WORD) * (_WORD // 8)
+    length = words_of(size, bits) * (_WORD // 8)
     stream = torch.nn.functional.pad(stream, (0, max(length - stream.shape[-1], 0)))[..., :length]
     return stream.contiguous().view(torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int, size: int) -> Tensor:
-    """uint8 ``[..., size]``: the inverse of :func:`pack_words`."""
+    """uint8 ``[..., size]``: the inverse of :func:`pack_words`. Raises ``ValueError`` for another number of words."""
     stream = words.contiguous().view(torch.uint8)
+    if stream.shape[-1] != (length := words_of(size, bits) * (_WORD // 8)):
+        msg = f"{size} integers of {bits} bits take {length} bytes, not {stream.shape[-1]}"
+        raise ValueError(msg)
     groups = -(-size // _TOGETHER)
     stream = torch.nn.functional.pad(stream, (0, max(groups * bits - stream.shape[-1], 0)))[..., : groups * bits]
     stream = torch.nn.functional.pad(stream.unflatten(-1, (groups, bits)), (0, 8 - bits))
@@ -117,8 +125,38 @@ def codes_of(weight: PackedWeight) -> Tensor:
     return unpack(weight.parts["codes"], weight.stored.quantizer.format.bits, weight.size_contracted)
 
 
+def _expect(tensors: Read, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ``ValueError`` naming the first tensor of ``shapes`` that is missing or has another shape."""
+    for suffix, shape in shapes.items():
+        if suffix not in tensors:
+            msg = f"it has no tensor {suffix!r}"
+            raise ValueError(msg)
+        if (given := tuple(tensors[suffix].shape)) != shape:
+            msg = f"its tensor {suffix!r} is {given}, not {shape}"
+            raise ValueError(msg)
+
+
+def _blocks(size: int, block: Granularity) -> int:
+    """How many blocks a row of ``size`` elements has. One that is longer than a row is the row.
+
+    Raises ``ValueError`` if blocks do not divide rows.
+    """
+    if block.kind != "block" or block.size >= size:
+        return 1
+    if size % block.size:
+        msg = f"K = {size} is no multiple of its blocks of {block.size}"
+        raise ValueError(msg)
+    return size // block.size
+
+
 class Readable(ABC):
     """A layout that is read. Tensors are given by suffix, which is what follows the layer's name and a dot."""
+
+    name: str
+
+    def __str__(self) -> str:
+        """As messages call it."""
+        return self.name
 
     @abstractmethod
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
@@ -249,11 +287,18 @@ class Integers:
 _UNSIGNED = {4: "uint4b8", 8: "uint8b128"}
 
 
+_ROW = Granularity("row")
+
+
 @dataclass(frozen=True)
 class _IntegerLayout(Layout):
-    """One that holds integers of ``bits``."""
+    """One that holds integers of ``bits``; ``block`` is what shares a scale in weights that are read."""
 
     bits: int
+    block: Granularity = _ROW
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.block} of {self.bits} bits"
 
     @property
     def integers(self) -> Integers:
@@ -284,14 +329,20 @@ class PackedIntegers(_IntegerLayout):
         return self.integers.values(u, tensors["weight_scale"], dtype)
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-        u = unpack_words(tensors["weight_packed"], self.bits, shape[1])
-        scales = tensors["weight_scale"].view(shape[0], -1)
+        rows, size = shape
+        blocks = _blocks(size, self.block)
+        scale_shape = (1,) if self.block.kind == "tensor" else (rows, blocks)
+        packed_shape = (rows, words_of(size, self.bits))
+        _expect(tensors, {"weight_shape": (2,), "weight_packed": packed_shape, "weight_scale": scale_shape})
+        if (given := tuple(tensors["weight_shape"].tolist())) != shape:
+            msg = f"its 'weight_shape' says {given}"
+            raise ValueError(msg)
+        u = unpack_words(tensors["weight_packed"], self.bits, size)
+        scales = tensors["weight_scale"].expand(rows, blocks)
         if (words := tensors.get("weight_zero_point")) is None:
             return self.integers.weight(u, scales, dtype)
-        if (given := tuple(words.shape)) != (sizes := (-(-shape[0] * self.bits // _WORD), scales.shape[1])):
-            msg = f"its weight_zero_point is {given}, not {sizes}"
-            raise ValueError(msg)
-        zeros = unpack_words(words.t(), self.bits, shape[0]).t()  # words run along N
+        _expect(tensors, {"weight_zero_point": (words_of(rows, self.bits), blocks)})
+        zeros = unpack_words(words.t(), self.bits, rows).t()  # words run along N
         return self.integers.weight_of_zeros(u, zeros, scales, dtype)
 
     def scheme(self, stored: Stored) -> dict[str, Any]:
@@ -358,13 +409,18 @@ class PackedFloats(Layout):
         return (levels.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+        rows, size = shape
+        packed_shape = (rows, -(-size * self.quantizer.format.bits // 8))
+        scale_shape = (rows, _blocks(size, self.quantizer.granularity))
+        _expect(tensors, {"weight_packed": packed_shape, "weight_scale": scale_shape})
         parts = {"codes": tensors["weight_packed"], "scales": tensors["weight_scale"]}
         if self.two_level:
+            _expect(tensors, {"weight_global_scale": (1,)})
             number = tensors["weight_global_scale"].float()
             factor = reciprocal(number, self.quantizer.format, dtype, _THEIRS, _OURS)
             # Without one, products halfway between two numbers of the dtype may round to the other.
             parts["global_scale"] = (1 / number if factor is None else factor).view(())
-        return PackedWeight(parts, str(Stored(self.quantizer)), shape[1], dtype)
+        return PackedWeight(parts, str(Stored(self.quantizer)), size, dtype)
 
     def scheme(self, stored: Stored) -> dict[str, Any]:
         size = self.quantizer.granularity.size
@@ -481,29 +537,39 @@ class BitsAndBytes(Layout):
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         kind, state = bnb_state(tensors)
-        block = state["blocksize"]
-        if shape[1] % block:
-            msg = f"K = {shape[1]} is no multiple of its blocks of {block}, which run through rows"
+        (rows, size), block = shape, state["blocksize"]
+        if size % block:
+            msg = f"K = {size} is no multiple of its blocks of {block}, which run through rows"
             raise ValueError(msg)
-        parts = {"codes": swap_halves(tensors["weight"]).view(shape[0], -1)}
+        scales = rows * size // block
+        _expect(tensors, {"weight": (rows * size // 2, 1), "weight.absmax": (scales,)})
+        if (given := tuple(state["shape"])) != shape:
+            msg = f"its quant_state says that the weight is {given}"
+            raise ValueError(msg)
+        parts = {"codes": swap_halves(tensors["weight"]).view(rows, -1)}
         nested = "nested_offset" in state
         if nested:
-            if state["nested_blocksize"] != BITSANDBYTES.quantizer.granularity.size:
-                msg = f"{state['nested_blocksize']} scales share a scale; {BITSANDBYTES.quantizer.granularity.size} do"
+            together = BITSANDBYTES.quantizer.granularity.size
+            if state["nested_blocksize"] != together:
+                msg = f"{state['nested_blocksize']} of its scales share a scale; {together} are understood"
                 raise ValueError(msg)
+            _expect(tensors, {"weight.nested_absmax": (-(-scales // together),)})
             parts |= {"scale_codes": tensors["weight.absmax"], "second": tensors["weight.nested_absmax"]}
             parts["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
         else:
-            parts["scales"] = tensors["weight.absmax"].view(shape[0], -1)
-        return PackedWeight(parts, bnb_spec(kind, block, nested), shape[1], dtype)
+            parts["scales"] = tensors["weight.absmax"].view(rows, -1)
+        return PackedWeight(parts, bnb_spec(kind, block, nested), size, dtype)
 
 
 _STATE = "quant_state.bitsandbytes__"
 
 
 def bnb_state(tensors: Read) -> tuple[str, dict[str, Any]]:
-    """``quant_type`` and what else bitsandbytes keeps as JSON."""
-    key = next(key for key in tensors if key.startswith(f"weight.{_STATE}"))
+    """``quant_type`` and what else bitsandbytes keeps as JSON. Raises ``ValueError`` if that is missing."""
+    key = next((key for key in tensors if key.startswith(f"weight.{_STATE}")), "")
+    if not key:
+        msg = f"it has no tensor 'weight.{_STATE}<quant_type>'"
+        raise ValueError(msg)
     return key.removeprefix(f"weight.{_STATE}"), json.loads(bytes(tensors[key].tolist()))
 
 
@@ -523,7 +589,7 @@ class Gptq(_IntegerLayout):
     """AutoGPTQ's layout (``checkpoint_format`` "gptq", version 1), no order of activations.
 
     Words run along K, and along N for zeros, of which 1 is taken off before they are stored. Asymmetric weights are
-    read; symmetric ones are written as well.
+    read; symmetric ones are written as well. Without ``g_idx`` columns are in order.
     """
 
     name = "gptq"
@@ -555,15 +621,20 @@ class Gptq(_IntegerLayout):
         return self.integers.values(u, tensors["scales"].t(), dtype)
 
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-        zeros = unpack_words(tensors["qzeros"], self.bits, shape[0]).short() + 1
+        rows, size = shape
+        blocks = _blocks(size, self.block)
+        words, scales = {"qweight": (words_of(size, self.bits), rows)}, {"scales": (blocks, rows)}
+        _expect(tensors, words | scales | {"qzeros": (blocks, words_of(rows, self.bits))})
+        if "g_idx" in tensors:
+            _expect(tensors, {"g_idx": (size,)})
+            if not torch.equal(tensors["g_idx"].cpu(), torch.arange(size, dtype=torch.int32) // (size // blocks)):
+                msg = "its columns are in the order of activations (desc_act), which is not read"
+                raise ValueError(msg)
+        zeros = unpack_words(tensors["qzeros"], self.bits, rows).short() + 1
         if bool((zeros == 2**self.bits).any()):
             msg = f"a zero is stored as {2**self.bits - 1}, which some loaders take for 0 and some for {2**self.bits}"
             raise ValueError(msg)
-        size = shape[1] // tensors["scales"].shape[0]
-        if not torch.equal(tensors["g_idx"].cpu(), torch.arange(shape[1], dtype=torch.int32) // size):
-            msg = "its columns are in the order of activations (desc_act), which is not read"
-            raise ValueError(msg)
-        u = unpack_words(tensors["qweight"].t(), self.bits, shape[1])
+        u = unpack_words(tensors["qweight"].t(), self.bits, size)
         return self.integers.weight_of_zeros(u, zeros.t(), tensors["scales"].t(), dtype)
 
 
@@ -581,25 +652,26 @@ class Awq(Readable):
     then come 2, 4, 6, 1, 3, 5 and 7: ``qweight[k, n // 8]`` has output n where :data:`_AWQ_ORDER` has n % 8. Words of
     zeros have the same order. Zeros are stored as they are (GPTQ's are one less), scales in float16.
 
-    An output's blocks of inputs are as long as there are rows of scales, 128 by AutoAWQ's default.
+    ``block`` is what shares a scale, 128 inputs by AutoAWQ's default.
     """
+
+    block: Granularity = _ROW
 
     name = "awq"
     bits = 4
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.block}"
+
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-        words, zeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
-        (rows, size), blocks, per_word = shape, scales.shape[0], len(_AWQ_ORDER)
-        expected = {"qweight": (size, rows // per_word), "qzeros": (blocks, rows // per_word), "scales": (blocks, rows)}
-        if rows % per_word or size % blocks:
-            msg = (
-                f"awq has words of {per_word} outputs and {blocks} blocks of inputs, which do not divide {rows}×{size}"
-            )
+        (rows, size), per_word = shape, len(_AWQ_ORDER)
+        blocks = _blocks(size, self.block)
+        if rows % per_word:
+            msg = f"its words have {per_word} outputs, which do not divide N = {rows}"
             raise ValueError(msg)
-        for suffix, sizes in expected.items():
-            if (given := tuple(tensors[suffix].shape)) != sizes:
-                msg = f"its {suffix} is {given}, not {sizes} as awq has it of {rows}×{size} in {blocks} blocks"
-                raise ValueError(msg)
+        shapes = {"qweight": (size, rows // per_word), "qzeros": (blocks, rows // per_word), "scales": (blocks, rows)}
+        _expect(tensors, shapes)
+        words, zeros, scales = (tensors[suffix] for suffix in shapes)
         u = self._columns(words).t().contiguous()
         return Integers(self.bits).weight_of_zeros(u, self._columns(zeros).t(), scales.t(), dtype)
 
@@ -624,13 +696,7 @@ class Mxfp4Experts(Readable):
     def read(self, tensors: Read, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         experts, rows, size = shape
         block = self.quantizer.granularity.size
-        blocks = (experts, rows, size // block)
-        for suffix, sizes in {"blocks": (*blocks, block // 2), "scales": blocks}.items():
-            if suffix not in tensors:
-                msg = f"it has no {suffix}"
-                raise ValueError(msg)
-            if (given := tuple(tensors[suffix].shape)) != sizes:
-                msg = f"its {suffix} are {given}, not {sizes}"
-                raise ValueError(msg)
+        blocks = (experts, rows, _blocks(size, self.quantizer.granularity))
+        _expect(tensors, {"blocks": (*blocks, block // 2), "scales": blocks})
         parts = {"codes": tensors["blocks"].flatten(-2), "scales": tensors["scales"]}
         return PackedWeight(parts, str(Stored(self.quantizer)), size, dtype)

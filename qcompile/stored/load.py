@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from qcompile.ir.quantizer import Granularity
+
 from .checkpoint import Read, give, readers_of_files
-from .layouts import FLOATS, Awq, BitsAndBytes, Gptq, Mxfp4Experts, PackedIntegers, Readable
+from .layouts import FLOATS, Awq, BitsAndBytes, Gptq, Integers, Mxfp4Experts, PackedIntegers, Readable
 from .pack import Place, places_of
 from .weight import PackedWeight
 
@@ -41,7 +43,7 @@ def load_quantized_(model: nn.Module, path: str | Path, device: Any = None) -> l
     the tensor that is missing.
     """
     folder = Path(path)
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     method = config.get("quant_method")
     if method not in _LAYERS:
         msg = f"load_quantized_: quant_method {method!r} in {str(folder)!r} is not one of {', '.join(_LAYERS)}"
@@ -80,7 +82,7 @@ def _packed(name: str, place: Place, layout: Readable, tensors: Mapping[str, Rea
     try:
         packed = layout.read(given, shape, weight.dtype)
     except ValueError as error:
-        msg = f"load_quantized_: layer {name!r}: {error}"
+        msg = f"load_quantized_: layer {name!r} of {'×'.join(map(str, shape))} as {layout}: {error}"
         raise ValueError(msg) from None
     return PackedWeight(packed.parts, packed.spec, shape[-1], weight.dtype, transposed)
 
@@ -88,6 +90,30 @@ def _packed(name: str, place: Place, layout: Readable, tensors: Mapping[str, Rea
 # --- which layers have which layout ---------------------------------------------------------------------------------
 
 Layers = Callable[[Mapping[str, Any], Mapping[str, Place], Mapping[str, Read]], dict[str, Readable]]
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    """Raises ``ValueError`` if it is missing."""
+    if config.get(key) is None:
+        msg = f"load_quantized_: quantization_config says no {key!r}; it says {', '.join(config)}"
+        raise ValueError(msg)
+    return config[key]
+
+
+def _block(group_size: int) -> Granularity:
+    """What shares a scale; −1 stands for rows. Raises ``ValueError`` for what is no size."""
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        msg = f"load_quantized_: group_size {group_size!r} in quantization_config is neither positive nor -1"
+        raise ValueError(msg)
+    return Granularity("row") if group_size == -1 else Granularity("block", group_size)
+
+
+#: compressed-tensors' ``strategy`` of weights → what shares a scale, given their settings.
+_STRATEGIES: dict[str, Callable[[Mapping[str, Any]], Granularity]] = {
+    "tensor": lambda weights: Granularity("tensor"),
+    "channel": lambda weights: Granularity("row"),
+    "group": lambda weights: _block(_setting(weights, "group_size")),
+}
 
 
 def _compressed_tensors(
@@ -100,22 +126,29 @@ def _compressed_tensors(
                 msg = f"load_quantized_: layer {name!r} is quantized, but not packed ({config.get('format')})"
                 raise ValueError(msg)
             continue
-        group = _group_of(name, place.module, config["config_groups"])
-        kind, weights = group.get("format") or config["format"], group["weights"]
+        group = _group_of(name, place.module, _setting(config, "config_groups"))
+        kind, weights = group.get("format") or _setting(config, "format"), _setting(group, "weights")
         floats = next((layout for layout in FLOATS if layout.name == kind), None)
-        layout = floats or PackedIntegers(weights["num_bits"])
-        if floats is None and kind != layout.name:
-            fault = f"format {kind!r} is not read"
-        elif f"{name}.weight_g_idx" in read:
-            fault = "an order of activations is not read"
-        elif floats is None and not layout.integers.readable:  # type: ignore[union-attr]
-            fault = f"integers of {weights['num_bits']} bits are not read; those of 4 and 8 bits are"
-        else:
-            found[name] = layout
-            continue
-        msg = f"load_quantized_: layer {name!r}: {fault}"
-        raise ValueError(msg)
+        fault = "an order of activations is not read" if f"{name}.weight_g_idx" in read else ""
+        if fault := fault or ("" if floats else _fault(kind, weights, f"{name}.weight_zero_point" in read)):
+            msg = f"load_quantized_: layer {name!r}: {fault}"
+            raise ValueError(msg)
+        found[name] = floats or PackedIntegers(weights["num_bits"], _STRATEGIES[weights["strategy"]](weights))
     return found
+
+
+def _fault(kind: str, weights: Mapping[str, Any], has_zeros: bool) -> str:
+    """Why integers are not read; "" if they are."""
+    bits, strategy = _setting(weights, "num_bits"), _setting(weights, "strategy")
+    if kind != PackedIntegers.name:
+        return f"format {kind!r} is not read"
+    if not Integers(bits).readable:
+        return f"integers of {bits} bits are not read; those of 4 and 8 bits are"
+    if strategy not in _STRATEGIES:
+        return f"strategy {strategy!r} is not read; {', '.join(_STRATEGIES)} are"
+    if not weights.get("symmetric", True) and not has_zeros:
+        return "it is not symmetric, and has no tensor 'weight_zero_point'"
+    return ""
 
 
 def _group_of(name: str, module: nn.Module, groups: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -142,24 +175,36 @@ def _bitsandbytes(
     return {name: BitsAndBytes() for name in places if f"{name}.weight.absmax" in read}
 
 
+#: What patterns of ``dynamic`` begin with if their modules are not quantized.
+_WIDE = "-:"
+
+
 def _gptq(config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]) -> dict[str, Readable]:
-    bits, version = config["bits"], config.get("checkpoint_format", "gptq")
-    layout = Gptq(bits)
+    bits, version = _setting(config, "bits"), config.get("checkpoint_format", "gptq")
+    layout = Gptq(bits, _block(_setting(config, "group_size")))
     if version != "gptq" or not layout.integers.readable:
         msg = (
             f"load_quantized_: gptq of {bits} bits, checkpoint_format {version!r}, is not read; 4 or 8 bits, 'gptq' is"
         )
         raise ValueError(msg)
-    return {name: layout for name in places if f"{name}.qweight" in read}
+    if pattern := next((key for key in config.get("dynamic") or {} if not key.startswith(_WIDE)), None):
+        msg = f"load_quantized_: gptq's dynamic {pattern!r} gives modules settings of their own, which are not read"
+        raise ValueError(msg)
+    found: dict[str, Readable] = {name: layout for name in places if f"{name}.qweight" in read}
+    if config.get("desc_act") and (name := next((name for name in found if f"{name}.g_idx" not in read), None)):
+        msg = f"load_quantized_: layer {name!r}: desc_act is true, and it has no tensor 'g_idx', which has the order"
+        raise ValueError(msg)
+    return found
 
 
 def _awq(config: Mapping[str, Any], places: Mapping[str, Place], read: Mapping[str, Read]) -> dict[str, Readable]:
-    layout = Awq()
+    layout = Awq(_block(_setting(config, "group_size")))
+    bits, zeros = _setting(config, "bits"), config.get("zero_point", True)
     version = config.get("version", config.get("format", "gemm"))
-    if (config["bits"], version.lower(), config.get("zero_point", True)) != (layout.bits, "gemm", True):
+    if (bits, str(version).lower(), zeros) != (layout.bits, "gemm", True):
         msg = (
-            f"load_quantized_: awq of {config['bits']} bits, version {version!r}, zero_point "
-            f"{config.get('zero_point', True)}, is not read; 4 bits, 'gemm', True is"
+            f"load_quantized_: awq of {bits} bits, version {version!r}, zero_point {zeros}, is not read; 4 bits, "
+            "'gemm', True is"
         )
         raise ValueError(msg)
     return {name: layout for name in places if f"{name}.qweight" in read}

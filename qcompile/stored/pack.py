@@ -109,13 +109,15 @@ def pack_(
         spec: how weights are stored, for example ``"nf4 block64"``, ``"nf4 block64 absmax_bnb; nested"`` (as
             bitsandbytes does with ``compress_statistics``), ``"int8 row"``, ``"e2m1 block16 e4m3"`` (NVFP4).
         skip: names of layers to leave wide, as patterns over whole dotted segments.
-        rules: pattern → how the layers that it matches are stored, or ``None`` to leave them wide; later ones win.
+        rules: pattern → how the layers that it matches are stored, or ``None`` to leave them wide; later ones win. What
+            a rule says of a layer holds for those that have its weight.
         min_side: smallest side of a weight that is packed.
 
     Returns what was done. A terminal shows progress, and this result.
 
     Raises ``ValueError`` for a text that is not understood, for a pattern that matches no layer, and naming the layer
-    for a weight that cannot be stored so, or one of torchao's that is not read. The model is as it was then.
+    for a weight that cannot be stored so, one that rules say two things of, or one of torchao's that is not read. The
+    model is as it was then.
     """
     from rich.console import Console  # takes as long to import as to pack a small model, and no compilation needs it
     from rich.progress import track
@@ -198,6 +200,8 @@ def _bytes(tensor: Tensor) -> int:
 _BY_CLASS_NAME = {"Conv1D": "transposed"}
 #: The same of experts that are parameters of three axes, where they do not say so as those of transformers do.
 _EXPERTS_BY_CLASS_NAME = {"Llama4TextExperts": "transposed"}
+#: Layers whose ``weight`` has three axes and is no experts'.
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
 
 def multiplies(module: nn.Module) -> str:
@@ -232,6 +236,11 @@ class Place:
     @property
     def is_experts(self) -> bool:
         return self.attribute != "weight"
+
+    @property
+    def has_three_axes(self) -> bool:
+        """Whether it may be experts, called ``weight`` too; the weights of convolutions are none."""
+        return self.is_experts or (self.weight.dim() == 3 and not isinstance(self.module, _CONVOLUTIONS))
 
     @property
     def multiplies(self) -> str:
@@ -276,19 +285,21 @@ class _Choice:
 
 def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str, str | None], min_side: int) -> _Choice:
     """How each layer is stored, or why not."""
-    for text in (spec, *filter(None, rules.values())):
+    for text in (spec, *(text for text in rules.values() if text is not None)):
         Stored.parse(text)
     readers = readers_of(model)
     output = getattr(output_embeddings(model), "weight", None)
     places = places_of(model)
     for what, pattern in [*(("skip", pattern) for pattern in skip), *(("rules", pattern) for pattern in rules)]:
         _check_matched("pack_", what, pattern, places)
-    chosen, by_default = _Choice({}, set(), {}), set()
+    chosen, by_default, by_rule = _Choice({}, set(), {}), set(), set()
     for name, place in places.items():
         weight = place.weight
         matching = [(pattern, text) for pattern, text in rules.items() if matches_name(name, pattern)]
         pattern, chosen_spec = matching[-1] if matching else ("", spec)
         exact = bool(pattern) and name.endswith(pattern)
+        if matching:
+            by_rule.add(name)
         understood = bool(place.multiplies) or place.looks_up
         if skipped := next((skipping for skipping in skip if matches_name(name, skipping)), None):
             reason = f"skip={skipped!r}"
@@ -308,20 +319,32 @@ def choice(model: nn.Module, spec: str, skip: Iterable[str], rules: Mapping[str,
             by_default.add(name)
         if not reason:
             assert chosen_spec is not None
-            _check_size(name, weight, chosen_spec, place.multiplies == "transposed")
             chosen.specs[name] = chosen_spec
-        elif understood or place.is_experts or not weight.is_floating_point():
+        elif understood or place.has_three_axes or not weight.is_floating_point():
             chosen.wide[name] = reason
-    _share(chosen, places, by_default)
+    _share(chosen, places, by_default, by_rule)
+    for name, text in chosen.specs.items():
+        if name not in chosen.foreign:
+            _check_size(name, places[name].weight, text, places[name].multiplies == "transposed")
     return chosen
 
 
-def _share(chosen: _Choice, places: Mapping[str, Place], by_default: Set[str]) -> None:
-    """Choose layers that have the weight of a chosen one, if they are only wide ``by_default``.
+def _share(chosen: _Choice, places: Mapping[str, Place], by_default: Set[str], by_rule: Set[str]) -> None:
+    """Choose layers that have the weight of a chosen one, if they are only wide ``by_default``. Of the chosen layers of
+    a weight, those that rules name say how it is stored.
 
-    Raises ``ValueError`` if such a layer is to stay wide.
+    Raises ``ValueError`` if such a layer is to stay wide, or if rules say two things of a weight.
     """
-    spec_of = {id(places[name].weight): (name, spec) for name, spec in chosen.specs.items()}
+    spec_of: dict[int, tuple[str, str]] = {}
+    for name in sorted(chosen.specs, key=lambda name: name not in by_rule):
+        first, spec = spec_of.setdefault(id(places[name].weight), (name, chosen.specs[name]))
+        if name in by_rule - chosen.foreign and Stored.parse(chosen.specs[name]) != Stored.parse(spec):
+            msg = (
+                f"pack_: layers {first!r} and {name!r} have one weight, but rules store them as {spec!r} and "
+                f"{chosen.specs[name]!r}; name one of them"
+            )
+            raise ValueError(msg)
+        chosen.specs[name] = spec
     for name in [name for name in chosen.wide if id(places[name].weight) in spec_of]:
         packed, spec = spec_of[id(places[name].weight)]
         if name not in by_default:
@@ -341,8 +364,8 @@ def impossible(place: Place, readers: Mapping[int, set[type]]) -> str:
     if compat.is_wrapper_subclass(weight) or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
     if not place.multiplies and not place.looks_up:
-        if place.is_experts:
-            return f"a parameter of three axes of a {kind}, which does not say (is_transposed) how it is multiplied"
+        if place.has_three_axes:
+            return f"a parameter of three axes of a {kind}, not known to be experts (no is_transposed): left as it is"
         return f"a module of class {kind} does not only multiply by its weight"
     if weight.dim() != axes:
         return f"its weight has {weight.dim()} axes, not {axes}"

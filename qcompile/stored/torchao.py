@@ -6,11 +6,12 @@ torchao's class              made by                                            
 ``NF4Tensor``                ``to_nf4``, ``NF4WeightOnlyConfig``                    ``nf4torchao block64 absmax_bnb``
 ``Int4Tensor`` (plain)       ``Int4WeightOnlyConfig`` (needs mslk: on GPUs)         ``uint4b8 block<g>; zeros``
 ``IntxUnpackedToInt8Tensor`` ``IntxWeightOnlyConfig``, 1 to 8 bits, one per byte    ``uint4b8`` or ``uint8b128``
-``Int8Tensor``               ``Int8WeightOnlyConfig``                               ``uint8b128 row``
+``Int8Tensor``               ``Int8WeightOnlyConfig``, per row or tensor            ``uint8b128 row``
 ============================ ====================================================== ==================================
 
 Integers are q in two's complement, which stand for scale · (q − zero), or scale · q + zero in ``Int4Tensor``. Where all
-zeros are 0 there are none here. Layouts for one kernel (tile-packed, preshuffled, opaque) are not read.
+zeros are 0 there are none here. A scale that all rows share is repeated, one per row. Layouts for one kernel
+(tile-packed, preshuffled, opaque) are not read.
 
 NF4's levels have four decimals in torchao and are in the dtype of the weight, as all of its arithmetic is; a format for
 each dtype has those. Its scales of scales decode by a division, through that dtype, so scales are stored decoded: 4.5
@@ -55,10 +56,11 @@ def fault_of(weight: Any) -> str:
     if of_activations or getattr(weight, "activation_dtype", torch.bfloat16) == torch.float8_e4m3fn:
         return f"torchao's {kind} also quantizes activations ({of_activations or 'activation_dtype'})"
     block = [1, weight.block_size] if kind == "NF4Tensor" else list(weight.block_size)
-    if block[0] != 1 or weight.shape[1] % block[1]:
-        return (
-            f"torchao's {kind} has blocks of {'×'.join(map(str, block))}, which do not divide rows of {weight.shape[1]}"
-        )
+    size = "×".join(map(str, block))
+    if block[0] != 1 and (_READERS[kind] is not _int8 or block[0] != weight.shape[0]):
+        return f"torchao's {kind} has blocks of {size}: {block[0]} of {weight.shape[0]} rows share a scale"
+    if weight.shape[1] % block[1]:
+        return f"torchao's {kind} has blocks of {size}, which do not divide rows of {weight.shape[1]}"
     if kind == "NF4Tensor" and not weight.is_contiguous():
         return f"torchao's {kind} is transposed"
     return "" if kind != "NF4Tensor" or _format_of(weight.nf4) else "its table is none that torchao's NF4Tensor has"
@@ -98,8 +100,10 @@ def _int8(weight: Any) -> PackedWeight:
     bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
     integers = Integers(4 if bits <= 4 else 8)
     u = (weight.qdata.to(torch.int16) + integers.zero).to(torch.uint8)
-    scales = weight.scale.view(weight.shape[0], -1)
-    zeros = torch.zeros_like(scales) if weight.zero_point is None else weight.zero_point.view(scales.shape).float()
+    rows, size = weight.shape
+    shape = (rows // weight.block_size[0], size // weight.block_size[1])
+    scales = weight.scale.view(shape).expand(rows, -1)
+    zeros = torch.zeros_like(scales) if weight.zero_point is None else weight.zero_point.view(shape).float()
     return integers.weight(u, scales, weight.dtype, -zeros * scales.float())
 
 

@@ -191,10 +191,12 @@ def test_mxfp4_checkpoints_of_other_sizes_are_refused(tmp_path):
     tensors = gpt_oss_files(tmp_path, language_model())
     name = "model.layers.0.mlp.experts.down_proj"
     save_file(tensors | {f"{name}_scales": tensors[f"{name}_scales"][:, :-1].clone()}, tmp_path / "model.safetensors")
-    why = rf"layer '{name}': its scales are \(4, 63, 4\), not \(4, 64, 4\)$"
+    why = rf"layer '{name}' of 4×64×128 as mxfp4: its tensor 'scales' is \(4, 63, 4\), not \(4, 64, 4\)$"
     with pytest.raises(ValueError, match=f"^load_quantized_: {why}"):
         qcompile.load_quantized_(language_model(), tmp_path)
     tensors.pop(f"{name}_scales")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"^load_quantized_: layer '{name}': it has no scales$"):
+    with pytest.raises(
+        ValueError, match=f"^load_quantized_: layer '{name}' of .* as mxfp4: it has no tensor 'scales'$"
+    ):
         qcompile.load_quantized_(language_model(), tmp_path)

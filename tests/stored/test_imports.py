@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao import quantization as torchao
 from torchao.quantization import Float8Tensor, MappingType
-from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
 
 import qcompile
 from qcompile.recipes import STORED
@@ -83,21 +83,21 @@ def test_awq_by_an_independent_reader(tmp_path, size, rows, group):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ((256, 42, 128), "awq has words of 8 outputs and 2 blocks of inputs, which do not divide 42×256"),
-        ((200, 40, 64), "awq has words of 8 outputs and 3 blocks of inputs, which do not divide 40×200"),
-        ((256, 40, 128, "q.qzeros"), "its qzeros is (1, 5), not (2, 5) as awq has it of 40×256 in 2 blocks"),
-        ((256, 40, 128, "q.qweight"), "its qweight is (255, 5), not (256, 5) as awq has it of 40×256 in 2 blocks"),
+        ((256, 42, 128), "42×256 as awq block128: its words have 8 outputs, which do not divide N = 42"),
+        ((200, 40, 128), "40×200 as awq block128: K = 200 is no multiple of its blocks of 128"),
+        ((256, 40, 128, "q.qzeros"), "40×256 as awq block128: its tensor 'qzeros' is (1, 5), not (2, 5)"),
+        ((256, 40, 128, "q.qweight"), "40×256 as awq block128: its tensor 'qweight' is (255, 5), not (256, 5)"),
     ],
 )
 def test_awq_of_other_sizes_is_refused(tmp_path, given, why):
     size, rows, group, *cut = given
     tensors = awq_files(tmp_path, size, rows, group)
     save_file({k: v[:-1].clone() if k in cut else v for k, v in tensors.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"^load_quantized_: layer 'q': {re.escape(why)}$"):
+    with pytest.raises(ValueError, match=rf"^load_quantized_: layer 'q' of {re.escape(why)}$"):
         qcompile.load_quantized_(Awq(size, rows, F16), tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"version": "gemv"}, {"bits": 8}, {"zero_point": False}])
+@pytest.mark.parametrize("change", [{"version": "gemv"}, {"version": None}, {"bits": 8}, {"zero_point": False}])
 def test_awq_of_another_version_is_refused(tmp_path, change):
     awq_files(tmp_path, 64, 8, 32, **change)
     with pytest.raises(ValueError, match=r"^load_quantized_: awq of . bits, .* is not read; 4 bits, 'gemm', True is$"):
@@ -136,6 +136,7 @@ INTEGERS = [
         "uint4b8 block32 absmax even; zeros",
     ),
     (torchao.Int8WeightOnlyConfig(), "uint8b128 row absmax even"),
+    (torchao.Int8WeightOnlyConfig(granularity=PerTensor()), "uint8b128 row absmax even"),
 ]
 
 
@@ -186,6 +187,9 @@ def test_weights_of_torchao_that_are_not_read_name_their_layer():
     faults = {
         "torchao's NF4Tensor has blocks of 1×96, which do not divide rows of 256": torchao.NF4Tensor.from_tensor(
             torch.randn(96, 256), 96, 128
+        ),
+        "torchao's Int8Tensor has blocks of 2×256: 2 of 64 rows share a scale": torchao.Int8Tensor(
+            row.char(), row[:32, :1], [2, 256], torch.float32
         ),
         "torchao's Float8Tensor is not read; those of NF4Tensor, Int4Tensor, .* are": Float8Tensor.from_hp(row),
         r"torchao's Int4Tensor also quantizes activations \(activation_dtype\)": torchao.Int4Tensor(

@@ -9,7 +9,7 @@ from torch import nn
 import qcompile
 from qcompile.recipes import STORED
 from qcompile.stored import PackedWeight
-from qcompile.stored.pack import bytes_of
+from qcompile.stored.pack import bytes_of, packed_weights
 from tests.passes.harness import compile_and_run
 
 
@@ -76,12 +76,13 @@ def test_linear_layers_are_packed_and_heads_and_thin_ones_are_not():
 
 
 def test_parameters_of_three_axes_that_may_be_no_experts_are_listed():
-    """Whichever axis they are contracted along."""
+    """Whichever axis they are contracted along, and called ``weight`` too (JetMoe's); convolutions are not."""
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "conv": nn.Conv1d(4, 4, 3), "experts": nn.Module()})
     model["experts"].up = nn.Parameter(torch.zeros(4, 64, 64))
+    model["experts"].weight = nn.Parameter(torch.zeros(4, 64, 64))
     done = qcompile.pack_(model, "nf4 block64")
-    why = "a parameter of three axes of a Module, which does not say (is_transposed) how it is multiplied"
-    assert done.wide == {"experts.up": why}
+    why = "a parameter of three axes of a Module, not known to be experts (no is_transposed): left as it is"
+    assert done.wide == {"experts.up": why, "experts": why}
 
 
 def test_layers_that_another_library_has_quantized_are_listed():
@@ -157,6 +158,35 @@ def test_tied_weights():
     assert model["head"].weight is model["embed"].weight
 
 
+def tied() -> nn.Sequential:
+    """Linear layers with one weight, an embedding with it first."""
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[2].weight = model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "rules", [{"1": "int8 row"}, {"2": "int8 row absmax"}, {"0": "int8 row", "2": "int8 row even"}]
+)
+def test_a_rule_holds_for_all_layers_of_a_weight(rules):
+    """The default does not win because its layer comes first, nor is its block size checked."""
+    model = tied()
+    model[0] = nn.Identity() if "0" not in rules else model[0]
+    qcompile.pack_(model, "nf4 block48", rules=rules)
+    assert {weight.spec for _, weight in packed_weights(model)} == {"int8 row absmax even"}
+    assert model[1].weight is model[2].weight
+
+
+def test_rules_that_say_two_things_of_one_weight_are_refused():
+    model = tied()
+    with pytest.raises(
+        ValueError,
+        match=r"^pack_: layers '0' and '1' have one weight, but rules store them as 'int8 row' and 'nf4 block64'; name",
+    ):
+        qcompile.pack_(model, "nf4 block64", rules={"0": "int8 row", "1": "nf4 block64"})
+    assert type(model[1].weight) is nn.Parameter
+
+
 @pytest.mark.parametrize(
     "spec", ["nf4 block64 absmax_bnb; nested", "uint4 block32; zeros", "int8 row", "e2m1 block16 e4m3"]
 )
@@ -192,6 +222,10 @@ def test_embeddings_that_are_written_to_are_refused():
             "layer 'layers.0.0' of 64×128 as 'nf4 block48': K = 128 is no multiple of block48; take",
         ),
         ({"spec": "nf5 block64"}, "nf5"),
+        ({"spec": None}, "^weights stored as None: that is no text; for example 'nf4 block64'$"),
+        ({"spec": 4}, "^weights stored as 4: that is no text"),
+        ({"spec": ["nf4"]}, r"^weights stored as \['nf4'\]: that is no text"),
+        ({"rules": {"conv": 4}}, "^weights stored as 4: that is no text"),
         ({"skip": "layres"}, r"skip: 'layres' matches no layer; there are embed, layers.0.0"),
         ({"rules": {"layres": None}}, r"rules: 'layres' matches no layer"),
         (
