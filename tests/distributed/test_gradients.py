@@ -72,6 +72,14 @@ def test_what_is_not_finite_arrives(wire):
         assert found["broken"][64:288].isfinite().all()  # other blocks
 
 
+def test_a_group_of_one_rank_is_exact(wire):
+    """Nothing is sent, so nothing is to be rounded."""
+    for found in wire("alone"):
+        assert torch.equal(found["summed"], found["own"] / 4)
+        assert found["sent"] == 0
+        assert all(torch.equal(found["fp8"][name], value) for name, value in found["wide"].items())
+
+
 @pytest.mark.parametrize(
     ("cell", "limit"),
     [("fsdp", ONE_HOP), ("fsdp_bfloat16", ONE_HOP), ("ddp", TWO_HOPS), ("ddp_compiled", TWO_HOPS)],

@@ -59,6 +59,22 @@ def direct() -> dict[str, Any]:
     return found | {"broken": broken}
 
 
+def alone() -> dict[str, Any]:
+    """A group of one rank: ``all_reduce``, and DDP as it is and in 8 bits."""
+    group, _ = dist.new_subgroups(1)
+    x = summand(dist.get_rank(), 1000, torch.float32)
+    summed = x.clone()
+    sent = collectives.all_reduce(summed, group, 0.25, CODES)
+    found: dict[str, Any] = {"own": x, "summed": summed, "sent": sent}
+    for fp8 in (False, True):
+        model = DistributedDataParallel(Decoder(), process_group=group)
+        if fp8:
+            fp8_gradients(model, block=BLOCK)
+        loss_of(model, mine(batches())[0]).backward()
+        found["fp8" if fp8 else "wide"] = gradients(model)
+    return found
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix("module."): (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
@@ -198,6 +214,7 @@ def trained(directory: Path) -> dict[str, Any]:
 
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_direct": lambda _: direct(),
+    "wire_alone": lambda _: alone(),
     "wire_fsdp": lambda _: step("fsdp"),
     "wire_fsdp_bfloat16": lambda _: step("fsdp", param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
     "wire_ddp": lambda _: step("ddp"),
