@@ -134,9 +134,6 @@ enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
 
-#: What ``all_gather_into_tensor`` is called from 2.13 on.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 #: The ``__torch_function__`` of a class that overrides nothing, which Dynamo then traces as a plain tensor's.
 disabled_torch_function = torch._C._disabled_torch_function_impl
 
@@ -528,6 +525,12 @@ def _is_marked_dynamic(size: Any) -> bool:
             if strict and isinstance(extent, torch.SymInt) and extent.node.expr.free_symbols & symbols:
                 return True
     return False
+
+
+def all_gather_single(output: torch.Tensor, input: torch.Tensor, **options: Any) -> Any:
+    """What ``all_gather_into_tensor`` is called from 2.13 on. Looked up here, as torch may be built without either."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, input, **options)
 
 
 def fsdp_axes(module: Any) -> list[tuple[bool, bool]]:
