@@ -63,6 +63,7 @@ __all__ = [
     "compile_fx",
     "compiled_call",
     "current_frame",
+    "ddp_hook",
     "disabled_torch_function",
     "eager_inner_compile",
     "empty_strided",
@@ -75,6 +76,8 @@ __all__ = [
     "fake_values_hold",
     "frame_compilations",
     "fsdp_axes",
+    "fsdp_divide_factor",
+    "fsdp_reduction",
     "functional_collective",
     "given_fake_tensors",
     "guard_identity",
@@ -133,9 +136,6 @@ set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 nll_loss_nd = torch._C._nn.nll_loss_nd
-
-#: What ``all_gather_into_tensor`` is called from 2.13 on.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: The ``__torch_function__`` of a class that overrides nothing, which Dynamo then traces as a plain tensor's.
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -530,15 +530,45 @@ def _is_marked_dynamic(size: Any) -> bool:
     return False
 
 
-def fsdp_axes(module: Any) -> list[tuple[bool, bool]]:
-    """Of every parameter group of an FSDP2 module, whether its mesh has an axis that shards and one that replicates."""
+def all_gather_single(output: torch.Tensor, input: torch.Tensor, **options: Any) -> Any:
+    """What ``all_gather_into_tensor`` is called from 2.13 on. Looked up here, as torch may be built without either."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, input, **options)
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """The parameter groups of an FSDP2 module."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # 2.11 has one at most
-    groups = list(filter(None, [state._fsdp_param_group])) if groups is None else groups
+    return list(filter(None, [state._fsdp_param_group])) if groups is None else groups
+
+
+def fsdp_axes(module: Any) -> list[tuple[bool, bool]]:
+    """Of every parameter group of an FSDP2 module, whether its mesh has an axis that shards and one that replicates."""
     return [
         (hasattr(group.mesh_info, "shard_mesh_size"), hasattr(group.mesh_info, "replicate_mesh_size"))
-        for group in groups
+        for group in _fsdp_groups(module)
     ]
+
+
+def fsdp_divide_factor(module: Any) -> float | None:
+    """What ``set_gradient_divide_factor`` was given, for an FSDP2 module with one parameter group."""
+    (group,) = _fsdp_groups(module)
+    return group.gradient_divide_factor
+
+
+def fsdp_reduction(module: Any) -> tuple[str | None, bool]:
+    """Of an FSDP2 module with one parameter group: the class of a reduce-scatter other than FSDP2's, and whether a hook
+    follows it.
+    """
+    (group,) = _fsdp_groups(module)
+    name = type(group._reduce_scatter_comm).__name__
+    return None if name == "DefaultReduceScatter" else name, group._all_reduce_hook is not None
+
+
+def ddp_hook(module: Any) -> str | None:
+    """The name of a DistributedDataParallel's communication hook, one of torch's own included."""
+    return module._get_ddp_logging_data().get("comm_hook")
 
 
 def reduction(op: Any) -> tuple[Any, Any]:

@@ -50,9 +50,12 @@ def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, factor: flo
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, factor: float, codes: Codes) -> int:
     """``x = factor · Σ`` over ranks, in place and bit for bit the same on all; ``x`` is flat. Returns the bytes that
-    this rank sends.
+    this rank sends. A single rank has nothing to send, and nothing of its own is quantized.
     """
     rank, world = group.rank(), group.size()
+    if world == 1:
+        x.mul_(factor)
+        return 0
     width = -(-len(x) // (world * codes.block)) * codes.block  # the last shards may be short, or empty
     own = x[rank * width : (rank + 1) * width]
     parts = _send(x, width, group, codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -68,19 +69,25 @@ def fp8_gradients(
         block: neighbours in a flat bucket that share a scale, a power of two from 32 to 4096.
         replicas: for HSDP, the ranks that hold the same shards as this one, over which gradients are averaged too.
             Shard on the other axis of the mesh alone: of a two-dimensional mesh FSDP2 runs the second reduction itself.
+            After ``set_gradient_divide_factor`` the sum over shards and replicas is divided by that factor, as FSDP2
+            does.
 
     Returns:
         Counts of the bytes that this rank sends.
 
     Raises ``ValueError`` for a model without such wrappers, for FSDP1, a two-dimensional mesh, modules with several
-    parameter groups, options out of range, and a GPU that cannot convert to FP8; ``TypeError`` when gradients have a
-    dtype other than float32, bfloat16 and float16.
+    parameter groups, wrappers that have a communication hook (from an earlier call too), options out of range, and a
+    GPU that cannot convert to FP8; ``TypeError`` in the backward when gradients are sparse or have a dtype other than
+    float32, bfloat16 and float16.
     """
     if format not in _FORMATS:
         msg = f"fp8_gradients: format={format!r}; one of {', '.join(_FORMATS)}"
         raise ValueError(msg)
-    if block not in _BLOCKS:
+    if type(block) is not int or block not in _BLOCKS:
         msg = f"fp8_gradients: block={block!r}; a power of two from {_BLOCKS[0]} to {_BLOCKS[-1]}"
+        raise ValueError(msg)
+    if not isinstance(replicas, (dist.ProcessGroup, NoneType)):
+        msg = f"fp8_gradients: replicas={replicas!r}; a ProcessGroup, for example mesh['replicate'].get_group()"
         raise ValueError(msg)
     if any(parameter.is_cuda for parameter in model.parameters()):
         from qcompile.kernels.quantize.triton import missing_conversion  # torch for CPUs comes without Triton
@@ -117,17 +124,33 @@ def _hooks(model: nn.Module, codes: Codes, traffic: Traffic, replicas: dist.Proc
                     "shard on mesh['shard'] and give replicas=mesh['replicate'].get_group()"
                 )
                 raise ValueError(msg)
-            yield partial(module.set_custom_reduce_scatter, cast(Any, _ReduceScatter(codes, traffic)))
+            reduce_scatter, hooked = compat.fsdp_reduction(module)
+            _check_free(name, reduce_scatter)
+            yield partial(module.set_custom_reduce_scatter, cast(Any, _Fp8ReduceScatter(codes, traffic)))
             if replicas is not None:
-                yield partial(module.set_all_reduce_hook, partial(_all_reduce_shard, codes, traffic, replicas))
+                _check_free(name, "an all-reduce hook" if hooked else None)
+                yield partial(module.set_all_reduce_hook, partial(_all_reduce_shard, codes, traffic, replicas, module))
         elif isinstance(module, DistributedDataParallel):
             if replicas is not None:
                 msg = f"fp8_gradients: replicas= is for FSDP2; give {name}, a DistributedDataParallel, process_group="
                 raise ValueError(msg)
-            bucket_state = _Bucket(codes, traffic, module.process_group)
+            _check_free(name, compat.ddp_hook(module))
+            names = {parameter: f"{name}.{path}" for path, parameter in module.named_parameters()}
+            bucket_state = _Bucket(codes, traffic, module.process_group, names)
             # A lambda: DDP compares annotations with classes, and here they are text.
             hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731
+            hook.__qualname__ = fp8_gradients.__name__  # what DDP logs, and what a second call is told
             yield partial(module.register_comm_hook, bucket_state, hook)
+
+
+def _check_free(name: str, taken: str | None) -> None:
+    """``taken`` is what reduces the gradients of module ``name`` already, if anything but its wrapper does."""
+    if taken is not None:
+        msg = (
+            f"fp8_gradients: {name} already reduces gradients with {taken}, which this would replace; "
+            "call it once, on wrappers without a communication hook"
+        )
+        raise ValueError(msg)
 
 
 def _check(gradient: Tensor) -> None:
@@ -141,7 +164,7 @@ def _check(gradient: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _ReduceScatter:
+class _Fp8ReduceScatter:
     """What ``FSDPModule.set_custom_reduce_scatter`` takes. FSDP calls it on the stream of its reduce-scatters."""
 
     codes: Codes
@@ -168,12 +191,18 @@ def _factor(op: Any, world: int) -> float:
     return {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1 / world}[kind]
 
 
-def _all_reduce_shard(codes: Codes, traffic: Traffic, group: dist.ProcessGroup, shard: Tensor) -> None:
-    """What ``FSDPModule.set_all_reduce_hook`` takes: the mean over replicas, on the stream of FSDP's all-reduces."""
+def _all_reduce_shard(
+    codes: Codes, traffic: Traffic, group: dist.ProcessGroup, module: FSDPModule, shard: Tensor
+) -> None:
+    """What ``FSDPModule.set_all_reduce_hook`` takes, on the stream of FSDP's all-reduces: the mean over replicas, or
+    the sum where the user has set what the sum over all ranks is divided by, which the reduce-scatter has done.
+    """
+    _check(shard)
     if shard.is_cuda:  # allocated on the stream of reduce-scatters, which may give its memory to the next one
         shard.record_stream(torch.cuda.current_stream(shard.device))
     world = group.size()
-    sent = all_reduce(shard, group, 1 / world, codes)
+    factor = 1 / world if compat.fsdp_divide_factor(module) is None else 1.0
+    sent = all_reduce(shard, group, factor, codes)
     traffic._add(sent, wide_bytes(len(shard), shard.dtype, world, hops=2))
 
 
@@ -181,16 +210,25 @@ def _all_reduce_shard(codes: Codes, traffic: Traffic, group: dist.ProcessGroup, 
 
 
 class _Bucket:
-    """What a DDP's hook knows: the group, and on CUDA a stream beside that of the backward."""
+    """What a DDP's hook knows: the group, the parameters' names, and on CUDA a stream beside that of the backward.
 
-    def __init__(self, codes: Codes, traffic: Traffic, group: dist.ProcessGroup) -> None:
-        self.codes, self.traffic, self.group = codes, traffic, group
+    Not the module itself: it would keep itself alive through its reducer, where Python's garbage collector cannot see.
+    """
+
+    def __init__(
+        self, codes: Codes, traffic: Traffic, group: dist.ProcessGroup, names: dict[nn.Parameter, str]
+    ) -> None:
+        self.codes, self.traffic, self.group, self.names = codes, traffic, group, names
         self.stream: torch.cuda.Stream | None = None
 
 
 def _reduce_bucket(state: _Bucket, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """What ``DistributedDataParallel.register_comm_hook`` takes: the mean of the bucket's gradients."""
     gradients = bucket.buffer()
+    if gradients.is_sparse:
+        name = state.names[cast(nn.Parameter, bucket.parameters()[0])]  # sparse gradients have buckets of their own
+        msg = f"fp8_gradients: the gradient of {name} is sparse; make it dense, for example nn.Embedding(sparse=False)"
+        raise TypeError(msg)
     _check(gradients)
     world = state.group.size()
     if not gradients.is_cuda:

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels.quantize import reference
-
 from ..loops.ranks import WORLD, Ranks
 from . import worker
 
@@ -20,6 +18,10 @@ GLOO = ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},) * WORLD
 #: Relative errors, L2. E4M3 rounds to 2⁻⁴ of a binade's start at most, 2.6 % root mean square; of two summands that are
 #: alike in size and independent, one is rounded, and the mean of an all-reduce once more.
 ONE_HOP, TWO_HOPS = 0.020, 0.033
+TAKEN = (
+    "fp8_gradients: {} already reduces gradients with {}, which this would replace; call it once, on wrappers without "
+    "a communication hook"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +35,12 @@ def error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def rounded(x: Tensor) -> Tensor:
-    """What arrives of a flat float tensor."""
-    quantizer = f"e4m3 block{worker.BLOCK} absmax even"
-    return reference.dequantize(*reference.quantize(x, quantizer, -1), quantizer, -1, len(x), torch.float32)
-
-
 @pytest.mark.parametrize("dtype", worker.DTYPES, ids=str)
 @pytest.mark.parametrize("width", worker.WIDTHS)
 def test_reduce_scatter(width, dtype, wire):
     """Own summands as they are, the other's as the reference rounds them, added up in float32, and bytes counted."""
-    summands = [worker.summand(rank, WORLD * width, dtype).float().split(width) for rank in range(WORLD)]
     for rank, found in enumerate(wire("direct")):
-        parts = [of[rank] if source == rank else rounded(of[rank]) for source, of in enumerate(summands)]
-        expected = ((parts[0] + parts[1]) * 0.5).to(dtype)
-        assert torch.equal(found[f"scatter {width} {dtype}"], expected)
+        assert torch.equal(found[f"scatter {width} {dtype}"], worker.scattered(rank, width, dtype))
         # Codes, and a float32 number per block of 32; parts are filled up to 16 bytes.
         assert width * (1 + 1 / 8) <= found[f"sent {width}"] <= width * (1 + 1 / 8) + 3 * 2 * 16
 
@@ -60,16 +53,22 @@ def test_all_reduce(width, dtype, wire):
     size = 2 * width - 3
     exact = sum(worker.summand(rank, size, dtype).double() for rank in range(WORLD)) / 2
     assert error({"": first}, {"": exact}) < (TWO_HOPS if width > 100 else 0.06)  # of few elements it is by chance
-    stride = -(-size // (2 * worker.BLOCK)) * worker.BLOCK
-    mine, other = (worker.summand(rank, size, dtype).float()[:stride] for rank in range(WORLD))
-    expected = rounded((mine + rounded(other)) * 0.5).to(dtype)  # the first shard, which rank 0 sums
-    assert torch.equal(first[:stride], expected)
+    expected = worker.first_shard(width, dtype)
+    assert torch.equal(first[: len(expected)], expected)
 
 
 def test_what_is_not_finite_arrives(wire):
     for found in wire("direct"):
         assert not found["broken"][[7, 300]].isfinite().any()
         assert found["broken"][64:288].isfinite().all()  # other blocks
+
+
+def test_a_group_of_one_rank_is_exact(wire):
+    """Nothing is sent, so nothing is to be rounded."""
+    for found in wire("alone"):
+        assert torch.equal(found["summed"], found["own"] / 4)
+        assert found["sent"] == 0
+        assert all(torch.equal(found["fp8"][name], value) for name, value in found["wide"].items())
 
 
 @pytest.mark.parametrize(
@@ -106,6 +105,8 @@ def test_replicas(wire):
     assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in wide)
     assert 0.001 < error(first["fp8"], wide) < TWO_HOPS
     assert first["bytes"] > 0
+    assert all(torch.equal(first["divided"][name], second["divided"][name]) for name in wide)
+    assert 0.001 < error(first["divided"], first["divided_wide"]) < TWO_HOPS  # a mean would be half of it
     assert first["message"] == (
         "fp8_gradients: Decoder is replicated on an axis of its mesh, whose reduction FSDP2 runs itself; shard on "
         "mesh['shard'] and give replicas=mesh['replicate'].get_group()"
@@ -115,10 +116,17 @@ def test_replicas(wire):
 def test_what_is_refused(wire):
     for found in wire("refused"):
         assert "gradients are float64; reduce them in float32, bfloat16 or float16" in found.pop("dtype")
+        assert "the gradient of DistributedDataParallel.module.weight is sparse; make it dense" in found.pop("sparse")
         assert found == {
             "groups": "fp8_gradients: FSDPLinear has 2 parameter groups; apply fully_shard to its parts",
             "format": "fp8_gradients: format='e3m4'; one of e4m3, e5m2",
             "block": "fp8_gradients: block=100; a power of two from 32 to 4096",
+            "block_float": "fp8_gradients: block=256.0; a power of two from 32 to 4096",
+            "ranks": "fp8_gradients: replicas=[0, 1]; a ProcessGroup, for example mesh['replicate'].get_group()",
+            "again": TAKEN.format("taken", "_Fp8ReduceScatter"),
+            "untouched": "",
+            "again_ddp": TAKEN.format("DistributedDataParallel", "fp8_gradients"),
+            "hooked": TAKEN.format("FSDPLinear", "an all-reduce hook"),
             "plain": "fp8_gradients: no FSDP2 module or DistributedDataParallel in the model; call fully_shard(model) "
             "first",
             "fsdp1": "fp8_gradients: 0 is sharded by FSDP1; use torch.distributed.fsdp.fully_shard",

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qcompile import compat
 from qcompile.distributed import collectives, fp8_gradients
+from qcompile.kernels.quantize import reference
 from qcompile.optim import AdamW
 from tests.loops.cells import run_cells
 from tests.loops.worker import Decoder, batches, loss_of, mine
@@ -40,23 +41,61 @@ def summand(rank: int, size: int, dtype: torch.dtype, number: int = 0) -> Tensor
     return x.to(dtype)
 
 
-def direct() -> dict[str, Any]:
+def rounded(x: Tensor) -> Tensor:
+    """What arrives of a flat float tensor, by the reference."""
+    quantizer = f"e4m3 block{BLOCK} absmax even"
+    return reference.dequantize(*reference.quantize(x, quantizer, -1), quantizer, -1, len(x), torch.float32)
+
+
+def scattered(rank: int, width: int, dtype: torch.dtype) -> Tensor:
+    """What ``reduce_scatter`` in :func:`direct` gives a rank: own summands as they are, the other's rounded."""
+    shards = [summand(source, 2 * width, dtype).float().split(width)[rank] for source in range(2)]
+    first, second = (shard if source == rank else rounded(shard) for source, shard in enumerate(shards))
+    return ((first + second) * 0.5).to(dtype)
+
+
+def first_shard(width: int, dtype: torch.dtype) -> Tensor:
+    """What ``all_reduce`` in :func:`direct` gives all ranks of the shard that rank 0 sums."""
+    size = 2 * width - 3
+    stride = -(-size // (2 * BLOCK)) * BLOCK
+    own, other = (summand(rank, size, dtype).float()[:stride] for rank in range(2))
+    return rounded((own + rounded(other)) * 0.5).to(dtype)
+
+
+def direct(device: str = "cpu") -> dict[str, Any]:
     """The two collectives on flat tensors of many sizes and dtypes."""
     rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     found: dict[str, Any] = {}
     for width in WIDTHS:
         for dtype in DTYPES:
-            x, out = summand(rank, world * width, dtype), torch.full((width,), torch.nan, dtype=dtype)
+            out = torch.full((width,), torch.nan, dtype=dtype, device=device)
+            x = summand(rank, world * width, dtype).to(device)
             sent = collectives.reduce_scatter(x, out, group, 0.5, CODES)
-            found[f"scatter {width} {dtype}"], found[f"sent {width}"] = out, sent
-            x = summand(rank, 2 * width - 3, dtype)
+            found[f"scatter {width} {dtype}"], found[f"sent {width}"] = out.cpu(), sent
+            x = summand(rank, 2 * width - 3, dtype).to(device)
             collectives.all_reduce(x, group, 0.5, CODES)
-            found[f"all {width} {dtype}"] = x
-    broken = torch.ones(400)
+            found[f"all {width} {dtype}"] = x.cpu()
+    broken = torch.ones(400, device=device)
     if rank == 1:
         broken[7], broken[300] = torch.nan, torch.inf
     collectives.all_reduce(broken, group, 0.5, CODES)
-    return found | {"broken": broken}
+    return found | {"broken": broken.cpu()}
+
+
+def alone() -> dict[str, Any]:
+    """A group of one rank: ``all_reduce``, and DDP as it is and in 8 bits."""
+    group, _ = dist.new_subgroups(1)
+    x = summand(dist.get_rank(), 1000, torch.float32)
+    summed = x.clone()
+    sent = collectives.all_reduce(summed, group, 0.25, CODES)
+    found: dict[str, Any] = {"own": x, "summed": summed, "sent": sent}
+    for fp8 in (False, True):
+        model = DistributedDataParallel(Decoder(), process_group=group)
+        if fp8:
+            fp8_gradients(model, block=BLOCK)
+        loss_of(model, mine(batches())[0]).backward()
+        found["fp8" if fp8 else "wide"] = gradients(model)
+    return found
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -127,12 +166,23 @@ def divided() -> dict[str, Any]:
 
 
 def replicated() -> dict[str, Any]:
-    """A mesh of two replicas of one shard each; and what is said of it where FSDP2 reduces over both axes."""
+    """A mesh of two replicas of one shard each, also with ``set_gradient_divide_factor``, where FSDP2's own reduction
+    over both axes is the reference; and what is said of a mesh with both.
+    """
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    replicas = mesh["replicate"].get_group()
     model = fully_shard(Decoder(), mesh=mesh["shard"])
-    traffic = fp8_gradients(model, block=BLOCK, replicas=mesh["replicate"].get_group())
+    traffic = fp8_gradients(model, block=BLOCK, replicas=replicas)
     loss_of(model, mine(batches())[1]).backward()  # the last one of :func:`step`
-    return {"fp8": gradients(model), "bytes": traffic.bytes, "message": said(fully_shard(Decoder(), mesh=mesh))}
+    found = {"fp8": gradients(model), "bytes": traffic.bytes, "message": said(fully_shard(Decoder(), mesh=mesh))}
+    for name, axes in (("divided", mesh["shard"]), ("divided_wide", mesh)):
+        model = fully_shard(Decoder(), mesh=axes)
+        if name == "divided":
+            fp8_gradients(model, block=BLOCK, replicas=replicas)
+        model.set_gradient_divide_factor(1.0)  # after the call, which is to see it all the same
+        loss_of(model, mine(batches())[1]).backward()
+        found[name] = gradients(model)
+    return found
 
 
 def said(model: nn.Module, **options: Any) -> str:
@@ -143,24 +193,41 @@ def said(model: nn.Module, **options: Any) -> str:
     return ""
 
 
+def raised(model: nn.Module, x: Tensor) -> str:
+    try:
+        model(x).sum().backward()
+    except Exception as error:  # DDP may raise its own around it
+        return str(error)
+    return ""
+
+
 def refused() -> dict[str, Any]:
     ddp = DistributedDataParallel(nn.Linear(2, 2))
     wide = DistributedDataParallel(nn.Linear(2, 2, dtype=torch.float64))
     fp8_gradients(wide)
-    try:
-        wide(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
-    except Exception as error:  # DDP may raise its own around it
-        dtype = str(error)
+    sparse = DistributedDataParallel(nn.Embedding(16, 32, sparse=True))
+    fp8_gradients(sparse)
+    again = nn.ModuleDict({"free": fully_shard(nn.Linear(2, 2)), "taken": fully_shard(nn.Linear(2, 2))})
+    fp8_gradients(again["taken"], replicas=dist.group.WORLD)
+    hooked = fully_shard(nn.Linear(2, 2))
+    hooked.set_all_reduce_hook(lambda shard: None)
     with mock.patch.object(compat, "fsdp_axes", return_value=[(True, False)] * 2):  # torch 2.11 makes one at most
         groups = said(fully_shard(nn.Linear(2, 2)))
     return {
         "groups": groups,
+        "again": said(again),
+        "untouched": said(again["free"]),
+        "again_ddp": said(wide),
+        "hooked": said(hooked, replicas=dist.group.WORLD),
         "format": said(ddp, format="e3m4"),
         "block": said(ddp, block=100),
+        "block_float": said(ddp, block=256.0),
+        "ranks": said(fully_shard(nn.Linear(2, 2)), replicas=[0, 1]),
         "plain": said(nn.Linear(2, 2)),
         "fsdp1": said(nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))),
         "replicas": said(ddp, replicas=dist.group.WORLD),
-        "dtype": dtype,
+        "dtype": raised(wide, torch.ones(1, 2, dtype=torch.float64)),
+        "sparse": raised(sparse, torch.arange(4)),
     }
 
 
@@ -198,6 +265,7 @@ def trained(directory: Path) -> dict[str, Any]:
 
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_direct": lambda _: direct(),
+    "wire_alone": lambda _: alone(),
     "wire_fsdp": lambda _: step("fsdp"),
     "wire_fsdp_bfloat16": lambda _: step("fsdp", param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
     "wire_ddp": lambda _: step("ddp"),

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
+from qcompile.distributed import collectives, fp8_gradients
 from qcompile.recipes import RECIPES
+from tests.distributed import worker as wire
 
 DEVICE = os.environ.get("QCOMPILE_TEST_DEVICE", "cuda")
 VOCABULARY, WIDTH, HIDDEN, HEADS, LAYERS = 512, 256, 640, 4, 2
@@ -199,6 +202,31 @@ def fsdp(recipe: str, **policy: torch.dtype) -> dict[str, Any]:
     return train(model, model, mine(), backward)
 
 
+def fp8_gradients_of(how: str) -> dict[str, Any]:
+    """The first batch's gradients of the decoder in float32, as they are and in 8 bits, and what was sent for these."""
+    found: dict[str, Any] = {}
+    for fp8 in (False, True):
+        model: nn.Module = Decoder().to(DEVICE)
+        if how == "ddp":
+            model = DistributedDataParallel(model, bucket_cap_mb=2)
+        else:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        traffic = fp8_gradients(model) if fp8 else None
+        for tokens in (mine()[0],) * 2:  # DDP puts all in one bucket the first time
+            model.zero_grad()
+            backward(model, tokens)
+        found["fp8" if fp8 else "wide"] = {name: whole(p.grad) for name, p in model.named_parameters()}
+    return found | {"traffic": vars(traffic)}
+
+
+def fp8_sums() -> dict[str, Any]:
+    """The two collectives on flat tensors, whose shards are cut into parts."""
+    with mock.patch.object(collectives, "SHORTEST_PART", 300):
+        return wire.direct(DEVICE)
+
+
 def report(recipe: str) -> dict[str, Any]:
     """What each rank is told of its own half of a batch, merged."""
     backend, options = SETTINGS[recipe]
@@ -220,7 +248,11 @@ def cells_of(recipe: str) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 #: What a test asks for by name.
-CELLS = {name: cell for recipe in SETTINGS for name, cell in cells_of(recipe).items()}
+CELLS = {name: cell for recipe in SETTINGS for name, cell in cells_of(recipe).items()} | {
+    "wire_sums": fp8_sums,
+    "wire_ddp": functools.partial(fp8_gradients_of, "ddp"),
+    "wire_fsdp": functools.partial(fp8_gradients_of, "fsdp"),
+}
 
 
 def main(group: str, rank: int, world: int, directory: Path) -> None:

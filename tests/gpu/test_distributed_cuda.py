@@ -16,6 +16,9 @@ gradients of the half-batches: the same products of the same sizes, and a sum of
 Compared are norms of differences relative to norms: of every parameter's gradient in the first step, of every
 parameter's change over five steps, and the loss of every step relative to what it falls by. Each test prints the
 largest; on CPUs (see the worker) they are zero in all comparisons with half-batches.
+
+FP8 gradients (alone: `-k test_fp8`) are compared with the reference's sums, bit for bit, and with wide gradients; the
+limits are those of `tests/distributed`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import worker as wire
+from ..distributed.test_gradients import ONE_HOP, TWO_HOPS
 from ..loops.ranks import WORLD, Ranks
 from . import distributed_worker as worker
 
@@ -47,19 +53,30 @@ each_recipe = pytest.mark.parametrize("recipe", worker.SETTINGS)
 single_gpu = functools.cache(worker.single_gpu)
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Ranks:
-    """Two processes, started when one GPU has compiled the blocks: they find its kernels in Inductor's cache, which
-    knows devices by number. Each sees one GPU, number 0 to it.
-    """
-    for recipe in worker.SETTINGS:
-        for dtype in (torch.float32, torch.bfloat16):
-            single_gpu(recipe, dtype, WORLD)
+def start(group: str, directory: Path) -> Ranks:
+    """Two processes. Each sees one GPU, number 0 to it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     environments = [{"CUDA_VISIBLE_DEVICES": visible[rank]} for rank in range(WORLD)]
     if worker.DEVICE == "cpu":
         environments = [{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}] * WORLD
-    return Ranks(worker.__file__, "two", tmp_path_factory.mktemp("two"), environments, timeout=400)
+    return Ranks(worker.__file__, group, directory, environments, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Ranks:
+    """Started when one GPU has compiled the blocks: they find its kernels in Inductor's cache, which knows devices by
+    number.
+    """
+    for recipe in worker.SETTINGS:
+        for dtype in (torch.float32, torch.bfloat16):
+            single_gpu(recipe, dtype, WORLD)
+    return start("two", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def fp8_ranks(tmp_path_factory) -> Ranks:
+    """Gradients travel in 8 bits; nothing is compiled by Inductor."""
+    return start("wire", tmp_path_factory.mktemp("wire"))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -129,3 +146,37 @@ def test_the_report_holds_for_both_ranks(recipe, ranks):
     assert {tuple(row["ranks"]) for row in merged["rows"]} == {(0, 1)}
     assert merged["quantized_sites"] == own["quantized_sites"] == 5 * worker.LAYERS
     assert merged["code_bytes"] == 2 * own["code_bytes"] > 0
+
+
+# --- gradients in 8 bits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", wire.DTYPES, ids=str)
+@pytest.mark.parametrize("width", wire.WIDTHS)
+def test_fp8_sums_are_those_of_the_reference(width, dtype, fp8_ranks):
+    """To the bit: codes, scales, the order of ranks, and float32 sums."""
+    results = fp8_ranks("sums")
+    for rank, found in enumerate(results):
+        assert torch.equal(found[f"scatter {width} {dtype}"], wire.scattered(rank, width, dtype))
+    first, second = (found[f"all {width} {dtype}"] for found in results)
+    assert torch.equal(first, second)
+    expected = wire.first_shard(width, dtype)
+    assert torch.equal(first[: len(expected)], expected)
+
+
+def test_fp8_numbers_that_are_not_finite_arrive(fp8_ranks):
+    for found in fp8_ranks("sums"):
+        assert not found["broken"][[7, 300]].isfinite().any()
+        assert found["broken"][64:288].isfinite().all()  # other blocks
+
+
+@pytest.mark.parametrize(("how", "limit"), [("fsdp", ONE_HOP), ("ddp", TWO_HOPS)])
+def test_fp8_gradients_of_a_model(how, limit, fp8_ranks):
+    """Ranks are equal to the bit. A bucket that is reduced before its gradients are there errs by far more."""
+    first, second = fp8_ranks(how)
+    assert all(torch.equal(value, second["fp8"][name]) for name, value in first["fp8"].items())
+    actual, exact = (torch.cat([g.flatten() for g in first[kind].values()]) for kind in ("fp8", "wide"))
+    print(f"\nfp8 gradients, {how}: {error(actual, exact):.1e}")
+    assert 1e-3 < error(actual, exact) < limit
+    ratio = first["traffic"]["bytes"] / first["traffic"]["wide_bytes"]
+    assert 1.015 / 4 < ratio < 1.03 / 4  # a float32 scale for 256 codes, and what fills the last blocks
