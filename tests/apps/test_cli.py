@@ -268,7 +268,7 @@ def test_bench_refuses_bad_settings(flags, expected, capsys):
     assert expected in fail(capsys, "bench", *flags)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.inductor
 def test_bench_finds_the_second_process_warm(tmp_path):
     """A backend whose hooks broke the cache keys would compile again."""

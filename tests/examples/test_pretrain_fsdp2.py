@@ -54,7 +54,7 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.inductor
 def test_killed_and_started_again(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -63,7 +63,7 @@ QUICK = (NESTED, "e2m1 block16 e4m3")
 
 
 @pytest.mark.parametrize(
-    "spec", [pytest.param(spec, marks=() if spec in QUICK else pytest.mark.slow) for spec in SPECS + OTHER_BLOCKS]
+    "spec", [pytest.param(spec, marks=() if spec in QUICK else pytest.mark.nightly) for spec in SPECS + OTHER_BLOCKS]
 )
 def test_emulated_products(spec, monkeypatch):
     """Odd N, K that is no multiple of a step; every kind of scale and exchange, warps side by side and in turn."""
@@ -76,7 +76,7 @@ def test_emulated_products(spec, monkeypatch):
     assert [name for name, _ in launched] == ["fragments"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("m", [3, 33])
 def test_emulated_splits_and_whole_steps(m, monkeypatch):
     """K of whole steps, where nothing is masked; every split writes its own sum."""
@@ -89,7 +89,7 @@ def test_emulated_splits_and_whole_steps(m, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "spec"),
     [
-        pytest.param(config, spec, marks=() if (i, spec) == (0, NESTED) else pytest.mark.slow, id=f"{config} {spec}")
+        pytest.param(config, spec, marks=() if (i, spec) == (0, NESTED) else pytest.mark.nightly, id=f"{config} {spec}")
         for i, config in enumerate(TABLE)
         for spec in (NESTED, "int4 block32", "e2m1 block16 e4m3", "nf4 row")
     ],

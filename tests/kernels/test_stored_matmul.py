@@ -115,7 +115,7 @@ def tiny(kernel: str, **changes) -> Config:
 # --- numerics in the interpreter ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
     run_interpreted(__file__)
@@ -245,7 +245,7 @@ FIRST = {(rows, config.most_m): config for rows, configs in CONFIGS.items() for 
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("rows", "most_m"), [key for key, config in FIRST.items() if config.kernel != "fragments"])
 def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
     """On Hopper no kernel of the table spills, codes come 16 bytes at a time, and levels out of registers."""
@@ -262,7 +262,7 @@ def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_few_rows_of_float32(monkeypatch, tmp_path):
     """Codes come 16 bytes at a time, levels out of registers; nothing spills."""
     config = kernels.config_for((8, 4096, 4096), False, FP32, costs.RATES[0])
@@ -276,7 +276,7 @@ def test_few_rows_of_float32(monkeypatch, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("spec", ["e2m1 block16 e4m3", "int4 block32"])
 def test_levels_by_formula(spec, monkeypatch, tmp_path):
     """What ``table=False`` is for: no shuffle but those of the sum, which are few."""
