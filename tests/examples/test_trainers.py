@@ -86,10 +86,15 @@ def test_accelerate_still_refuses_backends_that_it_does_not_list():
         TorchDynamoPlugin(backend="qcompile_fp4")
 
 
-@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if "with_trainer" in command else pytest.mark.nightly)
+        for command in COMMANDS
+    ],
+)
 def test_an_example_trains_in_four_bits_and_its_checkpoints_are_the_plain_models(command, tmp_path):
     library = library_of(command)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -278,7 +278,7 @@ def test_the_tma_kernel_runs_on_hoppers_tensor_cores(dtypes):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", [E4M3, INT8], ids=str)
 def test_no_config_spills_and_each_fits_where_it_should(dtype):
     """Registers in local memory would cost more than any tile gains; shared memory has been foreseen."""

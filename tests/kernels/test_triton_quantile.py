@@ -244,7 +244,7 @@ def test_machine_code(dtype, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("shape", "dtype", "alpha"),
     [((131, 1001), BF16, 0.99), ((131, 1001), FP16, 0.9), ((3, 2**31 + 1), FP32, 0.6), ((17, 1009), FP32, 0.99)],

@@ -597,7 +597,7 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16) -> dict[str, Call
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", [2048, 4096, 14336])
 @pytest.mark.parametrize("name", all_calls(1, 1))
 def test_nothing_spills(name, size, tmp_path):
@@ -607,7 +607,7 @@ def test_nothing_spills(name, size, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(1, 1, FP32), (19, 37, FP16), (3, 16401, BF16)])
 def test_odd_shapes_compile(rows, size, dtype):
     """Sizes of 1 are constants to the compiler, odd ones leave nothing aligned, long rows take other kernels."""

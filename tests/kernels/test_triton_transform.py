@@ -370,7 +370,7 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16, block: int = 128)
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", [2048, 4096, 14336])
 @pytest.mark.parametrize("name", all_calls(1, 128))
 def test_nothing_spills(name, size, tmp_path):
@@ -380,7 +380,7 @@ def test_nothing_spills(name, size, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("rows", "size", "dtype", "block"),
     [(1, 1, FP32, 1), (19, 36, FP16, 4), (3, 16512, BF16, 128), (2, 2048, BF16, 1024)],
@@ -392,7 +392,7 @@ def test_odd_shapes_compile(rows, size, dtype, block):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
 def test_small_rows_compile(bits):
     """Four bytes are packed at once, which threads of small programs do not have."""
