@@ -251,6 +251,20 @@ def test_the_slope_fuses_with_the_gradients_producer(generate):
 
 
 @compiled
+def test_a_power_is_two_instructions_on_cuda(generate, monkeypatch):
+    """Triton's own logarithm is a polynomial, which made DGE wait for arithmetic."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def backward(grad, x, scales):
+        return torch.ops.qcompile.scale_gradient(grad, x, scales, E2M1, "dge(k=5,cap=3)", -1)
+
+    x = torch.randn(37, 256, dtype=torch.bfloat16)
+    _, (kernel,) = generate(backward, torch.randn(37, 256, dtype=torch.bfloat16), x, torch.ones(37, 1))
+    ptx = kernel.ptx()
+    assert (ptx.count("lg2.approx.f32"), ptx.count("ex2.approx.f32")) == (1, 1)
+
+
+@compiled
 def test_a_dynamic_size_is_one_kernel(generate):
     """Sizes known only at run time keep the fusion."""
     x = torch.randn(37, 254)
