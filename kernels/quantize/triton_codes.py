@@ -40,8 +40,6 @@ __all__ = [
 WARP = tl.constexpr(32)
 #: Float32 numbers around it are one apart, so that adding it rounds to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(1.5 * 2.0**MANTISSA_BITS)
-#: The same of whole numbers that are added up in the low bits.
-WHOLE = tl.constexpr(2.0**MANTISSA_BITS)
 SIGN = tl.constexpr(-(2**31))
 #: PTX: the two float32 numbers that a pair of bfloat16 ones are.
 _WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")

@@ -86,9 +86,8 @@ def _encode_transposed(
     if by_row is not None:
         row = first_row + tl.arange(0, tile_rows)
         y *= tl.load(by_row + row, mask=row < rows, other=0.0)[:, None]
-    if by_column is not None:
-        column = first_column + tl.arange(0, tile)
-        y *= tl.load(by_column + column, mask=column < size, other=0.0)[None, :]
+    column = first_column + tl.arange(0, tile)
+    y *= tl.load(by_column + column, mask=column < size, other=0.0)[None, :]
     eight_bit, _ = encoded(saturated(y, fmt), fmt)
     _write_transposed(codes, eight_bit, first_row, first_column, rows, size, tile_rows, tile)
 
@@ -270,7 +269,7 @@ def _column_maxima(x: Tensor, fold_rows: Tensor | None) -> Tensor:
 
 def _by_columns(x: Tensor, quantizer: str, fold_rows: Tensor | None, partials: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes ``[N, M]`` of x · fold_rows and scales ``[N, 1]`` from partial maxima of the columns."""
-    size, fmt = x.shape[1], grid_of(quantizer)
+    (rows, size), fmt = x.shape, grid_of(quantizer)
     scales = x.new_empty((size, 1), dtype=torch.float32)
     gammas = torch.empty_like(scales)
     columns = 32
@@ -287,27 +286,21 @@ def _by_columns(x: Tensor, quantizer: str, fold_rows: Tensor | None, partials: T
         tile=columns,
         num_warps=4,
     )
-    return _transposed(x, quantizer, fold_rows, gammas), scales
-
-
-def _transposed(x: Tensor, quantizer: str, by_row: Tensor | None, by_column: Tensor | None) -> Tensor:
-    """8-bit codes ``[N, M]`` of x ``[M, N]`` · by_row · by_column."""
-    rows, size = x.shape
     codes = x.new_empty((size, rows), dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
     tile_rows, tile = TRANSPOSED_TILE
     launch(
         _encode_transposed,
         triton.cdiv(rows, tile_rows) * triton.cdiv(size, tile),
         x,
-        by_row,
-        by_column,
+        fold_rows,
+        gammas,
         codes,
         x.stride(0),
         rows,
         size,
-        fmt=grid_of(quantizer),
+        fmt=fmt,
         tile_rows=tile_rows,
         tile=tile,
         num_warps=warps(tile_rows * tile, 32),
     )
-    return codes
+    return codes, scales
