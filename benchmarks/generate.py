@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from lora_step import LLAMA_8B, NF4, TINY, as_they_are, by_bitsandbytes, llama, packed
-from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process, write_rows
+from measure import add_worker_arguments, answer, answers, fresh_log, write_rows
 from torch import nn
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -119,20 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.worker:
         return answer(given, lambda: asdict(work(given.worker, given)))
     log, rows, base = fresh_log(given.out), list[Row](), math.nan
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in given.arms:
-            try:
-                row = Row(**in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log))
-            except (RuntimeError, TimeoutError) as error:
-                row = Row(name, _size(given).layers, given.prompt, given.tokens, status=f"FAILED: {brief(error)}")
-            base = row.tokens_per_s if name == BASELINE else base
-            rows.append(replace(row, over_bf16=row.tokens_per_s / base))
-            write_rows(given.out, rows)
-            print(
-                f"{name:18} {row.tokens_per_s:8.1f} tokens/s {rows[-1].over_bf16:6.3f}x  model {row.model_gb:6.2f} GB  "
-                f"off by {row.off_by:.3f}  first call {row.compile_s:5.1f} s  {row.status}",
-                flush=True,
-            )
+    failed = Row("", _size(given).layers, given.prompt, given.tokens)
+    for name, found, fault in answers(Path(__file__), given.arms, arguments, given.limit, log):
+        row = replace(failed, arm=name, status=f"FAILED: {fault}") if fault else Row(**found)
+        base = row.tokens_per_s if name == BASELINE else base
+        rows.append(replace(row, over_bf16=row.tokens_per_s / base))
+        write_rows(given.out, rows)
+        print(
+            f"{name:18} {row.tokens_per_s:8.1f} tokens/s {rows[-1].over_bf16:6.3f}x  model {row.model_gb:6.2f} GB  "
+            f"off by {row.off_by:.3f}  first call {row.compile_s:5.1f} s  {row.status}",
+            flush=True,
+        )
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

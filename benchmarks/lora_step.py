@@ -24,7 +24,6 @@ import argparse
 import math
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +32,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process, milliseconds, write_rows
+from measure import add_worker_arguments, answer, answers, fresh_log, milliseconds, write_rows
 from model import Size
 from torch import Tensor, nn
 
@@ -337,16 +336,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, size = fresh_log(given.out), _size(given)
     rows: list[Row] = []
     base = math.nan
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in given.arms:
-            try:
-                row = Row(**in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log))
-            except (RuntimeError, TimeoutError) as error:
-                row = Row(name, size.layers, "", size.tokens, status=f"FAILED: {brief(error)}")
-            base = row.median_ms if name == BASELINE else base
-            rows.append(replace(row, speedup=base / row.median_ms))
-            write_rows(given.out, rows)
-            print(_line(rows[-1]), flush=True)
+    for name, found, fault in answers(Path(__file__), given.arms, arguments, given.limit, log):
+        row = Row(name, size.layers, "", size.tokens, status=f"FAILED: {fault}") if fault else Row(**found)
+        base = row.median_ms if name == BASELINE else base
+        rows.append(replace(row, speedup=base / row.median_ms))
+        write_rows(given.out, rows)
+        print(_line(rows[-1]), flush=True)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

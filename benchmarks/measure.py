@@ -13,9 +13,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -32,6 +33,7 @@ __all__ = [
     "Seconds",
     "add_worker_arguments",
     "answer",
+    "answers",
     "copy_microseconds",
     "environment",
     "failure",
@@ -292,13 +294,27 @@ def in_fresh_process(
     found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({process.returncode})"}
     if "error" in found:
         raise RuntimeError(found["error"])
-    return found
+    return found["answer"]
+
+
+def answers(
+    script: Path, names: Iterable[str], arguments: Sequence[str], limit: float, log: Path
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """:func:`in_fresh_process` for each name: the name, what was answered, and why nothing was, one of them empty."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            found, fault = dict[str, Any](), ""
+            try:
+                found = in_fresh_process(script, name, arguments, limit, Path(scratch), log)
+            except (RuntimeError, TimeoutError) as error:
+                fault = brief(error)
+            yield name, found, fault
 
 
 def answer(given: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int:
     """In a worker: what ``work`` returns or raises, for :func:`in_fresh_process`; returns the exit status."""
     try:
-        found = work()
+        found = {"answer": work()}
     except Exception as error:
         found = {"error": failure(error, given.out.with_suffix(".log"), given.worker).removeprefix("FAILED: ")}
     (given.scratch / "answer.json").write_text(json.dumps(found))

@@ -10,8 +10,6 @@ its own and a time limit; a row is written as soon as it is there, and a failed 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import brief, milliseconds, write_rows
+from measure import add_worker_arguments, answer, answers, fresh_log, milliseconds, write_rows
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,47 +137,30 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def in_time(arm: str, millions: float, steps: int, limit: float) -> Row:
-    """The row of an arm from a process of its own, killed after ``limit`` seconds."""
-    command = [sys.executable, __file__, "--arm", arm, "--millions", str(millions), "--steps", str(steps)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return Row(arm, millions, 0, error=f"not done after {limit:g} s")
-    if run.returncode:
-        return Row(arm, millions, 0, error=run.stderr.strip().splitlines()[-1][:160] if run.stderr else "killed")
-    return Row(**json.loads(run.stdout.splitlines()[-1]))
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--millions", type=float, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--limit", type=float, default=120, help="seconds per arm")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # the process of one
+    add_worker_arguments(parser)
     options = parser.parse_args()
-    if options.arm:
-        try:
-            row = measured(options.arm, options.millions[0], options.steps)
-        except Exception as error:  # whatever another library raises belongs in its row
-            row = Row(options.arm, options.millions[0], 0, error=brief(error))
-        print(json.dumps(asdict(row)))
-        return
-    if options.out is None:
-        parser.error("--out says where the rows go")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.worker:
+        return answer(options, lambda: asdict(measured(options.worker, options.millions[0], options.steps)))
+    log = fresh_log(options.out)
     rows: list[Row] = []
     for millions in options.millions:
         baseline = 0.0
-        for arm in options.arms:
-            row = in_time(arm, millions, options.steps, options.limit)
+        arguments = ["--millions", str(millions), "--steps", str(options.steps), "--out", str(options.out)]
+        for arm, found, fault in answers(Path(__file__), options.arms, arguments, options.limit, log):
+            row = Row(arm, millions, 0, error=fault) if fault else Row(**found)
             baseline = row.ms if arm == "torch fused, FP32" else baseline
             rows.append(Row(**{**asdict(row), "ratio": row.ms / baseline if baseline else 0.0}))
             write_rows(options.out, rows)  # all of them, so that what is there is a table at any time
             print(rows[-1], flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
