@@ -22,6 +22,8 @@ import torch
 from measure import add_worker_arguments, answer, answers, fresh_log, milliseconds, write_rows
 from torch import Tensor
 
+from qcompile import compat
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 LR = 1e-4
@@ -96,18 +98,9 @@ def shapes(millions: float) -> list[tuple[int, ...]]:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of the storages of all state tensors, those inside of subclasses included; each storage once."""
-    storages: dict[int, int] = {}
-
-    def count(value: Any) -> None:
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                count(getattr(value, name))
-        elif isinstance(value, Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-
-    for state in optimizer.state.values():
-        for value in state.values():
-            count(value)
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    parts = [part for value in values for part in compat.plain_parts(value)]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     return sum(storages.values())
 
 

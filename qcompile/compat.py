@@ -102,6 +102,7 @@ __all__ = [
     "no_fake_mode",
     "partitioner_knows",
     "placeholder_value",
+    "plain_parts",
     "raw_stream",
     "recompile_limits",
     "reduction",
@@ -467,6 +468,17 @@ def is_wrapper_subclass(value: Any) -> bool:
     module = sys.modules.get("torch.distributed._functional_collectives")
     pending = module is not None and isinstance(value, module.AsyncCollectiveTensor)
     return not pending and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
+def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors without parts of their own that a wrapper subclass is made of; any other tensor itself."""
+    if not is_wrapper_subclass(tensor):
+        yield tensor
+        return
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    for part in parts:
+        if isinstance(part, torch.Tensor):  # a DTensor has its mesh among them
+            yield from plain_parts(part)
 
 
 def make_wrapper_subclass(cls: Any, shape: Any, dtype: torch.dtype, device: torch.device, swapped: bool) -> Any:

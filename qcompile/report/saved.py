@@ -51,7 +51,7 @@ def newly_saved(seen: set[int]) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        for part in _plain(tensor):
+        for part in compat.plain_parts(tensor):
             if (storage := storage_of(part)) not in seen:
                 seen.add(storage)
                 kept.append(part.detach())
@@ -63,17 +63,7 @@ def newly_saved(seen: set[int]) -> Iterator[list[Tensor]]:
 
 def storages_of(tensors: Iterable[Tensor]) -> set[int]:
     """Of all of them: those that a packed weight or a DTensor is made of, in its place."""
-    return {storage_of(part) for tensor in tensors for part in _plain(tensor)}
-
-
-def _plain(tensor: Any) -> Iterator[Tensor]:
-    if not compat.is_wrapper_subclass(tensor):
-        yield tensor
-        return
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    for part in parts:
-        if isinstance(part, Tensor):  # a DTensor has its mesh among them
-            yield from _plain(part)
+    return {storage_of(part) for tensor in tensors for part in compat.plain_parts(tensor)}
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -186,10 +186,7 @@ def bytes_of(model: nn.Module) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     """Of a tensor, or of those that it is made of."""
-    if compat.is_wrapper_subclass(tensor):
-        inner: Any = tensor
-        return sum(_bytes(getattr(inner, name)) for name in inner.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+    return sum(part.numel() * part.element_size() for part in compat.plain_parts(tensor))
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------
