@@ -14,6 +14,7 @@ is not done in time. All rows are written after every arm. NVLink multicast stay
 - ``model reduce-scatter``: of 2, 4 and 8 GPUs, computed from the rows above.
 - ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included. ``fp8-lm``: with sums in
   FP8 as FP8-LM publishes, whose error is the comparison; its time is that of untuned code.
+- ``alone``, ``optimizer``: that step without communication, and its optimizer; scaling_on_paper.py needs them.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
 
@@ -324,6 +325,29 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
     yield Row(arm, size_name, gradients, us=1e3 * statistics.median(times), sent_mb=sent / 1e6, error=error)
 
 
+def alone(run: Run, size_name: str) -> Iterator[Row]:
+    """The same step on every GPU by itself, and its optimizer: what a step costs beside communication."""
+    size = SIZES[size_name]
+    model = build(size, run.device, BF16, seed=0)
+    batch = dict(zip(("input_ids", "labels"), random_batch(size, run.device, seed=0), strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def backward() -> None:
+        model(**batch).backward()
+
+    def one() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        one()
+    backward()
+    for arm, call in (("alone", one), ("optimizer", optimizer.step)):
+        yield Row(arm, size_name, "bf16", us=1e3 * statistics.median(milliseconds(call, run.steps, run.cuda)))
+        backward()
+
+
 def _check(model: nn.Module, exact: dict[str, Tensor], most: float) -> float:
     """The error in percent. Raises ``RuntimeError`` if it is too large, or ranks have other bits."""
     squares = norms = 0.0
@@ -382,6 +406,7 @@ def arms_of(sizes: list[str]) -> dict[str, Callable[[Run], Iterator[Row]]]:
         "kernels": kernels,
     }
     for size in sizes:
+        arms[f"alone {size}"] = partial(alone, size_name=size)
         for wrapper in ("ddp", "fsdp2"):
             for gradients in ("bf16", "fp8", "fp8-lm")[: 3 if wrapper == "ddp" else 2]:
                 arms[f"{wrapper} {size} {gradients}"] = partial(

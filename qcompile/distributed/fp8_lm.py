@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ def _reduce(
     flat, gradients, world = bucket.buffer(), bucket.gradients(), group.size()
     if world == 1:
         return 0
-    own = [names[parameter] for parameter in bucket.parameters()]
+    own = [names[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()]
     one = torch.ones((), device=flat.device)
     factors = torch.stack([known.get(name, one) for name in own])
     largest = torch.stack([gradient.abs().max().float() for gradient in gradients])

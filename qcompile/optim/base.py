@@ -52,7 +52,7 @@ class PackedOptimizer(torch.optim.Optimizer):
         _counted: states that the reference has beside moments.
     """
 
-    _reference: ClassVar[type[torch.optim.Optimizer]]
+    _reference: ClassVar[Any]
     _own_options: ClassVar[tuple[str, ...]]
     _rules: ClassVar[tuple[Rule, ...]]
     _counted: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +65,7 @@ class PackedOptimizer(torch.optim.Optimizer):
 
     @property
     def _name(self) -> str:
-        return self._reference.__name__
+        return str(self._reference.__name__)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

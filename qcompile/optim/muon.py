@@ -157,7 +157,7 @@ class Muon(PackedOptimizer):
                 _on(device, self._unscale(device), 1 - keep, keep),
                 integers,
             ).view(gradient.shape)
-        whole = like(parameter, update, parameter.shape)
+        whole: Any = like(parameter, update, parameter.shape)
         if is_sharded(parameter):
             whole = whole.full_tensor()
         direction = compat.orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
