@@ -579,6 +579,29 @@ def fsdp_reduction(module: Any) -> tuple[str | None, bool]:
     return None if name == "DefaultReduceScatter" else name, group._all_reduce_hook is not None
 
 
+def fsdp_weights(module: Any) -> list[tuple[Any, str, torch.Size, int, bool]]:
+    """Of every parameter of an FSDP2 module, in the order in which they are gathered: the module that has it and its
+    name there, the shape of a shard with its padding, the axis that is sharded, and whether other modules have it too.
+    """
+    return [
+        (
+            parameter._module_info.module,
+            parameter._module_info.param_name,
+            parameter.padded_sharded_param_size,
+            parameter.fsdp_placement.dim,
+            bool(parameter._module_info.shared_modules),
+        )
+        for group in _fsdp_groups(module)
+        for parameter in group.fsdp_params
+    ]
+
+
+def fsdp_all_gather(module: Any) -> str | None:
+    """The class of an FSDP2 module's all-gather if it is another than FSDP2's."""
+    names = {type(group._all_gather_comm).__name__ for group in _fsdp_groups(module)} - {"DefaultAllGather"}
+    return names.pop() if names else None
+
+
 def ddp_hook(module: Any) -> str | None:
     """The name of a DistributedDataParallel's communication hook, one of torch's own included."""
     return module._get_ddp_logging_data().get("comm_hook")
