@@ -39,6 +39,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.ir.nested import NestedScales
 from qcompile.ir.stored import Stored
@@ -446,8 +448,13 @@ def decode_rows(
 
 
 @triton.jit
-def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr):
+def add_splits(
+    partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr, early: tl.constexpr
+):
     """``out[i] = Σ partial[split, i] + bias``, the splits in order."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
     for split in tl.static_range(splits):
@@ -474,6 +481,7 @@ class Config:
             / 16 warps share rows of W and take turns along them, the others have rows of their own.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
+        early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
     """
 
     kernel: str
@@ -485,10 +493,11 @@ class Config:
     stages: int = 1
     programs: int = 4
     table: bool = True
+    early: bool = True
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
-        how = "table" if self.table else "formula"
+        how = ("table" if self.table else "formula") + (" early" if self.early else "")
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
@@ -515,6 +524,8 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
+#: Rows of x times warps up to which ``fragments`` has registers for the x of two steps.
+_X_AHEAD = 128
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
@@ -647,6 +658,7 @@ def _by_fragments(
     across = config.warps // along
     tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * config.stages)
     splits, rounds = _splits(tiles, turns, config, x.device)
+    early = config.early and _begins_early(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
@@ -674,18 +686,22 @@ def _by_fragments(
         along=along,
         steps=config.stages,
         even=row_words == splits * rounds * config.block_w * config.stages,
+        x_ahead=config.block_m * config.warps <= _X_AHEAD,
+        number=gl.int32 if arguments[1].numel() < 2**31 else gl.int64,
+        early=early,
         num_warps=config.warps,
+        **({"launch_pdl": True} if early else {}),
     )
-    _add_splits(partial, bias, out)
+    _add_splits(partial, bias, out, early)
     return out
 
 
-def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor, early: bool = False) -> None:
     """Nothing if ``partial`` is ``out`` already."""
     if partial is not out:
         count, columns = out.numel(), out.shape[1]
         programs = triton.cdiv(count, _ADD_BLOCK)
-        launch(add_splits, programs, partial, bias, out, count, columns, splits=partial.shape[0], block=_ADD_BLOCK)
+        launch(add_splits, programs, partial, bias, out, count, columns, splits=partial.shape[0], block=_ADD_BLOCK, early=early, **({"launch_pdl": True} if early else {}))
 
 
 def decode(
@@ -743,6 +759,12 @@ def _words_of(codes: Tensor) -> Tensor:
 def _per_row(weight: Weight, size: int) -> int:
     """Scales of a row."""
     return triton.cdiv(size, weight.block) if weight.block else 1
+
+
+@cache
+def _begins_early(device: torch.device) -> bool:
+    """Whether kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

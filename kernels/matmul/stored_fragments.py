@@ -184,6 +184,19 @@ def _keep_loads_before(thread):
     )
 
 
+@gluon.jit
+def _let_next_begin():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_previous():
+    """Until what was launched before has ended and its results are there."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # --- operands --------------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +363,7 @@ def _scales_ahead(
 ):
     """What is loaded of the scales of a thread's units, upper and lower row in turn; beyond a row, of its last unit.
 
-    Of ``lines`` = 8 rows of x, the threads of a row share the units; of fewer, each has those of its own columns.
+    ``upper``, ``lower``: number of the rows' first scales. Of ``lines`` = 8 rows of x, the threads of a row share the units; of fewer, each has those of its own columns.
     """
     thread = gl.arange(0, own_unit.shape[0], own_unit.type.layout)
     side: gl.constexpr = MMA_ROWS // lines  # units whose sums stand side by side
@@ -366,8 +379,8 @@ def _scales_ahead(
         column = number if unit == fmt.block else number // (fmt.block // unit)
         column = gl.minimum(column, per_row - 1)[:, None]
         loaded += (  # type: ignore[assignment]
-            load_scales(scales, second, upper * per_row + column, fmt),
-            load_scales(scales, second, lower * per_row + column, fmt),
+            load_scales(scales, second, upper + column, fmt),
+            load_scales(scales, second, lower + column, fmt),
         )
     return loaded
 
@@ -482,11 +495,15 @@ def fragments(
     along: gl.constexpr,
     steps: gl.constexpr,
     even: gl.constexpr,
+    x_ahead: gl.constexpr,
+    number: gl.constexpr,
+    early: gl.constexpr,
 ):
     """``out[split, m, n] = x[m, K] · W[n, K]ᵀ`` over the ``rounds`` of a split; x and codes as words of 32 bits.
 
     ``across`` · ``along`` warps, of ``tiles_n`` · 16 rows of W each; ``along`` of them share rows and take turns at
-    ``steps`` steps of K. ``tiles_m`` · 8 rows of x.
+    ``steps`` steps of K. ``tiles_m`` · ``lines`` rows of x, read a step ahead if ``x_ahead``. ``number``: dtype that a
+    scale's number fits. ``early``: launched to begin before the kernel in front has ended.
     """
     warps: gl.constexpr = across * along
     threads: gl.constexpr = 32 * warps
@@ -512,18 +529,23 @@ def fragments(
     thread = gl.arange(0, threads, gl.SliceLayout(1, of_w))
     row = first_row + _rows(threads, tiles_n, of_w) % block_n
     # Rows beyond the last are the last again, and are not stored.
-    upper, lower = gl.minimum(row, n - 1).to(gl.int64), gl.minimum(row + 8, n - 1).to(gl.int64)
+    upper, lower = gl.minimum(row, n - 1), gl.minimum(row + 8, n - 1)
+    upper_scales, lower_scales = upper.to(number) * per_row, lower.to(number) * per_row
     own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
     own_word = own // (32 * across) * turn + own % 4 * 4
-    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True) * row_words + own_word[:, None]
-    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True) * row_words + own_word[:, None]
+    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
     own = gl.arange(0, threads, gl.SliceLayout(1, of_line))
     own_pair = own // (32 * across) * (4 * turn) + _pair_of_thread(own, mix)
     line = (own % 32 // 4 % lines)[:, None] + 8 * gl.arange(0, tiles_m, gl.SliceLayout(0, of_line))[None, :]
     # Rows of x beyond the last are not read: of few rows, most lanes would read what others do.
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
+    if early:  # what no kernel before writes, then the others
+        _let_next_begin()
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        _wait_for_previous()
     words = ()
     upper_at, lower_at = upper_words + word, lower_words + word
     for step in gl.static_range(steps):
@@ -534,12 +556,15 @@ def fragments(
         )
     scale, ahead = (), ()
     if fmt.block:
-        now = _scales_ahead(scales, second, upper, lower, word, own_unit, per_row, unit, units, lines, fmt)
+        now = _scales_ahead(scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt)
         following = word + along * turn
-        ahead = _scales_ahead(scales, second, upper, lower, following, own_unit, per_row, unit, units, lines, fmt)
-    pairs_left = 4 * (row_words - word)
-    words_x = _load_x(line_x + 4 * word, pairs_left, own_pair, line, m, word < end, 0, even, mix, unit, lines, x_quads)
-    table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        ahead = _scales_ahead(scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt)
+    words_x = ()
+    if x_ahead:
+        at_x, left = line_x + 4 * word, 4 * (row_words - word)
+        words_x = _load_x(at_x, left, own_pair, line, m, word < end, 0, even, mix, unit, lines, x_quads)
+    if not early:
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
     if fmt.block:
         scale = _decoded(now, offset, book, fmt)
 
@@ -549,8 +574,8 @@ def fragments(
         following = word + along * turn
         later = ()
         if fmt.block:
-            at = following + along * turn
-            later = _scales_ahead(scales, second, upper, lower, at, own_unit, per_row, unit, units, lines, fmt)
+            after = following + along * turn
+            later = _scales_ahead(scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt)
         next_words = ()
         upper_at, lower_at = upper_words + following, lower_words + following
         for step in gl.static_range(steps):
@@ -562,7 +587,7 @@ def fragments(
                 _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
             )
             of_word = word
-            if step == steps - 1:
+            if x_ahead and step == steps - 1:
                 of_word = following
             next_x = _load_x(
                 line_x + 4 * of_word,
@@ -571,16 +596,20 @@ def fragments(
                 line,
                 m,
                 of_word < end,
-                (step + 1) % steps,
+                (step + 1) % steps if x_ahead else step,
                 even,
                 mix,
                 unit,
                 lines,
                 x_quads,
             )
+            if x_ahead:
+                now_x, words_x = words_x, next_x
+            else:
+                now_x = next_x
             _keep_loads_before(thread)
             for register in gl.static_range(4):
-                right = _operand_of_x(words_x, register, of_x)
+                right = _operand_of_x(now_x, register, of_x)
                 upper_levels = _levels(upper_codes[register], table)
                 lower_levels = _levels(lower_codes[register], table)
                 for half in gl.static_range(2):
@@ -594,7 +623,6 @@ def fragments(
                             totals = _scaled_by_unit(
                                 sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
                             )
-            words_x = next_x
         words = next_words
         if fmt.block:
             scale = _decoded(ahead, offset, book, fmt)

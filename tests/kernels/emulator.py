@@ -142,9 +142,9 @@ class _Program:
 
     def step(self, base: str, modifiers: list[str], operands: list[str], where: np.ndarray, op: str) -> None:
         kind = modifiers[-1] if modifiers else ""
-        get, target = self.get, operands[0]
-        if base in ("bar", "createpolicy"):
+        if base in ("bar", "createpolicy", "griddepcontrol"):
             return
+        get, target = self.get, operands[0]
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):

@@ -34,7 +34,7 @@ def emulated(x, config: Config, processors: int, monkeypatch, *call) -> tuple[to
     monkeypatch.setattr(kernels, "processors", lambda device: processors)
     new_empty, launched = torch.Tensor.new_empty, []
 
-    def launch(kernel, programs, *given, num_warps=4, **constants):
+    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, **constants):
         grid = programs if isinstance(programs, tuple) else (programs,)
         built = compile_for_hopper(kernel, given, constants, num_warps)
         arguments = [value for value in given if isinstance(value, torch.Tensor) or value not in (None, 1)]
