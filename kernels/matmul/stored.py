@@ -507,7 +507,10 @@ class Config:
 #: Others were not measured.
 CONFIGS = {
     False: (
-        Config("fragments", 8, block_n=16, block_w=64, block_m=8, warps=4, stages=2, programs=2),
+        Config("fragments", 1, block_n=64, block_w=64, block_m=1, warps=16, stages=4, programs=1),
+        Config("fragments", 2, block_n=64, block_w=64, block_m=2, warps=16, stages=2, programs=1),
+        Config("fragments", 4, block_n=64, block_w=64, block_m=4, warps=16, stages=2, programs=1),
+        Config("fragments", 8, block_n=64, block_w=64, block_m=8, warps=16, stages=2, programs=1),
         Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1),
         Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1),
         Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1),
@@ -524,7 +527,9 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
-#: Rows of x times warps up to which ``fragments`` has registers for the x of two steps.
+#: Of a processor.
+_REGISTERS = 65536
+#: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
 _X_AHEAD = 128
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
@@ -552,6 +557,12 @@ def _fitted(config: Config, row_words: int) -> Config:
         return replace(config, block_w=words)
     warps = max(1, min(config.warps, config.block_n * words // (RUN * WARP.value)))
     return replace(config, block_w=words, warps=warps)
+
+
+def _most_registers(config: Config) -> int | None:
+    """Of a thread, for a processor to have room for its programs; ``None`` where they would be too few."""
+    most = _REGISTERS // (WARP.value * config.warps * config.programs) // 8 * 8
+    return most if 128 <= most < 255 else None
 
 
 def _splits(tiles: int, steps: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -686,10 +697,11 @@ def _by_fragments(
         along=along,
         steps=config.stages,
         even=row_words == splits * rounds * config.block_w * config.stages,
-        x_ahead=config.block_m * config.warps <= _X_AHEAD,
+        x_ahead=config.block_m * config.warps * config.programs <= _X_AHEAD,
         number=gl.int32 if arguments[1].numel() < 2**31 else gl.int64,
         early=early,
         num_warps=config.warps,
+        maxnreg=_most_registers(config),
         **({"launch_pdl": True} if early else {}),
     )
     _add_splits(partial, bias, out, early)

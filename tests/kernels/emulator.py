@@ -238,6 +238,9 @@ class _Program:
             a, b, c = (get(name, kind) for name in operands[1:4])
             exact = (a.astype(float) * b + c).astype(a.dtype) if kind[0] == "f" else a * b + c
             self.set(target, exact, where)
+        elif base in _BINARY and kind.endswith("16x2"):
+            halves = (get(name, "b32").view(kind.replace("16x2", "2").replace("s", "i")) for name in operands[1:3])
+            self.set(target, _BINARY[base](*halves).view(np.uint32), where)
         elif base in _BINARY:
             a, b = get(operands[1], kind), get(operands[2], kind)
             if kind == "f32" and base in ("min", "max") and "NaN" not in modifiers:
