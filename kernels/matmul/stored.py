@@ -53,7 +53,7 @@ from qcompile.kernels.replay import note_constant
 from qcompile.kernels.triton import INTERPRETED, launch, processors
 
 from . import costs
-from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments
+from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments, scales_of_thread
 from .stored_scales import load_scales, scales_of
 
 __all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
@@ -448,9 +448,7 @@ def decode_rows(
 
 
 @triton.jit
-def add_splits(
-    partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr, early: tl.constexpr
-):
+def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
     """``out[i] = Σ partial[split, i] + bias``, the splits in order."""
     if early:
         gdc_launch_dependents()
@@ -497,7 +495,7 @@ class Config:
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
-        how = ("table" if self.table else "formula") + (" early" if self.early else "")
+        how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel == "fragments")
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
@@ -527,6 +525,8 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
+#: Scales of a row of W that a thread of ``fragments`` has registers for.
+_MOST_SCALES = 4
 #: Of a processor.
 _REGISTERS = 65536
 #: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
@@ -659,15 +659,20 @@ def _by_fragments(
     config: Config,
 ) -> Tensor:
     """:func:`mm_stored` by the kernel of :mod:`.stored_fragments`, for as many rows of x as ``config.block_m``."""
-    codes = arguments[0]
+    codes, scales, *_ = arguments
     assert codes is not None
+    assert scales is not None
     m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
     if m > config.block_m:
         msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
         raise ValueError(msg)
     along = config.block_w // STEP_WORDS.value
     across = config.warps // along
-    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * config.stages)
+    lines = min(config.block_m, MMA_ROWS.value) if weight.block else MMA_ROWS.value
+    unit, steps = math.gcd(weight.block, UNIT.value), config.stages
+    while weight.block and steps > 1 and scales_of_thread(steps * UNIT.value // unit, lines) > _MOST_SCALES:
+        steps //= 2
+    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * steps)
     splits, rounds = _splits(tiles, turns, config, x.device)
     early = config.early and _begins_early(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
@@ -689,16 +694,16 @@ def _by_fragments(
         rounds,
         fmt=weight,
         instruction=MMA[x.dtype],
-        unit=math.gcd(weight.block, UNIT.value),
-        lines=min(config.block_m, MMA_ROWS.value) if weight.block else MMA_ROWS.value,
+        unit=unit,
+        lines=lines,
         tiles_m=triton.cdiv(config.block_m, MMA_ROWS.value),
         tiles_n=config.block_n // (MMA_COLUMNS.value * across),
         across=across,
         along=along,
-        steps=config.stages,
-        even=row_words == splits * rounds * config.block_w * config.stages,
+        steps=steps,
+        even=row_words == splits * rounds * config.block_w * steps,
         x_ahead=config.block_m * config.warps * config.programs <= _X_AHEAD,
-        number=gl.int32 if arguments[1].numel() < 2**31 else gl.int64,
+        number=gl.int32 if scales.numel() < 2**31 else gl.int64,
         early=early,
         num_warps=config.warps,
         maxnreg=_most_registers(config),
@@ -713,7 +718,19 @@ def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor, early: bool =
     if partial is not out:
         count, columns = out.numel(), out.shape[1]
         programs = triton.cdiv(count, _ADD_BLOCK)
-        launch(add_splits, programs, partial, bias, out, count, columns, splits=partial.shape[0], block=_ADD_BLOCK, early=early, **({"launch_pdl": True} if early else {}))
+        launch(
+            add_splits,
+            programs,
+            partial,
+            bias,
+            out,
+            count,
+            columns,
+            splits=partial.shape[0],
+            block=_ADD_BLOCK,
+            early=early,
+            **({"launch_pdl": True} if early else {}),
+        )
 
 
 def decode(

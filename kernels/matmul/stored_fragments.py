@@ -37,7 +37,7 @@ from triton.experimental.gluon import language as gl
 
 from .stored_scales import load_scales, scales_of
 
-__all__ = ["MMA", "MMA_COLUMNS", "MMA_ROWS", "STEP_WORDS", "UNIT", "fragments"]
+__all__ = ["MMA", "MMA_COLUMNS", "MMA_ROWS", "STEP_WORDS", "UNIT", "fragments", "scales_of_thread"]
 
 #: Rows of x that an mma takes, and rows of W.
 MMA_ROWS, MMA_COLUMNS = gl.constexpr(8), gl.constexpr(16)
@@ -295,38 +295,38 @@ def _load_x(
     m,
     wanted,
     step: gl.constexpr,
+    register: gl.constexpr,
     even: gl.constexpr,
     mix: gl.constexpr,
     unit: gl.constexpr,
     lines: gl.constexpr,
     quads: gl.constexpr,
 ):
-    """Words of x ``[threads, tiles, side]`` that belong to those of a step that :func:`_arranged` returned, in order.
+    """Words of x ``[threads, tiles, side]`` that belong to one that :func:`_arranged` returned, or to its two halves.
 
-    ``at``: where the rows' first words of the turn are, ``pairs`` from the end of the row. 0 in columns of other blocks.
+    ``at``: where the rows' first words of the turn are, ``pairs`` before the end. 0 in columns of other blocks.
     """
     thread = gl.arange(0, at.shape[0], own_pair.type.layout)
     loaded = ()
-    for register in gl.static_range(4):
-        # The second half of a word of units of 16 is of the next 16 codes.
-        for half in gl.static_range(2 if mix == 16 else 1):
-            inside = pairs - _pair_of_load(step, register, half, mix) - own_pair
-            here = wanted & (line < m)
-            if lines < MMA_ROWS:
-                inner = 2 * (_pair_of_thread(thread, mix) + _pair_of_register(register, mix)) % mix // unit
-                own_column = thread % 32 // 4 // lines - _column(step, register, mix, unit, lines)
-                here = here & (own_column == inner)[:, None]
-            of_load = at + _pair_of_load(step, register, half, mix)
-            loaded += (_side_by_side(of_load, inside, here, even, quads),)  # type: ignore[assignment]
+    # The second half of a word of units of 16 is of the next 16 codes.
+    for half in gl.static_range(2 if mix == 16 else 1):
+        inside = pairs - _pair_of_load(step, register, half, mix) - own_pair
+        here = wanted & (line < m)
+        if lines < MMA_ROWS:
+            inner = 2 * (_pair_of_thread(thread, mix) + _pair_of_register(register, mix)) % mix // unit
+            own_column = thread % 32 // 4 // lines - _column(step, register, mix, unit, lines)
+            here = here & (own_column == inner)[:, None]
+        of_load = at + _pair_of_load(step, register, half, mix)
+        loaded += (_side_by_side(of_load, inside, here, even, quads),)  # type: ignore[assignment]
     return loaded
 
 
 @gluon.jit
-def _operand_of_x(loaded, register: gl.constexpr, layout: gl.constexpr):
-    """The four operand registers of a word."""
-    if len(loaded) == 8:
-        first, second = loaded[2 * register].split()
-        third, fourth = loaded[2 * register + 1].split()
+def _operand_of_x(loaded, layout: gl.constexpr):
+    """The four operand registers that :func:`_load_x` returned."""
+    if len(loaded) == 2:
+        first, second = loaded[0].split()
+        third, fourth = loaded[1].split()
         operand = (
             gl.convert_layout(first, layout, assert_trivial=True),
             gl.convert_layout(second, layout, assert_trivial=True),
@@ -334,7 +334,7 @@ def _operand_of_x(loaded, register: gl.constexpr, layout: gl.constexpr):
             gl.convert_layout(fourth, layout, assert_trivial=True),
         )
     else:
-        operand = _four(loaded[register], layout)
+        operand = _four(loaded[0], layout)
     return operand
 
 
@@ -363,12 +363,13 @@ def _scales_ahead(
 ):
     """What is loaded of the scales of a thread's units, upper and lower row in turn; beyond a row, of its last unit.
 
-    ``upper``, ``lower``: number of the rows' first scales. Of ``lines`` = 8 rows of x, the threads of a row share the units; of fewer, each has those of its own columns.
+    ``upper``, ``lower``: numbers of the rows' first scales. Of ``lines`` = 8 rows of x, the threads of a row share the
+    units; of fewer, each has those of its own columns.
     """
     thread = gl.arange(0, own_unit.shape[0], own_unit.type.layout)
     side: gl.constexpr = MMA_ROWS // lines  # units whose sums stand side by side
     loaded = ()
-    for i in gl.static_range(_scales_of_thread(units, lines)):
+    for i in gl.static_range(scales_of_thread(units, lines)):
         if lines == MMA_ROWS:
             mine = (4 * i + thread % 4) % units
         elif lines == 1:
@@ -386,7 +387,7 @@ def _scales_ahead(
 
 
 @gluon.constexpr_function
-def _scales_of_thread(units, lines):
+def scales_of_thread(units, lines):
     """Scales of a row of W that a thread decodes."""
     if lines == MMA_ROWS.value:
         return (units + 3) // 4
@@ -534,8 +535,12 @@ def fragments(
     own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
     own_word = own // (32 * across) * turn + own % 4 * 4
-    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
-    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    upper_words = (
+        codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    )
+    lower_words = (
+        codes + gl.convert_layout(lower, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    )
     own = gl.arange(0, threads, gl.SliceLayout(1, of_line))
     own_pair = own // (32 * across) * (4 * turn) + _pair_of_thread(own, mix)
     line = (own % 32 // 4 % lines)[:, None] + 8 * gl.arange(0, tiles_m, gl.SliceLayout(0, of_line))[None, :]
@@ -556,13 +561,20 @@ def fragments(
         )
     scale, ahead = (), ()
     if fmt.block:
-        now = _scales_ahead(scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt)
+        now = _scales_ahead(
+            scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
+        )
         following = word + along * turn
-        ahead = _scales_ahead(scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt)
+        ahead = _scales_ahead(
+            scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
+        )
     words_x = ()
     if x_ahead:
-        at_x, left = line_x + 4 * word, 4 * (row_words - word)
-        words_x = _load_x(at_x, left, own_pair, line, m, word < end, 0, even, mix, unit, lines, x_quads)
+        at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
+        for i in gl.static_range(4):
+            words_x += (  # type: ignore[assignment]
+                _load_x(at_x, left, own_pair, line, m, wanted_x, 0, i, even, mix, unit, lines, x_quads),
+            )
     if not early:
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
     if fmt.block:
@@ -575,7 +587,9 @@ def fragments(
         later = ()
         if fmt.block:
             after = following + along * turn
-            later = _scales_ahead(scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt)
+            later = _scales_ahead(
+                scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt
+            )
         next_words = ()
         upper_at, lower_at = upper_words + following, lower_words + following
         for step in gl.static_range(steps):
@@ -586,30 +600,38 @@ def fragments(
                 _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
                 _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
             )
-            of_word = word
-            if x_ahead and step == steps - 1:
-                of_word = following
-            next_x = _load_x(
-                line_x + 4 * of_word,
-                4 * (row_words - of_word),
-                own_pair,
-                line,
-                m,
-                of_word < end,
-                (step + 1) % steps if x_ahead else step,
-                even,
-                mix,
-                unit,
-                lines,
-                x_quads,
-            )
+            next_x = ()
             if x_ahead:
-                now_x, words_x = words_x, next_x
-            else:
-                now_x = next_x
+                after = (step + 1) // steps * (following - word) + word
+                at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
+                for i in gl.static_range(4):
+                    next_x += (  # type: ignore[assignment]
+                        _load_x(
+                            at_x,
+                            left,
+                            own_pair,
+                            line,
+                            m,
+                            wanted_x,
+                            (step + 1) % steps,
+                            i,
+                            even,
+                            mix,
+                            unit,
+                            lines,
+                            x_quads,
+                        ),
+                    )
             _keep_loads_before(thread)
             for register in gl.static_range(4):
-                right = _operand_of_x(now_x, register, of_x)
+                if x_ahead:
+                    of_word = words_x[register]  # type: ignore[var-annotated]
+                else:
+                    at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
+                    of_word = _load_x(
+                        at_x, left, own_pair, line, m, wanted_x, step, register, even, mix, unit, lines, x_quads
+                    )
+                right = _operand_of_x(of_word, of_x)
                 upper_levels = _levels(upper_codes[register], table)
                 lower_levels = _levels(lower_codes[register], table)
                 for half in gl.static_range(2):
@@ -623,6 +645,7 @@ def fragments(
                             totals = _scaled_by_unit(
                                 sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
                             )
+            words_x = next_x
         words = next_words
         if fmt.block:
             scale = _decoded(ahead, offset, book, fmt)

@@ -58,7 +58,15 @@ def check(spec: str, m: int, n: int, size: int, config: Config, processors: int,
 
 
 #: Rows of x, warps, rows of W and words of a program, steps.
-CUTS = ((1, 2, 16, 32, 1), (8, 2, 32, 16, 2), (2, 4, 32, 32, 1), (16, 1, 16, 16, 2), (3, 2, 32, 32, 2), (1, 1, 16, 16, 4), (17, 2, 32, 32, 1))
+CUTS = (
+    (1, 2, 16, 32, 1),
+    (8, 2, 32, 16, 2),
+    (2, 4, 32, 32, 1),
+    (16, 1, 16, 16, 2),
+    (3, 2, 32, 32, 2),
+    (1, 1, 16, 16, 4),
+    (17, 2, 32, 32, 1),
+)
 QUICK = (NESTED, "e2m1 block16 e4m3")
 
 
