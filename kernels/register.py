@@ -45,6 +45,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_groups": quantize.quantize_groups,
     "recode": quantize.recode,
     "dequantize": quantize.dequantize,
+    "dequantize_groups": quantize.dequantize_groups,
     "clamp_outliers": outliers.clamp_outliers,
     "restore_outliers": outliers.restore_outliers,
     "hadamard": transform.hadamard,

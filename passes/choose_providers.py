@@ -93,7 +93,7 @@ def _of_groups(product: QuantizedMM, value: torch.Tensor, capability: tuple[int,
     """What multiplies groups of rows, or groups of a contraction, whose codes `fold` leaves padded."""
     if why := _why_not_8bit(product.a) or _why_not_8bit(product.b):
         return Provision(DECODED, why)
-    padded = [operand.encoding.operand is not None and _has_scales_of_groups(operand) for operand in product.operands]
+    padded = list(map(product.has_scales_of_groups, product.operands))
     if product.contracts_groups and padded.count(True) != 1:
         return Provision(DECODED, "groups of a contraction need a gradient with scales of their own")
     if any(operand.takes_columns for operand in product.operands):
@@ -112,11 +112,6 @@ def _of_groups(product: QuantizedMM, value: torch.Tensor, capability: tuple[int,
     )
     provider, why = providers.choose(described)
     return Provision(DECODED if provider.name == "reference" else provider.name, why)
-
-
-def _has_scales_of_groups(operand: ProductOperand) -> bool:
-    codes, scales = operand.parts[:2]
-    return bool(scales.meta["val"].dim() > codes.meta["val"].dim())
 
 
 def _of_stored_weight(node: Node, product: QuantizedMM, stored: Stored) -> Provision:

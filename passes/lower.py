@@ -52,6 +52,7 @@ from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
     CountBits,
     Dequantize,
+    DequantizeGroups,
     Mm1Bit,
     Mm8Bit,
     Mm8BitGrouped,
@@ -270,7 +271,7 @@ def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[A
 
 def _decoded_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
     sides = (product.a, product.a.contracts_rows), (product.b, not product.b.contracts_rows)
-    left, right = (_decoded(graph, node, operand, transposed, product.dtype, made) for operand, transposed in sides)
+    left, right = (_decoded(graph, node, operand, transposed, product, made) for operand, transposed in sides)
     if product.offs is not None:
         return emit(graph, node, aten._grouped_mm.default, left, right, product.offs)
     if product.bias is not None:
@@ -280,13 +281,13 @@ def _decoded_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[
 
 
 def _decoded(
-    graph: Graph, gemm: Node, operand: ProductOperand, transposed: bool, dtype: torch.dtype, made: dict[Any, Node]
+    graph: Graph, gemm: Node, operand: ProductOperand, transposed: bool, product: QuantizedMM, made: dict[Any, Node]
 ) -> Node:
     if operand.encoding.is_dense:
         return operand.first
-    key = (operand.tensors, operand.encoding, dtype)
+    key = (operand.tensors, operand.encoding, product.dtype)
     if key not in made:
-        made[key] = _decode(graph, gemm, operand, dtype)
+        made[key] = _decode(graph, gemm, operand, product)
     dense = made[key]
     if not transposed:
         return dense
@@ -294,9 +295,14 @@ def _decoded(
     return emit(graph, gemm, aten.permute.default, dense, order)
 
 
-def _decode(graph: Graph, gemm: Node, operand: ProductOperand, dtype: torch.dtype) -> Node:
+def _decode(graph: Graph, gemm: Node, operand: ProductOperand, product: QuantizedMM) -> Node:
     codes, scales, global_scale, values, positions = operand.parts
-    spec = operand.encoding.operand
+    spec, dtype = operand.encoding.operand, product.dtype
+    if product.has_scales_of_groups(operand):
+        assert spec is not None
+        assert product.offs is not None
+        groups = DequantizeGroups(codes, scales, spec.quantizer, product.offs, operand.size, dtype)
+        return groups.emit(graph, near=gemm)
     if spec is None:
         stored = codes.meta["val"]
         ones = emit(graph, gemm, aten.full.default, [1] * stored.dim(), 1.0, dtype=torch.float32, device=stored.device)

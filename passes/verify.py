@@ -29,6 +29,7 @@ from .views import (
     ClampOutliers,
     CountBits,
     Dequantize,
+    DequantizeGroups,
     EncodeCompensated,
     EstimatorMask,
     FakeQuantize,
@@ -99,6 +100,7 @@ _FOLDED = _FUSED | {QuantizeGroups}
 _RECOMPUTED = _FOLDED | {EncodeCompensated}
 _LOWERED = _TRACED | {
     EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
+    DequantizeGroups,
 }  # fmt: skip
 _MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
 

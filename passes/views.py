@@ -32,8 +32,8 @@ from qcompile.ir.transforms import Transform
 from .graph import emit, is_call, item_of
 
 __all__ = [
-    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EncodeCompensated", "EstimatorMask",
-    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "Mm8BitGrouped", "MmBlockScaled", "MmStored",
+    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "DequantizeGroups", "EncodeCompensated",
+    "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "Mm8BitGrouped", "MmBlockScaled", "MmStored",
     "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair",
     "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups", "QuantizedMM", "Recode", "RestoreOutliers",
     "ScaleGradient", "SplitGradient", "View", "encoder_of",
@@ -172,6 +172,17 @@ class QuantizeGroups(View):
     axis: int
     offs: Node
     fold: Node
+
+
+@dataclass(frozen=True)
+class DequantizeGroups(View):
+    op = ops.dequantize_groups.default
+    codes: Node
+    scales: Node
+    quantizer: Quantizer
+    offs: Node
+    size: Size
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -344,6 +355,13 @@ class QuantizedMM(View):
     def contracts_groups(self) -> bool:
         """Whether the axis is in groups that it sums over, not the rows of ``a``."""
         return self.offs is not None and bool(self.b.first.meta["val"].dim() == 2)
+
+    def has_scales_of_groups(self, operand: ProductOperand) -> bool:
+        """Whether an operand, of :class:`QuantizeGroups`, has a scale for every row and group of the contraction."""
+        if operand.encoding.operand is None or not self.contracts_groups:
+            return False
+        codes, scales = operand.parts[:2]
+        return bool(scales.meta["val"].dim() > codes.meta["val"].dim())
 
 
 # --- between `lower` and the kernels --------------------------------------------------------------------------------

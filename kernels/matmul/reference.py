@@ -90,7 +90,8 @@ def _grouped_mm(
 ) -> Tensor:
     def read(tensors: list[Tensor], operand: str, size: int, transposed: bool) -> Tensor:
         if len(tensors) > 1 and tensors[1].dim() > tensors[0].dim():
-            dense = _decode_groups(tensors[0], tensors[1], operand, size, dtype, offs)
+            quantizer = str(Encoding.parse(operand).quantizer)
+            dense = torch.ops.qcompile.dequantize_groups(*tensors, quantizer, offs, size, dtype)
         else:
             dense = decode_operand(tensors, operand, size, dtype)
         return dense.mT if transposed else dense
@@ -103,15 +104,6 @@ def _grouped_mm(
     for rows, matrix in zip(own, right, strict=True):
         out[rows] = left[rows] @ matrix
     return out
-
-
-def _decode_groups(codes: Tensor, scales: Tensor, operand: str, size: int, dtype: torch.dtype, offs: Tensor) -> Tensor:
-    """``[N, size]`` from padded codes ``[N, P]`` and scales of columns and groups ``[E, N, 1]``."""
-    levels = decode(codes, Encoding.parse(operand).format)
-    dense = levels.new_zeros([codes.shape[0], size])
-    for scale, (own, place) in zip(scales, group_slices(offs), strict=True):
-        dense[:, own] = levels[:, place] * scale
-    return dense.to(dtype)
 
 
 def mm_8bit(

@@ -40,6 +40,7 @@ __all__ = [
     "decode",
     "group_slices",
     "dequantize",
+    "dequantize_groups",
     "encode",
     "encode_compensated",
     "marks",
@@ -204,6 +205,21 @@ def quantize_groups(x: Tensor, quantizer: str, axis: int, offs: Tensor, fold: Te
     for group, (own, place) in enumerate(group_slices(offs)):
         codes[:, place], scales[group] = quantize(x[own], quantizer, 0, fold=fold[own])
     return codes, scales
+
+
+def dequantize_groups(
+    codes: Tensor, scales: Tensor, quantizer: str, offs: Tensor, size: int, dtype: torch.dtype
+) -> Tensor:
+    """``[N, size]`` from the codes ``[N, P]`` and scales ``[E, N, 1]`` that :func:`quantize_groups` makes along axis 0;
+    any numbers beyond the last group. The host waits for nothing.
+    """
+    row = torch.arange(size, device=codes.device)
+    group = torch.bucketize(row, offs, right=True).clamp(max=offs.shape[0] - 1)
+    sizes = offs.diff(prepend=offs.new_zeros(1)).long()
+    whole = (sizes + GROUP_ALIGNMENT - 1) // GROUP_ALIGNMENT * GROUP_ALIGNMENT
+    place = row + (whole.cumsum(0) - whole - offs + sizes)[group]
+    levels = decode(codes[:, place.clamp(max=codes.shape[1] - 1)], Quantizer.parse(quantizer).format)
+    return (levels * scales[group, :, 0].t()).to(dtype)
 
 
 def group_slices(offs: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -94,6 +94,8 @@ _SCHEMAS = (
     # scales are those of a column in a group, [E, N, 1]; codes are [N, padded_rows(M, E)]: those of a group begin at a
     # multiple of GROUP_ALIGNMENT, and zeros fill its last one up.
     "quantize_groups(Tensor x, str quantizer, int axis, Tensor offs, Tensor fold) -> (Tensor, Tensor)",
+    # What its codes [N, P] and scales [E, N, 1] along axis 0 stand for: [N, size] in `dtype`, size being M.
+    "dequantize_groups(Tensor codes, Tensor scales, str quantizer, Tensor offs, SymInt size, ScalarType dtype) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -249,6 +251,11 @@ def _(x, quantizer, axis, offs, fold):
     else:
         codes, scales = [size, padded_rows(rows, groups)], [groups, size, 1]
     return x.new_empty(codes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float32)
+
+
+@register_meta("dequantize_groups")
+def _(codes, scales, quantizer, offs, size, dtype):
+    return codes.new_empty([codes.shape[0], size], dtype=dtype)
 
 
 @register_flop_formula(torch.ops.qcompile.quantized_mm)

@@ -194,3 +194,19 @@ def test_outliers_are_read_as_codes_too() -> None:
     recipe = fp4(activation={"outliers": "occ(alpha=0.97,residual=e4m3)"}, weight={"estimator": "ste"})
     result = compile_and_run(Experts(), tokens(), OFFS, recipe=recipe, backward="fp8")
     assert {row["provider"] for row in result.gemms} == {"grouped"}
+
+
+@pytest.mark.parametrize("_hopper", [None], indirect=True)
+def test_folded_gradients_are_decoded_alike(_hopper: Any) -> None:  # noqa: PT019
+    """Where FP8 gradients are asked for, they round alike with and without tensor cores."""
+    experts, x = Experts(), tokens()
+    results = {}
+    for capability in (None, (9, 0)):
+        with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
+            results[capability] = compile_and_run(
+                experts.product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8"
+            )
+    decoded, codes = results.values()
+    assert {row["provider"] for row in decoded.gemms} == {"dequantize + aten"}
+    for got, expected in ((decoded.gradients[i], codes.gradients[i]) for i in (0, 1)):
+        assert (got.double() - expected.double()).norm() < 2**-8 * expected.double().norm()
