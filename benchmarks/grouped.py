@@ -125,7 +125,14 @@ class Tensors:
         self.products = {
             "fprop": (self.codes_x, self.codes_w, self.offs, self.scale_x, self.scale_w, torch.bfloat16),
             "dgrad": (rows[0].view(e4m3), self.quantize["w transposed"](), self.offs, rows[1], one, torch.bfloat16),
-            "wgrad": (columns[0].view(e4m3), self.quantize["x transposed"](), self.offs, columns[1], one, torch.bfloat16),
+            "wgrad": (
+                columns[0].view(e4m3),
+                self.quantize["x transposed"](),
+                self.offs,
+                columns[1],
+                one,
+                torch.bfloat16,
+            ),
         }
 
     def bf16(self, product: str) -> Callable[[], Any]:

@@ -71,8 +71,8 @@ class Size:
         return self.block_weights + (2 * self.layers + 1) * self.hidden + 2 * self.vocabulary * self.hidden
 
 
-#: The four shapes of the step benchmark, its mixtures of experts, the one of the loss curves (bytes for tokens), and one
-#: for tests on a CPU of each kind.
+#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts, and one of
+#: each kind for tests on a CPU.
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
@@ -82,16 +82,44 @@ SIZES: dict[str, Size] = {
         Size("d640", 640, 6, 1792, heads=10, kv_heads=10, sequence=512, batch=64),
         Size("d768", 768, 4, 2304, heads=12, kv_heads=6, sequence=256, batch=32, vocabulary=256),
         Size(
-            "mixtral", 2048, 4, 7168, heads=16, kv_heads=8, sequence=2048, batch=8,
-            family="Mixtral", experts=8, experts_per_token=2,
+            "mixtral",
+            2048,
+            4,
+            7168,
+            heads=16,
+            kv_heads=8,
+            sequence=2048,
+            batch=8,
+            family="Mixtral",
+            experts=8,
+            experts_per_token=2,
         ),
         Size(
-            "qwen3_moe", 2048, 4, 768, heads=16, kv_heads=8, sequence=2048, batch=8,
-            family="Qwen3Moe", experts=64, experts_per_token=8,
+            "qwen3_moe",
+            2048,
+            4,
+            768,
+            heads=16,
+            kv_heads=8,
+            sequence=2048,
+            batch=8,
+            family="Qwen3Moe",
+            experts=64,
+            experts_per_token=8,
         ),
         Size(
-            "tiny_moe", 128, 2, 64, heads=4, kv_heads=2, sequence=32, batch=4, vocabulary=128,
-            family="Mixtral", experts=4, experts_per_token=2,
+            "tiny_moe",
+            128,
+            2,
+            64,
+            heads=4,
+            kv_heads=2,
+            sequence=32,
+            batch=4,
+            vocabulary=128,
+            family="Mixtral",
+            experts=4,
+            experts_per_token=2,
         ),
         Size("tiny", 128, 2, 256, heads=4, kv_heads=2, sequence=32, batch=4, vocabulary=128),
     )
@@ -176,9 +204,15 @@ def of_transformers(size: Size, dtype: torch.dtype) -> nn.Module:
     of_experts = {
         "Llama": {},
         "Mixtral": {"num_local_experts": size.experts},
-        "Qwen3Moe": {"num_experts": size.experts, "moe_intermediate_size": size.intermediate, "head_dim": size.head_dim},
+        "Qwen3Moe": {
+            "num_experts": size.experts,
+            "moe_intermediate_size": size.intermediate,
+            "head_dim": size.head_dim,
+        },
     }
-    more = {"num_experts_per_tok": size.experts_per_token, "experts_implementation": "grouped_mm"} if size.experts else {}
+    more = (
+        {"num_experts_per_tok": size.experts_per_token, "experts_implementation": "grouped_mm"} if size.experts else {}
+    )
     config = getattr(transformers, f"{size.family}Config")(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,

@@ -15,7 +15,7 @@ they multiply FP4::
 Products of groups, with their ends ``offs``, read a matrix for each group, or codes that are padded to whole steps for
 each group where the contraction is in groups::
 
-    quantized_mm([codes_x, s_x], [codes_w, s_w], offs)   ─►   mm_8bit_grouped(recode(codes_x), recode(codes_w), offs, s_x, s_w)
+    quantized_mm([codes_x, s_x], [codes_w, s_w], offs)   ─►   mm_8bit_grouped(recode(codes_x), recode(codes_w), offs, …)
 
 A weight that the graph was given as codes is decoded by the kernel that multiplies it, nested scales too::
 

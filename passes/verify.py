@@ -214,8 +214,10 @@ def _readers(node: Node) -> list[Node]:
 
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
-    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled,
-                         MmStored)),
+    *(
+        view.op
+        for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled, MmStored)
+    ),
     aten.view.dtype,
 )
 

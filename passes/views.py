@@ -32,11 +32,11 @@ from qcompile.ir.transforms import Transform
 from .graph import emit, is_call, item_of
 
 __all__ = [
-    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "DequantizeGroups", "EncodeCompensated",
-    "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "Mm8BitGrouped", "MmBlockScaled", "MmStored",
-    "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair",
-    "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups", "QuantizedMM", "Recode", "RestoreOutliers",
-    "ScaleGradient", "SplitGradient", "View", "encoder_of",
+    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "DequantizeGroups",
+    "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
+    "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
+    "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
+    "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View", "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile

@@ -3,8 +3,8 @@
 Two kernels, both persistent, with tiles fetched by TMA (compute capability 9.0 and up), as
 :mod:`qcompile.kernels.matmul.triton` has them:
 
-* **Rows** (fprop, dgrad): each group of rows of a ``[M, K]`` times a matrix of its own, of b ``[E, N, K]``. A tile belongs
-  to one group. What hangs over its last row is fetched, since the next group's rows lie there, multiplied, and not
+* **Rows** (fprop, dgrad): each group of rows of a ``[M, K]`` times a matrix of its own, out of b ``[E, N, K]``. A tile
+  is of one group. What hangs over its last row is fetched, since the next group's rows lie there, multiplied, and not
   stored; nothing is padded or copied.
 * **Contraction** (wgrad): a ``[N, P]`` times b ``[K, P]``, summed over each group's part of P alone: ``[E, N, K]``. The
   codes of a group begin at a multiple of ``GROUP_ALIGNMENT`` and end with zeros: whoever transposed them wrote them
@@ -235,7 +235,7 @@ def mm_8bit_grouped(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """As :func:`qcompile.kernels.matmul.reference.mm_8bit_grouped`, but that rows beyond the last group are not written.
+    """As :func:`qcompile.kernels.matmul.reference.mm_8bit_grouped`; rows beyond the last group are not written.
 
     Operands contiguous, or copied, with a contraction of a multiple of 16; ``dtype`` bfloat16, float16 or float32;
     ``config`` fixes how the kernel is cut up. Raises ``ValueError`` for dtypes that tensor cores do not multiply.

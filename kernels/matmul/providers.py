@@ -206,7 +206,7 @@ def _mm(
 def mm_8bit_grouped(
     a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """``qcompile::mm_8bit_grouped`` on CUDA by the provider that :func:`choose` names; arguments as in the reference."""
+    """``qcompile::mm_8bit_grouped`` on CUDA by the provider that :func:`choose` names; as in the reference."""
     product = Product(
         shape=(a.shape[0], b.shape[-2], a.shape[1]),
         dtypes=(a.dtype, b.dtype),

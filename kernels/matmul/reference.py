@@ -65,8 +65,8 @@ def quantized_mm(
 
     With ``offs``, where groups end, of a matrix a: the product of each group of its rows with its own matrix of b
     ``[E, K, N]``, 0 beyond the last group; or, b being a matrix too, the products ``[E, M, N]`` of each group of the
-    contraction. An operand of :func:`~qcompile.kernels.quantize.reference.quantize_groups` has its scales, ``[E, M, 1]``,
-    and its layout.
+    contraction. An operand of :func:`~qcompile.kernels.quantize.reference.quantize_groups` has its scales, for instance
+    ``[E, M, 1]``, and its layout.
     """
     if offs is not None:
         return _grouped_mm(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, offs)
@@ -139,8 +139,8 @@ def mm_8bit_grouped(
 ) -> Tensor:
     """Products of groups, which end at ``offs``, of 8-bit codes, summed in float32; scales may be single elements.
 
-    Of rows: a ``[M, K]``, b ``[E, N, K]``, scales ``[M, 1]`` and ``[E, N, 1]``, bias ``[E, N]``: ``[M, N]``, 0 beyond the
-    last group. Of the contraction: a ``[N, P]`` and b ``[K, P]`` as ``recode`` pads them, scales ``[E, N, 1]`` and
+    Of rows: a ``[M, K]``, b ``[E, N, K]``, scales ``[M, 1]`` and ``[E, N, 1]``, bias ``[E, N]``: ``[M, N]``, 0 beyond
+    the last group. Of the contraction: a ``[N, P]`` and b ``[K, P]`` as ``recode`` pads them, scales ``[E, N, 1]`` and
     ``[E, K, 1]``: ``[E, N, K]``.
     """
 

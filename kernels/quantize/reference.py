@@ -38,11 +38,11 @@ from qcompile.kernels.transform.reference import kept, rotate
 __all__ = [
     "by_grid",
     "decode",
-    "group_slices",
     "dequantize",
     "dequantize_groups",
     "encode",
     "encode_compensated",
+    "group_slices",
     "marks",
     "pack",
     "quantize",
@@ -191,8 +191,8 @@ def quantize_groups(x: Tensor, quantizer: str, axis: int, offs: Tensor, fold: Te
     """x ``[M, N]`` · fold, whose rows are in groups that end at ``offs``, in a format of 8 bits.
 
     Along axis 1, fold being float32 ``[E, N, 1]``: codes uint8 ``[M, N]`` and scales ``[M, 1]``; 0 and 1 beyond the
-    last group. Along axis 0, fold being ``[M, 1]``: codes ``[N, padded_rows(M, E)]``, those of each group from a multiple
-    of ``GROUP_ALIGNMENT`` on and zeros after them, and scales ``[E, N, 1]``, one for a column and group.
+    last group. Along axis 0, fold being ``[M, 1]``: codes ``[N, padded_rows(M, E)]``, those of each group from a
+    multiple of ``GROUP_ALIGNMENT`` on and zeros after them, and scales ``[E, N, 1]``, one for a column and group.
     """
     (rows, size), groups = x.shape, offs.shape[0]
     if axis % 2:

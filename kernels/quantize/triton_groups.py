@@ -1,9 +1,9 @@
 """Rows in groups (:mod:`qcompile.kernels.groups`), quantized for the products of their gradients in Triton.
 
-By rows a program finds the factors of its row's group, and is a row's program otherwise (2 bytes in, 1 out per element).
-By columns (2 + 2 in, 1 out) programs find the absolute maxima of bands of one group, which meet by atomic maxima of
-their bits, the same in any order; then tiles are written transposed, those of a group from a multiple of the alignment
-on.
+By rows a program finds the factors of its row's group, and is any row's program otherwise (2 bytes in, 1 out per
+element). By columns (2 + 2 in, 1 out) programs find the absolute maxima of bands of one group, which meet by atomic
+maxima of their bits, the same in any order; then tiles are written transposed, those of a group from a multiple of the
+alignment on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _encode_groups(
     fmt: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Codes [size, padded] of x · fold · gammas of the group, tile by tile along the rows; zeros after a group's last."""
+    """Codes [size, padded] of x · fold · gammas of the group, tile by tile along the rows; zeros after its last."""
     tiles = tl.cdiv(size, tile)
     starts, sizes = groups_of(offs, groups, most)
     number = tl.program_id(0) // tiles

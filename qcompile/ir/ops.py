@@ -95,7 +95,8 @@ _SCHEMAS = (
     # multiple of GROUP_ALIGNMENT, and zeros fill its last one up.
     "quantize_groups(Tensor x, str quantizer, int axis, Tensor offs, Tensor fold) -> (Tensor, Tensor)",
     # What its codes [N, P] and scales [E, N, 1] along axis 0 stand for: [N, size] in `dtype`, size being M.
-    "dequantize_groups(Tensor codes, Tensor scales, str quantizer, Tensor offs, SymInt size, ScalarType dtype) -> Tensor",
+    "dequantize_groups(Tensor codes, Tensor scales, str quantizer, Tensor offs, SymInt size, ScalarType dtype) "
+    "-> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

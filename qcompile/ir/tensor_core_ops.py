@@ -53,8 +53,8 @@ _SCHEMAS = (
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R]; also of every matrix of a batch. With
-    # `offs`, the ends of groups of rows, transposed [K, padded_rows(R, E)] as by quantize_groups.
+    # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R]; also of every matrix of a batch.
+    # With `offs`, the ends of groups of rows, transposed [K, padded_rows(R, E)] as by quantize_groups.
     "recode(Tensor codes, str quantizer, SymInt size, bool transposed, Tensor? offs=None) -> Tensor",
     # a [M, K] times b [N, K] transposed, plus offset_a [M, 1] and offset_b [N, 1] (float32), times both scales (M or 1,
     # N or 1), plus bias [N]: [M, N] in `dtype`.

@@ -1,8 +1,8 @@
 """Products of groups on a CUDA card: run by hand (`pytest tests/gpu/test_grouped_cuda.py`), never in CI.
 
-Sums of products of 4-bit codes are exact, so a group's product is the dense kernel's bit for bit. What would break: rows
-of a neighbour in a group's result or sum, an expert without tokens whose gradient is not 0, NaN that spreads, a tail that
-is left out, a graph that serves one partition only, a host that waits.
+Sums of products of 4-bit codes are exact, so a group's product is the dense kernel's bit for bit. What would break:
+rows of a neighbour in a group's result or sum, an expert without tokens whose gradient is not 0, NaN that spreads, a
+tail that is left out, a graph that serves one partition only, a host that waits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ BF16, FP32, E4M3, INT8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, tor
 ops = torch.ops.qcompile
 QUANTIZER, GRADIENT = "e2m1 row absmax even", "e4m3 row absmax even"
 
-#: Empty groups at both ends and side by side, ones that begin at no multiple of anything, one of several tiles, and rows
-#: that belong to none; a single group; 64 of them; none with rows.
+#: Empty groups at both ends and side by side, ones that begin at no multiple of anything, one of several tiles, and
+#: rows that belong to none; a single group; 64 of them; none with rows.
 SIZES = {
     "ragged": (0, 1, 15, 16, 0, 0, 17, 129, 2000, 3, 640, 0),
     "one": (1000,),
@@ -44,7 +44,9 @@ BEYOND = 5
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
     """Blocks the caching allocator will hand out again, filled with NaN (0xFF bytes)."""
-    blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in (2**9, 2**14, 2**20, 2**23, 2**25)]
+    blocks = [
+        torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in (2**9, 2**14, 2**20, 2**23, 2**25)
+    ]
     del blocks
     torch._dynamo.reset()
 
@@ -214,7 +216,9 @@ def one_product(transposed: bool = False, **options):
     with torch.device("cuda"):
         experts, x = Experts(8, 256, 384, transposed), torch.randn(1024, 256, dtype=BF16, requires_grad=True)
         dy = torch.randn(1024, 768, dtype=BF16)
-    run = torch.compile(lambda x, w, offs: experts.product(x, w, offs), backend="qcompile_fp4", options=OPTIONS | options)
+    run = torch.compile(
+        lambda x, w, offs: experts.product(x, w, offs), backend="qcompile_fp4", options=OPTIONS | options
+    )
     y = run(x, experts.up, ends(sizes))
     got = [y, *torch.autograd.grad(y, (x, experts.up), dy)]
     w = experts.up.mT if transposed else experts.up
@@ -243,7 +247,7 @@ def test_compiled_products_are_the_formulas(transposed):
     for name, got, expected in zip(("y", "dx", "dw"), *one_product(transposed), strict=True):
         assert not got.isnan().any()
         assert ((got.double() - expected).norm() / expected.norm()).item() < 4e-3, name
-    assert not got[0].any() and not got[6].any()
+    assert not got[[0, 6]].any()
 
 
 def test_compiled_experts_replay_with_other_sizes_and_never_wait():
@@ -303,7 +307,8 @@ def test_models_of_transformers_train(kind):
     experts = {"num_local_experts": 8} if kind == "Mixtral" else {"num_experts": 8, "moe_intermediate_size": 128}
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=256, hidden_size=256, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=128, use_cache=False, head_dim=64, **experts,
+        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=128, use_cache=False, head_dim=64,
+        **experts,
     )  # fmt: skip
     with torch.device("cuda"):
         model = getattr(transformers, f"{kind}ForCausalLM")(config).to(BF16)

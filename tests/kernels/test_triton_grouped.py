@@ -1,7 +1,7 @@
 """Products of groups without a GPU: numerics in Triton's interpreter and machine code for Hopper.
 
-Operands are codes of 4-bit grids with scales that are powers of two, so every result is known exactly. What would break:
-rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN that
+Operands are codes of 4-bit grids with scales that are powers of two, so every result is known exactly. What would
+break: rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN that
 spreads, memory that was never written.
 """
 
@@ -23,7 +23,18 @@ from qcompile.kernels.quantize import reference as quantize_reference  # noqa: E
 from qcompile.kernels.quantize import triton as quantize_kernels  # noqa: E402
 
 from .harness import compiled, interpreted, run_interpreted  # noqa: E402
-from .test_triton_matmul import BF16, E4M3, E5M2, FP32, H200, INT8, codes, compile_kernel, powers_of_two, stack_bytes
+from .test_triton_matmul import (  # noqa: E402
+    BF16,
+    E4M3,
+    E5M2,
+    FP32,
+    H200,
+    INT8,
+    codes,
+    compile_kernel,
+    powers_of_two,
+    stack_bytes,
+)
 
 #: Three programs that go through several tiles each.
 SMALL_CARD = gemm.Card("small", (9, 0), 3)

@@ -170,7 +170,7 @@ def test_other_sizes_do_not_compile_again() -> None:
 
 
 @pytest.mark.parametrize("_hopper", [None, (8, 9)], indirect=True)
-def test_elsewhere_they_are_decoded(_hopper: Any) -> None:  # noqa: PT019
+def test_elsewhere_they_are_decoded(_hopper: Any) -> None:
     """Without the kernel: torch's grouped product of what codes stand for, and the report says why."""
     model, x = Experts(), tokens()
     result = compile_and_run(lambda x, w, offs: F.grouped_mm(x, w.mT, offs=offs), x, model.up, OFFS, recipe=PLAIN)
@@ -183,7 +183,7 @@ def test_elsewhere_they_are_decoded(_hopper: Any) -> None:  # noqa: PT019
 
 def test_gradients_that_groups_do_not_take_stay_wide() -> None:
     """A gradient with a scale of blocks, or rounded stochastically, is decoded for torch's product, with the reason."""
-    for gradient, reason in (("e4m3 row absmax stochastic", "stochastically"), ("e4m3 tensor absmax even", "row")):
+    for gradient in ("e4m3 row absmax stochastic", "e4m3 tensor absmax even"):
         result = compile_and_run(Experts(), tokens(), OFFS, recipe=PLAIN, backward="fp8", gradient=gradient)
         decoded = [row for row in result.gemms if row["role"] != "fprop"]
         assert {row["provider"] for row in decoded} == {"dequantize + aten"}, gradient
@@ -197,15 +197,13 @@ def test_outliers_are_read_as_codes_too() -> None:
 
 
 @pytest.mark.parametrize("_hopper", [None], indirect=True)
-def test_folded_gradients_are_decoded_alike(_hopper: Any) -> None:  # noqa: PT019
+def test_folded_gradients_are_decoded_alike(_hopper: Any) -> None:
     """Where FP8 gradients are asked for, they round alike with and without tensor cores."""
     experts, x = Experts(), tokens()
     results = {}
     for capability in (None, (9, 0)):
         with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
-            results[capability] = compile_and_run(
-                experts.product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8"
-            )
+            results[capability] = compile_and_run(experts.product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8")
     decoded, codes = results.values()
     assert {row["provider"] for row in decoded.gemms} == {"dequantize + aten"}
     for got, expected in ((decoded.gradients[i], codes.gradients[i]) for i in (0, 1)):
