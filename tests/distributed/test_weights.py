@@ -10,7 +10,9 @@ import torch
 
 from qcompile.distributed import weights
 from qcompile.distributed.weights import decode, encode
+from qcompile.ir.operand import Operand
 from qcompile.kernels.quantize import reference
+from qcompile.recipes import FP4, QUEST
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,16 @@ def test_e2m1_reads_the_same_codes_and_scales(rounding, rows):
         reference.quantize(rows, quantizer, -1), reference.quantize(arrived, quantizer, -1), strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+def test_weights_that_would_not_arrive_as_they_are_stay_wide():
+    """The default's slope looks at the weight, QuEST rotates it, and scales of another rule have other ties."""
+    wide = (
+        *(FP4.weight, QUEST.weight),
+        *map(Operand.parse, ("e2m1 row absmax_pow2", "e2m1 row rms", "e2m1 block32", "int4 row", "e2m1 row; trust")),
+    )
+    assert [str(operand) for operand in wide if weights._tells_apart(str(operand))] == []
+    assert weights._tells_apart(str(Operand.parse("e2m1 row absmax even; ste")))
 
 
 def test_to_nearest_would_not_do(rows):
