@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, ParamSpec
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
