@@ -26,6 +26,7 @@ from .views import (
     Quantize8BitTransposed,
     QuantizeCompensated,
     QuantizedMM,
+    QuantizeGroups,
     View,
     encoder_of,
 )  # fmt: skip
@@ -117,7 +118,8 @@ def audit_encoders(graph: Graph, context: Context) -> int:
 
 
 _ENCODERS: tuple[type[View], ...] = (
-    Quantize, QuantizeCompensated, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair,
+    Quantize, QuantizeCompensated, QuantizeGroups, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed,
+    Quantize8BitPair,
 )  # fmt: skip
 
 

@@ -11,8 +11,11 @@ saves codes, without being told. Numbers do not change: ``quantized_mm`` is defi
 A stored weight (:mod:`qcompile.stored`) is an input of the graph as codes and scales, and is read from there: the copy
 that a cast of the whole weight makes of its parts (autocast) is none that the backward should keep.
 
-A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
-keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
+A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution) keeps its explicit
+dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
+
+Products of groups (``_grouped_mm``) become ones with ``offs``: of the rows of a matrix with a matrix for each group
+(fprop, dgrad), and of two matrices whose contraction is in groups (wgrad).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch.fx import Graph, Node
 from qcompile.ir.encoding import DENSE
 
 from .dialect import adds_given_part, decode_root, gemm_operands, given_part, matrix_form, stored_operand, stored_view
-from .graph import aten, emit, input_of, is_call, is_view, same_sizes, take_over
+from .graph import argument_of, aten, emit, input_of, is_call, is_view, same_sizes, take_over
 from .pass_base import Context
 from .views import Dequantize, ProductOperand, QuantizedMM
 
@@ -39,7 +42,7 @@ def fuse(graph: Graph, context: Context) -> int:
     _read_given_parts(graph)
     made: dict[Any, Node | None] = {}
     for node in list(graph.nodes):
-        if not is_call(node, aten.mm.default, aten.addmm.default, aten.bmm.default) or not _plain(node):
+        if not is_call(node, *_FUSED) or not _plain(node):
             continue
         left, right = gemm_operands(node)
         if decode_root(left) is None and decode_root(right) is None:
@@ -49,7 +52,8 @@ def fuse(graph: Graph, context: Context) -> int:
             if a is None or b is None:
                 continue
             bias = input_of(node) if is_call(node, aten.addmm.default) else None
-            fused = QuantizedMM(a, b, node.meta["val"].dtype, bias).emit(graph, near=node)
+            offs = argument_of(node, 2, "offs") if is_call(node, aten._grouped_mm.default) else None
+            fused = QuantizedMM(a, b, node.meta["val"].dtype, bias, offs).emit(graph, near=node)
         take_over(fused, node)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
@@ -71,8 +75,15 @@ def _read_given_parts(graph: Graph) -> None:
                     graph.erase_node(source)
 
 
+_FUSED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)
+
+
 def _plain(node: Node) -> bool:
     """No scaling factors, one dtype, as ATen demands, and a bias that broadcasts over rows."""
+    if is_call(node, aten._grouped_mm.default):
+        left, _ = (operand.meta["val"] for operand in gemm_operands(node))
+        said = [argument_of(node, *argument) for argument in ((3, "bias"), (4, "out_dtype"))]
+        return left.dim() == 2 and said == [None, None] and argument_of(node, 2, "offs") is not None
     dtypes = {
         source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta["val"], torch.Tensor)
     }

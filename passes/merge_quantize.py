@@ -30,6 +30,7 @@ from qcompile.ir.operand import STE, Operand
 from .graph import (
     aten,
     emit,
+    input_of,
     is_call,
     item_of,
     result,
@@ -119,6 +120,7 @@ def _is_mask_of(user: Node, node: Node, call: Quantize) -> bool:
 
 def merge_quantize(graph: Graph, context: Context) -> int:
     """Returns how many ``quantize`` calls were replaced."""
+    _read_unpermuted(graph)
     _share_equal_calls(graph)
     uses = [use for node in Quantize.calls(graph) if (use := Use.of(node))]
     pairs = list(_pairs(uses))
@@ -129,6 +131,20 @@ def merge_quantize(graph: Graph, context: Context) -> int:
     if pairs:
         compat.stable_topological_sort(graph)
     return 2 * len(pairs) + len(singles)
+
+
+def _read_unpermuted(graph: Graph) -> None:
+    """Let ``quantize`` along an axis that a permutation moves away from the end read what is permuted, along its end:
+    codes are the same, and have that axis last.
+    """
+    for node in Quantize.calls(graph):
+        call = Quantize.of(node)
+        if not is_call(call.x, aten.permute.default):
+            continue
+        order = list(call.x.args[1])  # type: ignore[call-overload]
+        order.append(order.pop(call.axis))
+        if order == sorted(order):
+            node.args = replace(call, x=input_of(call.x), axis=-1).arguments()
 
 
 def _share_equal_calls(graph: Graph) -> None:

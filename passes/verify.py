@@ -29,6 +29,7 @@ from .views import (
     ClampOutliers,
     CountBits,
     Dequantize,
+    DequantizeGroups,
     EncodeCompensated,
     EstimatorMask,
     FakeQuantize,
@@ -36,6 +37,7 @@ from .views import (
     MaskGradient,
     Mm1Bit,
     Mm8Bit,
+    Mm8BitGrouped,
     MmBlockScaled,
     MmStored,
     Quantize,
@@ -45,6 +47,7 @@ from .views import (
     Quantize8BitTransposed,
     QuantizeCompensated,
     QuantizedMM,
+    QuantizeGroups,
     Recode,
     RestoreOutliers,
     ScaleGradient,
@@ -93,8 +96,12 @@ _TRACED: frozenset[type[View]] = frozenset({
     ScaleGradient,
 })  # fmt: skip
 _FUSED = _TRACED | {QuantizedMM}
-_RECOMPUTED = _FUSED | {EncodeCompensated}
-_LOWERED = _TRACED | {EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored}
+_FOLDED = _FUSED | {QuantizeGroups}
+_RECOMPUTED = _FOLDED | {EncodeCompensated}
+_LOWERED = _TRACED | {
+    EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
+    DequantizeGroups,
+}  # fmt: skip
 _MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
 
 #: By the name of the pass, in the order of the pipeline.
@@ -102,10 +109,10 @@ STAGES: dict[str, Stage] = {
     "account": Stage(_TRACED, (_has_no_fold,)),
     "cancel_rotations": Stage(_TRACED, (_has_no_fold,)),
     "fuse": Stage(_FUSED, (_has_no_fold,)),
-    "fold": Stage(_FUSED),
-    "hints": Stage(_FUSED),
-    "choose_providers": Stage(_FUSED, (_has_a_provider,)),
-    "audit": Stage(_FUSED),
+    "fold": Stage(_FOLDED),
+    "hints": Stage(_FOLDED),
+    "choose_providers": Stage(_FOLDED, (_has_a_provider,)),
+    "audit": Stage(_FOLDED),
     "lower_frozen": Stage(_FUSED | _LOWERED),
     "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
@@ -207,7 +214,10 @@ def _readers(node: Node) -> list[Node]:
 
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
-    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored)),
+    *(
+        view.op
+        for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled, MmStored)
+    ),
     aten.view.dtype,
 )
 
