@@ -40,6 +40,7 @@ import torch.utils._pytree
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +54,7 @@ __all__ = [
     "CustomGraphPass",
     "CustomPartitionerFn",
     "HigherOrderOperator",
+    "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
