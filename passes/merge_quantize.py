@@ -141,7 +141,7 @@ def _read_unpermuted(graph: Graph) -> None:
         call = Quantize.of(node)
         if not is_call(call.x, aten.permute.default):
             continue
-        order = list(call.x.args[1])  # type: ignore[call-overload]
+        order = list(call.x.args[1])  # type: ignore
         order.append(order.pop(call.axis))
         if order == sorted(order):
             node.args = replace(call, x=input_of(call.x), axis=-1).arguments()

@@ -22,7 +22,7 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .graph import aten, is_call, item_of, static_size, through_views
+from .graph import aten, is_call, is_gather, item_of, static_size, through_views
 from .record import PROVIDER_KEY, mark_of
 from .views import (
     VIEW_OF,
@@ -108,6 +108,7 @@ _MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, 
 STAGES: dict[str, Stage] = {
     "account": Stage(_TRACED, (_has_no_fold,)),
     "cancel_rotations": Stage(_TRACED, (_has_no_fold,)),
+    "gather_codes": Stage(_TRACED, (_has_no_fold,)),
     "fuse": Stage(_FUSED, (_has_no_fold,)),
     "fold": Stage(_FOLDED),
     "hints": Stage(_FOLDED),
@@ -205,10 +206,10 @@ def _format_of_8bit_codes(codes: Node) -> Format | None:
 
 
 def _readers(node: Node) -> list[Node]:
-    """Users of a tensor, views of it included."""
+    """Users of a tensor, of its views and of rows gathered from it."""
     found = []
     for user in node.users:
-        found += _readers(user) if through_views(user) is not user and user.users else [user]
+        found += _readers(user) if (through_views(user) is not user or is_gather(user)) and user.users else [user]
     return found
 
 

@@ -23,7 +23,7 @@ from . import reference
 from .grid import grid_of
 from .triton_codes import encoded, saturated
 from .triton_columns import TRANSPOSED_TILE, loaded_tile
-from .triton_rows import flat, write_rows_of_groups
+from .triton_rows import write_rows_of_groups
 
 __all__ = ["quantize_groups"]
 
@@ -132,7 +132,7 @@ def quantize_groups(x: Tensor, quantizer: str, axis: int, offs: Tensor, fold: Te
         scales = x.new_empty((rows, 1), dtype=torch.float32)
         write_rows_of_groups(x, fmt, offs, fold, codes.view(tensor_core_dtype(q.format)), scales)
         return codes, scales
-    fold = flat(fold)
+    fold = fold.reshape(-1).contiguous()
     most = triton.next_power_of_2(groups)
     scales = x.new_empty((groups, size, 1), dtype=torch.float32)
     maxima, gammas = torch.empty_like(scales, dtype=torch.int32), torch.empty_like(scales)

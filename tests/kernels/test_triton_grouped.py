@@ -1,8 +1,8 @@
 """Products of groups without a GPU: numerics in Triton's interpreter and machine code for Hopper.
 
 Operands are codes of 4-bit grids with scales that are powers of two, so every result is known exactly. What would
-break: rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN that
-spreads, memory that was never written.
+break: rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN
+that spreads, memory that was never written.
 """
 
 from __future__ import annotations
