@@ -27,6 +27,7 @@ from .views import (
     QuantizeCompensated,
     QuantizedMM,
     QuantizeGroups,
+    QuantizeGroupsPair,
     View,
     encoder_of,
 )  # fmt: skip
@@ -120,7 +121,7 @@ def audit_encoders(graph: Graph, context: Context) -> int:
 
 _ENCODERS: tuple[type[View], ...] = (
     Quantize, QuantizeCompensated, QuantizeGroups, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed,
-    Quantize8BitPair,
+    Quantize8BitPair, QuantizeGroupsPair,
 )  # fmt: skip
 
 

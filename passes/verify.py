@@ -48,6 +48,7 @@ from .views import (
     QuantizeCompensated,
     QuantizedMM,
     QuantizeGroups,
+    QuantizeGroupsPair,
     Recode,
     RestoreOutliers,
     ScaleGradient,
@@ -102,7 +103,9 @@ _LOWERED = _TRACED | {
     EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
     DequantizeGroups,
 }  # fmt: skip
-_MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
+_MERGED = _LOWERED | {
+    Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
+}  # fmt: skip
 
 #: By the name of the pass, in the order of the pipeline.
 STAGES: dict[str, Stage] = {

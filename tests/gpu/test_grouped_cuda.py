@@ -136,6 +136,13 @@ def test_quantizing_groups_is_the_reference(sizes, width):
             got, expected = ((codes[:, :last], scales) for codes, scales in (got, expected))
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1].nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
+    folds = torch.rand(len(sizes), width, 1).cuda(), torch.rand(rows, 1).cuda()
+    got, expected = (f(x, GRADIENT, offs, *folds) for f in (ops.quantize_groups_pair, quantize.quantize_groups_pair))
+    last = max(-(-place.stop // 128) * 128 for _, place in quantize.group_slices(offs))
+    assert torch.equal(got[0][:inside], expected[0][:inside])
+    assert torch.equal(got[2][:, :last], expected[2][:, :last])
+    for a, b in ((got[1][:inside], expected[1][:inside]), (got[3], expected[3])):
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
 @pytest.mark.parametrize("quantizer", [QUANTIZER, "midrise4 row absmax half_up", "e4m3 row absmax even"])
@@ -164,8 +171,7 @@ def test_a_graph_serves_other_sizes():
         )
         codes_w, s_w = ops.recode(stored_w, QUANTIZER, k, False).view(groups, n, k), s_w.view(groups, n, 1)
         y = ops.mm_8bit_grouped(codes_x, codes_w, offs, s_x, s_w, BF16)
-        rows_of_dy, s_rows = ops.quantize_groups(dy, GRADIENT, 1, offs, s_w)
-        columns_of_dy, s_columns = ops.quantize_groups(dy, GRADIENT, 0, offs, s_x)
+        rows_of_dy, s_rows, columns_of_dy, s_columns = ops.quantize_groups_pair(dy, GRADIENT, offs, s_w, s_x)
         one = torch.ones(1, 1, device="cuda")
         w_t = ops.recode(stored_w.view(groups, n, -1), QUANTIZER, k, True)
         dx = ops.mm_8bit_grouped(rows_of_dy.view(E4M3), w_t, offs, s_rows, one, BF16)

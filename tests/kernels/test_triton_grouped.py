@@ -115,6 +115,15 @@ def test_interpreted_quantize_and_recode(sizes):
         else:
             assert torch.equal(got[1].nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
             assert torch.equal(written(got[0], offs), written(expected[0], offs))
+    folds = torch.rand(groups, n, 1), torch.rand(rows, 1)
+    pair = quantize_kernels.quantize_groups_pair(x, quantizer, offs, *folds)
+    for axis, fold in zip((1, 0), folds, strict=True):
+        single = quantize_kernels.quantize_groups(x, quantizer, axis, offs, fold)
+        both = pair[:2] if axis else pair[2:]
+        same = [(part[:inside] for part in both), (part[:inside] for part in single)] if axis else [both, single]
+        (got_codes, got_scales), (codes_alone, scales_alone) = same
+        assert torch.equal(got_scales.nan_to_num(-1.0), scales_alone.nan_to_num(-1.0))
+        assert torch.equal(*((c if axis else written(c, offs)) for c in (got_codes, codes_alone)))
     stored = torch.randint(0, 256, (rows, 24), dtype=torch.uint8)
     for text in ("e2m1 row absmax even", "midrise4 row rms half_up"):
         got, expected = (m.recode(stored, text, 48, True, offs) for m in (quantize_kernels, quantize_reference))
