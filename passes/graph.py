@@ -117,7 +117,7 @@ def is_gather(node: Any) -> bool:
     """Whole rows that a list of numbers picks, in its order."""
     if is_call(node, aten.index_select.default):
         return bool(node.args[1] == 0)
-    rows = node.args[1] if is_call(node, aten.index.Tensor) else ()
+    rows: Any = node.args[1] if is_call(node, aten.index.Tensor) else ()
     value = rows[0].meta["val"] if len(rows) == 1 and isinstance(rows[0], Node) else None
     return value is not None and value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
 

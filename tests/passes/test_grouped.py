@@ -170,6 +170,37 @@ def test_other_sizes_do_not_compile_again() -> None:
     assert len(observations) == 1
 
 
+def test_any_number_of_tokens() -> None:
+    """One graph where the number of rows is not known either; what is padded follows it."""
+    run, observations = compiler(Experts(), PLAIN, backward="fp8", dynamic=True)
+    for sizes in ((17, 1, 0, 6, 15, 129, 0), (3, 0, 0, 5, 0, 1000, 0)):
+        x = torch.randn(sum(sizes), 32).to(BF16).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        y = run(x, ends(*sizes))
+        assert torch.equal(y, by_operations(x, sizes))
+        y.float().sum().backward()
+        assert not x.grad.isnan().any()
+    assert len(observations) == 1
+
+
+def by_operations(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The same by the reference's own operations, of one product after the other."""
+    experts = Experts()
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        (codes_x, s_x, _), (codes_w, s_w, _) = (
+            torch.ops.qcompile.quantize_8bit(t.flatten(0, -2), QUANTIZER, False) for t in (x, w)
+        )
+        shape = w.shape[:2]
+        return torch.ops.qcompile.mm_8bit_grouped(
+            codes_x, codes_w.view(w.shape), ends(*sizes), s_x, s_w.view(*shape, 1), BF16
+        )
+
+    with torch.no_grad():
+        gate, up = product(x, experts.up).chunk(2, -1)
+        return product(F.silu(gate) * up, experts.down)
+
+
 @pytest.mark.parametrize("_hopper", [None, (8, 9)], indirect=True)
 def test_elsewhere_they_are_decoded(_hopper: Any) -> None:
     """Without the kernel: torch's grouped product of what codes stand for, and the report says why."""
