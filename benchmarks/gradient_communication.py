@@ -12,7 +12,9 @@ is not done in time. All rows are written after every arm. NVLink multicast stay
 - ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2, 4 and
   8 parts. ``us`` is the device's time of calls that were queued while the device slept, ``host_us`` the host's.
 - ``model reduce-scatter``: of 2, 4 and 8 GPUs, computed from the rows above.
-- ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included.
+- ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included. ``fp8-lm``: with sums in
+  FP8 as FP8-LM publishes, whose error is the comparison; its time is that of untuned code.
+- ``alone``, ``optimizer``: that step without communication, and its optimizer; scaling_on_paper.py needs them.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
 
@@ -47,6 +49,9 @@ BLOCK = 256
 BF16 = torch.bfloat16
 #: Most relative error (L2) of gradients, in percent; a BF16 sum has a tenth of it.
 MOST_ERROR = {"fsdp2": 2.0, "ddp": 3.3}
+#: That of FP8-LM's sums in FP8, which is what they are here for.
+MOST_ERROR_FP8_LM = 20.0
+SETTLING = 6  # gradients after which µ is halved no more
 
 
 @dataclass(frozen=True)
@@ -273,7 +278,7 @@ def _whole(gradient: Any) -> Tensor:
 
 def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool = False) -> Iterator[Row]:
     """Gradients against those that are averaged in float32, then the time of a step."""
-    from qcompile.distributed import fp8_gradients
+    from qcompile.distributed import fp8_gradients, fp8_lm_gradients
     from qcompile.optim import AdamW
 
     size, rank = SIZES[size_name], dist.get_rank()
@@ -287,13 +292,19 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
             dist.all_reduce(mean)
             exact[name], parameter.grad = _sampled(mean / WORLD), None
     wrapped = _wrap(model, wrapper, run, compiled)
-    traffic = fp8_gradients(wrapped, block=BLOCK) if gradients == "fp8" else None
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "fp8": partial(fp8_gradients, block=BLOCK),
+        "fp8-lm": fp8_lm_gradients,
+    }
+    traffic = ways[gradients](wrapped) if gradients in ways else None
     elements = sum(parameter.numel() for parameter in wrapped.parameters())
     make = AdamW if compiled else partial(torch.optim.AdamW, fused=True)
     optimizer = make(wrapped.parameters(), lr=1e-5)
 
-    wrapped(**batch).backward()
-    error = _check(wrapped, exact, MOST_ERROR[wrapper])
+    for _ in range(SETTLING if gradients == "fp8-lm" else 1):
+        wrapped.zero_grad()
+        wrapped(**batch).backward()
+    error = _check(wrapped, exact, MOST_ERROR_FP8_LM if gradients == "fp8-lm" else MOST_ERROR[wrapper])
     wrapped.zero_grad()
 
     def one() -> None:
@@ -312,6 +323,29 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
     times = milliseconds(one, run.steps, run.cuda)
     arm = f"{wrapper} compiled" if compiled else wrapper
     yield Row(arm, size_name, gradients, us=1e3 * statistics.median(times), sent_mb=sent / 1e6, error=error)
+
+
+def alone(run: Run, size_name: str) -> Iterator[Row]:
+    """The same step on every GPU by itself, and its optimizer: what a step costs beside communication."""
+    size = SIZES[size_name]
+    model = build(size, run.device, BF16, seed=0)
+    batch = dict(zip(("input_ids", "labels"), random_batch(size, run.device, seed=0), strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def backward() -> None:
+        model(**batch).backward()
+
+    def one() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        one()
+    backward()
+    for arm, call in (("alone", one), ("optimizer", optimizer.step)):
+        yield Row(arm, size_name, "bf16", us=1e3 * statistics.median(milliseconds(call, run.steps, run.cuda)))
+        backward()
 
 
 def _check(model: nn.Module, exact: dict[str, Tensor], most: float) -> float:
@@ -372,8 +406,9 @@ def arms_of(sizes: list[str]) -> dict[str, Callable[[Run], Iterator[Row]]]:
         "kernels": kernels,
     }
     for size in sizes:
+        arms[f"alone {size}"] = partial(alone, size_name=size)
         for wrapper in ("ddp", "fsdp2"):
-            for gradients in ("bf16", "fp8"):
+            for gradients in ("bf16", "fp8", "fp8-lm")[: 3 if wrapper == "ddp" else 2]:
                 arms[f"{wrapper} {size} {gradients}"] = partial(
                     step, wrapper=wrapper, size_name=size, gradients=gradients
                 )

@@ -133,11 +133,17 @@ ARMS = {
     "bnb_inductor": Arm(by_bitsandbytes),
     "torchao_inductor": Arm(by_torchao),
     "ours_nf4": Arm(packed(NF4), "qcompile_stored"),
-    "ours_w4a4": Arm(packed("e2m1 row"), "qcompile_stored", {"activation": "e2m1 row"}, reference="eager", worst=False),
+    "ours_w4a4": Arm(
+        packed("e2m1 row"),
+        "qcompile_stored",
+        {"activation": "e2m1 row", "backward": "auto"},
+        reference="eager",
+        worst=False,
+    ),
     "ours_w4a4_occ": Arm(
         packed("e2m1 row"),
         "qcompile_stored",
-        {"activation": "e2m1 row absmax even; ste; occ(residual=e4m3)"},
+        {"activation": "e2m1 row absmax even; ste; occ(residual=e4m3)", "backward": "auto"},
         reference="eager",
         worst=False,
     ),  # with outliers clamped, which pretrained models need

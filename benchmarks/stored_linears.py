@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import signal
 import sys
 import time
@@ -218,11 +219,29 @@ def variations(batch: int, gradient: bool) -> Iterator[Any]:
             yield config
 
 
+def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
+    """Of configs as text, those for as many rows of x, rounded up to a power of two."""
+    from qcompile.kernels.matmul.stored import Config
+
+    block_m = 1 << (batch - 1).bit_length()
+    found = [re.fullmatch(r"(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) p(\d+)(.*)", text) for text in texts or ()]
+    if bad := [text for text, match in zip(texts or (), found, strict=True) if match is None]:
+        msg = f"--configs: {bad[0]!r} is not like {str(Config('fragments', 1, 64, 64))!r}"
+        raise ValueError(msg)
+    configs = []
+    for kernel, *numbers, how in (match.groups() for match in found if match):
+        rows, block_n, width, warps, stages, programs = map(int, numbers)
+        if rows == block_m:
+            table, early = "formula" not in how, "early" in how
+            configs.append(Config(kernel, batch, block_n, width // 8, rows, warps, stages, programs, table, early))
+    return configs
+
+
 def _by_fragments(batch: int, gradient: bool) -> Iterator[Any]:
     """Warps side by side and in turn, tiles of 16 rows of W for each, steps ahead; the likelier first."""
     from qcompile.kernels.matmul.stored import Config
 
-    block_m = max(8, 1 << (batch - 1).bit_length())
+    block_m = 1 << (batch - 1).bit_length()
     if gradient or block_m > 64:
         return
     for stages, (warps, along), tiles in product(
@@ -311,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gradient", action="store_true", help="dY · W instead of x · Wᵀ")
     parser.add_argument("--decoded", action="store_true", help="add the weight decoded first, for cuBLAS")
     parser.add_argument("--sweep", action="store_true", help="time every cut of our kernels, and nothing else but BF16")
+    parser.add_argument("--configs", nargs="+", help="of the sweep, instead of all, as the CSV file names them")
     parser.add_argument("--kernels", nargs="+", help="kernels of the sweep (default: all), for example fragments")
     parser.add_argument("--limit", type=float, default=40, help="seconds of an arm (default: 40)")
     parser.add_argument("--seconds", type=float, default=120, help="of a sweep (default: 120)")
@@ -351,7 +371,7 @@ def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str
     yield BASELINE, arms[BASELINE]
     for name in arguments.formats:
         end = time.monotonic() + arguments.seconds
-        for config in variations(batch, arguments.gradient):
+        for config in _named(arguments.configs, batch) or variations(batch, arguments.gradient):
             if time.monotonic() > end:
                 break
             if arguments.kernels and config.kernel not in arguments.kernels:

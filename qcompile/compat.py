@@ -34,6 +34,7 @@ import torch._inductor.fx_passes.post_grad
 import torch._inductor.pattern_matcher
 import torch._logging._internal
 import torch.distributed as dist
+import torch.optim._muon
 import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
@@ -587,6 +588,16 @@ def reduction(op: Any) -> tuple[Any, Any]:
     """The kind of a ``dist.ReduceOp``, and the factor of a ``PREMUL_SUM``, which nothing public tells."""
     state = op.__getstate__()
     return state if isinstance(state, tuple) else (op, None)
+
+
+def orthogonalized(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+    """What ``torch.optim.Muon`` makes of a matrix: bfloat16, by a Newton-Schulz iteration. It writes to ``matrix``."""
+    return torch.optim._muon._zeropower_via_newtonschulz(matrix, coefficients, steps, eps)
+
+
+def muon_rate(lr: Any, adjust: str | None, shape: torch.Size) -> Any:
+    """What ``torch.optim.Muon`` multiplies the orthogonalized matrix with."""
+    return torch.optim._muon._adjust_lr(lr, adjust, shape)
 
 
 def memory_of(value: Any) -> Any:

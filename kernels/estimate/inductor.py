@@ -19,12 +19,12 @@ from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
 from qcompile.kernels.quantize.inductor import (
     GridUnits,
     Value,
+    element_loader,
     group_of,
     index_of_moved,
     is_empty,
     mark_of,
     packed_bytes,
-    rounded,
     scale_value,
     supports_scales,
     unpacked,
@@ -120,7 +120,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
         op = torch.ops.qcompile.scale_gradient.default
         return own_kernel(op, grad, x, scales, quantizer, estimator, axis, global_scale)
     load_grad, dtype = grad.make_loader(), grad.get_dtype()
-    load_x, load_scale = x.make_loader(), scales.make_loader()
+    load_x, load_scale = element_loader(x), scales.make_loader()
     load_global = global_scale.make_loader() if global_scale is not None else None
     units = None if spec.kind.continuous else GridUnits(x, q, axis, 1, global_scale)
 
@@ -129,7 +129,7 @@ def lower_scale_gradient(grad, x, scales, quantizer: str, estimator: str, axis: 
             return units.inputs(index_of_moved(index, axis), product=uncontracted_product)
         stored = load_scale(group_of(index_of_moved(index, axis), q))
         scale = scale_value(stored, q, load_global)
-        y = ops.truediv(rounded(load_x(index), x.get_dtype()), scale)
+        y = ops.truediv(load_x(index), scale)
         return ops.where(ops.eq(scale, _float(0.0)), _float(0.0), y), *mark_of(stored, q)
 
     def element(index) -> Value:

@@ -19,6 +19,7 @@ _OPS = {
     **OPERATORS,
     "exact_fma": "exact_fma({0}, {1}, {2})",
     "at_least": "select({0} < {1}, {1}, {0})",
+    "within": "select({0} < -{1}, -{1}, select({0} <= {1}, {0}, {1}))",
     "abs": "std::fabs({0})",
     "sqrt": "std::sqrt({0})",
     "floor": "std::floor({0})",

@@ -157,6 +157,10 @@ class Value:
         """The greater of the two, of a value that is not NaN."""
         return self._with("at_least", least)
 
+    def within(self, limit: Number) -> Value:
+        """Between −``limit`` and ``limit``; NaN as ``limit``."""
+        return self._with("within", limit)
+
     def clamp(self, min: Value | Number | None = None, max: Value | Number | None = None) -> Value:
         """Between the bounds that are given; NaN stays."""
         value = self if max is None else where(self > max, max, self)

@@ -10,9 +10,11 @@ import torch
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.virtualized import ops
 
+from qcompile.kernels.triton import INTERPRETED
+
 from .expression import Formula, Value
 
-__all__ = ["emit", "uncontracted_product"]
+__all__ = ["clamped", "emit", "rounded", "uncontracted_product"]
 
 #: A value inside a loop body.
 Body = Any
@@ -47,6 +49,11 @@ def _summands(formula: Formula) -> set[int]:
     return {id(a) for step in formula.steps if step.op in ("add", "sub") for a in step.args if isinstance(a, Value)}
 
 
+def has_ptx() -> bool:
+    """Whether what is generated is compiled for CUDA."""
+    return torch.version.cuda is not None and not INTERPRETED
+
+
 def exact_div(a: Body, b: Body) -> Body:
     """Correctly rounded float32 ``a / b``.
 
@@ -65,9 +72,41 @@ def uncontracted_product(a: Body, b: Body) -> Body:
 
     Inductor leaves contraction on, and Triton's language has no product without it; an instruction of PTX is one.
     """
-    if torch.version.cuda is None:
+    if not has_ptx():
         return ops.mul(a, b)
     return _instruction("mul.rn.f32 $0, $1, $2;", a, b)
+
+
+def clamped(value: Body, lowest: Body, highest: Body) -> Body:
+    """``torch.clamp`` as :func:`qcompile.kernels.outliers.triton.clamped`, at an instruction per bound."""
+    if not has_ptx():
+        return ops.where(ops.lt(value, lowest), lowest, ops.where(ops.gt(value, highest), highest, value))
+    text = "{.reg .f32 raised; max.NaN.f32 raised, $1, $2; min.NaN.f32 $0, raised, $3;}"
+    return _instruction(text, value, lowest, highest)
+
+
+def rounded(value: Body, dtype: torch.dtype) -> Body:
+    """A computed element of a tensor of ``dtype``, in float32.
+
+    Inductor keeps float32 between the operations that it puts into one kernel, 16-bit casts among them. Codes would
+    then depend on what was fused: a weight that autocast casts would not be the same in the backward as in the forward.
+    CUDA rounds pairs four times as fast as single numbers, which Triton's conversion there and back would be.
+    """
+    if dtype == torch.bfloat16 and has_ptx():
+        text = "{.reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000;}"
+        return ops.inline_asm_elementwise(value, asm=text, constraints="=f,=f,f,f", dtype=torch.float32, pack=2)
+    if dtype in (torch.bfloat16, torch.float16):
+        value = ops.to_dtype(value, dtype, use_compute_types=False)
+    return ops.to_dtype(value, torch.float32)
+
+
+def _within(y: Body, limit: Body) -> Body:
+    """Of a number and NaN, an instruction takes the number."""
+    if not has_ptx():
+        least = ops.neg(limit)
+        return ops.where(ops.lt(y, least), least, ops.where(ops.le(y, limit), y, limit))
+    text = "{.reg .f32 most, least; min.f32 most, $1, $2; neg.f32 least, $2; max.f32 $0, most, least;}"
+    return _instruction(text, y, limit)
 
 
 def _power(base: Body, exponent: float) -> Body:
@@ -76,7 +115,7 @@ def _power(base: Body, exponent: float) -> Body:
     Triton's ``log2`` on CUDA is a polynomial of 14 multiply-adds, which made a slope wait for arithmetic; one
     instruction is within 2⁻²² of it.
     """
-    if torch.version.cuda is None:
+    if not has_ptx():
         return ops.exp2(ops.mul(ops.log2(base), ops.constant(exponent, torch.float32)))
     logarithm = _instruction("lg2.approx.f32 $0, $1;", base)
     return _instruction("ex2.approx.f32 $0, $1;", ops.mul(logarithm, ops.constant(exponent, torch.float32)))
@@ -98,6 +137,7 @@ _OPS: dict[str, Callable[..., Body]] = {
     "exact_mul": partial(_same_named, "mul"),
     "exact_fma": lambda a, b, c: ops.add(ops.mul(a, b), c),
     "at_least": lambda a, b: ops.where(ops.lt(a, b), b, a),  # without the instructions that pass on NaN
+    "within": _within,
     "div": exact_div,
     "power": _power,
     "and": partial(_same_named, "bitwise_and"),

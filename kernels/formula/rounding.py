@@ -33,10 +33,9 @@ ROUNDER = 1.5 * 2.0**MANTISSA_BITS
 
 def saturate_value(y: Value, fmt: Format) -> Value:
     """y within ± the largest magnitude; NaN as the largest, positive."""
-    y = where(y.isnan(), fmt.max, y)
     if fmt.codebook:  # comparisons saturate by themselves
-        return y
-    return where(y > fmt.max, fmt.max, where(y < -fmt.max, -fmt.max, y))
+        return where(y.isnan(), fmt.max, y)
+    return y.within(fmt.max)
 
 
 def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:

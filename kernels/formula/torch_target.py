@@ -31,6 +31,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "exact_mul": torch.mul,
     "exact_fma": lambda a, b, c: a * b + c,
     "at_least": torch.maximum,
+    "within": lambda y, limit: torch.where(y.isnan(), limit, y).clamp(-limit, limit),
     "div": torch.div,
     "neg": torch.neg,
     "abs": torch.abs,

@@ -22,6 +22,7 @@ _OPS = {
     **OPERATORS,
     "exact_fma": "tl.fma({0}, {1}, {2})",
     "at_least": "tl.maximum({0}, {1})",
+    "within": "tl.where({0} < -{1}, -{1}, tl.where({0} <= {1}, {0}, {1}))",
     "div": "tl.math.div_rn({0}, {1})",
     "abs": "tl.abs({0})",
     "sqrt": "tl.sqrt_rn({0})",

@@ -39,6 +39,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.ir.nested import NestedScales
 from qcompile.ir.stored import Stored
@@ -51,7 +53,7 @@ from qcompile.kernels.replay import note_constant
 from qcompile.kernels.triton import INTERPRETED, launch, processors
 
 from . import costs
-from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments
+from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments, scales_of_thread
 from .stored_scales import load_scales, scales_of
 
 __all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
@@ -446,8 +448,11 @@ def decode_rows(
 
 
 @triton.jit
-def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr):
+def add_splits(partial, bias, out, count, columns, splits: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
     """``out[i] = Σ partial[split, i] + bias``, the splits in order."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
     for split in tl.static_range(splits):
@@ -474,6 +479,7 @@ class Config:
             / 16 warps share rows of W and take turns along them, the others have rows of their own.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
+        early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
     """
 
     kernel: str
@@ -485,10 +491,11 @@ class Config:
     stages: int = 1
     programs: int = 4
     table: bool = True
+    early: bool = True
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
-        how = "table" if self.table else "formula"
+        how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel == "fragments")
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
@@ -498,7 +505,10 @@ class Config:
 #: Others were not measured.
 CONFIGS = {
     False: (
-        Config("fragments", 8, block_n=16, block_w=64, block_m=8, warps=4, stages=2, programs=2),
+        Config("fragments", 1, block_n=64, block_w=64, block_m=1, warps=16, stages=4, programs=1),
+        Config("fragments", 2, block_n=64, block_w=64, block_m=2, warps=16, stages=2, programs=1),
+        Config("fragments", 4, block_n=64, block_w=64, block_m=4, warps=16, stages=2, programs=1),
+        Config("fragments", 8, block_n=64, block_w=64, block_m=8, warps=16, stages=2, programs=1),
         Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1),
         Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1),
         Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1),
@@ -515,6 +525,12 @@ MOST_ROWS = 8
 _WIDE_ROWS = Config("gemv", MOST_ROWS, block_n=2, block_w=256, programs=8)
 _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
+#: Scales of a row of W that a thread of ``fragments`` has registers for.
+_MOST_SCALES = 4
+#: Of a processor.
+_REGISTERS = 65536
+#: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
+_X_AHEAD = 128
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
@@ -541,6 +557,12 @@ def _fitted(config: Config, row_words: int) -> Config:
         return replace(config, block_w=words)
     warps = max(1, min(config.warps, config.block_n * words // (RUN * WARP.value)))
     return replace(config, block_w=words, warps=warps)
+
+
+def _most_registers(config: Config) -> int | None:
+    """Of a thread, for a processor to have room for its programs; ``None`` where they would be too few."""
+    most = _REGISTERS // (WARP.value * config.warps * config.programs) // 8 * 8
+    return most if 128 <= most < 255 else None
 
 
 def _splits(tiles: int, steps: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -637,16 +659,22 @@ def _by_fragments(
     config: Config,
 ) -> Tensor:
     """:func:`mm_stored` by the kernel of :mod:`.stored_fragments`, for as many rows of x as ``config.block_m``."""
-    codes = arguments[0]
+    codes, scales, *_ = arguments
     assert codes is not None
+    assert scales is not None
     m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
     if m > config.block_m:
         msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
         raise ValueError(msg)
     along = config.block_w // STEP_WORDS.value
     across = config.warps // along
-    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * config.stages)
+    lines = min(config.block_m, MMA_ROWS.value) if weight.block else MMA_ROWS.value
+    unit, steps = math.gcd(weight.block, UNIT.value), config.stages
+    while weight.block and steps > 1 and scales_of_thread(steps * UNIT.value // unit, lines) > _MOST_SCALES:
+        steps //= 2
+    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * steps)
     splits, rounds = _splits(tiles, turns, config, x.device)
+    early = config.early and _begins_early(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
@@ -666,25 +694,43 @@ def _by_fragments(
         rounds,
         fmt=weight,
         instruction=MMA[x.dtype],
-        unit=math.gcd(weight.block, UNIT.value),
-        tiles_m=config.block_m // MMA_ROWS,
-        tiles_n=config.block_n // (MMA_COLUMNS * across),
+        unit=unit,
+        lines=lines,
+        tiles_m=triton.cdiv(config.block_m, MMA_ROWS.value),
+        tiles_n=config.block_n // (MMA_COLUMNS.value * across),
         across=across,
         along=along,
-        steps=config.stages,
-        even=row_words == splits * rounds * config.block_w * config.stages,
+        steps=steps,
+        even=row_words == splits * rounds * config.block_w * steps,
+        x_ahead=config.block_m * config.warps * config.programs <= _X_AHEAD,
+        number=gl.int32 if scales.numel() < 2**31 else gl.int64,
+        early=early,
         num_warps=config.warps,
+        maxnreg=_most_registers(config),
+        **({"launch_pdl": True} if early else {}),
     )
-    _add_splits(partial, bias, out)
+    _add_splits(partial, bias, out, early)
     return out
 
 
-def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor, early: bool = False) -> None:
     """Nothing if ``partial`` is ``out`` already."""
     if partial is not out:
         count, columns = out.numel(), out.shape[1]
         programs = triton.cdiv(count, _ADD_BLOCK)
-        launch(add_splits, programs, partial, bias, out, count, columns, splits=partial.shape[0], block=_ADD_BLOCK)
+        launch(
+            add_splits,
+            programs,
+            partial,
+            bias,
+            out,
+            count,
+            columns,
+            splits=partial.shape[0],
+            block=_ADD_BLOCK,
+            early=early,
+            **({"launch_pdl": True} if early else {}),
+        )
 
 
 def decode(
@@ -742,6 +788,12 @@ def _words_of(codes: Tensor) -> Tensor:
 def _per_row(weight: Weight, size: int) -> int:
     """Scales of a row."""
     return triton.cdiv(size, weight.block) if weight.block else 1
+
+
+@cache
+def _begins_early(device: torch.device) -> bool:
+    """Whether kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

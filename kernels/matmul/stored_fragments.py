@@ -37,10 +37,10 @@ from triton.experimental.gluon import language as gl
 
 from .stored_scales import load_scales, scales_of
 
-__all__ = ["MMA", "MMA_COLUMNS", "MMA_ROWS", "STEP_WORDS", "UNIT", "fragments"]
+__all__ = ["MMA", "MMA_COLUMNS", "MMA_ROWS", "STEP_WORDS", "UNIT", "fragments", "scales_of_thread"]
 
 #: Rows of x that an mma takes, and rows of W.
-MMA_ROWS, MMA_COLUMNS = 8, 16
+MMA_ROWS, MMA_COLUMNS = gl.constexpr(8), gl.constexpr(16)
 #: Codes of a row that the four threads of an mma's row load at once, and their words of 8.
 UNIT = gl.constexpr(128)
 STEP_WORDS = gl.constexpr(16)
@@ -64,12 +64,15 @@ def _filled_table(pairs, warps: gl.constexpr, layout: gl.constexpr):
         is_pure=False,
         pack=1,
     )
+    loaded = ()
     for first in gl.static_range(0, 256, 4 * warps):
-        entry = (first + thread // 8) % 256
+        loaded += (gl.load(pairs + (first + thread // 8) % 256),)  # type: ignore[assignment]
+    for i in gl.static_range(len(loaded)):
+        entry = (4 * warps * i + thread // 8) % 256
         table = gl.inline_asm_elementwise(
             "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, $3;",
             "=r,r,r,r",
-            [table + entry * 128 + thread % 8 * 16, gl.load(pairs + entry), table],
+            [table + entry * 128 + thread % 8 * 16, loaded[i], table],
             dtype=gl.int32,
             is_pure=False,
             pack=1,
@@ -103,6 +106,13 @@ _EXCHANGE_HALVES = gl.constexpr(
 )
 #: PTX: what a thread holds of the four of an mma's row.
 _OF_THREAD = gl.constexpr(tuple(f"shfl.sync.idx.b32 $0, $1, {place}, 0x1c1f, 0xffffffff;" for place in range(4)))
+#: PTX: what a thread has plus what thread + 1 or + 2 has.
+_PLUS_1, _PLUS_2 = (
+    gl.constexpr(
+        f"{{.reg .b32 yours; shfl.sync.bfly.b32 yours, $1, {distance}, 0x1f, 0xffffffff; add.f32 $0, $1, yours;}}"
+    )
+    for distance in (1, 2)
+)
 #: PTX, by the dtype of x.
 MMA = {
     dtype: f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 "
@@ -172,6 +182,19 @@ def _keep_loads_before(thread):
     gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _let_next_begin():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_previous():
+    """Until what was launched before has ended and its results are there."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # --- operands --------------------------------------------------------------------------------------------------------
@@ -251,14 +274,59 @@ def _side_by_side(at, inside, wanted, even: gl.constexpr, quads: gl.constexpr):
     return gl.load(at[:, :, None] + side, mask=wanted, other=0)
 
 
+@gluon.constexpr_function
+def _pair_of_load(step, register, half, mix):
+    """How far from there the words of x are that belong to a register of a step, or to its second half."""
+    return 4 * step * STEP_WORDS.value + _pair_of_register(register, mix) + 8 * half
+
+
+@gluon.constexpr_function
+def _column(step, register, mix, unit, lines):
+    """Of the units whose sums stand side by side, the number of the first that a register is of."""
+    return (8 * step + 2 * register) // (mix // 16) * (mix // unit) % (MMA_ROWS.value // lines)
+
+
 @gluon.jit
-def _operand_of_x(
-    at, inside, wanted, even: gl.constexpr, unit: gl.constexpr, layout: gl.constexpr, quads: gl.constexpr
+def _load_x(
+    at,
+    pairs,
+    own_pair,
+    line,
+    m,
+    wanted,
+    step: gl.constexpr,
+    register: gl.constexpr,
+    even: gl.constexpr,
+    mix: gl.constexpr,
+    unit: gl.constexpr,
+    lines: gl.constexpr,
+    quads: gl.constexpr,
 ):
-    """The four operand registers that belong to a word that :func:`_arranged` returned, of the rows ``at``."""
-    if unit == 16:  # the second half of the word is of the next 16 codes
-        first, second = _side_by_side(at, inside, wanted, even, quads).split()
-        third, fourth = _side_by_side(at + 8, inside - 8, wanted, even, quads).split()
+    """Words of x ``[threads, tiles, side]`` that belong to one that :func:`_arranged` returned, or to its two halves.
+
+    ``at``: where the rows' first words of the turn are, ``pairs`` before the end. 0 in columns of other blocks.
+    """
+    thread = gl.arange(0, at.shape[0], own_pair.type.layout)
+    loaded = ()
+    # The second half of a word of units of 16 is of the next 16 codes.
+    for half in gl.static_range(2 if mix == 16 else 1):
+        inside = pairs - _pair_of_load(step, register, half, mix) - own_pair
+        here = wanted & (line < m)
+        if lines < MMA_ROWS:
+            inner = 2 * (_pair_of_thread(thread, mix) + _pair_of_register(register, mix)) % mix // unit
+            own_column = thread % 32 // 4 // lines - _column(step, register, mix, unit, lines)
+            here = here & (own_column == inner)[:, None]
+        of_load = at + _pair_of_load(step, register, half, mix)
+        loaded += (_side_by_side(of_load, inside, here, even, quads),)  # type: ignore[assignment]
+    return loaded
+
+
+@gluon.jit
+def _operand_of_x(loaded, layout: gl.constexpr):
+    """The four operand registers that :func:`_load_x` returned."""
+    if len(loaded) == 2:
+        first, second = loaded[0].split()
+        third, fourth = loaded[1].split()
         operand = (
             gl.convert_layout(first, layout, assert_trivial=True),
             gl.convert_layout(second, layout, assert_trivial=True),
@@ -266,7 +334,7 @@ def _operand_of_x(
             gl.convert_layout(fourth, layout, assert_trivial=True),
         )
     else:
-        operand = _four(_side_by_side(at, inside, wanted, even, quads), layout)
+        operand = _four(loaded[0], layout)
     return operand
 
 
@@ -290,42 +358,59 @@ def _scales_ahead(
     per_row,
     unit: gl.constexpr,
     units: gl.constexpr,
+    lines: gl.constexpr,
     fmt: gl.constexpr,
 ):
-    """What is loaded of the scales of a thread's units, upper and lower row in turn; beyond a row, of its last unit."""
+    """What is loaded of the scales of a thread's units, upper and lower row in turn; beyond a row, of its last unit.
+
+    ``upper``, ``lower``: numbers of the rows' first scales. Of ``lines`` = 8 rows of x, the threads of a row share the
+    units; of fewer, each has those of its own columns.
+    """
     thread = gl.arange(0, own_unit.shape[0], own_unit.type.layout)
+    side: gl.constexpr = MMA_ROWS // lines  # units whose sums stand side by side
     loaded = ()
-    for first in gl.static_range(0, units, 4):
-        number = word * 8 // unit + own_unit + (first + thread % 4) % units
+    for i in gl.static_range(scales_of_thread(units, lines)):
+        if lines == MMA_ROWS:
+            mine = (4 * i + thread % 4) % units
+        elif lines == 1:
+            mine = gl.minimum(i // 2 * side + thread % 4 * 2 + i % 2, units - 1)
+        else:
+            mine = gl.minimum(i * side + thread % 4 * 2 // lines, units - 1)
+        number = word * 8 // unit + own_unit + mine
         column = number if unit == fmt.block else number // (fmt.block // unit)
         column = gl.minimum(column, per_row - 1)[:, None]
         loaded += (  # type: ignore[assignment]
-            load_scales(scales, second, upper * per_row + column, fmt),
-            load_scales(scales, second, lower * per_row + column, fmt),
+            load_scales(scales, second, upper + column, fmt),
+            load_scales(scales, second, lower + column, fmt),
         )
     return loaded
 
 
+@gluon.constexpr_function
+def scales_of_thread(units, lines):
+    """Scales of a row of W that a thread decodes."""
+    if lines == MMA_ROWS.value:
+        return (units + 3) // 4
+    return max(1, units * lines // MMA_ROWS.value) * (2 if lines == 1 else 1)
+
+
 @gluon.jit
-def _decoded(loaded, offset, book, slots: gl.constexpr, fmt: gl.constexpr):
+def _decoded(loaded, offset, book, fmt: gl.constexpr):
     """Float32 scales from what :func:`_scales_ahead` returned."""
     scale = ()
-    for i in gl.static_range(2 * slots):
+    for i in gl.static_range(len(loaded)):
         scale += (scales_of(loaded[i][0], loaded[i][1], offset, book, fmt),)  # type: ignore[assignment]
     return scale
 
 
 @gluon.jit
-def _scaled(sums, upper, lower, totals):
-    """``totals`` plus ``sums``, times the scales of the upper and the lower row."""
-    upper, _ = gl.broadcast(upper[:, :, None], sums[0])
-    lower, _ = gl.broadcast(lower[:, :, None], sums[0])
-    return (
-        gl.fma(sums[0], upper, totals[0]),
-        gl.fma(sums[1], upper, totals[1]),
-        gl.fma(sums[2], lower, totals[2]),
-        gl.fma(sums[3], lower, totals[3]),
-    )
+def _scaled(sums, scale, totals):
+    """``totals`` plus ``sums``, times the scale of each of the four."""
+    added = ()
+    for i in gl.static_range(4):
+        factor, _ = gl.broadcast(scale[i][:, :, None], sums[i])
+        added += (gl.fma(sums[i], factor, totals[i]),)  # type: ignore[assignment]
+    return added
 
 
 @gluon.jit
@@ -336,11 +421,42 @@ def _of_thread(value, place: gl.constexpr):
 
 
 @gluon.jit
-def _scaled_by_unit(sums, scale, number: gl.constexpr, totals):
-    """Thread i of a row holds the scales of units i, i + 4, … of the upper row and the lower."""
-    upper = _of_thread(scale[number // 4 * 2], number % 4)
-    lower = _of_thread(scale[number // 4 * 2 + 1], number % 4)
-    return _scaled(sums, upper, lower, totals)
+def _scaled_by_unit(sums, scale, number: gl.constexpr, lines: gl.constexpr, totals):
+    """``number``: of the unit, or of as many as stand side by side; ``scale`` as of :func:`_scales_ahead`."""
+    if lines == MMA_ROWS:
+        upper = _of_thread(scale[number // 4 * 2], number % 4)
+        lower = _of_thread(scale[number // 4 * 2 + 1], number % 4)
+        factors = upper, upper, lower, lower
+    elif lines == 1:
+        factors = scale[4 * number], scale[4 * number + 2], scale[4 * number + 1], scale[4 * number + 3]
+    else:
+        factors = scale[2 * number], scale[2 * number], scale[2 * number + 1], scale[2 * number + 1]
+    return _scaled(sums, factors, totals)
+
+
+@gluon.jit
+def _plus_thread(value, distance: gl.constexpr):
+    """``value`` plus that of thread + 1 or + 2."""
+    code: gl.constexpr = _PLUS_1 if distance == 1 else _PLUS_2
+    return gl.inline_asm_elementwise(code, "=f,f", [value], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _side_added(totals, lines: gl.constexpr):
+    """``totals`` where columns that differ in the block alone are added; all of them hold the sum."""
+    first, second, third, fourth = totals
+    if lines == 1:
+        first, third = first + second, third + fourth
+        second, fourth = first, third
+    added = ()
+    for total in gl.static_range(4):
+        value = (first, second, third, fourth)[total]
+        if lines <= 4:
+            value = _plus_thread(value, 2)
+        if lines <= 2:
+            value = _plus_thread(value, 1)
+        added += (value,)  # type: ignore[assignment]
+    return added
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -373,33 +489,38 @@ def fragments(
     fmt: gl.constexpr,
     instruction: gl.constexpr,
     unit: gl.constexpr,
+    lines: gl.constexpr,
     tiles_m: gl.constexpr,
     tiles_n: gl.constexpr,
     across: gl.constexpr,
     along: gl.constexpr,
     steps: gl.constexpr,
     even: gl.constexpr,
+    x_ahead: gl.constexpr,
+    number: gl.constexpr,
+    early: gl.constexpr,
 ):
     """``out[split, m, n] = x[m, K] · W[n, K]ᵀ`` over the ``rounds`` of a split; x and codes as words of 32 bits.
 
     ``across`` · ``along`` warps, of ``tiles_n`` · 16 rows of W each; ``along`` of them share rows and take turns at
-    ``steps`` steps of K. ``tiles_m`` · 8 rows of x.
+    ``steps`` steps of K. ``tiles_m`` · ``lines`` rows of x, read a step ahead if ``x_ahead``. ``number``: dtype that a
+    scale's number fits. ``early``: launched to begin before the kernel in front has ended.
     """
     warps: gl.constexpr = across * along
     threads: gl.constexpr = 32 * warps
     block_n: gl.constexpr = 16 * across * tiles_n
     turn: gl.constexpr = steps * STEP_WORDS
     units: gl.constexpr = steps * UNIT // unit  # pieces of 128 codes that share a scale, of a turn
-    slots: gl.constexpr = (units + 3) // 4  # of them, those whose scales a thread decodes
-    mmas: gl.constexpr = unit // 16  # of a unit
+    side: gl.constexpr = MMA_ROWS // lines  # units whose sums stand side by side
+    mix: gl.constexpr = min(UNIT, unit * side)  # codes of which the threads of a row have a word each
+    mmas: gl.constexpr = min(side * unit // 16, 8 * steps)  # that are summed before scales are applied
     # The first axis is the thread, the others are its registers. Warps that share rows are ``across`` apart.
     layout: gl.constexpr = gl.BlockedLayout([1, tiles_n, tiles_m], [32, 1, 1], [warps, 1, 1], [2, 1, 0])
     of_w: gl.constexpr = gl.SliceLayout(2, layout)
     of_x: gl.constexpr = gl.SliceLayout(1, layout)
     word_quads: gl.constexpr = gl.BlockedLayout([1, tiles_n, 4], [32, 1, 1], [warps, 1, 1], [2, 1, 0])
     of_words: gl.constexpr = gl.SliceLayout(2, word_quads)
-    side: gl.constexpr = 2 if unit == 16 else 4  # words of x that lie side by side
-    x_quads: gl.constexpr = gl.BlockedLayout([1, tiles_m, side], [32, 1, 1], [warps, 1, 1], [2, 1, 0])
+    x_quads: gl.constexpr = gl.BlockedLayout([1, tiles_m, 2 if mix == 16 else 4], [32, 1, 1], [warps, 1, 1], [2, 1, 0])
     of_line: gl.constexpr = gl.SliceLayout(2, x_quads)
 
     first_row = gl.program_id(0) * block_n
@@ -409,19 +530,27 @@ def fragments(
     thread = gl.arange(0, threads, gl.SliceLayout(1, of_w))
     row = first_row + _rows(threads, tiles_n, of_w) % block_n
     # Rows beyond the last are the last again, and are not stored.
-    upper, lower = gl.minimum(row, n - 1).to(gl.int64), gl.minimum(row + 8, n - 1).to(gl.int64)
+    upper, lower = gl.minimum(row, n - 1), gl.minimum(row + 8, n - 1)
+    upper_scales, lower_scales = upper.to(number) * per_row, lower.to(number) * per_row
     own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
     own_word = own // (32 * across) * turn + own % 4 * 4
-    upper_words = codes + gl.convert_layout(upper, of_words, assert_trivial=True) * row_words + own_word[:, None]
-    lower_words = codes + gl.convert_layout(lower, of_words, assert_trivial=True) * row_words + own_word[:, None]
+    upper_words = (
+        codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    )
+    lower_words = (
+        codes + gl.convert_layout(lower, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
+    )
     own = gl.arange(0, threads, gl.SliceLayout(1, of_line))
-    own_pair = own // (32 * across) * (4 * turn) + _pair_of_thread(own, unit)
-    line = (own % 32 // 4)[:, None] + 8 * gl.arange(0, tiles_m, gl.SliceLayout(0, of_line))[None, :]
+    own_pair = own // (32 * across) * (4 * turn) + _pair_of_thread(own, mix)
+    line = (own % 32 // 4 % lines)[:, None] + 8 * gl.arange(0, tiles_m, gl.SliceLayout(0, of_line))[None, :]
     # Rows of x beyond the last are not read: of few rows, most lanes would read what others do.
-    wanted_x = line < m
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
+    if early:  # what no kernel before writes, then the others
+        _let_next_begin()
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        _wait_for_previous()
     words = ()
     upper_at, lower_at = upper_words + word, lower_words + word
     for step in gl.static_range(steps):
@@ -430,53 +559,105 @@ def fragments(
             _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, word_quads),
             _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, word_quads),
         )
-    scale = ()
+    scale, ahead = (), ()
     if fmt.block:
-        ahead = _scales_ahead(scales, second, upper, lower, word, own_unit, per_row, unit, units, fmt)
-        scale = _decoded(ahead, offset, book, slots, fmt)
-    table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        now = _scales_ahead(
+            scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
+        )
+        following = word + along * turn
+        ahead = _scales_ahead(
+            scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
+        )
+    words_x = ()
+    if x_ahead:
+        at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
+        for i in gl.static_range(4):
+            words_x += (  # type: ignore[assignment]
+                _load_x(at_x, left, own_pair, line, m, wanted_x, 0, i, even, mix, unit, lines, x_quads),
+            )
+    if not early:
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+    if fmt.block:
+        scale = _decoded(now, offset, book, fmt)
 
     zero = gl.zeros([threads, tiles_n, tiles_m], gl.float32, layout)
     totals = (zero, zero, zero, zero)
     for _ in range(rounds):
         following = word + along * turn
+        later = ()
         if fmt.block:
-            ahead = _scales_ahead(scales, second, upper, lower, following, own_unit, per_row, unit, units, fmt)
+            after = following + along * turn
+            later = _scales_ahead(
+                scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt
+            )
         next_words = ()
-        upper_at, lower_at, x_at = upper_words + following, lower_words + following, line_x + 4 * word
+        upper_at, lower_at = upper_words + following, lower_words + following
         for step in gl.static_range(steps):
-            upper_codes = _arranged(words[2 * step], thread[:, None], unit, of_w)
-            lower_codes = _arranged(words[2 * step + 1], thread[:, None], unit, of_w)
+            upper_codes = _arranged(words[2 * step], thread[:, None], mix, of_w)
+            lower_codes = _arranged(words[2 * step + 1], thread[:, None], mix, of_w)
             inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
             next_words += (  # type: ignore[assignment]
                 _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
                 _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
             )
+            next_x = ()
+            if x_ahead:
+                after = (step + 1) // steps * (following - word) + word
+                at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
+                for i in gl.static_range(4):
+                    next_x += (  # type: ignore[assignment]
+                        _load_x(
+                            at_x,
+                            left,
+                            own_pair,
+                            line,
+                            m,
+                            wanted_x,
+                            (step + 1) % steps,
+                            i,
+                            even,
+                            mix,
+                            unit,
+                            lines,
+                            x_quads,
+                        ),
+                    )
             _keep_loads_before(thread)
             for register in gl.static_range(4):
-                pair = 4 * step * STEP_WORDS + _pair_of_register(register, unit)
-                inside_x = 4 * (row_words - word) - pair - own_pair
-                right = _operand_of_x(x_at + pair, inside_x, wanted_x, even, unit, of_x, x_quads)
+                if x_ahead:
+                    of_word = words_x[register]  # type: ignore[var-annotated]
+                else:
+                    at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
+                    of_word = _load_x(
+                        at_x, left, own_pair, line, m, wanted_x, step, register, even, mix, unit, lines, x_quads
+                    )
+                right = _operand_of_x(of_word, of_x)
                 upper_levels = _levels(upper_codes[register], table)
                 lower_levels = _levels(lower_codes[register], table)
                 for half in gl.static_range(2):
                     if fmt.block == 0:
                         totals = _mma(upper_levels, lower_levels, right, half, totals, instruction)
                     else:
-                        if (2 * register + half) % mmas == 0:
+                        if (8 * step + 2 * register + half) % mmas == 0:
                             sums = (zero, zero, zero, zero)
                         sums = _mma(upper_levels, lower_levels, right, half, sums, instruction)
-                        if (2 * register + half) % mmas == mmas - 1:
-                            totals = _scaled_by_unit(sums, scale, (8 * step + 2 * register + half) // mmas, totals)
+                        if (8 * step + 2 * register + half) % mmas == mmas - 1:
+                            totals = _scaled_by_unit(
+                                sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
+                            )
+            words_x = next_x
         words = next_words
         if fmt.block:
-            scale = _decoded(ahead, offset, book, slots, fmt)
+            scale = _decoded(ahead, offset, book, fmt)
+        ahead = later
         word = following
     if fmt.block == 0:
         at = (upper, lower) if fmt.by_row else (upper * 0, lower * 0)
-        ahead = load_scales(scales, second, at[0], fmt), load_scales(scales, second, at[1], fmt)
-        of_rows = _decoded(ahead, offset, book, 1, fmt)
-        totals = _scaled(totals, of_rows[0], of_rows[1], (zero, zero, zero, zero))
+        of_rows = _decoded(
+            (load_scales(scales, second, at[0], fmt), load_scales(scales, second, at[1], fmt)), offset, book, fmt
+        )
+        totals = _scaled(totals, (of_rows[0], of_rows[0], of_rows[1], of_rows[1]), (zero, zero, zero, zero))
+    totals = _side_added(totals, lines)
 
     row = first_row + _rows(32 * across, tiles_n, of_w)[:, :, None]
     thread = gl.arange(0, 32 * across, gl.SliceLayout(1, of_w))[:, None, None]

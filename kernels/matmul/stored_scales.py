@@ -14,7 +14,8 @@ def load_scales(stored, second, at, fmt: tl.constexpr):
     loaded = tl.load(stored + at)
     if fmt.nested:
         # A division of numbers without a sign is a shift.
-        shared = tl.load(second + (at.to(tl.uint64) // fmt.nested).to(tl.int64))
+        unsigned: tl.constexpr = tl.uint32 if at.dtype == tl.int32 else tl.uint64
+        shared = tl.load(second + (at.to(unsigned) // fmt.nested).to(at.dtype))
     elif fmt.two_level:
         shared = tl.load(second)
     else:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import sympy
@@ -30,6 +30,7 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 
+from qcompile.compat import no_fake_mode
 from qcompile.ir.formats import Format
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, storage_dtype
@@ -38,12 +39,13 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.expression import Formula
-from qcompile.kernels.formula.inductor_target import emit, uncontracted_product
+from qcompile.kernels.formula.inductor_target import clamped, emit, rounded, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
 
 __all__ = [
     "GridUnits",
     "axis_last",
+    "element_loader",
     "index_of_moved",
     "is_empty",
     "lower_dequantize",
@@ -52,7 +54,6 @@ __all__ = [
     "lower_quantize_8bit",
     "mark_of",
     "packed_bytes",
-    "rounded",
     "supports_dequantize",
     "supports_encode_compensated",
     "supports_quantize",
@@ -90,7 +91,7 @@ def why_not_scaled(q: Quantizer) -> str:
 
 def supports_dequantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_dequantize` generates code for ``q``, and if not, why."""
-    if reason := why_not_rounded(q.format):
+    if not q.format.codebook and (reason := why_not_rounded(q.format)):
         return False, reason
     return supports_scales(q, device)
 
@@ -160,14 +161,17 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     if not ir.is_triton(codes) or is_empty(codes) or not supports_dequantize(q, codes.get_device())[0]:
         args = (codes, scales, quantizer, axis, size, dtype, global_scale)
         return own_kernel(torch.ops.qcompile.dequantize.default, *args)
+    scales.realize()  # ones that are computed, of nested scales, would be so once per element
     load_codes, load_scales = codes.make_loader(), scales.make_loader()
     load_global = global_scale.make_loader() if global_scale is not None else None
+    level_of = looked_up(q.format, codes.get_device()) if q.format.codebook else partial(decode, q.format)
+    product = uncontracted_product if dtype == _FP32 else ops.mul  # others are rounded before they are added up
 
     def element(index: Index) -> Value:
         code = unpacked(load_codes, index, q.format.codes_per_byte)
         stored = load_scales(group_of(index, q))
-        level = decode(q.format, code, *mark_of(stored, q))
-        return ops.to_dtype(ops.mul(level, scale_value(stored, q, load_global)), dtype)
+        level = level_of(code, *mark_of(stored, q))
+        return ops.to_dtype(product(level, scale_value(stored, q, load_global)), dtype)
 
     shape = [*codes.get_size()[:-1], size]
     moved = ir.Pointwise.create(device=codes.get_device(), dtype=dtype, inner_fn=element, ranges=shape)
@@ -182,17 +186,16 @@ def lower_encode_compensated(x, bounds, operand: str, axis: int):
     supported = not why_not_rounded(q.format) and supports_encode_compensated(x.get_device())[0]
     if not ir.is_triton(x) or is_empty(x) or not supported:
         return own_kernel(torch.ops.qcompile.encode_compensated.default, x, bounds, operand, axis)
-    rows, dtype = axis_last(x, axis), x.get_dtype()
-    load_x, load_bounds = rows.make_loader(), bounds.make_loader()
+    rows = axis_last(x, axis)
+    load_x, load_bounds = element_loader(rows), bounds.make_loader()
 
     def element(index: Index) -> Value:
         lower, upper, reciprocal = (load_bounds([*index[:-1], sympy.Integer(i)]) for i in range(3))
-        value = rounded(load_x(index), dtype)
-        # Comparisons leave zeros their sign, as the kernel that has found the bounds does.
-        clamped = ops.where(ops.lt(value, lower), lower, ops.where(ops.gt(value, upper), upper, value))
-        level = _rounded(ops.mul(clamped, reciprocal), q)
-        raised = ops.add(level, uncontracted_product(ops.sub(value, clamped), reciprocal))
-        return ops.to_dtype(encode(compensated, ops.where(ops.eq(value, clamped), level, raised)), torch.uint8)
+        value = load_x(index)
+        inner = clamped(value, lower, upper)
+        level = _rounded(ops.mul(inner, reciprocal), q)
+        raised = ops.add(level, uncontracted_product(ops.sub(value, inner), reciprocal))
+        return ops.to_dtype(encode(compensated, ops.where(ops.eq(value, inner), level, raised)), torch.uint8)
 
     return ir.Pointwise.create(device=x.get_device(), dtype=torch.uint8, inner_fn=element, ranges=list(rows.get_size()))
 
@@ -298,15 +301,12 @@ def unpacked(load: Callable[[Index], Value], index: Index, per_byte: int) -> Val
 # --- scales -------------------------------------------------------------------------------------------------
 
 
-def rounded(value: Value, dtype: torch.dtype) -> Value:
-    """A loaded element of a tensor of ``dtype``, in float32.
-
-    Inductor keeps float32 between the operations that it puts into one kernel, 16-bit casts among them. Codes would
-    then depend on what was fused: a weight that autocast casts would not be the same in the backward as in the forward.
-    """
-    if dtype in (torch.bfloat16, torch.float16):
-        value = ops.to_dtype(value, dtype, use_compute_types=False)
-    return ops.to_dtype(value, _FP32)
+def element_loader(x) -> Callable[[Index], Value]:
+    """Loads elements of x in float32, as they are or would be in memory."""
+    load, dtype = x.make_loader(), x.get_dtype()
+    if is_in_memory(x):
+        return lambda index: ops.to_dtype(load(index), _FP32)
+    return lambda index: rounded(load(index), dtype)
 
 
 class GridUnits:
@@ -319,11 +319,10 @@ class GridUnits:
     def __init__(self, x, q: Quantizer, axis: int, per_byte: int, global_scale=None, fold=None) -> None:
         moved = axis_last(x, axis)
         self.q, self.per_byte, self.device = q, per_byte, x.get_device()
-        self._dtype = x.get_dtype()
         self.shape = list(moved.get_size())
         self.axis_is_last = axis % len(self.shape) == len(self.shape) - 1
         self.groups = [sympy.sympify(size) for size in q.scale_shape(tuple(self.shape))]
-        self._load_x = moved.make_loader()
+        self._load_x = element_loader(moved)
         self._load_global = global_scale.make_loader() if global_scale is not None else None
         flat = None if fold is None else lowerings[torch.ops.aten.reshape.default](fold, [-1])
         self._load_fold = flat.make_loader() if flat is not None else None
@@ -334,7 +333,7 @@ class GridUnits:
         self._load_reciprocal = self._per_group(_FP32, self._of_best(scales.reciprocal)).make_loader()
 
     def load_x(self, index: Index) -> Value:
-        x = rounded(self._load_x(index), self._dtype)
+        x = self._load_x(index)
         return x if self._load_fold is None else ops.mul(x, self._load_fold([index[-1]]))
 
     def _magnitude(self, index: Index, group: Index) -> Value:
@@ -532,6 +531,20 @@ def _rounded(y: Value, q: Quantizer) -> Value:
     if q.format.torch_dtype:
         return decode(q.format, encode(q, y))
     return emit(rounding.round_level(q.format, q.rounding), y)
+
+
+def looked_up(fmt: Format, device: torch.device) -> Callable[[Value], Value]:
+    """:func:`decode` of a code book, by its table in memory: a selection for every level takes three times as long."""
+    load_level = V.graph.add_tensor_constant(_levels(fmt, device)).make_loader()
+    size = sympy.Integer(len(fmt.levels))
+    return lambda code: load_level([ops.indirect_indexing(code, size, check=False, wrap_neg=False)])
+
+
+@cache
+def _levels(fmt: Format, device: torch.device) -> torch.Tensor:
+    """Float32 levels by code; one tensor, so that a graph has one constant of it."""
+    with no_fake_mode():
+        return torch.tensor(fmt.levels, dtype=_FP32, device=device)
 
 
 def decode(fmt: Format, code: Value, marked: Value | None = None) -> Value:

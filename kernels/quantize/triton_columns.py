@@ -31,7 +31,7 @@ from qcompile.kernels.triton import (
 
 from . import reference
 from .grid import grid_of
-from .triton_codes import encoded, saturated
+from .triton_codes import encoded, in_float32, saturated
 from .triton_recode import recode
 from .triton_rows import flat, quantize_8bit, write_rows
 
@@ -123,7 +123,7 @@ def _quantize_rows_of_pair(
         values, largest = (), ()
         for i in tl.static_range(band):
             row = tl.minimum(first + i, rows - 1).to(tl.int64)  # a last row may come twice
-            value = tl.load(x + row * row_stride + at, mask=at < size, other=0.0).to(tl.float32)
+            value = in_float32(tl.load(x + row * row_stride + at, mask=at < size, other=0.0))
             if fold_rows is not None:
                 columns = greater(columns, tl.abs(value * tl.load(fold_rows + row)))
             else:

@@ -1,6 +1,8 @@
 """Eight bits between devices: ``qcompile.distributed.fp8_gradients``."""
 
+from .fp8_lm import AutomaticScaling as AutomaticScaling
+from .fp8_lm import fp8_lm_gradients as fp8_lm_gradients
 from .gradients import Traffic as Traffic
 from .gradients import fp8_gradients as fp8_gradients
 
-__all__ = ["Traffic", "fp8_gradients"]
+__all__ = ["AutomaticScaling", "Traffic", "fp8_gradients", "fp8_lm_gradients"]

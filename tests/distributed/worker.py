@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qcompile import compat
-from qcompile.distributed import collectives, fp8_gradients
+from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients
 from qcompile.kernels.quantize import reference
 from qcompile.optim import AdamW
 from tests.loops.cells import run_cells
@@ -153,6 +153,52 @@ def accumulated(kind: str) -> dict[str, Any]:
     return found
 
 
+class Given(nn.Module):
+    """Two parameters, whose gradients are what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(7, 20)), nn.Parameter(torch.zeros(33))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.a * a).sum() + (self.b * b).sum()
+
+
+def given_gradients(rank: int) -> tuple[Tensor, Tensor]:
+    """``a`` has a 4 on both ranks, and a number that E4M3 does not hold beside it; ``b`` has zeros alone on one."""
+    a, b = torch.linspace(-1, 1, 140).view(7, 20), torch.full((33,), 3.0 * rank)
+    a[0, 0], a[0, 1] = 4.0, 0.1
+    return a, b
+
+
+def fp8_lm() -> dict[str, Any]:
+    """Three steps with the same gradients, and µ after each; a step of the decoder; what is refused."""
+    model = DistributedDataParallel(Given())
+    scaling = fp8_lm_gradients(model)
+    found: dict[str, Any] = {"steps": []}
+    for _ in range(3):
+        model.zero_grad()
+        model(*given_gradients(dist.get_rank())).backward()
+        found["steps"].append({**gradients(model), **{f"factor {n}": f.clone() for n, f in scaling.factors.items()}})
+    found["bytes"], found["wide_bytes"] = scaling.bytes, scaling.wide_bytes
+    decoder, _ = wrapped("ddp", False)
+    fp8_lm_gradients(decoder)
+    for tokens in mine(batches())[:2]:
+        decoder.zero_grad()
+        loss_of(decoder, tokens).backward()
+    found["decoder"] = gradients(decoder)
+    for name, wrong in (
+        ("again", model),
+        ("plain", nn.Linear(2, 2)),
+        ("fsdp", fully_shard(nn.Linear(2, 2))),
+    ):
+        try:
+            fp8_lm_gradients(wrong)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def divided() -> dict[str, Any]:
     """``set_gradient_divide_factor``: what FSDP hands over is a sum of multiples then."""
     model, _ = wrapped("fsdp", True)
@@ -272,6 +318,7 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_ddp_compiled": lambda _: step("ddp", compiled=True),
     "wire_fsdp_accumulated": lambda _: accumulated("fsdp"),
     "wire_ddp_accumulated": lambda _: accumulated("ddp"),
+    "wire_fp8_lm": lambda _: fp8_lm(),
     "wire_divided": lambda _: divided(),
     "wire_replicated": lambda _: replicated(),
     "wire_refused": lambda _: refused(),

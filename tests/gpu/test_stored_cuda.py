@@ -52,7 +52,7 @@ def test_every_config_with_every_kind_of_scale(name, spec):
     """Odd N and M, K = 3 blocks and K of several steps, both halves' order, levels by table and by formula."""
     rows, config = CONFIG_OF[name]
     block = Stored.parse(spec).quantizer.granularity.size or 32
-    m = {"gemv": config.most_m, "fragments": config.most_m - 1}.get(config.kernel, 17)
+    m = {"gemv": config.most_m, "fragments": max(1, config.most_m - 1)}.get(config.kernel, 17)
     for size, table, high_first in ((3 * block, True, False), (4096 + 3 * block, True, True), (640, False, False)):
         check(replace(config, table=table), rows, spec, m, 37, size, BF16, high_first)
     bias = torch.randn(640 if rows else 1000, device="cuda", dtype=FP16)
@@ -79,13 +79,13 @@ FRAGMENTS = (*SPECS, "int4 block96", "int4 block256")
 
 
 @pytest.mark.parametrize("spec", FRAGMENTS)
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16, 17, 33, 64])
 def test_fragments_however_they_are_cut(m, spec):
     """Odd N; K of some blocks, with a bias, and of whole rounds, where nothing is masked, either half of a byte first;
     splits. Every cut meets every spec.
     """
     across, along, tiles, stages, programs = CUTS[(m + FRAGMENTS.index(spec)) % len(CUTS)]
-    block_m = max(8, 1 << (m - 1).bit_length())
+    block_m = 1 << (m - 1).bit_length()
     config = Config("fragments", 0, 16 * across * tiles, 16 * along, block_m, across * along, stages, programs)
     bias = torch.randn(37, device="cuda", dtype=FP16)
     block = Stored.parse(spec).quantizer.granularity.size or 40

@@ -142,9 +142,9 @@ class _Program:
 
     def step(self, base: str, modifiers: list[str], operands: list[str], where: np.ndarray, op: str) -> None:
         kind = modifiers[-1] if modifiers else ""
-        get, target = self.get, operands[0]
-        if base in ("bar", "createpolicy"):
+        if base in ("bar", "createpolicy", "griddepcontrol"):
             return
+        get, target = self.get, operands[0]
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
@@ -238,6 +238,9 @@ class _Program:
             a, b, c = (get(name, kind) for name in operands[1:4])
             exact = (a.astype(float) * b + c).astype(a.dtype) if kind[0] == "f" else a * b + c
             self.set(target, exact, where)
+        elif base in _BINARY and kind.endswith("16x2"):
+            halves = (get(name, "b32").view(kind.replace("16x2", "2").replace("s", "i")) for name in operands[1:3])
+            self.set(target, _BINARY[base](*halves).view(np.uint32), where)
         elif base in _BINARY:
             a, b = get(operands[1], kind), get(operands[2], kind)
             if kind == "f32" and base in ("min", "max") and "NaN" not in modifiers:

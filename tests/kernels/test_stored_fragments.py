@@ -34,9 +34,9 @@ def emulated(x, config: Config, processors: int, monkeypatch, *call) -> tuple[to
     monkeypatch.setattr(kernels, "processors", lambda device: processors)
     new_empty, launched = torch.Tensor.new_empty, []
 
-    def launch(kernel, programs, *given, num_warps=4, **constants):
+    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, maxnreg=None, **constants):
         grid = programs if isinstance(programs, tuple) else (programs,)
-        built = compile_for_hopper(kernel, given, constants, num_warps)
+        built = compile_for_hopper(kernel, given, constants, num_warps, maxnreg)
         arguments = [value for value in given if isinstance(value, torch.Tensor) or value not in (None, 1)]
         emulate(built.asm["ptx"], arguments, grid, num_warps)
         launched.append((kernel.__name__, grid))
@@ -58,7 +58,15 @@ def check(spec: str, m: int, n: int, size: int, config: Config, processors: int,
 
 
 #: Rows of x, warps, rows of W and words of a program, steps.
-CUTS = ((1, 2, 16, 32, 1), (8, 2, 32, 16, 2), (9, 4, 32, 32, 1), (16, 1, 16, 16, 2), (17, 2, 32, 32, 1))
+CUTS = (
+    (1, 2, 16, 32, 1),
+    (8, 2, 32, 16, 2),
+    (2, 4, 32, 32, 1),
+    (16, 1, 16, 16, 2),
+    (3, 2, 32, 32, 2),
+    (1, 1, 16, 16, 4),
+    (17, 2, 32, 32, 1),
+)
 QUICK = (NESTED, "e2m1 block16 e4m3")
 
 
@@ -69,7 +77,7 @@ def test_emulated_products(spec, monkeypatch):
     """Odd N, K that is no multiple of a step; every kind of scale and exchange, warps side by side and in turn."""
     place = (SPECS + OTHER_BLOCKS).index(spec)
     m, warps, block_n, block_w, stages = CUTS[place % len(CUTS)]
-    block_m = max(8, 1 << (m - 1).bit_length())
+    block_m = 1 << (m - 1).bit_length()
     size = 5 * (Stored.parse(spec).quantizer.granularity.size or 40)
     config = Config("fragments", 0, block_n, block_w, block_m, warps, stages, programs=1)
     launched = check(spec, m, 37, size, config, 1, (BF16, FP16)[place % 2], monkeypatch)
@@ -80,7 +88,7 @@ def test_emulated_products(spec, monkeypatch):
 @pytest.mark.parametrize("m", [3, 33])
 def test_emulated_splits_and_whole_steps(m, monkeypatch):
     """K of whole steps, where nothing is masked; every split writes its own sum."""
-    config = Config("fragments", 0, 16, 16, 8 if m == 3 else 64, 1, 2, programs=1)
+    config = Config("fragments", 0, 16, 16, 4 if m == 3 else 64, 1, 2, programs=1)
     launched = check(NESTED, m, 37, 1024, config, 6, BF16, monkeypatch)
     assert [name for name, _ in launched] == ["fragments", "add_splits"]
     assert launched[0][1] == (3, 2)

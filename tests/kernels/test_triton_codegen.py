@@ -318,6 +318,20 @@ def test_division_is_exact_in_ptx(generate):
 
 
 @compiled
+def test_nested_scales_are_decoded_once(generate):
+    """Not once per element, nor by the op's own kernel, which waits for the card; codes are looked up in a table."""
+    codes, nested = (torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((37, 128), (148,)))
+
+    def decode(codes, nested, scales, mean):
+        row = dequantize(nested, scales, "dynamic8 block64 absmax_bnb", -1, 148, torch.float32) + mean
+        return dequantize(codes, row.view(37, 4), "nf4 block64 absmax_bnb", -1, 256, torch.bfloat16)
+
+    _, kernels = generate(decode, codes, nested, torch.ones(3), torch.ones(()))
+    assert len(kernels) == 2
+    assert all("tl.where" not in kernel.source for kernel in kernels)
+
+
+@compiled
 def test_decoding_keeps_subnormal_numbers_in_ptx(generate):
     """Small floats are decoded through float32's subnormal numbers, which flushing would lose."""
     codes, scales = reference.quantize(torch.randn(37, 254), E2M1, -1)
@@ -463,7 +477,7 @@ def test_interpreted_dequantize(generate):
     """Every code of every format, −0 and NaN scales included, every granularity, and the axis put back."""
     cases = [(f"{name} row absmax", -1) for name in FORMATS]
     cases += [(f"e2m1 {kind} absmax", axis) for kind in GRANULARITIES for axis in (0, -1)]
-    cases += [("midrise4 block4 absmax_pow2", 0), ("e2m1 block16 e8m0", -1)]
+    cases += [("midrise4 block4 absmax_pow2", 0), ("e2m1 block16 e8m0", -1), ("dynamic8 block16 absmax_bnb", -1)]
     shape, stored = (19, 37), []
     for text, axis in cases:
         x = rows_of_everything(*shape, Quantizer.parse(text).format)
