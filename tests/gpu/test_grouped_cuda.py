@@ -305,9 +305,11 @@ def test_nan_stays_in_its_expert():
         assert gradient.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
-def test_models_of_transformers_train(kind):
-    """Tiny models as they come: all grouped products on tensor cores, gradients close to those of an exact backward."""
+@pytest.mark.parametrize(("kind", "dtype"), [("Mixtral", BF16), ("Qwen3Moe", BF16), ("Mixtral", FP32)], ids=str)
+def test_models_of_transformers_train(kind, dtype):
+    """Tiny models as they come, in float32 under autocast: all grouped products on tensor cores, gradients close to
+    those of an exact backward.
+    """
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     experts = {"num_local_experts": 8} if kind == "Mixtral" else {"num_experts": 8, "moe_intermediate_size": 128}
@@ -317,7 +319,7 @@ def test_models_of_transformers_train(kind):
         **experts,
     )  # fmt: skip
     with torch.device("cuda"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).to(BF16)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
         ids = torch.randint(256, (4, 128))
     model.set_experts_implementation("grouped_mm")
     gradients = {}
@@ -326,11 +328,13 @@ def test_models_of_transformers_train(kind):
         options = OPTIONS | {"backward": backward}
         run = torch.compile(model.forward, backend="qcompile_fp4", options=options)
         model.zero_grad()
-        loss = run(input_ids=ids, labels=ids).loss
+        with torch.autocast("cuda", BF16, enabled=dtype == FP32):
+            loss = run(input_ids=ids, labels=ids).loss
         loss.backward()
         gradients[backward] = {name: p.grad.float().flatten() for name, p in model.named_parameters()}
         if backward == "fp8":
-            report = qcompile.explain(model, input_ids=ids, labels=ids, options=options)
+            with torch.autocast("cuda", BF16, enabled=dtype == FP32):
+                report = qcompile.explain(model, input_ids=ids, labels=ids, options=options)
             products = [row for row in report.rows if row.op == "grouped_mm"]
             assert len(products) == 6
             assert all(row.provider.endswith("grouped") for row in products), report

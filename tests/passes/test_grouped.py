@@ -269,3 +269,29 @@ def test_a_few_gathered_tokens_are_quantized_themselves() -> None:
     rows = torch.arange(0, 336, 2)
     result = compile_and_run(lambda x, w, rows: experts.product(x[rows], w, OFFS), x, experts.up, rows, recipe=PLAIN)
     assert result.program("joint_gather_codes") == result.program("joint_cancel_rotations")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: bool) -> None:
+    """transformers' own op for what `_grouped_mm` refuses, and its backward, are the same products of groups."""
+    pytest.importorskip("transformers.integrations.moe")
+    experts, x = Experts(transposed=transposed).to(dtype), tokens().detach().to(dtype).requires_grad_()
+    loop = torch.ops.transformers.grouped_mm_fallback
+
+    def product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return loop(x, w if transposed else w.transpose(-2, -1), offs)
+
+    result = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8")
+    outputs, gradients = run_eager(
+        lambda x, w, offs: _Grouped.apply(x, w if transposed else w.mT, offs), x, experts.up, OFFS
+    )
+    for got, expected in ((result.outputs, outputs), *((result.gradients[i], gradients[i]) for i in gradients)):
+        torch.testing.assert_close(got, expected, rtol=2**-10, atol=1e-5 * float(expected.detach().abs().max()))
+    assert {(row["role"], row["provider"]) for row in result.gemms} == {
+        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
+    }
+    decoded = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="bf16")
+    assert {row["provider"] for row in decoded.gemms} == {"grouped", "reference"}
+    for got, expected in ((decoded.gradients[i], gradients[i]) for i in gradients):
+        assert (got.double() - expected.double()).norm() < 0.05 * expected.double().norm()
