@@ -128,8 +128,9 @@ def is_cast(node: Any) -> bool:
 
 
 def is_read_by(node: Node, readers: Collection[Node]) -> bool:
-    """Whether one of ``readers`` reads a tensor, or a view of it."""
-    return any(user in readers or (is_view(user) and is_read_by(user, readers)) for user in node.users)
+    """Whether one of ``readers`` reads a tensor, a view of it, or rows gathered from it."""
+    passed_on = (user for user in node.users if is_view(user) or is_gather(user))
+    return any(user in readers for user in node.users) or any(is_read_by(user, readers) for user in passed_on)
 
 
 def input_of(node: Node) -> Node:
