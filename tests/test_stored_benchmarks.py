@@ -38,9 +38,7 @@ def test_an_arm_of_lora_is_timed_if_its_gradients_are_those_of_the_reference(tmp
     """Eager PyTorch in the place of compilers. ``doubled`` is a model that learns, but another one."""
     compared = (lora_step.REFERENCE, "ours_nf4", "ours_w4a4_wide_dx", "ours_w4a4")
     arms = {
-        name: replace(arm, backend=arm.backend and "eager")
-        for name, arm in lora_step.ARMS.items()
-        if name in compared
+        name: replace(arm, backend=arm.backend and "eager") for name, arm in lora_step.ARMS.items() if name in compared
     }
     arms["doubled"] = lora_step.Arm(doubled, "eager")
     monkeypatch.setattr(lora_step, "ARMS", arms)

@@ -34,11 +34,14 @@ from .triton import TMA_ALIGNMENT, Card, Config, Problem, accumulator_of, card_o
 
 __all__ = ["CONFIGS", "GroupedProblem", "candidates", "mm_8bit_grouped", "predicted_cycles"]
 
-#: What can serve a problem; of those that :func:`predicted_cycles` cannot tell apart, the likelier first. Steps along a
+#: What can serve a problem; of those that :func:`predicted_cycles` cannot tell apart, the likelier first (as measured,
+#: ``benchmarks/h200/grouped.csv``). Tiles of float32 results leave in two parts, for which there is room. Steps along a
 #: contraction in groups are as long as these are aligned.
 CONFIGS = (
     Config(128, 256, 128, warps=8, stages=4, tma_store=False),
     Config(128, 256, 128, warps=8, stages=3, tma_store=False, flatten=False),
+    Config(128, 256, 128, warps=8, stages=3, tma_store=False, parts=2),
+    Config(128, 256, 128, warps=8, stages=3, tma_store=False, parts=2, flatten=False),
     Config(128, 128, 128, warps=4, stages=3, tma_store=False, resident=2),
     Config(128, 128, 128, warps=4, stages=3, tma_store=False, flatten=False, resident=2),
     Config(64, 256, 128, warps=4, stages=4, tma_store=False),
