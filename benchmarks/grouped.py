@@ -116,6 +116,7 @@ class Tensors:
         self.quantize |= {
             "dy by rows": partial(ops.quantize_groups, self.dy, GRADIENT, 1, self.offs, self.scale_w),
             "dy by columns": partial(ops.quantize_groups, self.dy, GRADIENT, 0, self.offs, self.scale_x),
+            "dy by both": partial(ops.quantize_groups_pair, self.dy, GRADIENT, self.offs, self.scale_w, self.scale_x),
             "w transposed": partial(ops.recode, stored_w, QUANTIZER, p.k, True),
             "x transposed": partial(ops.recode, stored_x, QUANTIZER, p.k, True, self.offs),
         }

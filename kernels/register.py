@@ -43,6 +43,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
     "quantize_8bit_pair": quantize.quantize_8bit_pair,
     "quantize_groups": quantize.quantize_groups,
+    "quantize_groups_pair": quantize.quantize_groups_pair,
     "recode": quantize.recode,
     "dequantize": quantize.dequantize,
     "dequantize_groups": quantize.dequantize_groups,
@@ -238,6 +239,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 ("quantize_8bit", "quantize_8bit", _key_of_8bit),
                 ("quantize_8bit_pair", "quantize_8bit", _key_of_8bit),
                 ("quantize_groups", "quantize_groups", _key_of_8bit),
+                ("quantize_groups_pair", "quantize_groups", _key_of_8bit),
                 ("recode", "recode", _key_of_recode),
                 ("quantize_compensated", "quantize_compensated", _key_of_compensated),
             )

@@ -57,7 +57,10 @@ def _provision(node: Node) -> Provision:
     if capability is None:
         return Provision(DECODED, f"no 8-bit tensor cores on {value.device.type}")
     if product.offs is not None:
-        return _of_groups(product, value, capability)
+        provision = _of_groups(product, value, capability)
+        # What decodes for torch's product of groups decodes for bfloat16.
+        by_itself = provision.provider == DECODED and value.dtype != torch.bfloat16
+        return provision._replace(provider=REFERENCE) if by_itself else provision
     if value.dim() != 2:
         return Provision(DECODED, "a product of batches")
     if product.a.encoding.is_dense and (weight := stored_weight(product.b)) is not None:

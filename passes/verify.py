@@ -22,8 +22,8 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .graph import aten, is_call, item_of, static_size, through_views
-from .record import PROVIDER_KEY, mark_of
+from .graph import aten, is_call, is_gather, item_of, static_size, through_views
+from .record import PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
     VIEW_OF,
     ClampOutliers,
@@ -48,6 +48,7 @@ from .views import (
     QuantizeCompensated,
     QuantizedMM,
     QuantizeGroups,
+    QuantizeGroupsPair,
     Recode,
     RestoreOutliers,
     ScaleGradient,
@@ -102,12 +103,15 @@ _LOWERED = _TRACED | {
     EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
     DequantizeGroups,
 }  # fmt: skip
-_MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
+_MERGED = _LOWERED | {
+    Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
+}  # fmt: skip
 
 #: By the name of the pass, in the order of the pipeline.
 STAGES: dict[str, Stage] = {
     "account": Stage(_TRACED, (_has_no_fold,)),
     "cancel_rotations": Stage(_TRACED, (_has_no_fold,)),
+    "gather_codes": Stage(_TRACED, (_has_no_fold,)),
     "fuse": Stage(_FUSED, (_has_no_fold,)),
     "fold": Stage(_FOLDED),
     "hints": Stage(_FOLDED),
@@ -138,7 +142,7 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
             continue
         if cls is FakeQuantize:
             _fail(stage, node, "fake_quantize survived tracing")
-        if cls not in spec.views | kept:
+        if cls not in spec.views | kept and not _runs_itself(node):
             _fail(stage, node, "this op does not stand in a graph at this stage")
         view = cls.of(node)
         for form in spec.forms:
@@ -146,6 +150,12 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
                 _fail(stage, node, wrong)
         if check := _CHECKS.get(cls):
             check(stage, node, view)
+
+
+def _runs_itself(node: Node) -> bool:
+    """Whether a product was left to its op's own kernel, which nothing takes out."""
+    chosen = mark_of(node, PROVIDER_KEY)
+    return chosen is not None and chosen.provider == REFERENCE and is_call(node, QuantizedMM.op)
 
 
 def _spec(graph: Graph, stage: str) -> Stage:
@@ -205,10 +215,10 @@ def _format_of_8bit_codes(codes: Node) -> Format | None:
 
 
 def _readers(node: Node) -> list[Node]:
-    """Users of a tensor, views of it included."""
+    """Users of a tensor, of its views and of rows gathered from it."""
     found = []
     for user in node.users:
-        found += _readers(user) if through_views(user) is not user and user.users else [user]
+        found += _readers(user) if (through_views(user) is not user or is_gather(user)) and user.users else [user]
     return found
 
 

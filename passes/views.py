@@ -36,7 +36,8 @@ __all__ = [
     "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
     "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
     "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
-    "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View", "encoder_of",
+    "QuantizeGroupsPair", "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View",
+    "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile
@@ -400,6 +401,16 @@ class Quantize8BitPair(View):
     quantizer: Quantizer
     fold: Node | None
     fold_rows: Node | None
+
+
+@dataclass(frozen=True)
+class QuantizeGroupsPair(View):
+    op = ops.quantize_groups_pair.default
+    x: Node
+    quantizer: Quantizer
+    offs: Node
+    fold: Node
+    fold_rows: Node
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qcompile.ir.ops import GROUP_ALIGNMENT
 from qcompile.kernels.groups import ALIGNMENT, group_of_tile, groups_of, most_tiles, picked
 from qcompile.kernels.triton import launch
 
@@ -34,11 +34,14 @@ from .triton import TMA_ALIGNMENT, Card, Config, Problem, accumulator_of, card_o
 
 __all__ = ["CONFIGS", "GroupedProblem", "candidates", "mm_8bit_grouped", "predicted_cycles"]
 
-#: What can serve a problem; of those that :func:`predicted_cycles` cannot tell apart, the likelier first. Steps along a
+#: What can serve a problem; of those that :func:`predicted_cycles` cannot tell apart, the likelier first (as measured,
+#: ``benchmarks/h200/grouped.csv``). Tiles of float32 results leave in two parts, for which there is room. Steps along a
 #: contraction in groups are as long as these are aligned.
 CONFIGS = (
     Config(128, 256, 128, warps=8, stages=4, tma_store=False),
     Config(128, 256, 128, warps=8, stages=3, tma_store=False, flatten=False),
+    Config(128, 256, 128, warps=8, stages=3, tma_store=False, parts=2),
+    Config(128, 256, 128, warps=8, stages=3, tma_store=False, parts=2, flatten=False),
     Config(128, 128, 128, warps=4, stages=3, tma_store=False, resident=2),
     Config(128, 128, 128, warps=4, stages=3, tma_store=False, flatten=False, resident=2),
     Config(64, 256, 128, warps=4, stages=4, tma_store=False),
@@ -244,16 +247,15 @@ def mm_8bit_grouped(
     a, b, offs = _aligned(a), _aligned(b), offs.contiguous()
     groups, card = offs.shape[0], card_of(a.device)
     contraction = b.dim() == 2
-    shape = (groups, a.shape[0], b.shape[0]) if contraction else (a.shape[0], b.shape[1])
     if a.numel() * b.numel() * groups == 0:
         return reference.mm_8bit_grouped(a, b, offs, scale_a, scale_b, dtype, bias)
-    out = a.new_empty(shape, dtype=dtype)
-    rows = a.shape[1] if contraction else a.shape[0]
-    average = max(1, rows // groups)
+    rows, n = a.shape[contraction], b.shape[-2]
+    height, average = a.shape[0] if contraction else rows, max(1, rows // groups)
+    out = a.new_empty((groups, height, n) if contraction else (rows, n), dtype=dtype)
     problem = GroupedProblem(
         rows,
         groups,
-        shape[1:] if contraction else (average, shape[1]),
+        (height if contraction else average, n),
         average if contraction else a.shape[1],
         contraction,
         (a.dtype, b.dtype),
@@ -263,12 +265,14 @@ def mm_8bit_grouped(
     config = config or candidates(problem)[0]
     scales = scale_a.contiguous(), scale_b.contiguous()
     strides = tuple(int(scale.numel() > 1) for scale in scales)
+    tiles = triton.cdiv(n, config.block_n)
+    sizes: tuple[Any, ...]
     if contraction:
-        tiles = groups * triton.cdiv(shape[1], config.block_m) * triton.cdiv(shape[2], config.block_n)
-        kernel, sizes = _contraction_kernel, (groups, *shape[1:])
+        tiles *= groups * triton.cdiv(height, config.block_m)
+        kernel, sizes = _contraction_kernel, (groups, height, n)
     else:
-        tiles = most_tiles(rows, groups, config.block_m) * triton.cdiv(shape[1], config.block_n)
-        kernel, sizes = _rows_kernel, (None if bias is None else bias.contiguous(), groups, shape[1], a.shape[1])
+        tiles *= most_tiles(rows, groups, config.block_m)
+        kernel, sizes = _rows_kernel, (None if bias is None else bias.contiguous(), groups, n, a.shape[1])
     launch(
         kernel,
         min(tiles, card.processors * config.resident),
@@ -303,6 +307,3 @@ def _aligned(operand: Tensor) -> Tensor:
 def _descriptor(matrix: Tensor, *block: int) -> TensorDescriptor:
     rows, columns = matrix.shape
     return TensorDescriptor(matrix, [rows, columns], [columns, 1], list(block))
-
-
-assert all(GROUP_ALIGNMENT % config.block_k == 0 for config in CONFIGS)

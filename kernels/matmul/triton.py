@@ -111,12 +111,12 @@ class Config:
     def shared_memory(self, out_itemsize: int) -> int:
         """Bytes of shared memory that a program takes, at most; ``out_itemsize`` is that of an output element.
 
-        Operands in flight, the output on its way (by pointers, 16-bit elements leave in two turns), scales between two
-        layouts, barriers, and what the system takes.
+        Operands in flight, the output on its way (by pointers, 16-bit elements of a whole tile leave in two turns),
+        scales between two layouts, barriers, and what the system takes.
         """
         operands = self.stages * (self.block_m + self.block_n) * self.block_k
         output = self.block_m * self.block_n // self.parts * out_itemsize
-        turns = 2 if not self.tma_store and out_itemsize == 2 else 1
+        turns = 2 if not self.tma_store and out_itemsize == 2 and self.parts == 1 else 1
         return operands + output // turns + 4 * max(self.block_m, self.block_n) + 128 + 1024
 
 

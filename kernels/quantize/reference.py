@@ -52,6 +52,7 @@ __all__ = [
     "quantize_8bit_transposed",
     "quantize_compensated",
     "quantize_groups",
+    "quantize_groups_pair",
     "recode",
     "scale_pair",
     "scaled_input",
@@ -205,6 +206,14 @@ def quantize_groups(x: Tensor, quantizer: str, axis: int, offs: Tensor, fold: Te
     for group, (own, place) in enumerate(group_slices(offs)):
         codes[:, place], scales[group] = quantize(x[own], quantizer, 0, fold=fold[own])
     return codes, scales
+
+
+def quantize_groups_pair(
+    x: Tensor, quantizer: str, offs: Tensor, fold: Tensor, fold_rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`quantize_groups` of x · fold by rows and of x · fold_rows by columns."""
+    by_rows = quantize_groups(x, quantizer, 1, offs, fold)
+    return *by_rows, *quantize_groups(x, quantizer, 0, offs, fold_rows)
 
 
 def dequantize_groups(

@@ -22,7 +22,7 @@ from qcompile.kernels.triton import (
 
 from .grid import unsupported
 from .triton_columns import quantize_8bit_pair, quantize_8bit_transposed, quantize_columns
-from .triton_groups import quantize_groups
+from .triton_groups import quantize_groups, quantize_groups_pair
 from .triton_outliers import quantize_compensated
 from .triton_recode import recode
 from .triton_rows import quantize_8bit
@@ -34,6 +34,7 @@ __all__ = [
     "quantize_columns",
     "quantize_compensated",
     "quantize_groups",
+    "quantize_groups_pair",
     "recode",
     "supports_columns",
     "supports_quantize_8bit",
@@ -71,7 +72,7 @@ def supports_columns(dtypes: tuple[torch.dtype, ...], quantizer: str, by_columns
 
 
 def supports_quantize_groups(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
-    """The same for :func:`quantize_groups`."""
+    """The same for :func:`quantize_groups` and :func:`quantize_groups_pair`."""
     return supports_columns(dtypes, quantizer, by_columns=True)
 
 

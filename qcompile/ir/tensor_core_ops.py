@@ -53,6 +53,10 @@ _SCHEMAS = (
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    # quantize_groups of one x along both axes, of x · fold [E, N, 1] and of x · fold_rows [M, 1]: both its results by
+    # rows, and then by columns.
+    "quantize_groups_pair(Tensor x, str quantizer, Tensor offs, Tensor fold, Tensor fold_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R]; also of every matrix of a batch.
     # With `offs`, the ends of groups of rows, transposed [K, padded_rows(R, E)] as by quantize_groups.
     "recode(Tensor codes, str quantizer, SymInt size, bool transposed, Tensor? offs=None) -> Tensor",
@@ -141,6 +145,17 @@ def _(x, quantizer, fold, fold_rows):
         x.new_empty([rows, 1], dtype=torch.float32),
         x.new_empty([columns, rows], dtype=dtype),
         x.new_empty([columns, 1], dtype=torch.float32),
+    )
+
+
+@register_meta("quantize_groups_pair")
+def _(x, quantizer, offs, fold, fold_rows):
+    (rows, columns), groups = x.shape, offs.shape[0]
+    return (
+        x.new_empty([rows, columns], dtype=torch.uint8),
+        x.new_empty([rows, 1], dtype=torch.float32),
+        x.new_empty([columns, padded_rows(rows, groups)], dtype=torch.uint8),
+        x.new_empty([groups, columns, 1], dtype=torch.float32),
     )
 
 

@@ -1,8 +1,8 @@
 """Products of groups without a GPU: numerics in Triton's interpreter and machine code for Hopper.
 
 Operands are codes of 4-bit grids with scales that are powers of two, so every result is known exactly. What would
-break: rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN that
-spreads, memory that was never written.
+break: rows of a neighbour in a group's result or sum, a group of no rows that is not 0, a tail that is left out, NaN
+that spreads, memory that was never written.
 """
 
 from __future__ import annotations
@@ -115,6 +115,15 @@ def test_interpreted_quantize_and_recode(sizes):
         else:
             assert torch.equal(got[1].nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
             assert torch.equal(written(got[0], offs), written(expected[0], offs))
+    folds = torch.rand(groups, n, 1), torch.rand(rows, 1)
+    pair = quantize_kernels.quantize_groups_pair(x, quantizer, offs, *folds)
+    for axis, fold in zip((1, 0), folds, strict=True):
+        single = quantize_kernels.quantize_groups(x, quantizer, axis, offs, fold)
+        both = pair[:2] if axis else pair[2:]
+        same = [(part[:inside] for part in both), (part[:inside] for part in single)] if axis else [both, single]
+        (got_codes, got_scales), (codes_alone, scales_alone) = same
+        assert torch.equal(got_scales.nan_to_num(-1.0), scales_alone.nan_to_num(-1.0))
+        assert torch.equal(*((c if axis else written(c, offs)) for c in (got_codes, codes_alone)))
     stored = torch.randint(0, 256, (rows, 24), dtype=torch.uint8)
     for text in ("e2m1 row absmax even", "midrise4 row rms half_up"):
         got, expected = (m.recode(stored, text, 48, True, offs) for m in (quantize_kernels, quantize_reference))
@@ -140,11 +149,11 @@ def test_interpreted_recode_of_a_batch(transposed):
 # --- machine code ---------------------------------------------------------------------------------------------------
 
 
-def compile_grouped(config: gemm.Config, dtypes, contraction: bool):
+def compile_grouped(config: gemm.Config, dtypes, contraction: bool, out=BF16):
     types = {
         "a": f"tensordesc<{TYPES[dtypes[0]]}[{config.block_m},{config.block_k}]>",
         "b": f"tensordesc<{TYPES[dtypes[1]]}[{config.block_n},{config.block_k}]>",
-        "out": "*bf16",
+        "out": f"*{TYPES[out]}",
         "offs": "*i32",
         "scale_a": "*fp32",
         "scale_b": "*fp32",
@@ -158,12 +167,12 @@ def compile_grouped(config: gemm.Config, dtypes, contraction: bool):
     return compile_kernel(kernel, types, constants, 90, config.warps, config.stages)
 
 
-TYPES = {E4M3: "fp8e4nv", E5M2: "fp8e5", INT8: "i8"}
+TYPES = {E4M3: "fp8e4nv", E5M2: "fp8e5", INT8: "i8", BF16: "bf16", FP32: "fp32"}
 
 
-def problem_of(contraction: bool, groups: int = 16, rows: int = 131072) -> grouped.GroupedProblem:
+def problem_of(contraction: bool, out=BF16, groups: int = 16, rows: int = 131072) -> grouped.GroupedProblem:
     shape, depth = ((8192, 5120), rows // groups) if contraction else ((rows // groups, 8192), 5120)
-    return grouped.GroupedProblem(rows, groups, shape, depth, contraction, (E4M3, E4M3), BF16, H200)
+    return grouped.GroupedProblem(rows, groups, shape, depth, contraction, (E4M3, E4M3), out, H200)
 
 
 @compiled
@@ -177,9 +186,20 @@ def test_the_kernels_run_on_hoppers_tensor_cores(contraction):
 
 @compiled
 @pytest.mark.nightly
+@pytest.mark.parametrize("out", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("contraction", [False, True])
-def test_no_config_spills_and_each_fits_where_it_should(contraction):
-    for config in grouped.candidates(problem_of(contraction)):
-        kernel = compile_grouped(config, (E4M3, E4M3), contraction)
+def test_no_config_spills_and_each_fits_where_it_should(contraction, out):
+    for config in grouped.candidates(problem_of(contraction, out)):
+        kernel = compile_grouped(config, (E4M3, E4M3), contraction, out)
         assert stack_bytes(kernel) == 0, config
-        assert kernel.metadata.shared + 1024 <= config.shared_memory(2), config
+        assert kernel.metadata.shared + 1024 <= config.shared_memory(out.itemsize), config
+
+
+@compiled
+@pytest.mark.parametrize("contraction", [False, True])
+@pytest.mark.parametrize("groups", [1, 4, 64])
+def test_every_result_has_a_config(contraction, groups):
+    """Float32 results take more shared memory; the widest tile that fits is chosen for both."""
+    for out in (BF16, FP32):
+        config = grouped.candidates(problem_of(contraction, out, groups))[0]
+        assert (config.block_m, config.block_n) == (128, 256)
