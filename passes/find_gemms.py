@@ -222,6 +222,7 @@ def _parameter_behind(origin: Origin, body: _Body) -> Node | None:
 def _name(site: Site, names: Names, weight: Node | None = None) -> None:
     found = names.of(site.node, weight)
     site.name, site.aliases, site.missing = next(iter(found.names), ""), found.names[1:], found.missing
+    site.blocks = tuple(map(names.block, site.names))
 
 
 def _weights(op: str, operands: list[Origin], values: list[torch.Tensor]) -> list[bool]:

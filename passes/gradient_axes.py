@@ -10,12 +10,19 @@ from collections.abc import Callable
 
 from qcompile.ir.operand import Operand
 
-from .graph import argument_of
+from .graph import argument_of, decided_size
 from .origins import written_by
 from .record import Site
 from .spellings import einsum_letters
 
-__all__ = ["ROLE_OF_OPERAND", "axes_of_result", "role_of_slot", "why_gradient_stays_wide"]
+__all__ = [
+    "ROLE_OF_OPERAND",
+    "axes_of_operand",
+    "axes_of_result",
+    "role_of_slot",
+    "why_gradient_stays_wide",
+    "why_not_read_again",
+]
 
 #: Which gradient a backward product computes, by the operand of the site that it reads.
 ROLE_OF_OPERAND = {"weight": "dgrad", "activation": "wgrad", "": "backward"}
@@ -37,6 +44,38 @@ def axes_of_result(site: Site) -> Axes | None:
         return None
     operands = (slot.of(site.node) for slot in site.slots)
     return _AXES[site.op](site, *(node.meta["example_value"].dim() for node in (*operands, site.node)))
+
+
+def axes_of_operand(site: Site, position: int) -> Axes | None:
+    """Of the operand at ``position``: the axis that the forward contracts, and the axes that the gradient of the other
+    operand does, in the order in which they are axes of dY. ``None`` for an op of which that is not known.
+    """
+    along = axes_of_result(site)
+    slot = site.slots[position]
+    rank, result = (node.meta["example_value"].dim() for node in (slot.of(site.node), site.node))
+    other = site.slots[1 - position].of(site.node).meta["example_value"].dim()
+    if along is None or slot.frame or site.op not in _PLAIN or min(rank, other) < 2:
+        return None
+    forward = slot.axis % rank
+    if site.op in _OUTER:
+        return (forward,), tuple(axis for axis in range(rank) if axis != forward)
+    missing = result - rank
+    return (forward,), tuple(axis - missing for axis in along[position])
+
+
+def why_not_read_again(site: Site, role: str) -> str:
+    """Why the product of a role cannot read an operand quantized for it alone; "" if it can."""
+    for position, slot in enumerate(site.slots):
+        if role_of_slot(site, 1 - position) == role:
+            if slot.stored:
+                return f"the {slot.kind} is stored as codes"
+            axes = axes_of_operand(site, position)
+            if axes is None:
+                return f"what {site.op} contracts there is not known"
+            shape = slot.of(site.node).meta["example_value"].shape
+            if any(decided_size(shape[axis]) is None for axis in axes[1]):
+                return "how many rows there are depends on data"
+    return ""
 
 
 def why_gradient_stays_wide(site: Site, operand: Operand) -> str:
@@ -77,8 +116,12 @@ def _einsum(site: Site, left: int, right: int, result: int) -> Axes:
     return only(*terms), only(*reversed(terms))
 
 
+#: Products of all rows with all columns, and those of which every axis of an operand is one axis of the result.
+_OUTER = ("linear", "mm", "addmm", "inner")
+_PLAIN = (*_OUTER, "matmul", "bmm", "baddbmm")
+
 _AXES: dict[str, Callable[[Site, int, int, int], Axes]] = {
-    **dict.fromkeys(("linear", "mm", "mv", "addmm", "addmv", "inner", "tensordot"), _outer),
+    **dict.fromkeys((*_OUTER, "mv", "addmv", "tensordot"), _outer),
     **dict.fromkeys(("bmm", "baddbmm", "addbmm", "grouped_mm"), _last_two),
     "matmul": _matmul,
     "einsum": _einsum,

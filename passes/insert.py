@@ -28,11 +28,12 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile import compat
 from qcompile.ir.operand import Operand
 
+from .gradient_axes import axes_of_operand, role_of_slot
 from .graph import graph_modules, target_name, value_of
 from .origins import written_by
 from .record import KIND_KEY, SITE_KEY, Decision, Plan, marked
 from .spellings import Frame, Slot
-from .views import FakeQuantize
+from .views import FakeQuantize, ReadAgain
 
 __all__ = ["insert", "stamp"]
 
@@ -58,6 +59,11 @@ def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
     wrapped = 0
     for place, node in enumerate(nodes):
         if decision := by_node.get(node):
+            decision.originals = tuple(slot.of(node) for slot in decision.site.slots)
+            for position, slot in enumerate(decision.site.slots):
+                operand = decision.read_again.get(role_of_slot(decision.site, 1 - position))
+                if operand is not None:
+                    decision.again[position] = _again(gm.graph, decision, position, slot, operand, shared)
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
                     changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
@@ -86,6 +92,24 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, changes: bool,
             saved = changes and operand.estimator.kind.slope is not None and value_of(source).requires_grad
             x = build(torch.clone, source) if saved else source
             shared[key] = _build(build, x, dtype, slot.frame, axis, operand)
+    return shared[key]
+
+
+def _again(
+    graph: Graph, decision: Decision, position: int, slot: Slot, operand: Operand, shared: dict[Any, Node]
+) -> Node:
+    """An operand as the backward reads it, made once like the forward's."""
+    gemm, axes = decision.site.node, axes_of_operand(decision.site, position)
+    assert axes is not None  # the plan has asked
+    source = slot.of(gemm)
+    dtype = _gemm_dtype(gemm, source)
+    key = (source, dtype, axes, slot.kind, str(operand))
+    if key not in shared:
+        with graph.inserting_before(gemm):
+            build = _Builder(graph, gemm, slot.kind)
+            x = source if value_of(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
+            view = ReadAgain(x, operand, *axes)
+            shared[key] = build(view.op, *view.arguments())
     return shared[key]
 
 
@@ -149,7 +173,7 @@ class _Builder:
                 return target(*values, **kwargs)
 
         # A quantized operand takes its whole formula to find, and layers repeat.
-        repeated = target == FakeQuantize.op
+        repeated = target in (FakeQuantize.op, ReadAgain.op)
         node.meta["example_value"] = (
             compat.fake_result(self.fake_mode, target, values, kwargs, run) if repeated else run()
         )

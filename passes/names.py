@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qcompile import compat
+from qcompile.ir.rules import Block, block_of, blocks_in
 
 from .graph import attribute_of, bodies_called, graph_modules
 from .reachable import argument_names, attributes_of, join, reachable
@@ -68,6 +69,7 @@ class Names:
         self._variables: dict[int, str] = {}
         self._owners: dict[int, nn.Module] = {}
         self._known: list[nn.Module] = []
+        self._blocks: dict[str, Block] = {}
         self._outer = _outer_arguments(gm)
         self._call = call
         self._searched = call is None
@@ -92,6 +94,10 @@ class Names:
     def of_module(self, module: nn.Module) -> list[str]:
         """All names of a module, the reported one first; none for one that is not known."""
         return self._modules.get(id(module), [])
+
+    def block(self, name: str) -> Block | None:
+        """Which entry of the outermost list of modules (of more than one) the layer of this name is in."""
+        return block_of(name, self._blocks)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -188,6 +194,7 @@ class Names:
             if tensor is not None:
                 self._tensors[id(tensor)].append(join(name, key))
                 self._owners[id(tensor)] = module
+        self._blocks |= blocks_in(module, name)
         for key, child in module._modules.items():
             if child is not None and id(child) not in above:
                 self._add(join(name, key), child, (*above, id(module)))

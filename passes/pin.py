@@ -42,11 +42,12 @@ def _differs_from_peers(owner: nn.Module, names: Names, sites: list[Site], rules
     peers = [name for peer in names.peers(owner) for name in names.of_module(peer)]
     inside = [site for site in sites if not prefix or f"{site.name}.".startswith(f"{prefix}.")]
     return any(
-        _matches(site, join(peer, site.name[len(prefix) :].lstrip(".")), rules) != _matches(site, site.name, rules)
+        _matches(site, names, join(peer, site.name[len(prefix) :].lstrip(".")), rules)
+        != _matches(site, names, site.name, rules)
         for site in inside
         for peer in peers
     )
 
 
-def _matches(site: Site, name: str, rules: list[Rule]) -> list[bool]:
-    return [rule.matches(name, site.op, site.weight_size) for rule in rules]
+def _matches(site: Site, names: Names, name: str, rules: list[Rule]) -> list[bool]:
+    return [rule.matches(name, site.op, site.weight_size, names.block(name)) for rule in rules]

@@ -12,14 +12,15 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from qcompile.ir.definitions import short_names
-from qcompile.ir.operand import Operand
+from qcompile.ir.operand import READ_AGAIN, Operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
 from qcompile.ir.rules import Rule, describe
 from qcompile.ir.transforms import Transform
 
-from .gradient_axes import role_of_slot, why_gradient_stays_wide
+from .gradient_axes import role_of_slot, why_gradient_stays_wide, why_not_read_again
 from .graph import decided_size, static_size
+from .origins import written_by
 from .record import Decision, Plan, Site, without_name
 from .spellings import Slot
 from .subclasses import shard_note
@@ -55,10 +56,11 @@ def user_rules(recipe: Recipe) -> list[Rule]:
 
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     rules = recipe.all_rules
-    applicable = [r for r in rules if any(r.matches(name, site.op, site.weight_size) for name in site.names)]
-    for rule in applicable:
+    places = [(name, site.op, site.weight_size, block) for name, block in zip(site.names, site.blocks, strict=True)]
+    applicable = [rule for rule in rules if any(rule.matches(*place) for place in places)]
+    for rule in rules:
         if (text := describe(rule)) in matched:
-            matched[text] += 1
+            matched[text] += any(rule.may_match(*place) for place in places)
     if site.obstacle:
         return Decision(site, False, site.obstacle)
     if not recipe.enabled:
@@ -70,17 +72,25 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         return Decision(site, False, describe(verdict))
     if verdict is None and (reason := _left_wide(site, recipe)):
         return Decision(site, False, reason)
-    if site.missing and any(rule.name != "*" for rule in rules):
+    if site.missing and any(rule.reads_names for rule in rules):
         return Decision(site, False, without_name(site.missing))
     if decided_size(site.contraction) is None:
         return Decision(site, False, "the contraction size is marked dynamic or depends on data; mark it static")
     chosen = {key: recipe.operand_under(applicable, getattr(recipe, key), key) for key in ("activation", "weight")}
     operands = tuple(None if slot.stored else chosen[slot.kind] for slot in site.slots)
+    wide_forward = recipe.forward == "bf16" and any(operands)
+    if wide_forward and (why := _why_no_wide_forward(site, recipe)):
+        return Decision(site, False, f"forward='bf16': {why}")
     if misfit := _misfit(site, operands):
         return Decision(site, False, misfit)
     by_cost = recipe.backward == "auto"
     decision = Decision(site, True, "", operands, folded=BACKWARD_ROLES[recipe.backward], by_cost=by_cost)
-    notes = [_stored_note(site), *(slot.note for slot in site.slots if slot.note)]
+    decision.wide_forward = wide_forward
+    notes = [
+        "the forward multiplies the originals" if wide_forward else "",
+        _stored_note(site),
+        *(slot.note for slot in site.slots if slot.note),
+    ]
     notes += _decide_gradients(decision, recipe, applicable)
     if not any(operands) and not decision.rounded:
         reasons = ["the recipe quantizes none of its operands", *dict.fromkeys(filter(None, notes[1:]))]
@@ -89,6 +99,15 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
         notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]
     decision.reason = "; ".join(dict.fromkeys(filter(None, notes)))
     return decision
+
+
+def _why_no_wide_forward(site: Site, recipe: Recipe) -> str:
+    """Why the codes of a site cannot be left to its backward alone; "" if they can."""
+    if not site.training:
+        return "no gradient is computed"
+    if any(written_by(site.node)):
+        return "the product is written in place"
+    return "the pass quantize_gradients is disabled" if "quantize_gradients" in recipe.disable_passes else ""
 
 
 def _stored_note(site: Site) -> str:
@@ -121,8 +140,28 @@ def _decide_gradients(decision: Decision, recipe: Recipe, applicable: list[Rule]
             notes.append(f"gradient= is not applied: {why}")
         else:
             decision.rounded += (role,)
+    if site.training:
+        notes += _decide_read_again(decision, recipe, computed)
     if site.anonymous and not set(decision.rounded) >= computed:
         notes.append(f"inside {site.anonymous}: its gradients stay in high precision")
+    return notes
+
+
+def _decide_read_again(decision: Decision, recipe: Recipe, computed: set[str]) -> list[str]:
+    """Fill in ``read_again``; returns what is to be said about it."""
+    notes = []
+    for key, role in READ_AGAIN.items():
+        operand = getattr(recipe, key)
+        if operand is None or role not in computed:
+            continue
+        rounded = role in decision.rounded
+        why = why_not_read_again(decision.site, role) if rounded else "dY stays in high precision"
+        if why:
+            notes.append(f"{key}= is not applied: {why}")
+            continue
+        decision.read_again[role] = operand
+        rotation = f", and with dY in {operand.transform}" if operand.transform else ""
+        notes.append(f"{role} reads {key.partition('_')[2]} again as {short_names(str(operand.quantizer))}{rotation}")
     return notes
 
 

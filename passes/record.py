@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from qcompile.ir.operand import Operand
+from qcompile.ir.rules import Block
 
 from .graph import value_of
 from .spellings import Slot
@@ -91,7 +92,8 @@ class Site:
         reservation: why it is left wide unless a rule says ``quantize=True``; empty if nothing speaks against it.
         head: why it is taken for an output head; empty if it is none.
         name: of its layer. aliases: further names of a shared layer. missing: what layer has no name
-            (:class:`names.Name`). body: path of the higher-order op's body it is in.
+            (:class:`names.Name`). blocks: in which block of the model the layer is, by name.
+            body: path of the higher-order op's body it is in.
         shape: of the operands. contraction: how many terms are summed. sides: of the weight as a matrix (of the whole
             parameter where the weight is a part of one), ``None`` without a weight. Sizes may be symbolic.
         anonymous: the higher-order op around it, if any, whose backward does not say which site a node serves.
@@ -114,6 +116,7 @@ class Site:
     training: bool = True
     aliases: tuple[str, ...] = ()
     missing: str = ""
+    blocks: tuple[Block | None, ...] = (None,)
     anonymous: str = ""
 
     @property
@@ -130,6 +133,10 @@ class Decision:
     what dY is quantized to, by role (dgrad, wgrad): for the roles in ``rounded`` before any backward product reads it
     (`quantize_gradients`), for the roles in ``folded`` times the scales of the other operand (`fold`). A role in both
     is folded if its scales allow it; ``by_cost``: and if that is estimated to be faster.
+
+    ``originals`` are what `insert` quantized. ``read_again`` says what the other operand of a role's product is
+    quantized to once more, where that does not read what the forward read; ``again`` has the nodes that do so, by the
+    operand's place in the product. ``wide_forward``: the forward reads the originals.
     """
 
     site: Site
@@ -140,6 +147,10 @@ class Decision:
     folded: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     by_cost: bool = False
+    read_again: dict[str, Operand] = field(default_factory=dict)
+    wide_forward: bool = False
+    originals: tuple[Node, ...] = ()
+    again: dict[int, Node] = field(default_factory=dict)
 
 
 @dataclass
@@ -155,7 +166,7 @@ class Plan:
         """
         return repr([
             (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
-             d.folded, d.rounded, d.by_cost)
+             d.folded, d.rounded, d.by_cost, str(d.read_again), d.wide_forward)
             for d in self.decisions
         ])  # fmt: skip
 

@@ -36,8 +36,8 @@ __all__ = [
     "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
     "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
     "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
-    "QuantizeGroupsPair", "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View",
-    "encoder_of",
+    "QuantizeGroupsPair", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient",
+    "View", "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile
@@ -47,10 +47,10 @@ Size = Any
 
 _NO_TRANSFORM = Transform()
 #: Values that travel as text.
-TEXTS: dict[type, Any] = {
+TEXTS: dict[Any, Any] = {
     kind: kind.parse
     for kind in (Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Quantizer, Stored, Transform)
-}
+} | {Operand | None: lambda text: None if text is None else Operand.parse(text)}
 
 
 class View:
@@ -139,7 +139,16 @@ class SplitGradient(View):
     op = ops.split_gradient.default
     y: Node
     twins: tuple[Node, ...]
-    quantizer: Quantizer
+    operand: Operand | None
+    rows: tuple[int, ...]
+    contracted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReadAgain(View):
+    op = ops.read_again.default
+    x: Node
+    operand: Operand
     rows: tuple[int, ...]
     contracted: tuple[int, ...]
 

@@ -16,7 +16,15 @@ from .outliers import OutlierClamp, OutlierColumns, Outliers
 from .quantizer import SCALE_RULES, Granularity, Quantizer, get_scale_rule
 from .transforms import Transform
 
-__all__ = ["WIDE_GRADIENTS", "Operand", "check_override", "operand_from", "override_operand", "resolve_override"]
+__all__ = [
+    "READ_AGAIN",
+    "WIDE_GRADIENTS",
+    "Operand",
+    "check_override",
+    "operand_from",
+    "override_operand",
+    "resolve_override",
+]
 
 STE = EstimatorSpec("ste")
 NO_TRANSFORM = Transform()
@@ -48,7 +56,7 @@ class Operand:
             msg = f"{self.outliers.kind}(...) {self.outliers.effect} what {self.transform} changes; take one of the two"
         elif self.estimator.kind.slope:
             msg = f"{self.estimator.name} needs the input that {self.transform} changes; use trust, clip or ste"
-        elif self.quantizer.scale.two_level:
+        elif self.quantizer.scale.two_level and self.transform.sparsity:
             msg = f"scale rule {self.quantizer.scale.name} has a scale of the tensor, which {self.transform} changes"
         else:
             if self.transform.sparsity:
@@ -141,6 +149,10 @@ def _why_no_e4m3_residual(q: Quantizer, estimator: EstimatorSpec) -> str:
     return "" if estimator == STE else f"the estimator ste, not {estimator}"
 
 
+#: What quantizes an operand again for the backward product of a role: the role by the name of the field.
+READ_AGAIN = {"dgrad_weight": "dgrad", "wgrad_activation": "wgrad"}
+
+
 def _rotation(value: Any) -> int:
     """The size of a rotation given as a number, as ``"hadamard(128)"``, or as ``None``."""
     return Transform.parse(value).rotation if isinstance(value, str) else 1 if value is None else value
@@ -167,10 +179,22 @@ def operand_from(base: Operand | None, value: Any, name: str) -> Operand | None:
     if value is None or value == "off":
         return None
     operand = _operand_from(base, value, name)
-    if name == "gradient" and operand and operand != Operand(operand.quantizer):
-        msg = f"{operand}: a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
+    if operand and (why := _misplaced(operand, name)):
+        msg = f"{operand}: {why}"
         raise ValueError(msg)
     return operand
+
+
+def _misplaced(operand: Operand, name: str) -> str:
+    """Why an operand cannot be the one called ``name``; empty if it can."""
+    if name == "gradient" and operand != Operand(operand.quantizer):
+        return "a gradient takes a quantizer only, no estimator, no outlier clamp and no transform"
+    if name in READ_AGAIN:
+        rotated = Operand(
+            operand.quantizer, transform=Transform(operand.transform.rotation, "", operand.transform.signs)
+        )
+        return "" if operand == rotated else "an operand of the backward takes a quantizer and a rotation only"
+    return "signs= go with operands of the backward: " + ", ".join(READ_AGAIN) if operand.transform.signs else ""
 
 
 def check_override(value: Any, name: str) -> None:

@@ -8,9 +8,9 @@ for the others).
 Arguments are plain data; a quantizer or an operand travels as text. Nothing here names a site: equal nodes must stay
 equal so that common-subexpression elimination lets q, k and v share one quantize.
 
-Only ``fake_quantize`` and ``split_gradient`` are differentiable. They are composites: the autograd of the first *is*
-the estimator, that of the second quantizes dY. AOTAutograd traces through them, and the joint graph shows the other
-ops, whose kernels are registered by :mod:`qcompile.kernels`.
+Only ``fake_quantize`` and ``split_gradient`` are differentiable. They are composites, as ``read_again`` is: the
+autograd of the first *is* the estimator, that of the second quantizes dY. AOTAutograd traces through them, and the
+joint graph shows the other ops, whose kernels are registered by :mod:`qcompile.kernels`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .operand import Operand
 from .outliers import OutlierClamp, OutlierColumns, Outliers
 from .quantizer import SMALLEST_GLOBAL_SCALE, Quantizer
 from .sharding import aligned, is_sharded, local_tensor, with_local, without_partial_sums
-from .transforms import Transform
+from .transforms import FIXED_SIGNS, Transform
 
 __all__ = [
     "COMPENSATED",
@@ -50,8 +50,11 @@ LIB = torch.library.Library("qcompile", "FRAGMENT")
 _SCHEMAS = (
     # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
-    # y. Its gradient goes on as it is; the `twins`, whose values are not read, get it quantized (quantize_along).
-    "split_gradient(Tensor y, Tensor[] twins, str quantizer, int[] rows, int[] contracted) -> Tensor",
+    # y. Its gradient goes on as it is; the `twins`, whose values are not read, get it quantized (quantize_along), or as
+    # it is without an `operand`.
+    "split_gradient(Tensor y, Tensor[] twins, str? operand, int[] rows, int[] contracted) -> Tensor",
+    # What a backward product reads in place of the operand x of the forward: quantize_along(x). Not differentiable.
+    "read_again(Tensor x, str operand, int[] rows, int[] contracted) -> Tensor",
     # Float32 [5], what quantizing an operand does to it: see kernels/statistics.py; a composite too.
     "operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
@@ -324,9 +327,12 @@ class _FakeQuantize(torch.autograd.Function):
             return ops.dequantize(codes, scales, COMPENSATED, axis, x.shape[axis], x.dtype), scales, None, None
         if outliers:
             rest, values, positions = without_outliers(x, outliers, axis)
-        global_scale = global_scale_of(rest, spec.quantizer)
-        text = (str(transform),) if transform else ()
+        rotated = transform.rotation > 1 and spec.quantizer.scale.two_level
+        if rotated:  # the scale of the tensor is one of what is rotated
+            rest = ops.hadamard(rest, transform.rotation, axis)
+        text = (str(transform),) if transform and not rotated else ()
         fold = (None,) * len(text)
+        global_scale = global_scale_of(rest, spec.quantizer)
         codes, scales = ops.quantize(rest, quantizer, axis, global_scale, seed, *fold, *text)
         y = ops.dequantize(codes, scales, quantizer, axis, x.shape[axis], x.dtype, global_scale)
         if transform.rotation > 1:
@@ -413,16 +419,19 @@ def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = Non
 LIB.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
 
 
-def quantize_along(x: Tensor, quantizer: str, rows: Sequence[int], contracted: Sequence[int]) -> Tensor:
+def quantize_along(x: Tensor, operand: str, rows: Sequence[int], contracted: Sequence[int]) -> Tensor:
     """``x`` quantized and decoded again, as a product reads it that contracts the axes ``contracted`` of x and keeps
     ``rows``; the other axes count batches. Same shape and dtype as x.
 
     Axes are not negative; those of a group are merged. Where nothing is contracted a row is one element. With one scale
     for all elements the axes do not matter, and x is quantized as it is, so that two products can share its codes.
+
+    A rotation of the operand is one of the contracted axes, merged, and is not undone: the other operand of the product
+    has to be rotated alike.
     """
-    q = Quantizer.parse(quantizer)
-    if q.granularity.kind == "tensor" and x.dim():
-        return _rounded(x, q, -1)
+    spec = Operand.parse(operand)
+    if spec.quantizer.granularity.kind == "tensor" and not spec.transform and x.dim():
+        return _rounded(x, spec, -1)
     natural = list(range(x.dim()))
     batch = [axis for axis in natural if axis not in rows and axis not in contracted]
     # Then x is read as it lies, along its last axis but one.
@@ -433,24 +442,45 @@ def quantize_along(x: Tensor, quantizer: str, rows: Sequence[int], contracted: S
     merged = any(len(group) != 1 for group in groups)
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     matrix = permuted.reshape([*(x.shape[axis] for axis in batch), *sizes]) if merged else permuted
-    y = _rounded(matrix, q, -2 if crossed else -1)
+    y = _rounded(matrix, spec, -2 if crossed else -1)
     y = y.reshape(permuted.shape) if merged else y
     return y if order == natural else y.permute([order.index(axis) for axis in natural])
 
 
-def _rounded(x: Tensor, q: Quantizer, axis: int) -> Tensor:
-    ops = torch.ops.qcompile
+def _rounded(x: Tensor, spec: Operand, axis: int) -> Tensor:
+    ops, q = torch.ops.qcompile, spec.quantizer
+    if (transform := spec.transform.on(x.shape[axis])).rotation > 1:
+        x = ops.hadamard(_with_signs(x, transform, axis), transform.rotation, axis)
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if q.rounding == "stochastic" else None
     global_scale = global_scale_of(x, q)
     codes, scales = ops.quantize(x, str(q), axis, global_scale, seed)
     return ops.dequantize(codes, scales, str(q), axis, x.shape[axis], x.dtype, global_scale)
 
 
+def _with_signs(x: Tensor, transform: Transform, axis: int) -> Tensor:
+    """x · D: every block along ``axis`` (-1 or -2) times the signs of the rotation."""
+    n = transform.rotation
+    if not transform.signs:
+        return x
+    place = torch.arange(n, device=x.device) % 16
+    signs = 1 - 2 * ((FIXED_SIGNS >> place) & 1)
+    row = signs.to(x.dtype).expand(x.shape[axis] // n, n).reshape(-1)
+    return x * (row if axis == -1 else row.unsqueeze(-1))
+
+
+def _read_again(x: Tensor, operand: str, rows: list[int], contracted: list[int]) -> Tensor:
+    with without_autocast(x):
+        return quantize_along(x.detach(), operand, rows, contracted)
+
+
+LIB.impl("read_again", _read_again, "CompositeImplicitAutograd")
+
+
 class _SplitGradient(torch.autograd.Function):
     """y forward; dY to y and ``quantize_along(dY)`` to the twins backward."""
 
     @staticmethod
-    def forward(y: Tensor, quantizer: str, rows: list[int], contracted: list[int], *twins: Tensor) -> Tensor:
+    def forward(y: Tensor, operand: str | None, rows: list[int], contracted: list[int], *twins: Tensor) -> Tensor:
         return y.detach()  # no view of y as autograd counts them: those cannot be changed in place
 
     @staticmethod
@@ -461,11 +491,14 @@ class _SplitGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with torch.autocast(grad.device.type, enabled=False):
-            return grad, None, None, None, *[quantize_along(grad, *ctx.how)] * ctx.twins
+            rounded = grad if ctx.how[0] is None else quantize_along(grad, *ctx.how)
+            return grad, None, None, None, *[rounded] * ctx.twins
 
 
-def _split_gradient(y: Tensor, twins: list[Tensor], quantizer: str, rows: list[int], contracted: list[int]) -> Tensor:
-    return _SplitGradient.apply(y, quantizer, rows, contracted, *twins)
+def _split_gradient(
+    y: Tensor, twins: list[Tensor], operand: str | None, rows: list[int], contracted: list[int]
+) -> Tensor:
+    return _SplitGradient.apply(y, operand, rows, contracted, *twins)
 
 
 LIB.impl("split_gradient", _split_gradient, "CompositeImplicitAutograd")

@@ -192,6 +192,18 @@ def _inverse_e8m0(amax: Scalar, fmt: Format) -> Scalar:
     return power_of_two(-_e8m0_exponent(amax, fmt))
 
 
+def _e8m0_ceil_exponent(amax: Scalar, fmt: Format) -> Scalar:
+    return (-_pow2_exponent(amax, fmt)).clamp(-127, 127)
+
+
+def _e8m0_ceil(amax: Scalar, fmt: Format) -> Scalar:
+    return torch.where(amax.isfinite(), power_of_two(_e8m0_ceil_exponent(amax, fmt)), float("nan"))
+
+
+def _inverse_e8m0_ceil(amax: Scalar, fmt: Format) -> Scalar:
+    return power_of_two(-_e8m0_ceil_exponent(amax, fmt))
+
+
 def _rms_clip(rms: Scalar, fmt: Format) -> Scalar:
     return rms * clip_of(fmt.name) + RMS_FLOOR
 
@@ -225,6 +237,14 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             _inverse_e8m0,
             store="e8m0",
             source="s = 2^(⌊log2 amax⌋ − emax), byte = exponent + 127; OCP MX v1.0 §5.2.1, §6.3",
+        ),
+        ScaleRule(
+            "e8m0_ceil",
+            _e8m0_ceil,
+            _inverse_e8m0_ceil,
+            store="e8m0",
+            covers=True,
+            source="the smallest s = 2^n with amax ≤ s · max, so that nothing is cut off; arXiv 2506.08027",
         ),
         ScaleRule(
             "rms",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .formats import get_format
-from .operand import WIDE_GRADIENTS, Operand, operand_from, override_operand
+from .operand import READ_AGAIN, WIDE_GRADIENTS, Operand, operand_from, override_operand
 from .options import names_of, reject_unknown
 from .quantizer import Quantizer
 from .rules import Rule
@@ -77,6 +77,11 @@ class Recipe:
         gradient: operand that dY is quantized to in dgrad and wgrad, or ``None`` for high precision. Both products read
             it, whichever of their operands are quantized; a product that cannot (a convolution, unless the scale is one
             per tensor) says so in the report. The gradient of a bias is the sum of the plain dY.
+        dgrad_weight, wgrad_activation: what W is quantized to again in dgrad, and X in wgrad, from the originals and
+            along the axis that these products contract; ``None``: they read the codes of the forward. A rotation is one
+            of dY too, with the same signs. Only where dY is quantized (``gradient``).
+        forward: ``"bf16"`` multiplies the originals in the forward, and the backward reads the codes of X and W all the
+            same: what a run heals by in its last steps. ``"quantized"``: the forward multiplies what is quantized.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
             dW. The scales of the weight (or input) codes are folded into dY, which is then quantized to ``gradient``,
             or to E4M3 with one scale per row; the codes themselves are exact. Where scales cannot be folded (the exact
@@ -110,6 +115,9 @@ class Recipe:
     activation: OperandField = OperandField()
     weight: OperandField = OperandField()
     gradient: OperandField = OperandField()
+    dgrad_weight: OperandField = OperandField()
+    wgrad_activation: OperandField = OperandField()
+    forward: str = "quantized"
     backward: str = "bf16"
     skip: tuple[str, ...] = LEFT_WIDE
     rules: tuple[Rule, ...] = ()
@@ -170,6 +178,8 @@ class Recipe:
                 continue
             if key in ("activation", "weight", "gradient"):
                 changes[key] = override_operand(changes.get(key, getattr(self, key)), value, key)
+            elif key in READ_AGAIN:
+                changes[key] = override_operand(getattr(self, key), value, key)
             elif key == "skip":
                 changes["user_patterns"] = names_of(key, value)
                 changes[key] = tuple(dict.fromkeys((*changes.get(key, self.skip), *changes["user_patterns"])))
@@ -261,6 +271,7 @@ _SWITCH = ("True or False", lambda value: isinstance(value, bool))
 #: Field → what it takes, and the test.
 _ACCEPTED: dict[str, tuple[str, Any]] = {
     "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
+    "forward": ("one of quantized, bf16", lambda v: v in ("quantized", "bf16")),
     "monitor": ("True, False or a qcompile.Monitor", lambda v: isinstance(v, bool) or hasattr(v, "attach")),
     "min_side": ("an integer ≥ 0", lambda v: type(v) is int and v >= 0),
     "fuel": ("an integer ≥ 0 or None", lambda v: v is None or (type(v) is int and v >= 0)),

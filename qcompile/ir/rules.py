@@ -7,10 +7,34 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from .operand import check_override, resolve_override
 from .options import reject_unknown
 
-__all__ = ["Rule", "describe", "matches_name"]
+__all__ = ["Block", "Rule", "block_of", "blocks_in", "describe", "matches_name"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The place of a layer in its model: in block ``index`` of ``count``."""
+
+    index: int
+    count: int
+
+
+def blocks_in(module: nn.Module, name: str) -> dict[str, Block]:
+    """The entries of a module called ``name``, by their names, if it is a list of more than one."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+        return {}
+    return {f"{name}.{key}" if name else key: Block(i, len(module)) for i, key in enumerate(module._modules)}
+
+
+def block_of(name: str, blocks: Mapping[str, Block]) -> Block | None:
+    """The outermost of ``blocks`` (by name) that the layer ``name`` is in."""
+    parts = name.split(".")
+    above = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    return next((blocks[prefix] for prefix in above if prefix in blocks), None)
 
 
 @dataclass(frozen=True)
@@ -22,6 +46,9 @@ class Rule:
             everything under it, ``"layers.*.q_proj"`` one projection of every layer.
         op: op kind as the report names it (``linear``, ``matmul``, ``conv2d`` …), or ``*``.
         min_size, max_size: bounds on the number of elements of the weight operand.
+        last_blocks: the share of a model's blocks that the rule is for, from the end: of 62 blocks, ``0.15`` are the
+            last 9. Blocks are the entries of the outermost ``ModuleList`` or ``Sequential`` that a layer is in. 0: no
+            matter where.
         roles: for ``gradient``: the backward GEMMs whose gradient operand this rule changes.
         quantize: ``False`` keeps the site in high precision, ``True`` undoes an earlier skip.
         bits: operands by width, as in :class:`Recipe`; the other operand options apply on top.
@@ -33,6 +60,7 @@ class Rule:
     op: str = "*"
     min_size: int = 0
     max_size: int | None = None
+    last_blocks: float = 0.0
     roles: tuple[str, ...] = ("dgrad", "wgrad")
     quantize: bool | None = None
     bits: Any = None
@@ -60,9 +88,18 @@ class Rule:
                 raise ValueError(msg) from None
             object.__setattr__(self, key, resolve_override(getattr(self, key)))
 
-    def matches(self, name: str, op: str, size: int | None) -> bool:
-        """Whether a site with this layer name, op kind and weight size (``None`` if unknown) falls under the rule."""
-        if not fnmatchcase(op, self.op) or not matches_name(name, self.name):
+    def matches(self, name: str, op: str, size: int | None, block: Block | None = None) -> bool:
+        """Whether a site with this layer name, op kind, weight size and block (``None`` if unknown) falls under the
+        rule.
+        """
+        return self.may_match(name, op, size, block) and (not self.last_blocks or self._is_late(block))
+
+    def _is_late(self, block: Block | None) -> bool:
+        return block is not None and block.index >= block.count - round(self.last_blocks * block.count)
+
+    def may_match(self, name: str, op: str, size: int | None, block: Block | None) -> bool:
+        """Whether a site would fall under the rule in one of the blocks of its model."""
+        if not fnmatchcase(op, self.op) or not matches_name(name, self.name) or (self.last_blocks and block is None):
             return False
         if size is None:
             return self.min_size == 0 and self.max_size is None
@@ -70,7 +107,12 @@ class Rule:
 
     @property
     def matches_everything(self) -> bool:
-        return (self.name, self.op, self.min_size, self.max_size) == ("*", "*", 0, None)
+        return (self.name, self.op, self.min_size, self.max_size, self.last_blocks) == ("*", "*", 0, None, 0.0)
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether what it says of a site depends on where in the model that is."""
+        return self.name != "*" or self.last_blocks > 0
 
     @staticmethod
     def from_data(data: Rule | Mapping[str, Any]) -> Rule:
@@ -105,6 +147,7 @@ _ACCEPTED_IN_RULES: dict[str, tuple[str, Any]] = {
     "op": ("an op kind as the report names it", lambda v: isinstance(v, str) and v != ""),
     "min_size": ("an integer ≥ 0", _is_size),
     "max_size": ("an integer ≥ 0 or None", lambda v: v is None or _is_size(v)),
+    "last_blocks": ("a share from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
     "quantize": ("True, False or None", lambda v: v is None or isinstance(v, bool)),
     "roles": ("a tuple with 'dgrad', 'wgrad' or both", lambda v: isinstance(v, tuple) and len(v) > 0),
 }

@@ -24,7 +24,7 @@ from qcompile.ir.definitions import short_names
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import global_scale_of
 from qcompile.ir.recipe import Recipe
-from qcompile.ir.rules import describe
+from qcompile.ir.rules import block_of, blocks_in, describe
 from qcompile.ir.stored import Stored
 from qcompile.ir.transforms import Transform
 from qcompile.recipes import RECIPES
@@ -304,11 +304,14 @@ def _trained(
     of = (recipe if isinstance(recipe, Recipe) else RECIPES[recipe]).override(options)
     readers, output = readers_of(model), getattr(output_embeddings(model), "weight", None)
     operands, wide = {}, {}
+    blocks = {name: block for path, module in model.named_modules() for name, block in blocks_in(module, path).items()}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if not multiplies(module) or weight is None or isinstance(weight, PackedWeight):
             continue
-        applicable = [rule for rule in of.all_rules if rule.matches(name, "linear", weight.numel())]
+        applicable = [
+            rule for rule in of.all_rules if rule.matches(name, "linear", weight.numel(), block_of(name, blocks))
+        ]
         verdict = next((rule for rule in reversed(applicable) if rule.quantize is not None), None)
         head = weight is output and not of.heads
         if verdict is not None and not verdict.quantize:

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from qcompile.ir.encoding import Encoding
+from qcompile.ir.operand import Operand
 from qcompile.passes import views
 from qcompile.passes.views import VIEW_OF, ProductOperand, Quantize, QuantizedMM, View
 
@@ -22,6 +23,7 @@ FIELD_TYPES: dict[str, set[Any]] = {
     "Tensor[]": {tuple[Node, ...]},
     "int[]": {tuple[int, ...]},
     "str": set(views.TEXTS),
+    "str?": {Operand | None},
     "int": {int},
     "SymInt": {views.Size},
     "bool": {bool},
