@@ -6,6 +6,7 @@ index of its site, in ``node.meta["custom"]``, which AOTAutograd hands on to the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from qcompile.ir.recipe import BACKWARD_ROLES, FOLDED_GRADIENT, Recipe
 from qcompile.ir.rules import Rule, describe
 from qcompile.ir.transforms import Transform
 
-from .gradient_axes import role_of_slot, why_gradient_stays_wide, why_not_read_again
+from .gradient_axes import axes_of_operand, role_of_slot, why_gradient_stays_wide, why_not_read_again
 from .graph import decided_size, static_size
 from .origins import written_by
 from .record import Decision, Plan, Site, without_name
@@ -160,9 +161,20 @@ def _decide_read_again(decision: Decision, recipe: Recipe, computed: set[str]) -
             notes.append(f"{key}= is not applied: {why}")
             continue
         decision.read_again[role] = operand
-        rotation = f", and with dY in {operand.transform}" if operand.transform else ""
+        transform = _transform_again(decision.site, role, operand)
+        rotation = f", and with dY in {transform}" if transform else ", not rotated" if operand.transform else ""
         notes.append(f"{role} reads {key.partition('_')[2]} again as {short_names(str(operand.quantizer))}{rotation}")
     return notes
+
+
+def _transform_again(site: Site, role: str, operand: Operand) -> Transform:
+    """:func:`transform_at` of an operand that the product of a role reads again, along all axes that it contracts."""
+    position = next(i for i in range(2) if role_of_slot(site, 1 - i) == role)
+    axes = axes_of_operand(site, position)
+    assert axes is not None  # why_not_read_again
+    shape = site.slots[position].of(site.node).meta["example_value"].shape
+    size = static_size(math.prod(shape[axis] for axis in axes[1]))
+    return operand.transform if size is None else operand.transform.on(size)
 
 
 def _left_wide(site: Site, recipe: Recipe) -> str:

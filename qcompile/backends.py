@@ -33,7 +33,11 @@ __all__ = [
     "compile_with",
     "plain_model",
     "qcompile_fp4",
+    "qcompile_if4",
     "qcompile_llm_int8",
+    "qcompile_mxfp4",
+    "qcompile_mxfp8",
+    "qcompile_nvfp4",
     "qcompile_quest",
     "qcompile_stored",
     "recipe_of",
@@ -64,6 +68,26 @@ def qcompile_stored(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any
     :mod:`qcompile.recipes.stored`.
     """
     return compile_with(RECIPES["qcompile_stored"], gm, example_inputs, **kwargs)
+
+
+def qcompile_if4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_if4")``: :mod:`qcompile.recipes.if4`."""
+    return compile_with(RECIPES["qcompile_if4"], gm, example_inputs, **kwargs)
+
+
+def qcompile_mxfp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_mxfp4")``: :mod:`qcompile.recipes.mxfp4`."""
+    return compile_with(RECIPES["qcompile_mxfp4"], gm, example_inputs, **kwargs)
+
+
+def qcompile_mxfp8(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_mxfp8")``: :mod:`qcompile.recipes.mxfp8`."""
+    return compile_with(RECIPES["qcompile_mxfp8"], gm, example_inputs, **kwargs)
+
+
+def qcompile_nvfp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_nvfp4")``: :mod:`qcompile.recipes.nvfp4`."""
+    return compile_with(RECIPES["qcompile_nvfp4"], gm, example_inputs, **kwargs)
 
 
 def backend(recipe: Recipe) -> Compiled:

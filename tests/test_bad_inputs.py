@@ -48,7 +48,7 @@ def rule(**fields: Any) -> dict[str, Any]:
 
 
 FORMATS = r"known formats: e2m1, e1m2, e3m0, .*int8$"
-OPTIONS = r"Known: bits, defaults, variant, activation, weight, gradient, backward, .*, and Inductor's$"
+OPTIONS = r"Known: bits, defaults, variant, activation, weight, gradient, dgrad_weight, .*, and Inductor's$"
 QUANTIZER = r"is not '<format> \[<granularity>\] \[<scale rule>\] \[<rounding>\]', in any order$"
 
 #: What the user does → options, and a regular expression for the whole line.
@@ -119,7 +119,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "unknown scale rule": (
         {"weight": "e2m1 row maxabs"},
-        r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, rms, e4m3, .*",
+        r"option 'weight': unknown scale rule 'maxabs'; known: absmax, absmax_pow2, e8m0, e8m0_ceil, rms, e4m3, .*",
     ),
     "unknown rounding": (
         {"weight": {"rounding": "nearest"}},

@@ -42,6 +42,7 @@ __all__ = [
     "quantize_along",
     "quantized",
     "transform_of",
+    "with_signs",
     "without_autocast",
 ]
 
@@ -450,14 +451,14 @@ def quantize_along(x: Tensor, operand: str, rows: Sequence[int], contracted: Seq
 def _rounded(x: Tensor, spec: Operand, axis: int) -> Tensor:
     ops, q = torch.ops.qcompile, spec.quantizer
     if (transform := spec.transform.on(x.shape[axis])).rotation > 1:
-        x = ops.hadamard(_with_signs(x, transform, axis), transform.rotation, axis)
+        x = ops.hadamard(with_signs(x, transform, axis), transform.rotation, axis)
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if q.rounding == "stochastic" else None
     global_scale = global_scale_of(x, q)
     codes, scales = ops.quantize(x, str(q), axis, global_scale, seed)
     return ops.dequantize(codes, scales, str(q), axis, x.shape[axis], x.dtype, global_scale)
 
 
-def _with_signs(x: Tensor, transform: Transform, axis: int) -> Tensor:
+def with_signs(x: Tensor, transform: Transform, axis: int) -> Tensor:
     """x · D: every block along ``axis`` (-1 or -2) times the signs of the rotation."""
     n = transform.rotation
     if not transform.signs:

@@ -3,10 +3,14 @@ points).
 """
 
 from .fp4 import FP4
+from .if4 import IF4
 from .llm_int8 import LLM_INT8
+from .mxfp4 import MXFP4
+from .mxfp8 import MXFP8
+from .nvfp4 import NVFP4
 from .quest import QUEST
 from .stored import STORED
 
-RECIPES = {recipe.name: recipe for recipe in (FP4, QUEST, STORED, LLM_INT8)}
+RECIPES = {recipe.name: recipe for recipe in (FP4, QUEST, STORED, LLM_INT8, NVFP4, IF4, MXFP4, MXFP8)}
 
-__all__ = ["FP4", "LLM_INT8", "QUEST", "RECIPES", "STORED"]
+__all__ = ["FP4", "IF4", "LLM_INT8", "MXFP4", "MXFP8", "NVFP4", "QUEST", "RECIPES", "STORED"]
