@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qcompile import compat
 from qcompile.ir.operand import Operand
 
-from .graph import argument_of, decided_size
+from .graph import argument_of
 from .origins import written_by
 from .record import Site
 from .spellings import einsum_letters
@@ -73,7 +74,7 @@ def why_not_read_again(site: Site, role: str) -> str:
             if axes is None:
                 return f"what {site.op} contracts there is not known"
             shape = slot.of(site.node).meta["example_value"].shape
-            if any(decided_size(shape[axis]) is None for axis in axes[1]):
+            if any(compat.decided_by_data(shape[axis]) for axis in axes[1]):
                 return "how many rows there are depends on data"
     return ""
 

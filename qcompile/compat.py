@@ -42,7 +42,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
@@ -67,6 +67,7 @@ __all__ = [
     "compiled_call",
     "current_frame",
     "ddp_hook",
+    "decided_by_data",
     "disabled_torch_function",
     "eager_inner_compile",
     "empty_strided",
@@ -523,6 +524,11 @@ def guarded_int(size: Any) -> int | None:
         return int(size)
     except GuardOnDataDependentSymNode:
         return None
+
+
+def decided_by_data(size: Any) -> bool:
+    """Whether a size is computed from data, so that nothing can be guarded on."""
+    return bool(free_unbacked_symbols(size))
 
 
 def guarded_bool(condition: Any) -> bool:

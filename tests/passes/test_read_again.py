@@ -115,6 +115,35 @@ def test_rows_that_the_rotation_does_not_divide(rows: int) -> None:
     assert (result.gradients["weight"] - exact).norm() < 0.06 * exact.norm()
 
 
+def test_batch_sizes_share_a_graph_as_long_as_the_rotation_divides_them() -> None:
+    """The size is asked whether sixteen divides it, not fixed."""
+    layer, text = nn.Linear(32, 32, bias=False), "e4m3 block16"
+    compiled, observations = compiler(layer, RECIPE, gradient=text, wgrad_activation=f"{text}; hadamard(16)")
+    graphs = []
+    for rows in (32, 48, 80, 64, 24):
+        x, dy = torch.randn(rows, 32), torch.randn(rows, 32)
+        (dw,) = torch.autograd.grad(compiled(x), layer.weight, dy)
+        assert (dw - dy.T @ x).norm() < 0.06 * (dy.T @ x).norm()
+        graphs.append(len(observations))
+    assert graphs == [1, 2, 2, 2, 3]
+
+
+def test_under_autocast() -> None:
+    """What is read again is the BF16 copy that the product reads; a wide forward is the plain one."""
+
+    class Cast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    layer, x = Cast(32, 48, bias=False), inputs()
+    result, dy = given(layer, x, forward="bf16", wgrad_activation=f"{X}; hadamard(16,signs=fixed)")
+    assert torch.equal(result.outputs, layer(x))
+    turn, dy = rotation(32, "fixed"), dy.bfloat16().flatten(0, -2)
+    bf16 = [(turn.T @ t.float()).bfloat16() for t in (dy, x.detach().bfloat16().flatten(0, -2))]
+    assert_same(result.gradients["weight"], (rounded(bf16[0], G, 0).T @ rounded(bf16[1], X, 0)).float(), 2**-7)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "options", "why"),
     [

@@ -209,6 +209,22 @@ def test_the_last_blocks_of_a_model(count: int, wide: int) -> None:
     assert not rule.matches("head", "linear", 10)
 
 
+def test_blocks_that_are_frames_of_their_own_are_told_apart() -> None:
+    """After a graph break all blocks run one code object; the last must not run what was compiled for the first."""
+
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model = Model()
+    model.blocks = nn.ModuleList(Broken(32, 32) for _ in range(4))
+    compiled, observations = compiler(model, NVFP4, fullgraph=False)
+    compiled(torch.randn(4, 32))
+    decisions = [d for o in observations for d in o.plan.decisions]  # type: ignore[union-attr]
+    assert {d.site.name: d.quantized for d in decisions} == {f"blocks.{i}": i < 3 for i in range(4)}
+
+
 def test_a_rule_for_blocks_without_blocks_says_so() -> None:
     plan = compile_and_run(nn.Linear(32, 32), torch.randn(2, 32), recipe=NVFP4, enabled=False).observations[0].plan
     assert dict(plan.matched) == {"rule '*' (last_blocks=0.15, quantize=False)": 0}  # type: ignore[union-attr]
