@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qcompile import compat
@@ -131,6 +132,8 @@ def test_what_runs_reads_codes_alone() -> None:
     assert backward.count("qcompile.quantize_groups_pair.default(") == 2
     assert "qcompile.quantize_groups.default(" not in backward
     assert backward.count("qcompile.mm_8bit_grouped.default(") == 4
+    assert backward.count("qcompile.quantize_8bit_transposed.default(") == 2
+    assert "qcompile.quantize.default(" not in forward + backward
     for program in (forward, backward):
         assert "dequantize" not in program
         assert "grouped_mm.default(" not in program.replace("mm_8bit_grouped", "")
@@ -314,3 +317,44 @@ def test_codes_of_tokens_are_computed_again_for_the_backward() -> None:
         assert torch.equal(a, b)
     kept = [[row["dtype"] for row in result.saved if row["codes"]].count("uint8") for result in results]
     assert kept == [0, 1]
+
+
+def test_under_activation_checkpointing_codes_are_padded_again() -> None:
+    """The backward quantizes tokens once more, for a product whose contraction is in groups."""
+    experts, x = Experts(), tokens()
+
+    def checkpointed(x: Tensor, offs: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(experts, x, offs, use_reentrant=False)
+
+    results = [
+        compile_and_run(model, x, OFFS, recipe=PLAIN, backward="fp8")
+        for model in (experts, Holder(experts, checkpointed))
+    ]
+    for name, expected in results[0].gradients.items():
+        other = name if name == 0 else f"experts.{name}"
+        assert torch.equal(results[1].gradients[other], expected), name
+    assert not [row for row in results[1].saved if row["codes"]]
+
+
+class Holder(nn.Module):
+    def __init__(self, experts: Experts, function: Any) -> None:
+        super().__init__()
+        self.experts, self.function = experts, function
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return self.function(x, offs)
+
+
+def test_a_batch_of_sequences_is_no_batch_of_matrices() -> None:
+    """What a linear layer under checkpointing transposes for wgrad is all tokens, not those of each sequence."""
+    layer, x = nn.Linear(48, 80, bias=False), torch.randn(3, 16, 48, requires_grad=True)
+
+    def checkpointed(x: Tensor, w: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda x: F.linear(torch.sigmoid(x), w), x, use_reentrant=False)
+
+    results = [
+        compile_and_run(function, x, layer.weight, recipe=PLAIN, backward="fp8")
+        for function in (checkpointed, lambda x, w: F.linear(torch.sigmoid(x), w))
+    ]
+    for i in (0, 1):
+        assert torch.equal(*(result.gradients[i] for result in results))
