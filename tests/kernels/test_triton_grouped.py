@@ -52,7 +52,7 @@ def small_card(monkeypatch):
     monkeypatch.setattr(grouped, "card_of", lambda device: SMALL_CARD)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
     run_interpreted(__file__)
