@@ -357,3 +357,46 @@ def test_a_batch_of_sequences_is_no_batch_of_matrices() -> None:
     ]
     for i in (0, 1):
         assert torch.equal(*(result.gradients[i] for result in results))
+
+
+@pytest.mark.parametrize("spelling", ["bmm", "einsum", "transposed"])
+def test_batched_experts_are_products_of_equal_groups(spelling: str) -> None:
+    """As many tokens for each expert, by `bmm` or `einsum`: the products of `grouped_mm`, to the bit."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 128, 32, generator=generator).to(BF16).requires_grad_()
+    w = (torch.randn(3, 32, 64, generator=generator).to(BF16)).requires_grad_()
+    offs = ends(128, 128, 128)
+
+    def batched(x: Tensor, w: Tensor) -> Tensor:
+        if spelling == "einsum":
+            return torch.einsum("eck,ekn->ecn", x, w)
+        return torch.bmm(x, w if spelling == "bmm" else w.mT.contiguous().mT)
+
+    def grouped(x: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(x.flatten(0, 1), w, offs=offs).view(3, 128, 64)
+
+    model = nn.ParameterDict({"w": nn.Parameter(w.detach())})
+
+    class Batched(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.held, self.function = model, function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x, self.held["w"])
+
+    results = [compile_and_run(Batched(function), x, recipe=PLAIN, backward="fp8") for function in (batched, grouped)]
+    assert {(row["role"], row["provider"]) for row in results[0].gemms} == {
+        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
+    }
+    for a, b in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 32), (300, 128, 32)])
+def test_small_and_many_batches_stay_decoded(shape: tuple[int, int, int]) -> None:
+    """A tile per group would be half empty, or a group hard to find."""
+    w = nn.Parameter(torch.randn(shape[0], 32, 64).to(BF16))
+    x = torch.randn(shape).to(BF16).requires_grad_()
+    result = compile_and_run(lambda x, w: torch.bmm(x, w), x, w, recipe=PLAIN, backward="fp8")
+    assert {row["provider"] for row in result.gemms} <= {"dequantize + aten", ""}
