@@ -282,7 +282,7 @@ def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: 
     loop = torch.ops.transformers.grouped_mm_fallback
 
     def product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        return loop(x, w if transposed else w.transpose(-2, -1), offs)
+        return loop(x, w if transposed else w.transpose(-2, -1), offs.to(torch.int64) if transposed else offs)
 
     result = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8")
     outputs, gradients = run_eager(
