@@ -15,6 +15,7 @@ is not done in time. All rows are written after every arm. NVLink multicast stay
 - ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included. ``fp8-lm``: with sums in
   FP8 as FP8-LM publishes, whose error is the comparison; its time is that of untuned code.
 - ``alone``, ``optimizer``: that step without communication, and its optimizer; scaling_on_paper.py needs them.
+- ``fsdp2 compiled, … weights``: under ``ste``, with weights that are gathered in BF16 and in 8 bits.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
 
@@ -193,6 +194,23 @@ def correct(run: Run) -> Iterator[Row]:
             collectives.all_reduce(x[rank], group, 0.5, codes)
             assert torch.equal(x[rank], torch.cat(both).to(dtype)), f"all_reduce of {dtype}"
     yield Row("correct", status="ok: bit for bit the reference")
+    yield _weights_correct(run)
+
+
+def _weights_correct(run: Run) -> Row:
+    """What E2M1 makes of a weight that has travelled is what it makes of the weight."""
+    from qcompile.distributed import weights
+    from qcompile.kernels.quantize import reference
+
+    x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(4)).mul(0.02).to(run.device, BF16)
+    arrived = weights.decode(*weights.encode(x))
+    if run.cuda:  # as it is called there
+        assert torch.equal(
+            arrived, weights._on(run.device, weights.decode)(*weights._on(run.device, weights.encode)(x))
+        )
+    for one, other in zip(*(reference.quantize(of, "e2m1 row absmax even", -1) for of in (x, arrived)), strict=True):
+        assert torch.equal(one, other), "weights in 8 bits"
+    return Row("correct weights", status="ok: the same codes and scales")
 
 
 def _timed(call: Callable[[], Any], run: Run, repeats: int = 20) -> tuple[float, float]:
@@ -251,7 +269,11 @@ def reductions(run: Run) -> Iterator[Row]:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool) -> nn.Module:
+#: What blocks are compiled with where weights travel in 8 bits, and where they do not to compare with.
+STRAIGHT = {"weight": {"estimator": "ste"}}
+
+
+def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool, options: dict[str, Any] | None) -> nn.Module:
     if wrapper == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
@@ -262,7 +284,7 @@ def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool) -> nn.Module
     mesh = init_device_mesh(run.device.type, (WORLD,))
     for block in model.layers:
         if compiled:
-            block.compile(backend="qcompile_fp4", dynamic=False)
+            block.compile(backend="qcompile_fp4", options=options, dynamic=False)
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -276,9 +298,14 @@ def _whole(gradient: Any) -> Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool = False) -> Iterator[Row]:
-    """Gradients against those that are averaged in float32, then the time of a step."""
-    from qcompile.distributed import fp8_gradients, fp8_lm_gradients
+def step(
+    run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool = False, weights: str = ""
+) -> Iterator[Row]:
+    """Gradients against those that are averaged in float32, then the time of a step. ``weights``: how they are gathered
+    under the straight-through estimator, "bf16" or "fp8".
+    """
+    import qcompile
+    from qcompile.distributed import fp8_gradients, fp8_lm_gradients, fp8_weights
     from qcompile.optim import AdamW
 
     size, rank = SIZES[size_name], dist.get_rank()
@@ -291,7 +318,10 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
             mean = parameter.grad.float()
             dist.all_reduce(mean)
             exact[name], parameter.grad = _sampled(mean / WORLD), None
-    wrapped = _wrap(model, wrapper, run, compiled)
+    options = STRAIGHT if weights else None
+    report = qcompile.explain(model, **batch, options=options) if weights == "fp8" else None
+    wrapped = _wrap(model, wrapper, run, compiled, options)
+    gathered = fp8_weights(wrapped, report) if report else None
     ways: dict[str, Callable[[nn.Module], Any]] = {
         "fp8": partial(fp8_gradients, block=BLOCK),
         "fp8-lm": fp8_lm_gradients,
@@ -316,12 +346,20 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
         one()
     if traffic is not None:
         traffic.reset()
+    if gathered is not None:
+        gathered.reset()
     one()
     hops = 2 if wrapper == "ddp" else 1
     sent = traffic.bytes if traffic is not None else hops * elements * 2 * (WORLD - 1) // WORLD
     dist.barrier()
     times = milliseconds(one, run.steps, run.cuda)
     arm = f"{wrapper} compiled" if compiled else wrapper
+    if weights:
+        arm = f"{arm}, {weights} weights"
+    if gathered is not None:
+        yield Row(
+            f"{arm}: gathers", size_name, sent_mb=gathered.bytes / 1e6, ratio=gathered.bytes / gathered.wide_bytes
+        )
     yield Row(arm, size_name, gradients, us=1e3 * statistics.median(times), sent_mb=sent / 1e6, error=error)
 
 
@@ -415,6 +453,10 @@ def arms_of(sizes: list[str]) -> dict[str, Callable[[Run], Iterator[Row]]]:
     for gradients in ("fp8", "bf16"):
         arms[f"compiled {gradients}"] = partial(
             step, wrapper="fsdp2", size_name=sizes[0], gradients=gradients, compiled=True
+        )
+    for weights in ("bf16", "fp8"):
+        arms[f"weights {weights}"] = partial(
+            step, wrapper="fsdp2", size_name=sizes[0], gradients="fp8", compiled=True, weights=weights
         )
     return arms
 

@@ -8,11 +8,12 @@ The model has four inputs, all of them from the CSV file:
 - bytes: a rank sends 2 hops (DDP: reduce-scatter and all-gather) or 1 (FSDP2) of gradients and, under FSDP2, the BF16
   weights: those of blocks twice, the root's once; (N − 1)/N of each. FP8 gradients are codes and scales;
 - links: the bytes per second of BF16's reduce-scatter of two GPUs, for any N, as GPUs behind a switch have;
-- overlap: the share x of communication that a step of two GPUs with BF16 gradients shows beside C(2).
+- overlap: what a step of two GPUs with BF16 gradients takes beside C(2), as a share x of its communication on idle
+  links. It is above 1 where communication that is hidden slows down what hides it.
 
 A step takes C(N) + x · communication(N). With FP8 gradients their part of it is multiplied with the ratio that
 ``model reduce-scatter`` of the CSV file has for N ranks, kernels included. Nothing else is fitted, so FP8's step on two
-GPUs is a prediction, and stands beside its measurement.
+GPUs is a prediction, and stands beside its measurement. What the host takes to queue a step is not in the model.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ Rows = dict[tuple[str, str, str], dict[str, str]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a step in microseconds. ``overlap``: the share of communication that is hidden. ``efficiency``: of N GPUs, to
-    N times one. ``measured``: of two GPUs, or 0.
+    """Of a step in microseconds. ``shown``: x. ``efficiency``: of N GPUs, to N times one. ``measured``: of two GPUs, or
+    0.
     """
 
     wrapper: str
@@ -48,7 +49,7 @@ class Prediction:
     sent_mb: float
     us: float
     measured: float
-    overlap: float
+    shown: float
     efficiency: float
 
 
@@ -98,7 +99,7 @@ def predictions(rows: Rows) -> Iterator[Prediction]:
                 time = computed(world) + exposed * sent(world, hops * factor + weights) / rate
                 measured = float(rows[wrapper, size, name]["us"]) if world == 2 else 0.0
                 bytes_sent = sent(world, hops * share + weights)
-                yield Prediction(wrapper, size, name, world, bytes_sent, time, measured, 1 - exposed, one / time)
+                yield Prediction(wrapper, size, name, world, bytes_sent, time, measured, exposed, one / time)
 
 
 def table(found: list[Prediction]) -> str:
@@ -112,8 +113,8 @@ def table(found: list[Prediction]) -> str:
             f"| {each.wrapper} | {each.size} | {each.gradients} | {each.gpus} | {each.sent_mb:.0f} |"
             f" {each.us / 1e3:.1f} | {measured} | {each.efficiency:.0%} |"
         )
-    hidden = {(each.wrapper, each.size): f"{each.wrapper} {each.size} {each.overlap:.0%}" for each in found}
-    return "\n".join([*lines, "", f"Hidden behind computation: {', '.join(hidden.values())}."])
+    shown = {(each.wrapper, each.size): f"{each.wrapper} {each.size} {each.shown:.2f}" for each in found}
+    return "\n".join([*lines, "", f"x: {', '.join(shown.values())}."])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -57,7 +57,7 @@ def test_what_went_in_comes_out(tmp_path):
     found = {(p.wrapper, p.gradients, p.gpus): p for p in scaling_on_paper.predictions(rows)}
     assert len(found) == 12
     for each in found.values():
-        assert each.overlap == pytest.approx(1 - SHOWN)
+        assert each.shown == pytest.approx(SHOWN)
         if each.gpus == 2:
             assert each.us == pytest.approx(each.measured)
     ddp = found["ddp", "fp8", 8]

@@ -142,11 +142,11 @@ def _hooks(model: nn.Module, codes: Codes, traffic: Traffic, replicas: dist.Proc
             yield partial(buckets.install, module)
 
 
-def check_free(who: str, name: str, taken: str | None) -> None:
-    """``taken`` is what reduces the gradients of module ``name`` already, if anything but its wrapper does."""
+def check_free(who: str, name: str, taken: str | None, does: str = "reduces gradients") -> None:
+    """``taken`` is what does this for module ``name`` already, if anything but its wrapper does."""
     if taken is not None:
         msg = (
-            f"{who}: {name} already reduces gradients with {taken}, which this would replace; "
+            f"{who}: {name} already {does} with {taken}, which this would replace; "
             "call it once, on wrappers without a communication hook"
         )
         raise ValueError(msg)

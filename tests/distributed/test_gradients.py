@@ -121,6 +121,20 @@ def test_fp8_lm_adds_up_in_fp8(wire):
     assert first["fsdp"].startswith("fp8_lm_gradients: FSDPLinear is sharded; use fp8_gradients, or Dist")
 
 
+def test_weights_in_8_bits_change_nothing(wire):
+    """The loss and every gradient, bit for bit."""
+    for rank in wire("weights"):
+        assert len(rank["traffic"]["weights"]) == 4  # of the block; not the head's, which is the embedding's
+        assert [name for name, value in rank["wide"].items() if not torch.equal(value, rank["narrow"][name])] == []
+        # Rows of 36 and 52: 1.1 bytes instead of 2, beside biases, norms and parts that are filled up to 16 bytes.
+        assert 0.55 < rank["traffic"]["bytes"] / rank["traffic"]["wide_bytes"] < 0.65
+        assert rank["again"].startswith("fp8_weights: blocks.0 already gathers weights with _AllGather, which this")
+        assert rank["none"].startswith("fp8_weights: no weight of an FSDP2 module is 'e2m1 row; ste' in the report")
+        assert rank["dtype"] == (
+            "fp8_weights: FSDPDecoder gathers float32; give fully_shard MixedPrecisionPolicy(param_dtype=bfloat16)"
+        )
+
+
 def test_replicas(wire):
     (first, second), wide = wire("replicated"), wire("ddp")[0]["wide"]
     assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in wide)

@@ -19,10 +19,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import qcompile
 from qcompile import compat
-from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients
+from qcompile.backends import compile_with
+from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients, fp8_weights
 from qcompile.kernels.quantize import reference
 from qcompile.optim import AdamW
+from qcompile.recipes import FP4
 from tests.loops.cells import run_cells
 from tests.loops.worker import Decoder, batches, loss_of, mine
 
@@ -199,6 +202,42 @@ def fp8_lm() -> dict[str, Any]:
     return found
 
 
+def weights() -> dict[str, Any]:
+    """Compiled blocks whose weights are gathered in bfloat16 and in 8 bits; and what is refused."""
+    found: dict[str, Any] = {}
+    tokens, straight = mine(batches())[0], {"weight": {"estimator": "ste"}}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def backend(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        return compile_with(FP4.override(straight), gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
+
+    report = qcompile.explain(Decoder(layers=1).bfloat16(), tokens[:, :-1], options=straight)
+    for name in ("wide", "narrow"):
+        model: nn.Module = Decoder(layers=1)
+        for block in model.blocks:
+            block.compile(backend=backend)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        if name == "narrow":
+            traffic = fp8_weights(model, report)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        found[name] = {"loss": loss.detach(), **gradients(model)}
+    found["traffic"] = {**vars(traffic), "weights": list(traffic.weights)}
+    unset = fully_shard(Decoder(layers=1))
+    for name, given, of in (("again", model, report), ("none", unset, mock.Mock(weights={"blocks.0.up": ""}))):
+        try:
+            fp8_weights(given, of)
+        except ValueError as error:
+            found[name] = str(error)
+    fp8_weights(unset, report)
+    try:
+        unset(tokens)
+    except TypeError as error:
+        found["dtype"] = str(error)
+    return found
+
+
 def divided() -> dict[str, Any]:
     """``set_gradient_divide_factor``: what FSDP hands over is a sum of multiples then."""
     model, _ = wrapped("fsdp", True)
@@ -319,6 +358,7 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_fsdp_accumulated": lambda _: accumulated("fsdp"),
     "wire_ddp_accumulated": lambda _: accumulated("ddp"),
     "wire_fp8_lm": lambda _: fp8_lm(),
+    "wire_weights": lambda _: weights(),
     "wire_divided": lambda _: divided(),
     "wire_replicated": lambda _: replicated(),
     "wire_refused": lambda _: refused(),
