@@ -44,6 +44,8 @@ MMA_ROWS, MMA_COLUMNS = gl.constexpr(8), gl.constexpr(16)
 #: Codes of a row that the four threads of an mma's row load at once, and their words of 8.
 UNIT = gl.constexpr(128)
 STEP_WORDS = gl.constexpr(16)
+#: Words of a row that are brought to L2 at once, 1 KiB.
+PIECE_WORDS = gl.constexpr(256)
 
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -195,6 +197,28 @@ def _let_next_begin():
 def _wait_for_previous():
     """Until what was launched before has ended and its results are there."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+#: PTX: asks for $2 bytes from $1 on, and what is beside them in 16 bytes, to be brought to L2; for none if $2 ≤ 0.
+_TO_L2 = gl.constexpr(
+    "{.reg .pred wanted; .reg .b64 first; .reg .b32 size; setp.gt.s32 wanted, $2, 0; cvt.u32.u64 size, $1;"
+    "and.b32 size, size, 15; add.s32 size, size, $2; add.s32 size, size, 15; and.b32 size, size, -16;"
+    "and.b64 first, $1, -16; @wanted cp.async.bulk.prefetch.L2.global [first], size; mov.b32 $0, size;}"
+)
+
+
+@gluon.jit
+def _to_l2(at, size):
+    """``size`` bytes from each of ``at`` on are on their way to L2. No value is read, so what another kernel is still
+    writing may be asked for.
+    """
+    gl.inline_asm_elementwise(_TO_L2, "=r,l,r", [at, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _words_to_l2(rows, wanted, word, last, words: gl.constexpr):
+    """``words`` words of ``rows`` from ``word`` on, but not from ``last`` on."""
+    _to_l2(rows + word, gl.where(wanted, 4 * gl.minimum(last - word, words), 0))
 
 
 # --- operands --------------------------------------------------------------------------------------------------------
@@ -471,6 +495,17 @@ def _rows(threads: gl.constexpr, tiles: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _rows_asked(first_row, n, block_n: gl.constexpr, warps: gl.constexpr, layout: gl.constexpr):
+    """Rows of W that a thread asks for on behalf of the program, and whether: each of ``block_n`` by one thread, and by
+    all warps alike, since the threads of a warp ask in turn.
+    """
+    thread = gl.arange(0, 32 * warps, layout)
+    each: gl.constexpr = (block_n + warps - 1) // warps
+    own = thread // 32 * each + thread % 32
+    return gl.minimum(first_row + own, n - 1), (thread % 32 < each) & (own < block_n)
+
+
+@gluon.jit
 def fragments(
     x,
     codes,
@@ -499,12 +534,15 @@ def fragments(
     x_ahead: gl.constexpr,
     number: gl.constexpr,
     early: gl.constexpr,
+    to_l2: gl.constexpr,
+    again: gl.constexpr,
 ):
     """``out[split, m, n] = x[m, K] · W[n, K]ᵀ`` over the ``rounds`` of a split; x and codes as words of 32 bits.
 
     ``across`` · ``along`` warps, of ``tiles_n`` · 16 rows of W each; ``along`` of them share rows and take turns at
     ``steps`` steps of K. ``tiles_m`` · ``lines`` rows of x, read a step ahead if ``x_ahead``. ``number``: dtype that a
-    scale's number fits. ``early``: launched to begin before the kernel in front has ended.
+    scale's number fits. ``early``: launched to begin before the kernel in front has ended. ``to_l2``: rounds
+    whose codes are brought to L2 ahead of those that are loaded; 0: none. ``again``: whether there are more rounds.
     """
     warps: gl.constexpr = across * along
     threads: gl.constexpr = 32 * warps
@@ -547,6 +585,20 @@ def fragments(
     # Rows of x beyond the last are not read: of few rows, most lanes would read what others do.
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
+    asked, asks = _rows_asked(first_row, n, block_n, warps, gl.SliceLayout(1, of_w))
+    asked_codes = codes + asked.to(gl.int64) * row_words
+    if to_l2:
+        last = gl.minimum(end, row_words)
+        # A warp's threads ask in turn, so for few long pieces.
+        piece: gl.constexpr = max(PIECE_WORDS, along * turn)
+        ahead_end = gl.minimum(last, word + to_l2 * (along * turn))
+        for i in gl.static_range((to_l2 * along * turn + piece - 1) // piece):
+            _words_to_l2(asked_codes, asks, word + i * piece, ahead_end, piece)
+        if fmt.block:
+            first = word * 8 // fmt.block
+            count = gl.minimum(end * 8 // fmt.block, per_row) - first
+            asked_scales = scales + asked.to(number) * per_row + first
+            _to_l2(asked_scales, gl.where(asks, count * (scales.dtype.element_ty.primitive_bitwidth // 8), 0))
     if early:  # what no kernel before writes, then the others
         _let_next_begin()
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
@@ -559,14 +611,10 @@ def fragments(
             _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, word_quads),
             _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, word_quads),
         )
-    scale, ahead = (), ()
+    scale = ()
     if fmt.block:
-        now = _scales_ahead(
-            scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
-        )
-        following = word + along * turn
         ahead = _scales_ahead(
-            scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
+            scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
         )
     words_x = ()
     if x_ahead:
@@ -578,58 +626,51 @@ def fragments(
     if not early:
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
     if fmt.block:
-        scale = _decoded(now, offset, book, fmt)
+        scale = _decoded(ahead, offset, book, fmt)
 
     zero = gl.zeros([threads, tiles_n, tiles_m], gl.float32, layout)
     totals = (zero, zero, zero, zero)
     for _ in range(rounds):
         following = word + along * turn
-        later = ()
+        if again:
+            _words_to_l2(asked_codes, asks, word + to_l2 * (along * turn), last, along * turn)
         if fmt.block:
-            after = following + along * turn
-            later = _scales_ahead(
-                scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt
+            ahead = _scales_ahead(
+                scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
             )
         next_words = ()
         upper_at, lower_at = upper_words + following, lower_words + following
         for step in gl.static_range(steps):
+            inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
             upper_codes = _arranged(words[2 * step], thread[:, None], mix, of_w)
             lower_codes = _arranged(words[2 * step + 1], thread[:, None], mix, of_w)
-            inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
-            next_words += (  # type: ignore[assignment]
-                _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
-                _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
-            )
+            if mix < UNIT:
+                next_words += (  # type: ignore[assignment]
+                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                )
             next_x = ()
-            if x_ahead:
-                after = (step + 1) // steps * (following - word) + word
-                at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
-                for i in gl.static_range(4):
-                    next_x += (  # type: ignore[assignment]
-                        _load_x(
-                            at_x,
-                            left,
-                            own_pair,
-                            line,
-                            m,
-                            wanted_x,
-                            (step + 1) % steps,
-                            i,
-                            even,
-                            mix,
-                            unit,
-                            lines,
-                            x_quads,
-                        ),
-                    )
+            after = (step + x_ahead) // steps * (following - word) + word
+            at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
             _keep_loads_before(thread)
             for register in gl.static_range(4):
                 if x_ahead:
                     of_word = words_x[register]  # type: ignore[var-annotated]
                 else:
-                    at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
                     of_word = _load_x(
-                        at_x, left, own_pair, line, m, wanted_x, step, register, even, mix, unit, lines, x_quads
+                        at_x,
+                        left,
+                        own_pair,
+                        line,
+                        m,
+                        wanted_x,
+                        (step + x_ahead) % steps,
+                        register,
+                        even,
+                        mix,
+                        unit,
+                        lines,
+                        x_quads,
                     )
                 right = _operand_of_x(of_word, of_x)
                 upper_levels = _levels(upper_codes[register], table)
@@ -645,11 +686,35 @@ def fragments(
                             totals = _scaled_by_unit(
                                 sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
                             )
+                if x_ahead:
+                    next_x += (  # type: ignore[assignment]
+                        _load_x(
+                            at_x,
+                            left,
+                            own_pair,
+                            line,
+                            m,
+                            wanted_x,
+                            (step + x_ahead) % steps,
+                            register,
+                            even,
+                            mix,
+                            unit,
+                            lines,
+                            x_quads,
+                        ),
+                    )
+                    _keep_loads_before(thread)
+            if mix == UNIT:
+                next_words += (  # type: ignore[assignment]
+                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                )
+                _keep_loads_before(thread)
             words_x = next_x
         words = next_words
         if fmt.block:
             scale = _decoded(ahead, offset, book, fmt)
-        ahead = later
         word = following
     if fmt.block == 0:
         at = (upper, lower) if fmt.by_row else (upper * 0, lower * 0)

@@ -57,15 +57,15 @@ def check(spec: str, m: int, n: int, size: int, config: Config, processors: int,
     return launched
 
 
-#: Rows of x, warps, rows of W and words of a program, steps.
+#: Rows of x, warps, rows of W and words of a program, steps, rounds whose codes are brought to L2.
 CUTS = (
-    (1, 2, 16, 32, 1),
-    (8, 2, 32, 16, 2),
-    (2, 4, 32, 32, 1),
-    (16, 1, 16, 16, 2),
-    (3, 2, 32, 32, 2),
-    (1, 1, 16, 16, 4),
-    (17, 2, 32, 32, 1),
+    (1, 2, 16, 32, 1, 2),
+    (8, 2, 32, 16, 2, 0),
+    (2, 4, 32, 32, 1, 1),
+    (16, 1, 16, 16, 2, 0),
+    (3, 2, 32, 32, 2, 4),
+    (1, 1, 16, 16, 4, 0),
+    (17, 2, 32, 32, 1, 3),
 )
 QUICK = (NESTED, "e2m1 block16 e4m3")
 
@@ -76,10 +76,10 @@ QUICK = (NESTED, "e2m1 block16 e4m3")
 def test_emulated_products(spec, monkeypatch):
     """Odd N, K that is no multiple of a step; every kind of scale and exchange, warps side by side and in turn."""
     place = (SPECS + OTHER_BLOCKS).index(spec)
-    m, warps, block_n, block_w, stages = CUTS[place % len(CUTS)]
+    m, warps, block_n, block_w, stages, to_l2 = CUTS[place % len(CUTS)]
     block_m = 1 << (m - 1).bit_length()
     size = 5 * (Stored.parse(spec).quantizer.granularity.size or 40)
-    config = Config("fragments", 0, block_n, block_w, block_m, warps, stages, programs=1)
+    config = Config("fragments", 0, block_n, block_w, block_m, warps, stages, programs=1, to_l2=to_l2)
     launched = check(spec, m, 37, size, config, 1, (BF16, FP16)[place % 2], monkeypatch)
     assert [name for name, _ in launched] == ["fragments"]
 
@@ -88,7 +88,7 @@ def test_emulated_products(spec, monkeypatch):
 @pytest.mark.parametrize("m", [3, 33])
 def test_emulated_splits_and_whole_steps(m, monkeypatch):
     """K of whole steps, where nothing is masked; every split writes its own sum."""
-    config = Config("fragments", 0, 16, 16, 4 if m == 3 else 64, 1, 2, programs=1)
+    config = Config("fragments", 0, 16, 16, 4 if m == 3 else 64, 1, 2, programs=1, to_l2=int(m == 3))
     launched = check(NESTED, m, 37, 1024, config, 6, BF16, monkeypatch)
     assert [name for name, _ in launched] == ["fragments", "add_splits"]
     assert launched[0][1] == (3, 2)
