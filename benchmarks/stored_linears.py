@@ -232,10 +232,10 @@ def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
     for kernel, *numbers, how in (match.groups() for match in found if match):
         rows, block_n, width, warps, stages, programs = map(int, numbers)
         if rows == block_m:
-            table, early, to_l2 = "formula" not in how, "early" in how, re.search(r" l(\d+)", how)
-            ahead = int(to_l2[1]) if to_l2 else 0
+            more = {letter: int(number) for letter, number in re.findall(r" ([lr])(\d+)", how)}
             cut = block_n, width // 8, rows, warps, stages, programs
-            configs.append(Config(kernel, batch, *cut, table, early, ahead))
+            ways = "formula" not in how, "early" in how, more.get("l", 0), more.get("r", 0)
+            configs.append(Config(kernel, batch, *cut, *ways))
     return configs
 
 

@@ -481,6 +481,8 @@ class Config:
         table: whether levels are looked up in the registers of a warp; else they are computed.
         early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
         to_l2: rounds of steps of all warps whose codes ``fragments`` brings to L2 ahead of its loads, on Hopper.
+        room: for how many programs of ``fragments`` a processor is to have registers, if for more than it should get:
+            the next kernel's, which bring its codes to L2 meanwhile.
     """
 
     kernel: str
@@ -494,17 +496,19 @@ class Config:
     table: bool = True
     early: bool = True
     to_l2: int = 0
+    room: int = 0
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
         how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel == "fragments")
-        how += f" l{self.to_l2}" * (self.to_l2 > 0)
+        how += f" l{self.to_l2}" * (self.to_l2 > 0) + f" r{self.room}" * (self.room > 0)
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
 #: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
-#: ``fragments`` for 1 to 16 and for 64 rows were the fastest of about 100 on an H200, for ``nf4 block64; nested`` and
-#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for enough programs.
+#: ``fragments`` for 1 and 16 rows were the fastest of five on an H200, that for 64 of about 100, for
+#: ``nf4 block64; nested`` and N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is
+#: split for enough programs.
 #: Others were not measured.
 CONFIGS = {
     False: (
@@ -534,8 +538,8 @@ _MOST_SCALES = 4
 _MOST_TILES = 8
 #: Of a processor.
 _REGISTERS = 65536
-#: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
-_X_AHEAD = 256
+#: Rows of x up to which a thread of ``fragments`` has registers to read them a step ahead.
+_X_AHEAD = 16
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
@@ -566,7 +570,7 @@ def _fitted(config: Config, row_words: int) -> Config:
 
 def _most_registers(config: Config) -> int | None:
     """Of a thread, for a processor to have room for its programs; ``None`` where they would be too few."""
-    most = _REGISTERS // (WARP.value * config.warps * config.programs) // 8 * 8
+    most = _REGISTERS // (WARP.value * config.warps * max(config.programs, config.room)) // 8 * 8
     return most if 128 <= most < 255 else None
 
 
@@ -713,7 +717,7 @@ def _by_fragments(
         along=along,
         steps=steps,
         even=row_words == splits * rounds * config.block_w * steps,
-        x_ahead=config.block_m * config.warps * config.programs <= _X_AHEAD,
+        x_ahead=config.block_m <= _X_AHEAD,
         number=gl.int32 if scales.numel() < 2**31 else gl.int64,
         early=early,
         to_l2=to_l2,

@@ -20,7 +20,7 @@ from qcompile.kernels.matmul.stored import CONFIGS, Config
 from .emulator import emulate
 from .harness import compiled, launching
 from .test_stored_matmul import NESTED, SPECS, arguments, as_multiplied, assert_product, compiled_for, weight
-from .test_triton_quantize import compile_for_hopper, spills
+from .test_triton_quantize import compile_for_hopper, disassembled, spills
 
 pytestmark = compiled
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -94,6 +94,16 @@ def test_emulated_splits_and_whole_steps(m, monkeypatch):
     assert launched[0][1] == (3, 2)
 
 
+def moves(code: str) -> int:
+    """Registers that are copied in the longest loop."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)]
+    back = [(at, int(to[1], 16)) for at, text in lines if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text))]
+    end, begin = max(back, key=lambda ends: ends[0] - ends[1])
+    body = [text for at, text in lines if begin <= at <= end]
+    assert any("HMMA" in text for text in body)
+    return sum(bool(re.search(r"MOV(\.U32)? R\d+, (RZ, RZ, )?R\d+", text)) for text in body)
+
+
 @pytest.mark.parametrize(
     ("config", "spec"),
     [
@@ -108,7 +118,7 @@ def test_operands_stay_where_they_were_loaded(config, spec, monkeypatch, tmp_pat
     """
     built = compiled_for(8192, 8192, config.most_m, False, spec, config, monkeypatch)["fragments"]
     ptx = built.asm["ptx"]
-    loop = ptx[ptx.index("Loop Header") : ptx.rindex("mma.sync")]
+    loop = ptx[ptx.index("Loop Header") : ptx.index("bra", ptx.rindex("mma.sync"))]
     assert spills(built, tmp_path) <= (64 if config.block_m == 64 else 0)
     assert re.search(r"evict_first\S*\.v4\.b32", loop)
     assert not re.search(r"evict_first\S*\.(v2\.)?b32 \{", loop.replace(".v4.b32", ""))
@@ -116,3 +126,5 @@ def test_operands_stay_where_they_were_loaded(config, spec, monkeypatch, tmp_pat
     # A word of 8 codes is looked up in four pieces.
     assert loop.count("ld.shared") == 4 * 4 * loop.count("evict_first.L2")
     assert "bar.sync" not in loop
+    # A move to where the loop begins again waits for a load: scales may be moved, loaded a round before, nothing else.
+    assert config.block_m == 64 or moves(disassembled(built, tmp_path)) <= 8
