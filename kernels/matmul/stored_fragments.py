@@ -520,6 +520,17 @@ def _rows_asked(first_row, n, block_n: gl.constexpr, warps: gl.constexpr, layout
 
 
 @gluon.jit
+def _scales_to_l2(scales, second, first, beyond, wanted, fmt: gl.constexpr):
+    """Scales of numbers ``first`` to ``beyond`` − 1, and those that they share. One thread asks, if ``wanted``."""
+    size = (beyond - first).to(gl.int32) * (scales.dtype.element_ty.primitive_bitwidth // 8)
+    _to_l2(scales + first, gl.where(wanted, size, 0))
+    if fmt.nested:
+        shared = first // fmt.nested
+        size = ((beyond - 1) // fmt.nested - shared + 1).to(gl.int32) * 4
+        _to_l2(second + shared, gl.where(wanted & (beyond > first), size, 0))
+
+
+@gluon.jit
 def fragments(
     x,
     codes,
@@ -609,10 +620,10 @@ def fragments(
         for i in gl.static_range((to_l2 * along * turn + piece - 1) // piece):
             _words_to_l2(asked_codes, asks, word + i * piece, ahead_end, piece)
         if fmt.block:
-            first = word * 8 // fmt.block
-            count = gl.minimum(end * 8 // fmt.block, per_row) - first
-            asked_scales = scales + asked.to(number) * per_row + first
-            _to_l2(asked_scales, gl.where(asks, count * (scales.dtype.element_ty.primitive_bitwidth // 8), 0))
+            of_split = gl.cdiv(block_n, gl.num_programs(1))
+            first = gl.minimum(first_row + gl.program_id(1) * of_split, n)
+            beyond = gl.minimum(gl.minimum(first + of_split, first_row + block_n), n)
+            _scales_to_l2(scales, second, first.to(number) * per_row, beyond.to(number) * per_row, thread == 0, fmt)
     if early:  # what no kernel before writes, then the others
         _let_next_begin()
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]

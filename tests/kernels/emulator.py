@@ -328,4 +328,5 @@ def emulate(ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, 
             memory.shared.fill(0xFF)
             program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y))
             program.registers |= {name: program.all(at) for name, at in variables.items()}
+            program.registers["%nctaid.y"] = program.all(grid[1] if len(grid) > 1 else 1)
             program.run()
