@@ -16,8 +16,8 @@ half rate.
 scale. The threads of a row share the work of decoding scales, each one of four, and shuffle them.
 
 **Blocks**: the four threads of a row load 4 × 16 bytes, 128 codes, but an mma adds what the four multiply: they must
-stay in one block at a time. Below blocks of 128 they exchange words until the register says which block a word is of,
-not the thread (:func:`_arranged`).
+stay in one block at a time. Of blocks of 64 they load 8 bytes twice, of smaller ones they exchange words until the
+register says which block a word is of, not the thread (:func:`_arranged`).
 
 **What loads wait for.** A warp has six counters for all loads that it waits for, and waits until one is 0, so a load
 also waits for those beside it. Where codes came from memory, 0.8 µs, next to x, from L1, each step waited for the codes
@@ -37,7 +37,8 @@ per clock and processor. The unit that loads, for 8192 codes of a warp: 128 look
 
     one row      begin 1.0, first codes 0.8, 35 MB at 4.2 TB/s 8.3 beside 7.2 of look-ups, sums 0.5       10.6 µs
                  the same where the kernel in front is of this kind and leaves room                       9 µs
-    16 rows      64 rows of W per program: look-ups and x 9.0; x is 32 MB more from L2, 65 MB in all 12   14 µs
+    16 rows      64 rows of W per program, two tiles per warp: look-ups and x 9.0, or from L2
+                 65 MB of codes and x at 5.5 TB/s 12; begin and end 2.3                                   14 µs
 
 is what to expect; x of few rows of W per program comes from L2 as often as the codes, of many it needs a kernel more,
 which adds splits, 2 µs. Measured without ``to_l2`` and with moves: 15.6 µs for one row, 21.2 for 16, 47 for 64.
@@ -256,14 +257,14 @@ def _four(tensor, layout: gl.constexpr):
 def _arranged(loaded, thread, unit: gl.constexpr, layout: gl.constexpr):
     """A thread's four words of a step, in the order of units, to each of which all threads of a row contribute.
 
-    A word's number among the 16 of a step has the bits (thread, thread, register, register) as loaded. Units of 64
-    codes need its highest bit to be the register's, units of 32 the two highest, units of 16 halves of words as well.
+    A word's number among the 16 of a step has the bits (thread, thread, register, register) as loaded; for units of 64
+    codes (register, thread, thread, register), as they need it. Units of 32 need the two highest to be the register's,
+    units of 16 halves of words as well.
     """
     w0, w1, w2, w3 = _four(loaded, layout)
-    if unit <= 64:
+    if unit <= 32:
         w0, w2 = _exchanged(w0, w2, thread, 2)
         w1, w3 = _exchanged(w1, w3, thread, 2)
-    if unit <= 32:
         w0, w1 = _exchanged(w0, w1, thread, 1)
         w2, w3 = _exchanged(w2, w3, thread, 1)
     words = (w0, w1, w2, w3)
@@ -377,9 +378,19 @@ def _operand_of_x(loaded, layout: gl.constexpr):
 
 
 @gluon.jit
-def _load_words(at, inside, wanted, even: gl.constexpr, quads: gl.constexpr):
-    """Four words from ``at`` ``[threads, tiles]`` on; 0 where there are ``inside`` fewer, or if not ``wanted``."""
+def _word_of_thread(thread, unit: gl.constexpr):
+    """Which word of a step is the first that a thread loads."""
+    return thread % 2 * 4 + thread // 2 % 2 * 2 if unit == 64 else thread % 4 * 4
+
+
+@gluon.jit
+def _load_words(at, inside, wanted, even: gl.constexpr, unit: gl.constexpr, quads: gl.constexpr):
+    """Four words from ``at`` ``[threads, tiles]`` on, two of each unit of 64; 0 where there are ``inside`` fewer, or if
+    not ``wanted``.
+    """
     side = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
+    if unit == 64:
+        side = side // 2 * 8 + side % 2
     if not even:
         wanted = wanted & (side < inside[:, None, None])
     return gl.load(at[:, :, None] + side, mask=wanted, other=0, eviction_policy="evict_first")
@@ -597,7 +608,7 @@ def fragments(
     upper_scales, lower_scales = upper.to(number) * per_row, lower.to(number) * per_row
     own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
-    own_word = own // (32 * across) * turn + own % 4 * 4
+    own_word = own // (32 * across) * turn + _word_of_thread(own, mix)
     upper_words = (
         codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
     )
@@ -633,8 +644,8 @@ def fragments(
     for step in gl.static_range(steps):
         inside = row_words - word - step * STEP_WORDS - own_word
         words += (  # type: ignore[assignment]
-            _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, word_quads),
-            _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, word_quads),
+            _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, mix, word_quads),
+            _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, mix, word_quads),
         )
     scale = ()
     if fmt.block:
@@ -669,10 +680,10 @@ def fragments(
             inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
             upper_codes = _arranged(words[2 * step], thread[:, None], mix, of_w)
             lower_codes = _arranged(words[2 * step + 1], thread[:, None], mix, of_w)
-            if mix < UNIT:
+            if mix < 64:
                 next_words += (  # type: ignore[assignment]
-                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
-                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
+                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
                 )
             next_x = ()
             after = (step + x_ahead) // steps * (following - word) + word
@@ -730,10 +741,10 @@ def fragments(
                         ),
                     )
                     _keep_loads_before(thread)
-            if mix == UNIT:
+            if mix >= 64:
                 next_words += (  # type: ignore[assignment]
-                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
-                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
+                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
                 )
                 _keep_loads_before(thread)
             words_x = next_x
