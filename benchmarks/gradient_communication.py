@@ -12,7 +12,10 @@ is not done in time. All rows are written after every arm. NVLink multicast stay
 - ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2, 4 and
   8 parts. ``us`` is the device's time of calls that were queued while the device slept, ``host_us`` the host's.
 - ``model reduce-scatter``: of 2, 4 and 8 GPUs, computed from the rows above.
-- ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included.
+- ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included. ``fp8-lm``: with sums in
+  FP8 as FP8-LM publishes, whose error is the comparison; its time is that of untuned code.
+- ``alone``, ``optimizer``: that step without communication, and its optimizer; scaling_on_paper.py needs them.
+- ``fsdp2 compiled, … weights``: under ``ste``, with weights that are gathered in BF16 and in 8 bits.
 - ``fsdp2 compiled``: the same with blocks by ``backend="qcompile_fp4"``, and qcompile's AdamW.
 """
 
@@ -47,6 +50,9 @@ BLOCK = 256
 BF16 = torch.bfloat16
 #: Most relative error (L2) of gradients, in percent; a BF16 sum has a tenth of it.
 MOST_ERROR = {"fsdp2": 2.0, "ddp": 3.3}
+#: That of FP8-LM's sums in FP8, which is what they are here for.
+MOST_ERROR_FP8_LM = 20.0
+SETTLING = 6  # gradients after which µ is halved no more
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,23 @@ def correct(run: Run) -> Iterator[Row]:
             collectives.all_reduce(x[rank], group, 0.5, codes)
             assert torch.equal(x[rank], torch.cat(both).to(dtype)), f"all_reduce of {dtype}"
     yield Row("correct", status="ok: bit for bit the reference")
+    yield _weights_correct(run)
+
+
+def _weights_correct(run: Run) -> Row:
+    """What E2M1 makes of a weight that has travelled is what it makes of the weight."""
+    from qcompile.distributed import weights
+    from qcompile.kernels.quantize import reference
+
+    x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(4)).mul(0.02).to(run.device, BF16)
+    arrived = weights.decode(*weights.encode(x))
+    if run.cuda:  # as it is called there
+        assert torch.equal(
+            arrived, weights._on(run.device, weights.decode)(*weights._on(run.device, weights.encode)(x))
+        )
+    for one, other in zip(*(reference.quantize(of, "e2m1 row absmax even", -1) for of in (x, arrived)), strict=True):
+        assert torch.equal(one, other), "weights in 8 bits"
+    return Row("correct weights", status="ok: the same codes and scales")
 
 
 def _timed(call: Callable[[], Any], run: Run, repeats: int = 20) -> tuple[float, float]:
@@ -246,7 +269,11 @@ def reductions(run: Run) -> Iterator[Row]:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool) -> nn.Module:
+#: What blocks are compiled with where weights travel in 8 bits, and where they do not to compare with.
+STRAIGHT = {"weight": {"estimator": "ste"}}
+
+
+def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool, options: dict[str, Any] | None) -> nn.Module:
     if wrapper == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
@@ -257,7 +284,7 @@ def _wrap(model: nn.Module, wrapper: str, run: Run, compiled: bool) -> nn.Module
     mesh = init_device_mesh(run.device.type, (WORLD,))
     for block in model.layers:
         if compiled:
-            block.compile(backend="qcompile_fp4", dynamic=False)
+            block.compile(backend="qcompile_fp4", options=options, dynamic=False)
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -271,9 +298,14 @@ def _whole(gradient: Any) -> Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool = False) -> Iterator[Row]:
-    """Gradients against those that are averaged in float32, then the time of a step."""
-    from qcompile.distributed import fp8_gradients
+def step(
+    run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool = False, weights: str = ""
+) -> Iterator[Row]:
+    """Gradients against those that are averaged in float32, then the time of a step. ``weights``: how they are gathered
+    under the straight-through estimator, "bf16" or "fp8".
+    """
+    import qcompile
+    from qcompile.distributed import fp8_gradients, fp8_lm_gradients, fp8_weights
     from qcompile.optim import AdamW
 
     size, rank = SIZES[size_name], dist.get_rank()
@@ -286,14 +318,23 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
             mean = parameter.grad.float()
             dist.all_reduce(mean)
             exact[name], parameter.grad = _sampled(mean / WORLD), None
-    wrapped = _wrap(model, wrapper, run, compiled)
-    traffic = fp8_gradients(wrapped, block=BLOCK) if gradients == "fp8" else None
+    options = STRAIGHT if weights else None
+    report = qcompile.explain(model, **batch, options=options) if weights == "fp8" else None
+    wrapped = _wrap(model, wrapper, run, compiled, options)
+    gathered = fp8_weights(wrapped, report) if report else None
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "fp8": partial(fp8_gradients, block=BLOCK),
+        "fp8-lm": fp8_lm_gradients,
+    }
+    traffic = ways[gradients](wrapped) if gradients in ways else None
     elements = sum(parameter.numel() for parameter in wrapped.parameters())
     make = AdamW if compiled else partial(torch.optim.AdamW, fused=True)
     optimizer = make(wrapped.parameters(), lr=1e-5)
 
-    wrapped(**batch).backward()
-    error = _check(wrapped, exact, MOST_ERROR[wrapper])
+    for _ in range(SETTLING if gradients == "fp8-lm" else 1):
+        wrapped.zero_grad()
+        wrapped(**batch).backward()
+    error = _check(wrapped, exact, MOST_ERROR_FP8_LM if gradients == "fp8-lm" else MOST_ERROR[wrapper])
     wrapped.zero_grad()
 
     def one() -> None:
@@ -305,13 +346,44 @@ def step(run: Run, wrapper: str, size_name: str, gradients: str, compiled: bool 
         one()
     if traffic is not None:
         traffic.reset()
+    if gathered is not None:
+        gathered.reset()
     one()
     hops = 2 if wrapper == "ddp" else 1
     sent = traffic.bytes if traffic is not None else hops * elements * 2 * (WORLD - 1) // WORLD
     dist.barrier()
     times = milliseconds(one, run.steps, run.cuda)
     arm = f"{wrapper} compiled" if compiled else wrapper
+    if weights:
+        arm = f"{arm}, {weights} weights"
+    if gathered is not None:
+        yield Row(
+            f"{arm}: gathers", size_name, sent_mb=gathered.bytes / 1e6, ratio=gathered.bytes / gathered.wide_bytes
+        )
     yield Row(arm, size_name, gradients, us=1e3 * statistics.median(times), sent_mb=sent / 1e6, error=error)
+
+
+def alone(run: Run, size_name: str) -> Iterator[Row]:
+    """The same step on every GPU by itself, and its optimizer: what a step costs beside communication."""
+    size = SIZES[size_name]
+    model = build(size, run.device, BF16, seed=0)
+    batch = dict(zip(("input_ids", "labels"), random_batch(size, run.device, seed=0), strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def backward() -> None:
+        model(**batch).backward()
+
+    def one() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        one()
+    backward()
+    for arm, call in (("alone", one), ("optimizer", optimizer.step)):
+        yield Row(arm, size_name, "bf16", us=1e3 * statistics.median(milliseconds(call, run.steps, run.cuda)))
+        backward()
 
 
 def _check(model: nn.Module, exact: dict[str, Tensor], most: float) -> float:
@@ -372,14 +444,19 @@ def arms_of(sizes: list[str]) -> dict[str, Callable[[Run], Iterator[Row]]]:
         "kernels": kernels,
     }
     for size in sizes:
+        arms[f"alone {size}"] = partial(alone, size_name=size)
         for wrapper in ("ddp", "fsdp2"):
-            for gradients in ("bf16", "fp8"):
+            for gradients in ("bf16", "fp8", "fp8-lm")[: 3 if wrapper == "ddp" else 2]:
                 arms[f"{wrapper} {size} {gradients}"] = partial(
                     step, wrapper=wrapper, size_name=size, gradients=gradients
                 )
     for gradients in ("fp8", "bf16"):
         arms[f"compiled {gradients}"] = partial(
             step, wrapper="fsdp2", size_name=sizes[0], gradients=gradients, compiled=True
+        )
+    for weights in ("bf16", "fp8"):
+        arms[f"weights {weights}"] = partial(
+            step, wrapper="fsdp2", size_name=sizes[0], gradients="fp8", compiled=True, weights=weights
         )
     return arms
 

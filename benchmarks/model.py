@@ -1,8 +1,8 @@
-"""The Llamas that the benchmarks train: transformers' own, and one in plain torch. Nothing of qcompile is in them.
+"""The models that the benchmarks train: transformers' own, and a Llama in plain torch. Nothing of qcompile is in them.
 
 The plain one has RMSNorm, rotary positions, grouped-query attention through ``F.scaled_dot_product_attention``, SwiGLU,
 an untied head and cross-entropy, as in arXiv 2307.09288. Its ``forward`` returns the loss; that of transformers' an
-output that holds it.
+output that holds it. Those of transformers are Llamas too, or mixtures of experts, with grouped products.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Size:
     sequence: int
     batch: int
     vocabulary: int = 32000
+    family: str = "Llama"
+    experts: int = 0
+    """Of a layer, if it is a mixture, each ``intermediate`` wide."""
+    experts_per_token: int = 0
 
     @property
     def tokens(self) -> int:
@@ -51,9 +55,10 @@ class Size:
         yield "k_proj", self.hidden, self.kv_hidden
         yield "v_proj", self.hidden, self.kv_hidden
         yield "o_proj", self.hidden, self.hidden
-        yield "gate_proj", self.hidden, self.intermediate
-        yield "up_proj", self.hidden, self.intermediate
-        yield "down_proj", self.intermediate, self.hidden
+        for _ in range(max(1, self.experts)):
+            yield "gate_proj", self.hidden, self.intermediate
+            yield "up_proj", self.hidden, self.intermediate
+            yield "down_proj", self.intermediate, self.hidden
 
     @property
     def block_weights(self) -> int:
@@ -66,7 +71,8 @@ class Size:
         return self.block_weights + (2 * self.layers + 1) * self.hidden + 2 * self.vocabulary * self.hidden
 
 
-#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), and one for tests on a CPU.
+#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts, and one of
+#: each kind for tests on a CPU.
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
@@ -75,6 +81,46 @@ SIZES: dict[str, Size] = {
         Size("d1024", 1024, 12, 4096, heads=16, kv_heads=8, sequence=1024, batch=16),
         Size("d640", 640, 6, 1792, heads=10, kv_heads=10, sequence=512, batch=64),
         Size("d768", 768, 4, 2304, heads=12, kv_heads=6, sequence=256, batch=32, vocabulary=256),
+        Size(
+            "mixtral",
+            2048,
+            4,
+            7168,
+            heads=16,
+            kv_heads=8,
+            sequence=2048,
+            batch=8,
+            family="Mixtral",
+            experts=8,
+            experts_per_token=2,
+        ),
+        Size(
+            "qwen3_moe",
+            2048,
+            4,
+            768,
+            heads=16,
+            kv_heads=8,
+            sequence=2048,
+            batch=8,
+            family="Qwen3Moe",
+            experts=64,
+            experts_per_token=8,
+        ),
+        Size(
+            "tiny_moe",
+            128,
+            2,
+            64,
+            heads=4,
+            kv_heads=2,
+            sequence=32,
+            batch=4,
+            vocabulary=128,
+            family="Mixtral",
+            experts=4,
+            experts_per_token=2,
+        ),
         Size("tiny", 128, 2, 256, heads=4, kv_heads=2, sequence=32, batch=4, vocabulary=128),
     )
 }
@@ -151,11 +197,23 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def transformers_llama(size: Size, dtype: torch.dtype) -> nn.Module:
-    """``LlamaForCausalLM`` of transformers, as it comes: ``sdpa`` attention, no key-value cache in training."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def of_transformers(size: Size, dtype: torch.dtype) -> nn.Module:
+    """The causal model of transformers, as it comes: ``sdpa`` attention, no key-value cache in training."""
+    import transformers
 
-    config = LlamaConfig(
+    of_experts = {
+        "Llama": {},
+        "Mixtral": {"num_local_experts": size.experts},
+        "Qwen3Moe": {
+            "num_experts": size.experts,
+            "moe_intermediate_size": size.intermediate,
+            "head_dim": size.head_dim,
+        },
+    }
+    more = (
+        {"num_experts_per_tok": size.experts_per_token, "experts_implementation": "grouped_mm"} if size.experts else {}
+    )
+    config = getattr(transformers, f"{size.family}Config")(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -165,12 +223,14 @@ def transformers_llama(size: Size, dtype: torch.dtype) -> nn.Module:
         max_position_embeddings=size.sequence,
         tie_word_embeddings=False,
         use_cache=False,
+        **of_experts[size.family],
+        **more,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    return getattr(transformers, f"{size.family}ForCausalLM")(config).to(dtype)
 
 
 #: How a model of a size and dtype is made, by name.
-MODELS: dict[str, Callable[[Size, torch.dtype], nn.Module]] = {"transformers": transformers_llama, "plain": Llama}
+MODELS: dict[str, Callable[[Size, torch.dtype], nn.Module]] = {"transformers": of_transformers, "plain": Llama}
 
 
 @torch.no_grad()
@@ -180,8 +240,8 @@ def build(size: Size, device: torch.device, dtype: torch.dtype, seed: int, model
         built = MODELS[model](size, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in built.named_parameters():
-        if parameter.dim() == 2:
-            ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+        if parameter.dim() >= 2:
+            ends_branch = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
             deviation = 0.02 / (2 * size.layers) ** 0.5 if ends_branch else 0.02
             parameter.normal_(0, deviation, generator=generator)
     return built

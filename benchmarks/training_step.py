@@ -117,13 +117,15 @@ def ours(label: str, recipe: Options) -> Arm:
     roles = frozenset(ROLES_OF_BACKWARD[recipe["backward"]])
     outliers = recipe["activation"]["outliers"] is not None
     exact = "ours_bf16_occ" if outliers else "ours_bf16"
+    # With its backward in BF16 an arm is its own counterpart; "save" rounds what attention's backward reads too.
+    alone = recipe["backward"] == "bf16" or "save" in recipe
     return Arm(
         label,
         compiled_by("qcompile_fp4", recipe),
         "ours",
         roles,
         outliers,
-        exact if recipe["backward"] != "bf16" else "",
+        "" if alone else exact,
     )
 
 

@@ -42,8 +42,11 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_8bit_masked": quantize.quantize_8bit_masked,
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
     "quantize_8bit_pair": quantize.quantize_8bit_pair,
+    "quantize_groups": quantize.quantize_groups,
+    "quantize_groups_pair": quantize.quantize_groups_pair,
     "recode": quantize.recode,
     "dequantize": quantize.dequantize,
+    "dequantize_groups": quantize.dequantize_groups,
     "clamp_outliers": outliers.clamp_outliers,
     "restore_outliers": outliers.restore_outliers,
     "hadamard": transform.hadamard,
@@ -52,6 +55,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "scale_gradient": estimate.scale_gradient,
     "quantized_mm": matmul.quantized_mm,
     "mm_8bit": matmul.mm_8bit,
+    "mm_8bit_grouped": matmul.mm_8bit_grouped,
     "mm_1bit": matmul.mm_1bit,
     "count_bits": matmul.count_bits,
     "mm_block_scaled": matmul.mm_block_scaled,
@@ -111,7 +115,7 @@ def _key_of_slope(grad, x, scales, quantizer, estimator, axis, global_scale=None
     return (x.dtype, grad.dtype), quantizer, estimator
 
 
-def _key_of_recode(codes, quantizer, size, transposed):
+def _key_of_recode(codes, quantizer, size, transposed, offs=None):
     return (), quantizer
 
 
@@ -234,6 +238,8 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
             for op, kind, key in (
                 ("quantize_8bit", "quantize_8bit", _key_of_8bit),
                 ("quantize_8bit_pair", "quantize_8bit", _key_of_8bit),
+                ("quantize_groups", "quantize_groups", _key_of_8bit),
+                ("quantize_groups_pair", "quantize_groups", _key_of_8bit),
                 ("recode", "recode", _key_of_recode),
                 ("quantize_compensated", "quantize_compensated", _key_of_compensated),
             )
@@ -297,7 +303,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
         # They choose by the extents of each product.
         **{
             op: (Provider("tensor cores", getattr(matmul_providers, op), lambda: (True, ""), _no_key, None),)
-            for op in ("mm_8bit", "mm_1bit", "mm_block_scaled")
+            for op in ("mm_8bit", "mm_8bit_grouped", "mm_1bit", "mm_block_scaled")
         },
         "mm_stored": (
             Provider("triton", _triton("matmul.stored", "mm_stored"), _supports_stored, _key_of_stored, None),

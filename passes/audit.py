@@ -13,7 +13,7 @@ from qcompile.kernels.register import provider_of
 
 from .dialect import GEMMS, decode_root, gemm_operands, stored_operand
 from .gradient_axes import ROLE_OF_OPERAND
-from .graph import aten, is_call, through_views
+from .graph import aten, input_of, is_call, is_gather, through_views
 from .pass_base import Context, EncoderKey
 from .record import PROVIDER_KEY, UNFOLDED_KEY, Provision, mark_of, operand_kind, site_index, stated_role
 from .roles import depends_on_tangents, product_role
@@ -26,6 +26,8 @@ from .views import (
     Quantize8BitTransposed,
     QuantizeCompensated,
     QuantizedMM,
+    QuantizeGroups,
+    QuantizeGroupsPair,
     View,
     encoder_of,
 )  # fmt: skip
@@ -80,7 +82,8 @@ def _fused_role(node: Node, product: QuantizedMM, backward: set[Node]) -> str:
 
 def _read_as(operand: ProductOperand) -> str:
     """How an operand was quantized; E4M3 codes may be levels of a narrower grid and outliers."""
-    encoder, _ = encoder_of(through_views(operand.first)) or (None, 0)
+    source = through_views(operand.first)
+    encoder, _ = encoder_of(through_views(input_of(source)) if is_gather(source) else source) or (None, 0)
     return str(encoder.operand if isinstance(encoder, QuantizeCompensated) else operand.encoding)
 
 
@@ -117,7 +120,8 @@ def audit_encoders(graph: Graph, context: Context) -> int:
 
 
 _ENCODERS: tuple[type[View], ...] = (
-    Quantize, QuantizeCompensated, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair,
+    Quantize, QuantizeCompensated, QuantizeGroups, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed,
+    Quantize8BitPair, QuantizeGroupsPair,
 )  # fmt: skip
 
 

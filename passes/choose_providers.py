@@ -5,6 +5,8 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes; which 
 bits, MXFP4 and NVFP4 where they multiply FP4. A stored weight beside activations in high precision is decoded by the
 kernel that multiplies it. Everywhere else the operands are decoded for an ATen product.
 
+Products of groups have a kernel of their own for 8-bit codes (:data:`providers.GROUPED`).
+
 The choice is a mark of the node (:data:`~.record.PROVIDER_KEY`), which it takes along through the partitioner.
 """
 
@@ -54,6 +56,11 @@ def _provision(node: Node) -> Provision:
     capability = compat.tensor_core_capability(value.device)
     if capability is None:
         return Provision(DECODED, f"no 8-bit tensor cores on {value.device.type}")
+    if product.offs is not None:
+        provision = _of_groups(product, value, capability)
+        # What decodes for torch's product of groups decodes for bfloat16.
+        by_itself = provision.provider == DECODED and value.dtype != torch.bfloat16
+        return provision._replace(provider=REFERENCE) if by_itself else provision
     if value.dim() != 2:
         return Provision(DECODED, "a product of batches")
     if product.a.encoding.is_dense and (weight := stored_weight(product.b)) is not None:
@@ -83,6 +90,31 @@ def _provision(node: Node) -> Provision:
             return Provision(AT_RUN_TIME, "extents are known at run time only")
         return Provision(provider.name, "; ".join(filter(None, reasons)))
     return Provision(DECODED, "; ".join(filter(None, (*reasons, why_not))))
+
+
+def _of_groups(product: QuantizedMM, value: torch.Tensor, capability: tuple[int, int]) -> Provision:
+    """What multiplies groups of rows, or groups of a contraction, whose codes `fold` leaves padded."""
+    if why := _why_not_8bit(product.a) or _why_not_8bit(product.b):
+        return Provision(DECODED, why)
+    padded = list(map(product.has_scales_of_groups, product.operands))
+    if product.contracts_groups and padded.count(True) != 1:
+        return Provision(DECODED, "groups of a contraction need a gradient with scales of their own")
+    if any(operand.takes_columns for operand in product.operands):
+        return Provision(DECODED, "outlier columns of a product of groups")
+    k = _ALIGNED if product.contracts_groups else _contraction(product.a)
+    if k is None:
+        return Provision(DECODED, "K is known at run time only")
+    formats = [operand.encoding.format for operand in product.operands]
+    described = providers.Product(
+        shape=(_ALIGNED, static_size(value.shape[-1]) or _ALIGNED, k),
+        dtypes=(tensor_core_dtype(formats[0]), tensor_core_dtype(formats[1])),
+        dtype=value.dtype,
+        capability=capability,
+        offsets=any(fmt.tensor_core_offset for fmt in formats),
+        grouped=True,
+    )
+    provider, why = providers.choose(described)
+    return Provision(DECODED if provider.name == "reference" else provider.name, why)
 
 
 def _of_stored_weight(node: Node, product: QuantizedMM, stored: Stored) -> Provision:

@@ -7,6 +7,9 @@ dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY
 
     quantized_mm(dy, [codes_w, s_w])   ─►   quantized_mm(quantize(dy, fold=s_w), levels [codes_w])
 
+Of products of groups, experts for one, the scales that dY takes along its rows are those of the group, and those along
+its columns are found for each group apart.
+
 A dY that `quantize_gradients` has quantized without them is quantized anew, with them.
 
 So one set of codes serves all three products exactly, and dY is the only operand that is rounded. dgrad takes dY's
@@ -36,7 +39,7 @@ from .graph import aten, emit, input_of, is_call, size_along, take_over, through
 from .pass_base import Context
 from .record import UNFOLDED_KEY, Decision, marked, operand_kind, site_index
 from .roles import depends_on_tangents
-from .views import ProductOperand, Quantize, QuantizedMM
+from .views import ProductOperand, Quantize, QuantizedMM, QuantizeGroups
 
 __all__ = ["fold"]
 
@@ -113,7 +116,9 @@ def _slower(foldable: list[_Backward]) -> dict[Node, str]:
         value = candidates[0].node.meta["val"]
         rates, measured = costs.rates_of(compat.card_name(value.device))
         shared = readers[through_views(by_role["wgrad"].product_codes.first)] if "wgrad" in by_role else 1
-        chosen, estimates = costs.best_backward((m, n, k), roles, shared, value.dtype, rates)
+        offs = candidates[0].product.offs
+        groups = 1 if offs is None else offs.meta["val"].shape[0]
+        chosen, estimates = costs.best_backward((m, n, k), roles, shared, value.dtype, rates, groups)
         for role in set(roles) - set(chosen):
             estimate = f"{estimates[chosen]:.0f} µs estimated for the backward, {estimates[roles]:.0f} in 8 bits"
             slower[by_role[role].node] = estimate if measured else f"{estimate}, at the rates of {rates.card}"
@@ -122,7 +127,7 @@ def _slower(foldable: list[_Backward]) -> dict[Node, str]:
 
 def _extents(candidate: _Backward) -> tuple[int, int, int]:
     """(M, N, K) of the site: rows, outputs and inputs of the layer, as far as they are known."""
-    of_gradient, of_codes = map(compat.size_hint, candidate.node.meta["val"].shape)
+    of_gradient, of_codes = map(compat.size_hint, candidate.node.meta["val"].shape[-2:])
     if candidate.gradient == "b":
         of_gradient, of_codes = of_codes, of_gradient
     gradient: ProductOperand = getattr(candidate.product, candidate.gradient)
@@ -133,14 +138,18 @@ def _extents(candidate: _Backward) -> tuple[int, int, int]:
 
 def _why_not(candidate: _Backward) -> str:
     """Why the scales of the codes cannot be folded into the gradient; "" if they can."""
-    node, codes = candidate.node, candidate.product_codes
+    node, codes, grouped = candidate.node, candidate.product_codes, candidate.product.offs is not None
     if candidate.decision.by_cost and compat.tensor_core_capability(node.meta["val"].device) is None:
         return f"no 8-bit tensor cores on {node.meta['val'].device.type}"
     spec = codes.encoding.operand
     assert spec is not None
     quantizer = spec.quantizer
-    if node.meta["val"].dim() != 2:
+    if node.meta["val"].dim() != 2 and not grouped:
         return "a product of batches"
+    gradient = candidate.decision.gradients[candidate.role]
+    assert gradient is not None
+    if grouped and (why := _why_not_in_groups(gradient.quantizer)):
+        return why
     if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
         return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor per row"
     if spec.outliers:
@@ -150,11 +159,22 @@ def _why_not(candidate: _Backward) -> str:
     return "" if codes.contracts_rows else "its scales do not lie along the contraction"
 
 
+def _why_not_in_groups(quantizer: Quantizer) -> str:
+    """Why ``quantize_groups`` does not round so; "" if it does."""
+    if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32" or not quantizer.format.torch_dtype:
+        return f"groups take a gradient with 8-bit codes and one float32 scale per row, which {quantizer} has not"
+    return "no kernel rounds groups stochastically" if quantizer.rounding == "stochastic" else ""
+
+
 def _folded(graph: Graph, gemm: Node, product: QuantizedMM, gradient: str, codes: str, quantizer: Quantizer) -> Node:
     dense, axis = _dense_gradient(graph, gemm, getattr(product, gradient))
     size = size_along(graph, gemm, dense, axis)
     stored: ProductOperand = getattr(product, codes)
-    encoded = _encode(graph, gemm, dense, axis, quantizer, stored.parts.scales)
+    if product.offs is None:
+        encoded = _encode(graph, gemm, dense, axis, quantizer, stored.parts.scales)
+    else:
+        groups = QuantizeGroups(dense, quantizer, axis, product.offs, stored.parts.scales)
+        encoded = tuple(groups.emit_results(graph, near=gemm))
     operands: dict[str, Any] = {
         gradient: ProductOperand(encoded, Encoding(Operand(quantizer)), size),
         codes: replace(stored, tensors=(stored.first,), encoding=Encoding(levels=stored.encoding.format)),

@@ -11,22 +11,40 @@ saves codes, without being told. Numbers do not change: ``quantized_mm`` is defi
 A stored weight (:mod:`qcompile.stored`) is an input of the graph as codes and scales, and is read from there: the copy
 that a cast of the whole weight makes of its parts (autocast) is none that the backward should keep.
 
-A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution, a grouped product)
-keeps its explicit dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
+A product whose operand cannot be read as a matrix of stored rows (a broadcast batch, a convolution) keeps its explicit
+dequantize; `hints` then makes the partitioner recompute the wide tensor from the saved codes.
+
+Products of groups (``_grouped_mm``) become ones with ``offs``: of the rows of a matrix with a matrix for each group
+(fprop, dgrad), and of two matrices whose contraction is in groups (wgrad). In place of ``_grouped_mm``, which takes
+bfloat16 alone, transformers compiles an op of its own for experts in other dtypes: a loop that waits for the host, and
+one more for both gradients. These are taken apart likewise on cards that multiply groups of codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from qcompile import compat
 from qcompile.ir.encoding import DENSE
 
 from .dialect import adds_given_part, decode_root, gemm_operands, given_part, matrix_form, stored_operand, stored_view
-from .graph import aten, emit, input_of, is_call, is_view, same_sizes, take_over
+from .graph import (
+    argument_of,
+    aten,
+    emit,
+    input_of,
+    is_call,
+    is_view,
+    result,
+    same_sizes,
+    take_over,
+    target_name,
+)  # fmt: skip
 from .pass_base import Context
 from .views import Dequantize, ProductOperand, QuantizedMM
 
@@ -39,7 +57,9 @@ def fuse(graph: Graph, context: Context) -> int:
     _read_given_parts(graph)
     made: dict[Any, Node | None] = {}
     for node in list(graph.nodes):
-        if not is_call(node, aten.mm.default, aten.addmm.default, aten.bmm.default) or not _plain(node):
+        if node.op == "call_function" and target_name(node) in (_LOOP, _LOOP_BACKWARD):
+            count += _fuse_loop(graph, node, made)
+        if not is_call(node, *_FUSED) or not _plain(node):
             continue
         left, right = gemm_operands(node)
         if decode_root(left) is None and decode_root(right) is None:
@@ -49,12 +69,59 @@ def fuse(graph: Graph, context: Context) -> int:
             if a is None or b is None:
                 continue
             bias = input_of(node) if is_call(node, aten.addmm.default) else None
-            fused = QuantizedMM(a, b, node.meta["val"].dtype, bias).emit(graph, near=node)
+            offs = argument_of(node, 2, "offs") if is_call(node, aten._grouped_mm.default) else None
+            fused = QuantizedMM(a, b, node.meta["val"].dtype, bias, offs).emit(graph, near=node)
         take_over(fused, node)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _fuse_loop(graph: Graph, node: Node, made: dict[Any, Node | None]) -> int:
+    """Products of groups in place of transformers' loop over experts, or of its backward; returns how many."""
+    x, weight, offs, *gradient = node.args
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    capability = compat.tensor_core_capability(x.meta["val"].device)
+    if capability is None or capability < _OF_GROUPS or decode_root(x) is None or decode_root(weight) is None:
+        return 0
+    with graph.inserting_before(node):
+        a, b = _operand(graph, node, x, True, made), _operand(graph, node, weight, False, made)
+        if a is None or b is None:
+            return 0
+
+        def product(left: ProductOperand, right: ProductOperand) -> Node:
+            return QuantizedMM(left, right, x.meta["val"].dtype, None, offs).emit(graph, near=node)  # type: ignore
+
+        computed = _gradients_of_loop(graph, node, a, b, product) if gradient else {node: product(a, b)}
+    for old, new in computed.items():
+        take_over(new, old)
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+    if gradient:
+        graph.erase_node(node)
+    return len(computed)
+
+
+def _gradients_of_loop(
+    graph: Graph, node: Node, x: ProductOperand, weight: ProductOperand, product: Callable[..., Node]
+) -> dict[Node, Node]:
+    """What its backward returns, by the nodes that take it: dX of x ``[M, K]``, dW of the weight ``[E, K, N]``."""
+    dy: Node = node.args[3]  # type: ignore[assignment]
+    computed = {}
+    if (dx := result(node, 0)) is not None:
+        by_rows = replace(weight, contracts_rows=not weight.contracts_rows)
+        computed[dx] = product(ProductOperand((dy,), DENSE), by_rows)
+    if (dw := result(node, 1)) is not None:
+        by_rows = replace(x, contracts_rows=True)
+        if weight.contracts_rows:
+            computed[dw] = product(by_rows, ProductOperand((dy,), DENSE, contracts_rows=True))
+        else:  # as the weight lies in memory, [E, N, K]
+            transposed = emit(graph, node, aten.permute.default, dy, [1, 0])
+            in_memory = product(ProductOperand((transposed,), DENSE), by_rows)
+            computed[dw] = emit(graph, node, aten.permute.default, in_memory, [0, 2, 1])
+    return computed
 
 
 def _read_given_parts(graph: Graph) -> None:
@@ -71,8 +138,18 @@ def _read_given_parts(graph: Graph) -> None:
                     graph.erase_node(source)
 
 
+#: transformers' products of groups, and their gradients; the cards that multiply groups of codes.
+_LOOP, _LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward"
+_OF_GROUPS = (9, 0)
+_FUSED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)
+
+
 def _plain(node: Node) -> bool:
     """No scaling factors, one dtype, as ATen demands, and a bias that broadcasts over rows."""
+    if is_call(node, aten._grouped_mm.default):
+        left, _ = (operand.meta["val"] for operand in gemm_operands(node))
+        said = [argument_of(node, *argument) for argument in ((3, "bias"), (4, "out_dtype"))]
+        return left.dim() == 2 and said == [None, None] and argument_of(node, 2, "offs") is not None
     dtypes = {
         source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta["val"], torch.Tensor)
     }

@@ -15,10 +15,10 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile import compat
 
 __all__ = [
-    "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read", "graph_modules",
-    "input_of", "is_call", "is_cast", "is_read_by", "is_relayout", "is_view", "item_of", "result", "results_of",
-    "same_size", "same_sizes", "size_along", "static_size", "take_over", "target_name", "through_views", "unchanged",
-    "value_of",
+    "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read",
+    "graph_modules", "input_of", "is_call", "is_cast", "is_gather", "is_read_by", "is_relayout", "is_view", "item_of",
+    "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over", "target_name",
+    "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -113,14 +113,24 @@ def is_view(node: Any) -> bool:
     return is_call(node, *_VIEWS)
 
 
+def is_gather(node: Any) -> bool:
+    """Whole rows that a list of numbers picks, in its order."""
+    if is_call(node, aten.index_select.default):
+        return bool(node.args[1] == 0)
+    rows: Any = node.args[1] if is_call(node, aten.index.Tensor) else ()
+    value = rows[0].meta["val"] if len(rows) == 1 and isinstance(rows[0], Node) else None
+    return value is not None and value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
+
+
 def is_cast(node: Any) -> bool:
     """A copy in another dtype, or on another device."""
     return is_call(node, torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 
 
 def is_read_by(node: Node, readers: Collection[Node]) -> bool:
-    """Whether one of ``readers`` reads a tensor, or a view of it."""
-    return any(user in readers or (is_view(user) and is_read_by(user, readers)) for user in node.users)
+    """Whether one of ``readers`` reads a tensor, a view of it, or rows gathered from it."""
+    passed_on = (user for user in node.users if is_view(user) or is_gather(user))
+    return any(user in readers for user in node.users) or any(is_read_by(user, readers) for user in passed_on)
 
 
 def input_of(node: Node) -> Node:

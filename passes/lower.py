@@ -12,6 +12,11 @@ they multiply FP4::
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
 
+Products of groups, with their ends ``offs``, read a matrix for each group, or codes that are padded to whole steps for
+each group where the contraction is in groups::
+
+    quantized_mm([codes_x, s_x], [codes_w, s_w], offs)   ─►   mm_8bit_grouped(recode(codes_x), recode(codes_w), offs, …)
+
 A weight that the graph was given as codes is decoded by the kernel that multiplies it, nested scales too::
 
     quantized_mm(x, [codes_w, dequantize(codes_s, s_s) + mean])   ─►   mm_stored(x, codes_w, codes_s, s_s, mean)
@@ -47,8 +52,10 @@ from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
     CountBits,
     Dequantize,
+    DequantizeGroups,
     Mm1Bit,
     Mm8Bit,
+    Mm8BitGrouped,
     MmBlockScaled,
     MmStored,
     ProductOperand,
@@ -173,6 +180,50 @@ def _offset(graph: Graph, gemm: Node, codes: Node, own: float, others: float, ma
     return made[key]
 
 
+# --- products of groups -------------------------------------------------------------------------------------------
+
+
+def _grouped_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
+    offs = product.offs
+    assert offs is not None
+    a, b = (_codes_of_groups(graph, node, operand, product, made) for operand in product.operands)
+    scale_a, scale_b = (_scale_of_groups(graph, node, operand, made) for operand in product.operands)
+    return Mm8BitGrouped(a, b, offs, scale_a, scale_b, product.dtype).emit(graph, near=node)
+
+
+def _codes_of_groups(
+    graph: Graph, gemm: Node, operand: ProductOperand, product: QuantizedMM, made: dict[Any, Node]
+) -> Node:
+    """8-bit codes of one operand, contraction last, and padded if that is in groups."""
+    codes, fmt = operand.first, operand.encoding.format
+    value = codes.meta["val"]
+    if operand.contracts_rows:
+        offs = product.offs if product.contracts_groups else None
+        key = (codes, fmt.name, offs)
+        if key not in made:
+            made[key] = Recode(codes, Quantizer(fmt), operand.size, True, offs).emit(graph, near=gemm)
+        return made[key]
+    if value.dim() == 2 or fmt.torch_dtype:
+        return _codes(graph, gemm, operand, made)
+    # A quantizer writes 8-bit codes itself, if that is asked of a matrix.
+    rows = emit(graph, gemm, aten.view.default, codes, [-1, value.shape[-1]])
+    matrix = Recode(rows, Quantizer(fmt), operand.size, False).emit(graph, near=gemm)
+    return emit(graph, gemm, aten.view.default, matrix, [*value.shape[:-1], operand.size])
+
+
+def _scale_of_groups(graph: Graph, gemm: Node, operand: ProductOperand, made: dict[Any, Node]) -> Node:
+    """Its scales; where they were folded away, a single one."""
+    if not operand.encoding.levels:
+        return _scale(graph, gemm, operand, operand.first, made)
+    value, factor = operand.first.meta["val"], 1 / operand.encoding.format.tensor_core_factor
+    key = ("scale", factor, value.dim())
+    if key not in made:
+        made[key] = emit(
+            graph, gemm, aten.full.default, [1] * value.dim(), factor, dtype=torch.float32, device=value.device
+        )
+    return made[key]
+
+
 def _popcount_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
     """Σ x y  =  Σ bit_x bit_y  −  ½ Σ bit_x  −  ½ Σ bit_y  +  K/4  of levels ±½, of which −½ is a set bit."""
     a, b = (operand.first for operand in product.operands)
@@ -220,7 +271,9 @@ def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[A
 
 def _decoded_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
     sides = (product.a, product.a.contracts_rows), (product.b, not product.b.contracts_rows)
-    left, right = (_decoded(graph, node, operand, transposed, product.dtype, made) for operand, transposed in sides)
+    left, right = (_decoded(graph, node, operand, transposed, product, made) for operand, transposed in sides)
+    if product.offs is not None:
+        return emit(graph, node, aten._grouped_mm.default, left, right, product.offs)
     if product.bias is not None:
         return emit(graph, node, aten.addmm.default, product.bias, left, right)
     target = aten.mm.default if left.meta["val"].dim() == 2 else aten.bmm.default
@@ -228,13 +281,13 @@ def _decoded_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[
 
 
 def _decoded(
-    graph: Graph, gemm: Node, operand: ProductOperand, transposed: bool, dtype: torch.dtype, made: dict[Any, Node]
+    graph: Graph, gemm: Node, operand: ProductOperand, transposed: bool, product: QuantizedMM, made: dict[Any, Node]
 ) -> Node:
     if operand.encoding.is_dense:
         return operand.first
-    key = (operand.tensors, operand.encoding, dtype)
+    key = (operand.tensors, operand.encoding, product.dtype)
     if key not in made:
-        made[key] = _decode(graph, gemm, operand, dtype)
+        made[key] = _decode(graph, gemm, operand, product)
     dense = made[key]
     if not transposed:
         return dense
@@ -242,9 +295,14 @@ def _decoded(
     return emit(graph, gemm, aten.permute.default, dense, order)
 
 
-def _decode(graph: Graph, gemm: Node, operand: ProductOperand, dtype: torch.dtype) -> Node:
+def _decode(graph: Graph, gemm: Node, operand: ProductOperand, product: QuantizedMM) -> Node:
     codes, scales, global_scale, values, positions = operand.parts
-    spec = operand.encoding.operand
+    spec, dtype = operand.encoding.operand, product.dtype
+    if product.has_scales_of_groups(operand):
+        assert spec is not None
+        assert product.offs is not None
+        groups = DequantizeGroups(codes, scales, spec.quantizer, product.offs, operand.size, dtype)
+        return groups.emit(graph, near=gemm)
     if spec is None:
         stored = codes.meta["val"]
         ones = emit(graph, gemm, aten.full.default, [1] * stored.dim(), 1.0, dtype=torch.float32, device=stored.device)
@@ -263,4 +321,5 @@ _LOWERINGS = {
     providers.POPCOUNT[0].name: _popcount_product,
     providers.BLOCK_SCALED[0].name: _block_scaled_product,
     providers.STORED: _stored_product,
+    providers.GROUPED[0].name: _grouped_product,
 }

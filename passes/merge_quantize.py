@@ -9,10 +9,11 @@ become one, which writes packed codes too if the backward keeps them::
     recode(quantize(x), transposed)                       ─►   quantize_8bit_transposed(x)
     the same, estimator_mask(x, …)                        ─►   recode(quantize_8bit_masked(x), transposed)
     quantize(dy, along rows), quantize(dy, along columns) ─►   quantize_8bit_pair(dy)
+    the same of quantize_groups                           ─►   quantize_groups_pair(dy)
 
 The second is for operands that are rotated, scaled by their root mean square, or have a mask taken of them; the third
-for signs, which are multiplied as they are stored. The last is a gradient on its way to dgrad and wgrad: one read of it
-finds the scales of both.
+for signs, which are multiplied as they are stored. The last two are a gradient on its way to dgrad and wgrad: one read
+of it finds the scales of both.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from qcompile.ir.operand import STE, Operand
 from .graph import (
     aten,
     emit,
+    input_of,
     is_call,
     item_of,
     result,
@@ -46,6 +48,8 @@ from .views import (
     Quantize8BitMasked,
     Quantize8BitPair,
     Quantize8BitTransposed,
+    QuantizeGroups,
+    QuantizeGroupsPair,
     Recode,
     View,
 )  # fmt: skip
@@ -119,6 +123,7 @@ def _is_mask_of(user: Node, node: Node, call: Quantize) -> bool:
 
 def merge_quantize(graph: Graph, context: Context) -> int:
     """Returns how many ``quantize`` calls were replaced."""
+    _read_unpermuted(graph)
     _share_equal_calls(graph)
     uses = [use for node in Quantize.calls(graph) if (use := Use.of(node))]
     pairs = list(_pairs(uses))
@@ -126,9 +131,24 @@ def merge_quantize(graph: Graph, context: Context) -> int:
     for rows, columns in pairs:
         _replace_pair(graph, rows, columns)
     singles = [use for use in uses if id(use) not in paired and use.along_rows and _replace_single(graph, use)]
-    if pairs:
+    groups = _pair_groups(graph)
+    if pairs or groups:
         compat.stable_topological_sort(graph)
-    return 2 * len(pairs) + len(singles)
+    return 2 * (len(pairs) + groups) + len(singles)
+
+
+def _read_unpermuted(graph: Graph) -> None:
+    """Let ``quantize`` along an axis that a permutation moves away from the end read what is permuted, along its end:
+    codes are the same, and have that axis last.
+    """
+    for node in Quantize.calls(graph):
+        call = Quantize.of(node)
+        if not is_call(call.x, aten.permute.default):
+            continue
+        order = list(call.x.args[1])  # type: ignore
+        order.append(order.pop(call.axis))
+        if order == sorted(order):
+            node.args = replace(call, x=input_of(call.x), axis=-1).arguments()
 
 
 def _share_equal_calls(graph: Graph) -> None:
@@ -166,6 +186,29 @@ def _replace_pair(graph: Graph, rows: Use, columns: Use) -> None:
         for use, (codes, scales) in ((rows, items[:2]), (columns, items[2:])):
             _replace_all(use.plain, codes)
             _replace_stored(graph, use, 1, scales)
+
+
+def _pair_groups(graph: Graph) -> int:
+    """Join ``quantize_groups`` of one gradient by rows and by columns; returns how many."""
+    by_rows: dict[Any, tuple[Node, QuantizeGroups]] = {}
+    calls = [(node, QuantizeGroups.of(node)) for node in QuantizeGroups.calls(graph)]
+    for node, call in calls:
+        if call.axis % 2:
+            by_rows[call.x, call.quantizer, call.offs] = node, call
+    count = 0
+    for node, call in calls:
+        rows = None if call.axis % 2 else by_rows.pop((call.x, call.quantizer, call.offs), None)
+        if rows is None:
+            continue
+        pair = QuantizeGroupsPair(call.x, call.quantizer, call.offs, rows[1].fold, call.fold)
+        with graph.inserting_before(node):
+            items = pair.emit_results(graph, near=node)
+        for source, results in ((rows[0], items[:2]), (node, items[2:])):
+            for index, by in enumerate(results):
+                if (old := result(source, index)) is not None:
+                    old.replace_all_uses_with(by)
+        count += 1
+    return count
 
 
 def _replace_single(graph: Graph, use: Use) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, ParamSpec
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 
 from qcompile import compat
 from qcompile.ir.recipe import Recipe
@@ -175,9 +175,12 @@ def dump(name: str, graph: Graph, context: Context) -> None:
 
 
 def program_text(graph: Graph) -> str:
-    """The graph as Python source, with shapes, strides and devices."""
+    """The graph as Python source, with shapes, strides and devices.
+
+    The module that prints it is a lazy one: any other generates and compiles its code first, which takes as long again.
+    """
     owner = graph.owning_module
-    module = GraphModule(owner if owner is not None else torch.nn.Module(), graph, class_name="Program")
+    module = compat.LazyGraphModule(owner if owner is not None else torch.nn.Module(), graph, class_name="Program")
     graph.owning_module = owner  # a GraphModule takes its graph over; later passes must find the one they compile
     return module.print_readable(print_output=False, include_stride=True, include_device=True)
 

@@ -30,6 +30,7 @@ from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
+from .gather_codes import gather_codes
 from .graph import fake_values_read, unchanged
 from .insert import insert, stamp
 from .lower import lower, lower_frozen
@@ -146,6 +147,7 @@ JOINT = PipelineStage(
     (
         GraphPass("account", account, changes="no (counts products)", observes=True, dumped=False),
         GraphPass("cancel_rotations", cancel_rotations),
+        GraphPass("gather_codes", gather_codes),
         GraphPass("fuse", fuse),
         GraphPass("fold", fold, changes="yes, if backward= is set"),
         GraphPass("hints", hints),

@@ -19,7 +19,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from .graph import emit, is_read_by, is_view, result, through_views
+from .graph import emit, is_gather, is_read_by, is_view, result, through_views
 from .pass_base import Context
 from .record import STATISTICS_KIND, operand_kind
 from .roles import depends_on_tangents
@@ -52,11 +52,11 @@ def recompute_codes(graph: Graph, context: Context) -> int:
 
 
 def _give(graph: Graph, codes: Node, again: Node, readers: set[Node]) -> None:
-    """Let ``readers`` read ``again`` instead of ``codes``, through views of its own."""
+    """Let ``readers`` read ``again`` instead of ``codes``, through views and gathered rows of its own."""
     for user in list(codes.users):
         if user in readers:
             user.replace_input_with(codes, again)
-        elif is_view(user) and is_read_by(user, readers):
+        elif (is_view(user) or is_gather(user)) and is_read_by(user, readers):
             args, kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda node: again if node is codes else node)
             with graph.inserting_before(user.next):
                 view = emit(graph, user, user.target, *args, **kwargs)

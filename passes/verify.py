@@ -22,13 +22,14 @@ from qcompile.ir.formats import Format
 from qcompile.ir.ops import moved_shape, storage_dtype
 from qcompile.ir.quantizer import Quantizer
 
-from .graph import aten, is_call, item_of, static_size, through_views
-from .record import PROVIDER_KEY, mark_of
+from .graph import aten, is_call, is_gather, item_of, static_size, through_views
+from .record import PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
     VIEW_OF,
     ClampOutliers,
     CountBits,
     Dequantize,
+    DequantizeGroups,
     EncodeCompensated,
     EstimatorMask,
     FakeQuantize,
@@ -36,6 +37,7 @@ from .views import (
     MaskGradient,
     Mm1Bit,
     Mm8Bit,
+    Mm8BitGrouped,
     MmBlockScaled,
     MmStored,
     Quantize,
@@ -45,6 +47,8 @@ from .views import (
     Quantize8BitTransposed,
     QuantizeCompensated,
     QuantizedMM,
+    QuantizeGroups,
+    QuantizeGroupsPair,
     Recode,
     RestoreOutliers,
     ScaleGradient,
@@ -93,19 +97,26 @@ _TRACED: frozenset[type[View]] = frozenset({
     ScaleGradient,
 })  # fmt: skip
 _FUSED = _TRACED | {QuantizedMM}
-_RECOMPUTED = _FUSED | {EncodeCompensated}
-_LOWERED = _TRACED | {EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored}
-_MERGED = _LOWERED | {Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair}
+_FOLDED = _FUSED | {QuantizeGroups}
+_RECOMPUTED = _FOLDED | {EncodeCompensated}
+_LOWERED = _TRACED | {
+    EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
+    DequantizeGroups,
+}  # fmt: skip
+_MERGED = _LOWERED | {
+    Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
+}  # fmt: skip
 
 #: By the name of the pass, in the order of the pipeline.
 STAGES: dict[str, Stage] = {
     "account": Stage(_TRACED, (_has_no_fold,)),
     "cancel_rotations": Stage(_TRACED, (_has_no_fold,)),
+    "gather_codes": Stage(_TRACED, (_has_no_fold,)),
     "fuse": Stage(_FUSED, (_has_no_fold,)),
-    "fold": Stage(_FUSED),
-    "hints": Stage(_FUSED),
-    "choose_providers": Stage(_FUSED, (_has_a_provider,)),
-    "audit": Stage(_FUSED),
+    "fold": Stage(_FOLDED),
+    "hints": Stage(_FOLDED),
+    "choose_providers": Stage(_FOLDED, (_has_a_provider,)),
+    "audit": Stage(_FOLDED),
     "lower_frozen": Stage(_FUSED | _LOWERED),
     "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
@@ -131,7 +142,7 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
             continue
         if cls is FakeQuantize:
             _fail(stage, node, "fake_quantize survived tracing")
-        if cls not in spec.views | kept:
+        if cls not in spec.views | kept and not _runs_itself(node):
             _fail(stage, node, "this op does not stand in a graph at this stage")
         view = cls.of(node)
         for form in spec.forms:
@@ -139,6 +150,12 @@ def verify(graph: Graph, stage: str, disabled: Collection[str] = ()) -> None:
                 _fail(stage, node, wrong)
         if check := _CHECKS.get(cls):
             check(stage, node, view)
+
+
+def _runs_itself(node: Node) -> bool:
+    """Whether a product was left to its op's own kernel, which nothing takes out."""
+    chosen = mark_of(node, PROVIDER_KEY)
+    return chosen is not None and chosen.provider == REFERENCE and is_call(node, QuantizedMM.op)
 
 
 def _spec(graph: Graph, stage: str) -> Stage:
@@ -198,16 +215,19 @@ def _format_of_8bit_codes(codes: Node) -> Format | None:
 
 
 def _readers(node: Node) -> list[Node]:
-    """Users of a tensor, views of it included."""
+    """Users of a tensor, of its views and of rows gathered from it."""
     found = []
     for user in node.users:
-        found += _readers(user) if through_views(user) is not user and user.users else [user]
+        found += _readers(user) if (through_views(user) is not user or is_gather(user)) and user.users else [user]
     return found
 
 
 #: Ops that read codes; after `lower` those of tensor cores too.
 _CODE_READERS = (
-    *(view.op for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored)),
+    *(
+        view.op
+        for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled, MmStored)
+    ),
     aten.view.dtype,
 )
 

@@ -32,10 +32,11 @@ from qcompile.ir.transforms import Transform
 from .graph import emit, is_call, item_of
 
 __all__ = [
-    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "EncodeCompensated", "EstimatorMask",
-    "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit", "MmBlockScaled", "MmStored", "OperandStatistics",
-    "ProductOperand", "Quantize", "Quantize8Bit", "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed",
-    "QuantizeCompensated", "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View",
+    "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "DequantizeGroups",
+    "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
+    "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
+    "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
+    "QuantizeGroupsPair", "QuantizedMM", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient", "View",
     "encoder_of",
 ]  # fmt: skip
 
@@ -162,6 +163,27 @@ class Quantize(View):
     seed: Node | None = None
     fold: Node | None = None
     transform: Transform = _NO_TRANSFORM
+
+
+@dataclass(frozen=True)
+class QuantizeGroups(View):
+    op = ops.quantize_groups.default
+    x: Node
+    quantizer: Quantizer
+    axis: int
+    offs: Node
+    fold: Node
+
+
+@dataclass(frozen=True)
+class DequantizeGroups(View):
+    op = ops.dequantize_groups.default
+    codes: Node
+    scales: Node
+    quantizer: Quantizer
+    offs: Node
+    size: Size
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -305,6 +327,7 @@ class QuantizedMM(View):
     b: ProductOperand
     dtype: torch.dtype
     bias: Node | None = None
+    offs: Node | None = None
 
     @classmethod
     def _made_of(cls, given: dict[str, Any]) -> Self:
@@ -317,17 +340,29 @@ class QuantizedMM(View):
             )
             for side in "ab"
         )
-        return cls(a, b, given["dtype"], given.get("bias"))
+        return cls(a, b, given["dtype"], given.get("bias"), given.get("offs"))
 
     def _values(self) -> list[Any]:
         values: list[Any] = []
         for operand, left in ((self.a, True), (self.b, False)):
             values += [list(operand.tensors), str(operand.encoding), operand.size, operand.contracts_rows == left]
-        return [*values, self.dtype, self.bias]
+        return [*values, self.dtype, self.bias, self.offs]
 
     @property
     def operands(self) -> tuple[ProductOperand, ProductOperand]:
         return self.a, self.b
+
+    @property
+    def contracts_groups(self) -> bool:
+        """Whether the axis is in groups that it sums over, not the rows of ``a``."""
+        return self.offs is not None and bool(self.b.first.meta["val"].dim() == 2)
+
+    def has_scales_of_groups(self, operand: ProductOperand) -> bool:
+        """Whether an operand, of :class:`QuantizeGroups`, has a scale for every row and group of the contraction."""
+        if operand.encoding.operand is None or not self.contracts_groups:
+            return False
+        codes, scales = operand.parts[:2]
+        return bool(scales.meta["val"].dim() > codes.meta["val"].dim())
 
 
 # --- between `lower` and the kernels --------------------------------------------------------------------------------
@@ -369,12 +404,23 @@ class Quantize8BitPair(View):
 
 
 @dataclass(frozen=True)
+class QuantizeGroupsPair(View):
+    op = ops.quantize_groups_pair.default
+    x: Node
+    quantizer: Quantizer
+    offs: Node
+    fold: Node
+    fold_rows: Node
+
+
+@dataclass(frozen=True)
 class Recode(View):
     op = ops.recode.default
     codes: Node
     quantizer: Quantizer
     size: Size
     transposed: bool
+    offs: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -388,6 +434,18 @@ class Mm8Bit(View):
     bias: Node | None = None
     offset_a: Node | None = None
     offset_b: Node | None = None
+
+
+@dataclass(frozen=True)
+class Mm8BitGrouped(View):
+    op = ops.mm_8bit_grouped.default
+    a: Node
+    b: Node
+    offs: Node
+    scale_a: Node
+    scale_b: Node
+    dtype: torch.dtype
+    bias: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,13 @@ import torch._inductor.fx_passes.post_grad
 import torch._inductor.pattern_matcher
 import torch._logging._internal
 import torch.distributed as dist
+import torch.optim._muon
 import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +54,7 @@ __all__ = [
     "CustomGraphPass",
     "CustomPartitionerFn",
     "HigherOrderOperator",
+    "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
@@ -578,6 +581,29 @@ def fsdp_reduction(module: Any) -> tuple[str | None, bool]:
     return None if name == "DefaultReduceScatter" else name, group._all_reduce_hook is not None
 
 
+def fsdp_weights(module: Any) -> list[tuple[Any, str, torch.Size, int, bool]]:
+    """Of every parameter of an FSDP2 module, in the order in which they are gathered: the module that has it and its
+    name there, the shape of a shard with its padding, the axis that is sharded, and whether other modules have it too.
+    """
+    return [
+        (
+            parameter._module_info.module,
+            parameter._module_info.param_name,
+            parameter.padded_sharded_param_size,
+            parameter.fsdp_placement.dim,
+            bool(parameter._module_info.shared_modules),
+        )
+        for group in _fsdp_groups(module)
+        for parameter in group.fsdp_params
+    ]
+
+
+def fsdp_all_gather(module: Any) -> str | None:
+    """The class of an FSDP2 module's all-gather if it is another than FSDP2's."""
+    names = {type(group._all_gather_comm).__name__ for group in _fsdp_groups(module)} - {"DefaultAllGather"}
+    return names.pop() if names else None
+
+
 def ddp_hook(module: Any) -> str | None:
     """The name of a DistributedDataParallel's communication hook, one of torch's own included."""
     return module._get_ddp_logging_data().get("comm_hook")
@@ -587,6 +613,16 @@ def reduction(op: Any) -> tuple[Any, Any]:
     """The kind of a ``dist.ReduceOp``, and the factor of a ``PREMUL_SUM``, which nothing public tells."""
     state = op.__getstate__()
     return state if isinstance(state, tuple) else (op, None)
+
+
+def orthogonalized(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+    """What ``torch.optim.Muon`` makes of a matrix: bfloat16, by a Newton-Schulz iteration. It writes to ``matrix``."""
+    return torch.optim._muon._zeropower_via_newtonschulz(matrix, coefficients, steps, eps)
+
+
+def muon_rate(lr: Any, adjust: str | None, shape: torch.Size) -> Any:
+    """What ``torch.optim.Muon`` multiplies the orthogonalized matrix with."""
+    return torch.optim._muon._adjust_lr(lr, adjust, shape)
 
 
 def memory_of(value: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -56,7 +57,16 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
     # Tracing leaves a million objects that live: by default Python looks through all of them too often.
     gc.set_threshold(2_000, 50, 50)
+    # pytest attaches its handlers to every logger that does not propagate. As soon as the logger of torch's structured
+    # trace has a handler, each compilation writes all of its graphs as text.
+    logging.getLogger("torch.__trace").propagate = True
     _fill_fresh_memory_with_junk()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What has been imported by now lives until the end: nothing is to be found there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

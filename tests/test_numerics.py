@@ -183,7 +183,7 @@ def test_the_monitor_of_the_process_and_bad_values():
 @pytest.mark.inductor
 def test_through_inductor_with_changing_shapes():
     """Dynamic rows; the graph of few rows and that of many are one to the monitor; `explain` does not watch."""
-    model, monitor = Mlp(), qcompile.Monitor()
+    model, monitor = Mlp().up, qcompile.Monitor()  # one layer: its statistics are twenty C++ kernels
     call = torch.compile(model, backend="qcompile_quest", options={"monitor": monitor}, dynamic=True)
     for rows in (5, 1500):
         x = torch.randn(rows, 96)
@@ -191,9 +191,9 @@ def test_through_inductor_with_changing_shapes():
         monitor.step()
     expected = ops.operand_statistics(x, str(QUEST.activation), -1)
     torch.testing.assert_close(monitor.history[1, 0, 1], expected[1], rtol=1e-4, atol=0)
-    assert len(monitor.layers) == 4
+    assert len(monitor.layers) == 2
     qcompile.explain(model, x, options={"monitor": monitor})
-    assert len(monitor.layers) == 4
+    assert len(monitor.layers) == 2
 
 
 def test_gradient_cosine():

@@ -423,15 +423,23 @@ recipe = qcompile.Recipe("door", activation=outsider.recipe.activation, weight="
 path = qcompile.save_repro({str(tmp_path / "repro")!r}, torch.nn.Linear(48, 24), torch.randn(7, 48), backend=recipe)
 print(repr(recipe))
 """
-    written = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    # Without a source file `gentle` of __main__ cannot be copied: that is said in one line.
-    assert "'gentle' is defined in __main__, whose source cannot be read" in written.stderr
     script = tmp_path / "train.py"
     script.write_text(code)
     written = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    load = f"import runpy; print(repr(runpy.run_path({str(tmp_path / 'repro.py')!r})['recipe']))"
-    read = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
+    load = f"""
+import runpy, torch, qcompile
+print(repr(runpy.run_path({str(tmp_path / "repro.py")!r})['recipe']))
+def without_source(y, fmt):
+    return 1 / (1 + y.abs())
+qcompile.Estimator("gentle", slope=without_source)
+recipe = qcompile.Recipe("door", weight="e2m1; gentle")
+qcompile.save_repro({str(tmp_path / "none")!r}, torch.nn.Linear(48, 24), torch.randn(7, 48), backend=recipe)
+"""
+    read = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
     assert read.stdout == written.stdout
+    # Without a source file what __main__ defines cannot be copied: that is said in one line.
+    assert "'without_source' is defined in __main__, whose source cannot be read" in read.stderr
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_a_repro_refuses_what_no_script_can_import(tmp_path):

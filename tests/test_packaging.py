@@ -35,8 +35,10 @@ def test_importing_the_package_loads_nothing_else():
     assert not {"torch", "numpy", "rich"} & loaded
 
 
-def test_the_backend_is_found_by_name_and_only_then_imported():
-    """Nobody has to import us: torch lists the entry point, and loads it when a model asks for it."""
+def test_the_backend_is_found_by_name_and_brings_only_what_a_compilation_needs():
+    """Nobody has to import us: torch lists the entry point, and loads it when a model asks for it. The import budget,
+    without a clock: nothing of the demo's, the report's or third parties' comes along.
+    """
     loaded = modules_after(
         "import sys, torch._dynamo as dynamo\n"
         "assert 'qcompile_fp4' in dynamo.list_backends(exclude_tags=None)\n"
@@ -46,11 +48,6 @@ def test_the_backend_is_found_by_name_and_only_then_imported():
         "assert (backend.__module__, backend.__name__) == ('qcompile.backends', 'qcompile_fp4')\n"
     )
     assert "qcompile.backends" in loaded
-
-
-def test_the_backend_imports_only_what_a_compilation_needs():
-    """The import budget, without a clock: nothing of the demo's, the report's or third parties' comes along."""
-    loaded = modules_after("import qcompile.backends")
     third_party = {"transformers", "torchao", "matplotlib", "rich", "hypothesis", "datasets", "torchvision"}
     assert not third_party & {name.split(".")[0] for name in loaded}
     assert not {"qcompile.report", "qcompile.apps"} & loaded

@@ -36,15 +36,14 @@ def doubled(layer):
 
 def test_an_arm_of_lora_is_timed_if_its_gradients_are_those_of_the_reference(tmp_path, monkeypatch):
     """Eager PyTorch in the place of compilers. ``doubled`` is a model that learns, but another one."""
+    compared = (lora_step.REFERENCE, "ours_nf4", "ours_w4a4_wide_dx", "ours_w4a4")
     arms = {
-        name: replace(arm, backend=arm.backend and "eager")
-        for name, arm in lora_step.ARMS.items()
-        if name in (lora_step.REFERENCE, "ours_nf4", "ours_w4a4")
+        name: replace(arm, backend=arm.backend and "eager") for name, arm in lora_step.ARMS.items() if name in compared
     }
     arms["doubled"] = lora_step.Arm(doubled, "eager")
     monkeypatch.setattr(lora_step, "ARMS", arms)
     assert lora_step.work("ours_nf4", TINY, tmp_path).status.startswith("ok, but bnb_eager did not run")
-    for name in (lora_step.REFERENCE, "ours_nf4", "ours_w4a4"):
+    for name in compared:
         row = lora_step.work(name, TINY, tmp_path)
         assert (row.status, row.compiled) == ("ok", "layers" if arms[name].backend else "eager")
         assert row.median_ms > 0

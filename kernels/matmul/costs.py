@@ -80,14 +80,15 @@ def rates_of(card: str) -> tuple[Rates, bool]:
 
 
 def best_backward(
-    shape: tuple[int, int, int], roles: Roles, readers: int, dtype: torch.dtype, rates: Rates
+    shape: tuple[int, int, int], roles: Roles, readers: int, dtype: torch.dtype, rates: Rates, groups: int = 1
 ) -> tuple[Roles, dict[Roles, float]]:
     """Which of ``roles`` run fastest in 8 bits, and the estimated microseconds of every choice.
 
-    ``shape`` is (M, N, K); ``roles``, those that can; ``readers``, how many products share X; ``dtype`` that of dY.
+    ``shape`` is (M, N, K); ``roles``, those that can; ``readers``, how many products share X; ``dtype`` that of dY;
+    ``groups``, how many W and dW there are, each for a part of the rows.
     """
     m, n, k = shape
-    operations, results = 2.0 * m * n * k, {"dgrad": m * k, "wgrad": n * k}
+    operations, results = 2.0 * m * n * k, {"dgrad": m * k, "wgrad": groups * n * k}
 
     def microseconds(chosen: Roles) -> float:
         bytes_per_element, launches = _OF_GRADIENT[chosen]

@@ -34,6 +34,16 @@ dot_scaled E8M0 of 32 elements, or E4M3 of 16; any        10.0, 10.3, 12.0; all 
 reference  the same                                       any                     any
 ========== ============================================== ======================= =========================
 
+Of ``mm_8bit_grouped``, whose rows or contraction are in groups of any sizes:
+
+========== ============================================== ======================= =========================
+provider   operands                                       compute capability      output
+========== ============================================== ======================= =========================
+grouped    FP8, or both INT8, without offsets; K a        9.0                     bfloat16, float16, float32
+           multiple of 16
+reference  the same, any K                                any                     any
+========== ============================================== ======================= =========================
+
 Of ``mm_stored``, whose weight is stored in 4 bits and whose other operand is in high precision:
 
 ========== ============================================== ======================= =========================
@@ -70,6 +80,7 @@ from .costs import rates_of
 __all__ = [
     "BLOCK_SCALED",
     "FP4",
+    "GROUPED",
     "ONE_BIT",
     "POPCOUNT",
     "PROVIDERS",
@@ -80,6 +91,7 @@ __all__ = [
     "decodes_first",
     "mm_1bit",
     "mm_8bit",
+    "mm_8bit_grouped",
     "mm_block_scaled",
     "supports_stored",
 ]
@@ -110,6 +122,7 @@ class Product:
         bias: dtype of the bias, ``None`` without one.
         tensor_scales: whether both scales are ``[1, 1]``.
         offsets: whether something is added before the scales.
+        grouped: whether it is one product for each group, ``mm_8bit_grouped``.
     """
 
     shape: tuple[Any, Any, Any]
@@ -119,11 +132,12 @@ class Product:
     bias: torch.dtype | None = None
     tensor_scales: bool = False
     offsets: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of one of the three ops.
+    """An implementation of one of the ops.
 
     Attributes:
         name: what the report calls it.
@@ -142,7 +156,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     The reason also says if this was never tried on such a card. ``reference`` can always run.
     """
     reasons = []
-    for provider in _AS_STORED.get(product.dtypes[0], PROVIDERS):
+    for provider in GROUPED if product.grouped else _AS_STORED.get(product.dtypes[0], PROVIDERS):
         obstacle = provider.obstacle(product)
         if not obstacle:
             break
@@ -187,6 +201,21 @@ def _mm(
         offsets=offset_a is not None or offset_b is not None,
     )
     return _chosen(product).run(a, b, scale_a, scale_b, dtype, bias, offset_a, offset_b)
+
+
+def mm_8bit_grouped(
+    a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """``qcompile::mm_8bit_grouped`` on CUDA by the provider that :func:`choose` names; as in the reference."""
+    product = Product(
+        shape=(a.shape[0], b.shape[-2], a.shape[1]),
+        dtypes=(a.dtype, b.dtype),
+        dtype=dtype,
+        capability=_capability(a.device),
+        bias=None if bias is None else bias.dtype,
+        grouped=True,
+    )
+    return _chosen(product).run(a, b, offs, scale_a, scale_b, dtype, bias)
 
 
 def mm_block_scaled(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
@@ -348,6 +377,32 @@ PROVIDERS = (
     Provider("gluon", _run_gluon, _obstacle_to_gluon),
     Provider("triton", _run_triton, _obstacle_to_triton),
     Provider("reference", reference.mm_8bit, lambda product: ""),
+)
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def _obstacle_to_grouped(product: Product) -> str:
+    k = product.shape[2]
+    checks = {
+        "it adds nothing before the scales": not product.offsets,
+        "the kernel for groups needs compute capability 9.0": product.capability >= (9, 0),
+        f"K = {k} is no multiple of 16": k % 16 == 0,
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "") or _obstacle_to_triton(product)
+
+
+def _run_grouped(*arguments: Any) -> Tensor:
+    from . import grouped
+
+    return grouped.mm_8bit_grouped(*arguments)
+
+
+#: Best first, for products of groups.
+GROUPED = (
+    Provider("grouped", _run_grouped, _obstacle_to_grouped),
+    Provider("reference", reference.mm_8bit_grouped, lambda product: ""),
 )
 
 

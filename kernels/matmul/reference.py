@@ -16,7 +16,7 @@ from qcompile.ir.encoding import Encoding
 from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES
 from qcompile.kernels.quantize.nested import CodedScales, dequantize_scales
-from qcompile.kernels.quantize.reference import decode, load_scale, spread, swap_halves, unpack
+from qcompile.kernels.quantize.reference import decode, group_slices, load_scale, spread, swap_halves, unpack
 
 __all__ = [
     "block_of",
@@ -24,6 +24,7 @@ __all__ = [
     "decode_operand",
     "mm_1bit",
     "mm_8bit",
+    "mm_8bit_grouped",
     "mm_block_scaled",
     "mm_stored",
     "quantized_mm",
@@ -57,14 +58,52 @@ def quantized_mm(
     b_transposed: bool,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    offs: Tensor | None = None,
 ) -> Tensor:
     """``op(a) @ op(b)`` in ``dtype``, 2-D or 3-D with a common batch; plus ``bias`` broadcast over the rows (2-D
     only).
+
+    With ``offs``, where groups end, of a matrix a: the product of each group of its rows with its own matrix of b
+    ``[E, K, N]``, 0 beyond the last group; or, b being a matrix too, the products ``[E, M, N]`` of each group of the
+    contraction. An operand of :func:`~qcompile.kernels.quantize.reference.quantize_groups` has its scales, for instance
+    ``[E, M, 1]``, and its layout.
     """
+    if offs is not None:
+        return _grouped_mm(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, offs)
     left = decode_operand(a, a_operand, a_size, dtype)
     right = decode_operand(b, b_operand, b_size, dtype)
     left, right = left.mT if a_transposed else left, right.mT if b_transposed else right
     return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def _grouped_mm(
+    a: list[Tensor],
+    a_operand: str,
+    a_size: int,
+    a_transposed: bool,
+    b: list[Tensor],
+    b_operand: str,
+    b_size: int,
+    b_transposed: bool,
+    dtype: torch.dtype,
+    offs: Tensor,
+) -> Tensor:
+    def read(tensors: list[Tensor], operand: str, size: int, transposed: bool) -> Tensor:
+        if len(tensors) > 1 and tensors[1].dim() > tensors[0].dim():
+            quantizer = str(Encoding.parse(operand).quantizer)
+            dense = torch.ops.qcompile.dequantize_groups(*tensors, quantizer, offs, size, dtype)
+        else:
+            dense = decode_operand(tensors, operand, size, dtype)
+        return dense.mT if transposed else dense
+
+    left, right = read(a, a_operand, a_size, a_transposed), read(b, b_operand, b_size, b_transposed)
+    own = [rows for rows, _ in group_slices(offs)]
+    if right.dim() == 2:
+        return torch.stack([left[:, rows] @ right[rows] for rows in own])
+    out = left.new_zeros([left.shape[0], right.shape[2]])
+    for rows, matrix in zip(own, right, strict=True):
+        out[rows] = left[rows] @ matrix
+    return out
 
 
 def mm_8bit(
@@ -87,6 +126,39 @@ def mm_8bit(
         product = product + offset_b.t()
     product = product * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def mm_8bit_grouped(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Products of groups, which end at ``offs``, of 8-bit codes, summed in float32; scales may be single elements.
+
+    Of rows: a ``[M, K]``, b ``[E, N, K]``, scales ``[M, 1]`` and ``[E, N, 1]``, bias ``[E, N]``: ``[M, N]``, 0 beyond
+    the last group. Of the contraction: a ``[N, P]`` and b ``[K, P]`` as ``recode`` pads them, scales ``[E, N, 1]`` and
+    ``[E, K, 1]``: ``[E, N, K]``.
+    """
+
+    def of_group(scales: Tensor, part: Any) -> Tensor:
+        return scales.reshape(1, 1) if scales.numel() == 1 else scales[part]
+
+    slices = list(group_slices(offs))
+    if b.dim() == 2:
+        products = [
+            mm_8bit(a[:, place], b[:, place], of_group(scale_a, group), of_group(scale_b, group), dtype)
+            for group, (_, place) in enumerate(slices)
+        ]
+        return torch.stack(products)
+    result = a.new_zeros([a.shape[0], b.shape[1]], dtype=dtype)
+    for group, (own, _) in enumerate(slices):
+        scales, shift = (of_group(scale_a, own), of_group(scale_b, group)), None if bias is None else bias[group]
+        result[own] = mm_8bit(a[own], b[group], *scales, dtype, shift)
+    return result
 
 
 def count_bits(codes: Tensor) -> Tensor:

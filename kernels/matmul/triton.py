@@ -54,6 +54,7 @@ __all__ = [
     "first_element",
     "fits",
     "mm_8bit",
+    "pieces_of",
     "predicted_cycles",
 ]
 
@@ -110,12 +111,12 @@ class Config:
     def shared_memory(self, out_itemsize: int) -> int:
         """Bytes of shared memory that a program takes, at most; ``out_itemsize`` is that of an output element.
 
-        Operands in flight, the output on its way (by pointers, 16-bit elements leave in two turns), scales between two
-        layouts, barriers, and what the system takes.
+        Operands in flight, the output on its way (by pointers, 16-bit elements of a whole tile leave in two turns),
+        scales between two layouts, barriers, and what the system takes.
         """
         operands = self.stages * (self.block_m + self.block_n) * self.block_k
         output = self.block_m * self.block_n // self.parts * out_itemsize
-        turns = 2 if not self.tma_store and out_itemsize == 2 else 1
+        turns = 2 if not self.tma_store and out_itemsize == 2 and self.parts == 1 else 1
         return operands + output // turns + 4 * max(self.block_m, self.block_n) + 128 + 1024
 
 
@@ -186,14 +187,14 @@ def first_element(tile, m, n, block_m: tl.constexpr, block_n: tl.constexpr, grou
 
 
 @triton.jit
-def _pieces(product, parts: tl.constexpr):
+def pieces_of(product, parts: tl.constexpr):
     """A tuple of the tile's ``parts`` pieces, from left to right."""
     if parts == 1:
         return (product,)
     else:  # what follows a return is compiled as well
         halves = tl.reshape(product, (product.shape[0], 2, product.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return _pieces(left, parts // 2) + _pieces(right, parts // 2)
+        return pieces_of(left, parts // 2) + pieces_of(right, parts // 2)
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def _tma_kernel(
             left = a.load([row, step * block_k])
             right = b.load([column, step * block_k])
             product = tl.dot(left, right.T, product, out_dtype=accumulator)
-        pieces = _pieces(product, parts)
+        pieces = pieces_of(product, parts)
         for part in tl.static_range(parts):
             piece = pieces[part]
             at = column + part * part_n

@@ -16,7 +16,7 @@ Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from qcompile.ir.formats import Format, codes_per_byte
 from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
-from qcompile.ir.ops import COMPENSATED, clamped_counts
+from qcompile.ir.ops import COMPENSATED, GROUP_ALIGNMENT, clamped_counts, padded_rows
 from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Candidate, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
@@ -39,8 +39,10 @@ __all__ = [
     "by_grid",
     "decode",
     "dequantize",
+    "dequantize_groups",
     "encode",
     "encode_compensated",
+    "group_slices",
     "marks",
     "pack",
     "quantize",
@@ -49,6 +51,8 @@ __all__ = [
     "quantize_8bit_pair",
     "quantize_8bit_transposed",
     "quantize_compensated",
+    "quantize_groups",
+    "quantize_groups_pair",
     "recode",
     "scale_pair",
     "scaled_input",
@@ -184,12 +188,73 @@ def quantize_8bit_pair(
     )
 
 
-def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor:
-    """Stored codes ``[R, packed(K)]`` as 8-bit tensor-core codes ``[R, K]`` (or ``[K, R]``), contiguous."""
+def quantize_groups(x: Tensor, quantizer: str, axis: int, offs: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+    """x ``[M, N]`` · fold, whose rows are in groups that end at ``offs``, in a format of 8 bits.
+
+    Along axis 1, fold being float32 ``[E, N, 1]``: codes uint8 ``[M, N]`` and scales ``[M, 1]``; 0 and 1 beyond the
+    last group. Along axis 0, fold being ``[M, 1]``: codes ``[N, padded_rows(M, E)]``, those of each group from a
+    multiple of ``GROUP_ALIGNMENT`` on and zeros after them, and scales ``[E, N, 1]``, one for a column and group.
+    """
+    (rows, size), groups = x.shape, offs.shape[0]
+    if axis % 2:
+        codes, scales = x.new_zeros([rows, size], dtype=torch.uint8), x.new_ones([rows, 1], dtype=torch.float32)
+        for group, (own, _) in enumerate(group_slices(offs)):
+            codes[own], scales[own] = quantize(x[own], quantizer, -1, fold=fold[group])
+        return codes, scales
+    codes = x.new_zeros([size, padded_rows(rows, groups)], dtype=torch.uint8)
+    scales = x.new_empty([groups, size, 1], dtype=torch.float32)
+    for group, (own, place) in enumerate(group_slices(offs)):
+        codes[:, place], scales[group] = quantize(x[own], quantizer, 0, fold=fold[own])
+    return codes, scales
+
+
+def quantize_groups_pair(
+    x: Tensor, quantizer: str, offs: Tensor, fold: Tensor, fold_rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`quantize_groups` of x · fold by rows and of x · fold_rows by columns."""
+    by_rows = quantize_groups(x, quantizer, 1, offs, fold)
+    return *by_rows, *quantize_groups(x, quantizer, 0, offs, fold_rows)
+
+
+def dequantize_groups(
+    codes: Tensor, scales: Tensor, quantizer: str, offs: Tensor, size: int, dtype: torch.dtype
+) -> Tensor:
+    """``[N, size]`` from the codes ``[N, P]`` and scales ``[E, N, 1]`` that :func:`quantize_groups` makes along axis 0;
+    any numbers beyond the last group. The host waits for nothing.
+    """
+    row = torch.arange(size, device=codes.device)
+    group = torch.bucketize(row, offs, right=True).clamp(max=offs.shape[0] - 1)
+    sizes = offs.diff(prepend=offs.new_zeros(1)).long()
+    whole = (sizes + GROUP_ALIGNMENT - 1) // GROUP_ALIGNMENT * GROUP_ALIGNMENT
+    place = row + (whole.cumsum(0) - whole - offs + sizes)[group]
+    levels = decode(codes[:, place.clamp(max=codes.shape[1] - 1)], Quantizer.parse(quantizer).format)
+    return (levels * scales[group, :, 0].t()).to(dtype)
+
+
+def group_slices(offs: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The rows of every group, and those it has where each begins at a multiple of ``GROUP_ALIGNMENT``."""
+    start = place = 0
+    for end in offs.tolist():
+        end = max(start, end)
+        yield slice(start, end), slice(place, place + end - start)
+        place += -(-(end - start) // GROUP_ALIGNMENT) * GROUP_ALIGNMENT
+        start = end
+
+
+def recode(codes: Tensor, quantizer: str, size: int, transposed: bool, offs: Tensor | None = None) -> Tensor:
+    """Stored codes ``[R, packed(K)]`` as 8-bit tensor-core codes ``[R, K]`` (or ``[K, R]``), contiguous; also a batch
+    of them. With ``offs``, where groups of rows end, transposed, ``[K, padded_rows(R, E)]`` as :func:`quantize_groups`
+    has them.
+    """
     fmt = Quantizer.parse(quantizer).format
     values = decode(unpack(codes, fmt.bits, size), fmt) * fmt.tensor_core_factor - fmt.tensor_core_offset
     values = values.to(tensor_core_dtype(fmt))
-    return values.t().contiguous() if transposed else values
+    if offs is None:
+        return values.mT.contiguous() if transposed else values
+    padded = values.new_zeros([size, padded_rows(values.shape[0], offs.shape[0])])
+    for own, place in group_slices(offs):
+        padded[:, place] = values[own].t()
+    return padded
 
 
 def scaled_input(

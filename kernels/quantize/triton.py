@@ -22,6 +22,7 @@ from qcompile.kernels.triton import (
 
 from .grid import unsupported
 from .triton_columns import quantize_8bit_pair, quantize_8bit_transposed, quantize_columns
+from .triton_groups import quantize_groups, quantize_groups_pair
 from .triton_outliers import quantize_compensated
 from .triton_recode import recode
 from .triton_rows import quantize_8bit
@@ -32,12 +33,15 @@ __all__ = [
     "quantize_8bit_transposed",
     "quantize_columns",
     "quantize_compensated",
+    "quantize_groups",
+    "quantize_groups_pair",
     "recode",
     "supports_columns",
     "supports_quantize_8bit",
     "supports_quantize_8bit_pair",
     "supports_quantize_8bit_transposed",
     "supports_quantize_compensated",
+    "supports_quantize_groups",
     "supports_recode",
 ]
 
@@ -65,6 +69,11 @@ def supports_columns(dtypes: tuple[torch.dtype, ...], quantizer: str, by_columns
     if q.format.torch_dtype is None:
         return False, f"the Triton kernel writes 8-bit codes, which those of {q.format.name} are not"
     return supports_quantize_8bit(dtypes, quantizer)
+
+
+def supports_quantize_groups(dtypes: tuple[torch.dtype, ...], quantizer: str) -> Support:
+    """The same for :func:`quantize_groups` and :func:`quantize_groups_pair`."""
+    return supports_columns(dtypes, quantizer, by_columns=True)
 
 
 @cache

@@ -35,7 +35,7 @@ from .triton_codes import encoded, in_float32, saturated
 from .triton_recode import recode
 from .triton_rows import flat, quantize_8bit, write_rows
 
-__all__ = ["quantize_8bit_pair", "quantize_8bit_transposed", "quantize_columns"]
+__all__ = ["TRANSPOSED_TILE", "loaded_tile", "quantize_8bit_pair", "quantize_8bit_transposed", "quantize_columns"]
 
 #: Rows and columns of the tiles whose absolute maxima are taken, and of those that are transposed. 128 rows are lines
 #: of 128 bytes in a transposed copy.
@@ -46,7 +46,7 @@ COLUMN_BAND, TRANSPOSED_TILE = (32, 128), (128, 64)
 
 
 @triton.jit
-def _loaded_tile(x, first_row, first_column, rows, columns, row_stride, tile_rows: tl.constexpr, tile: tl.constexpr):
+def loaded_tile(x, first_row, first_column, rows, columns, row_stride, tile_rows: tl.constexpr, tile: tl.constexpr):
     """Float32 tile [tile_rows, tile] of the matrix x, 0 beyond its edges."""
     row = first_row + tl.arange(0, tile_rows)[:, None]
     column = first_column + tl.arange(0, tile)[None, :]
@@ -82,7 +82,7 @@ def _encode_transposed(
     tiles = tl.cdiv(size, tile)
     first_row = (tl.program_id(0) // tiles) * tile_rows
     first_column = (tl.program_id(0) % tiles) * tile
-    y = _loaded_tile(x, first_row, first_column, rows, size, row_stride, tile_rows, tile)
+    y = loaded_tile(x, first_row, first_column, rows, size, row_stride, tile_rows, tile)
     if by_row is not None:
         row = first_row + tl.arange(0, tile_rows)
         y *= tl.load(by_row + row, mask=row < rows, other=0.0)[:, None]
@@ -151,7 +151,7 @@ def _reduce_columns(
     running = tl.zeros([tile_rows, tile], tl.float32)
     bands = tl.num_programs(1) * tile_rows
     for first in tl.range(tl.program_id(1) * tile_rows, rows, bands, num_stages=stages):
-        value = _loaded_tile(x, first, column, rows, size, row_stride, tile_rows, tile)
+        value = loaded_tile(x, first, column, rows, size, row_stride, tile_rows, tile)
         if fold_rows is not None:
             row = first + tl.arange(0, tile_rows)
             value *= tl.load(fold_rows + row, mask=row < rows, other=0.0)[:, None]
@@ -169,7 +169,7 @@ def _column_scales(
     column = tl.program_id(0) * tile
     running = tl.zeros([tile_rows, tile], tl.float32)
     for first in range(0, count, tile_rows):
-        running = greater(running, _loaded_tile(partials, first, column, count, size, size, tile_rows, tile))
+        running = greater(running, loaded_tile(partials, first, column, count, size, size, tile_rows, tile))
     scale, gamma = fmt.scale_pair(greater(absolute_maximum(running, 0), fmt.amax_floor))
     at = column + tl.arange(0, tile)
     tl.store(scales + at, scale, mask=at < size)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qcompile.ir.ops import padded_rows
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.groups import ALIGNMENT, group_of_tile, groups_of, most_tiles, picked
 from qcompile.kernels.triton import (
     INTERPRETED,
     RUN,
@@ -113,12 +117,66 @@ def _recode_transposed(
     tile_rows: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """A tile of ``tile`` bytes of ``tile_rows`` rows: bytes are transposed before they are unpacked."""
+    """A tile of ``tile`` bytes of ``tile_rows`` rows of one matrix of a batch."""
     tiles = tl.cdiv(stored_size, tile)
-    row = (tl.program_id(0) // tiles) * tile_rows + tl.arange(0, tile_rows)
-    byte = (tl.program_id(0) % tiles) * tile + tl.arange(0, tile)
+    row = tl.program_id(0) // tiles * tile_rows
+    matrix = tl.program_id(1).to(tl.int64)
+    stored += matrix * rows * row_stride
+    codes += matrix * rows * size
+    byte = tl.program_id(0) % tiles * tile
+    _write_recoded(stored, codes, row, row, rows, rows, byte, row_stride, size, stored_size, fmt, tile_rows, tile)
+
+
+@triton.jit
+def _recode_groups(
+    stored,
+    codes,
+    offs,
+    groups,
+    row_stride,
+    padded,
+    size,
+    stored_size,
+    most: tl.constexpr,
+    fmt: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """The same of rows in groups, which begin at multiples of the alignment in ``padded`` columns of codes."""
+    tiles = tl.cdiv(stored_size, tile)
+    starts, sizes = groups_of(offs, groups, most)
+    number = tl.program_id(0) // tiles
+    group, place = group_of_tile(number, tl.cdiv(sizes, ALIGNMENT))
+    row, end = picked(starts, group) + place * ALIGNMENT, picked(starts, group) + picked(sizes, group)
+    byte, to = tl.program_id(0) % tiles * tile, number * ALIGNMENT
+    if row < end:
+        _write_recoded(stored, codes, row, to, end, padded, byte, row_stride, size, stored_size, fmt, ALIGNMENT, tile)
+
+
+@triton.jit
+def _write_recoded(
+    stored,
+    codes,
+    first,
+    to,
+    end,
+    width,
+    first_byte,
+    row_stride,
+    size,
+    stored_size,
+    fmt: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """``tile_rows`` rows from ``first`` on, and zeros from ``end`` on, as columns ``to`` … of the ``width`` of codes.
+
+    Bytes are transposed before they are unpacked.
+    """
+    row = first + tl.arange(0, tile_rows)
+    byte = first_byte + tl.arange(0, tile)
     at = row.to(tl.int64)[:, None] * row_stride + byte[None, :]
-    packed = tl.trans(tl.load(stored + at, mask=(row < rows)[:, None] & (byte < stored_size)[None, :], other=0))
+    packed = tl.trans(tl.load(stored + at, mask=(row < end)[:, None] & (byte < stored_size)[None, :], other=0))
+    to += tl.arange(0, tile_rows)
     per_byte: tl.constexpr = fmt.codes_per_byte
     for i in tl.static_range(per_byte):
         if per_byte == 1:
@@ -128,31 +186,52 @@ def _recode_transposed(
         else:
             code = _looked_up((packed.to(tl.int32) >> (i * (8 // per_byte))) & (2 ** (8 // per_byte) - 1), fmt)
         column = byte * per_byte + i
-        at = column.to(tl.int64)[:, None] * rows + row[None, :]
-        tl.store(codes + at, code, mask=(column < size)[:, None] & (row < rows)[None, :])
+        at = column.to(tl.int64)[:, None] * width + to[None, :]
+        code = tl.where((row < end)[None, :], code, 0)
+        tl.store(codes + at, code, mask=(column < size)[:, None] & (to < width)[None, :])
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor:
-    """As :func:`qcompile.kernels.quantize.reference.recode`; codes ``[R, packed(K)]``, any strides."""
+def recode(codes: Tensor, quantizer: str, size: int, transposed: bool, offs: Tensor | None = None) -> Tensor:
+    """As :func:`qcompile.kernels.quantize.reference.recode`; codes ``[R, packed(K)]`` or a batch, any strides."""
     if codes.numel() == 0:
-        return reference.recode(codes, quantizer, size, transposed)
+        return reference.recode(codes, quantizer, size, transposed, offs)
     q = Quantizer.parse(quantizer)
     fmt = grid_of(str(Quantizer(q.format)))  # codes do not depend on how they were scaled
-    codes = with_dense_rows(codes)
-    rows, stored_size = codes.shape
-    shape = (size, rows) if transposed else (rows, size)
-    recoded = codes.new_empty(shape, dtype=tensor_core_dtype(q.format))
-    if transposed:
-        tile_rows, tile = RECODE_TILE
+    codes = with_dense_rows(codes) if codes.dim() == 2 else codes.contiguous()
+    *batch, rows, stored_size = codes.shape
+    tile_rows, tile = RECODE_TILE
+    if offs is not None:
+        groups, padded = offs.shape[0], padded_rows(rows, offs.shape[0])
+        recoded = codes.new_empty((size, padded), dtype=tensor_core_dtype(q.format))
         launch(
-            _recode_transposed,
-            triton.cdiv(rows, tile_rows) * triton.cdiv(stored_size, tile),
+            _recode_groups,
+            most_tiles(rows, groups, ALIGNMENT.value) * triton.cdiv(stored_size, tile),
             codes,
             recoded.view(torch.uint8),
+            offs,
+            groups,
             codes.stride(0),
+            padded,
+            size,
+            stored_size,
+            most=triton.next_power_of_2(groups),
+            fmt=fmt,
+            tile=tile,
+            num_warps=4,
+        )
+        return recoded
+    shape = (*batch, size, rows) if transposed else (*batch, rows, size)
+    recoded = codes.new_empty(shape, dtype=tensor_core_dtype(q.format))
+    if transposed:
+        launch(
+            _recode_transposed,
+            (triton.cdiv(rows, tile_rows) * triton.cdiv(stored_size, tile), math.prod(batch)),
+            codes,
+            recoded.view(torch.uint8),
+            codes.stride(-2),
             rows,
             size,
             stored_size,
@@ -162,6 +241,7 @@ def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor
             num_warps=4,
         )
         return recoded
+    rows *= math.prod(batch)
     if codes.is_contiguous() and size % fmt.codes_per_byte == 0:  # then it is all one row
         rows, size, stored_size = 1, rows * size, rows * stored_size
     launch(
@@ -169,7 +249,7 @@ def recode(codes: Tensor, quantizer: str, size: int, transposed: bool) -> Tensor
         rows * triton.cdiv(size, RECODE_BLOCK),
         codes,
         recoded.view(torch.uint8),
-        codes.stride(0),
+        codes.stride(-2),
         size,
         stored_size,
         fmt=fmt,

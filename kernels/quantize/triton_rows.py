@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
+from qcompile.kernels.groups import group_of_row
 from qcompile.kernels.triton import (
     INTERPRETED,
     LONGEST_ROW,
@@ -43,7 +44,7 @@ from .triton_codes import (
     tensor_core_code,
 )
 
-__all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit", "write_rows"]
+__all__ = ["ELEMENTS_PER_THREAD", "flat", "loaded", "quantize_8bit", "write_rows", "write_rows_of_groups"]
 
 #: Elements a thread holds: enough to share the cost of scales and reductions, few enough to leave registers for other
 #: programs of the processor. A row in parts has up to twice as many.
@@ -242,6 +243,37 @@ def _quantize_long_row(
         _write_part(y, codes, stored, mask, start, sizes, fmt, passes, block, RUN, ragged, True, False)
 
 
+# --- rows in groups, each with a fold of its own ---------------------------------------------------------------------
+
+
+@triton.jit
+def _quantize_row_of_group(
+    x,
+    fold,
+    offs,
+    codes,
+    scales,
+    groups,
+    row_stride,
+    size,
+    most: tl.constexpr,
+    fmt: tl.constexpr,
+    part: tl.constexpr,
+    run: tl.constexpr,
+    parts: tl.constexpr,
+):
+    fold += group_of_row(tl.program_id(0), offs, groups, most).to(tl.int64) * size
+    _quantize_row(x, fold, codes, scales, None, None, row_stride, size, 0, 0, fmt, None, part, run, parts, False)
+
+
+@triton.jit
+def _quantize_long_row_of_group(
+    x, fold, offs, codes, scales, groups, row_stride, size, most: tl.constexpr, fmt: tl.constexpr, block: tl.constexpr
+):
+    fold += group_of_row(tl.program_id(0), offs, groups, most).to(tl.int64) * size
+    _quantize_long_row(x, fold, codes, scales, None, None, row_stride, size, 0, 0, fmt, None, block, False)
+
+
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
@@ -275,19 +307,10 @@ def write_rows(
 ) -> None:
     """Write what is not ``None`` of x ``[R, K]`` with dense rows, whose scales follow from the absolute maximum."""
     rows, size = x.shape
-    layout: dict[str, Any]
-    if size <= LONGEST_ROW:
-        # Of the largest power of two that is not larger.
-        num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
-        # Alone, a mask is written where elements are read: eight of 16 bits per thread, a byte of the mask.
-        run = 8 if codes is None and stored is None else RUN.value
-        part = run * WARP.value * num_warps
-        kernel, layout = _quantize_row, {"part": part, "run": run, "parts": triton.cdiv(size, part)}
-    else:
-        num_warps = warps(LONGEST_ROW, ELEMENTS_PER_THREAD)
-        kernel, layout = _quantize_long_row, {"block": LONGEST_ROW}
+    # Alone, a mask is written where elements are read: eight of 16 bits per thread, a byte of the mask.
+    num_warps, layout = _layout(size, 8 if codes is None and stored is None else RUN.value)
     launch(
-        kernel,
+        _quantize_row if size <= LONGEST_ROW else _quantize_long_row,
         rows,
         x,
         flat(fold),
@@ -305,3 +328,37 @@ def write_rows(
         ragged=size % (fmt.codes_per_byte if mask is None else 8) != 0,
         num_warps=num_warps,
     )
+
+
+def write_rows_of_groups(x: Tensor, fmt: Grid, offs: Tensor, fold: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """8-bit codes and scales of x ``[M, N]`` with dense rows, times the row of ``fold`` ``[E, N, 1]`` that belongs to
+    the group.
+    """
+    rows, size = x.shape
+    num_warps, layout = _layout(size, RUN.value)
+    launch(
+        _quantize_row_of_group if size <= LONGEST_ROW else _quantize_long_row_of_group,
+        rows,
+        x,
+        flat(fold),
+        offs,
+        codes,
+        scales,
+        offs.shape[0],
+        x.stride(0),
+        size,
+        most=triton.next_power_of_2(offs.shape[0]),
+        fmt=fmt,
+        **layout,
+        num_warps=num_warps,
+    )
+
+
+def _layout(size: int, run: int) -> tuple[int, dict[str, Any]]:
+    """Warps that share a row, and the constants that say how they do."""
+    if size > LONGEST_ROW:
+        return warps(LONGEST_ROW, ELEMENTS_PER_THREAD), {"block": LONGEST_ROW}
+    # Of the largest power of two that is not larger.
+    num_warps = warps(row_block(size + 1) // 2, ELEMENTS_PER_THREAD)
+    part = run * WARP.value * num_warps
+    return num_warps, {"part": part, "run": run, "parts": triton.cdiv(size, part)}

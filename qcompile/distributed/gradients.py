@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
@@ -19,8 +19,9 @@ from qcompile.ir.formats import get_format
 
 from .collectives import Codes, all_reduce, reduce_scatter, wide_bytes
 
-__all__ = ["Traffic", "fp8_gradients"]
+__all__ = ["Buckets", "Traffic", "check_free", "fp8_gradients"]
 
+_WHO = "fp8_gradients"
 _FORMATS = ("e4m3", "e5m2")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKS = tuple(2**i for i in range(5, 13))
@@ -125,38 +126,36 @@ def _hooks(model: nn.Module, codes: Codes, traffic: Traffic, replicas: dist.Proc
                 )
                 raise ValueError(msg)
             reduce_scatter, hooked = compat.fsdp_reduction(module)
-            _check_free(name, reduce_scatter)
+            check_free(_WHO, name, reduce_scatter)
             yield partial(module.set_custom_reduce_scatter, cast(Any, _Fp8ReduceScatter(codes, traffic)))
             if replicas is not None:
-                _check_free(name, "an all-reduce hook" if hooked else None)
+                check_free(_WHO, name, "an all-reduce hook" if hooked else None)
                 yield partial(module.set_all_reduce_hook, partial(_all_reduce_shard, codes, traffic, replicas, module))
         elif isinstance(module, DistributedDataParallel):
             if replicas is not None:
                 msg = f"fp8_gradients: replicas= is for FSDP2; give {name}, a DistributedDataParallel, process_group="
                 raise ValueError(msg)
-            _check_free(name, compat.ddp_hook(module))
+            check_free(_WHO, name, compat.ddp_hook(module))
             names = {parameter: f"{name}.{path}" for path, parameter in module.named_parameters()}
-            bucket_state = _Bucket(codes, traffic, module.process_group, names)
-            # A lambda: DDP compares annotations with classes, and here they are text.
-            hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731
-            hook.__qualname__ = fp8_gradients.__name__  # what DDP logs, and what a second call is told
-            yield partial(module.register_comm_hook, bucket_state, hook)
+            group = module.process_group
+            buckets = Buckets(_WHO, partial(_reduce_codes, codes, group), traffic, group, names)
+            yield partial(buckets.install, module)
 
 
-def _check_free(name: str, taken: str | None) -> None:
-    """``taken`` is what reduces the gradients of module ``name`` already, if anything but its wrapper does."""
+def check_free(who: str, name: str, taken: str | None, does: str = "reduces gradients") -> None:
+    """``taken`` is what does this for module ``name`` already, if anything but its wrapper does."""
     if taken is not None:
         msg = (
-            f"fp8_gradients: {name} already reduces gradients with {taken}, which this would replace; "
+            f"{who}: {name} already {does} with {taken}, which this would replace; "
             "call it once, on wrappers without a communication hook"
         )
         raise ValueError(msg)
 
 
-def _check(gradient: Tensor) -> None:
+def check_dtype(who: str, gradient: Tensor) -> None:
     if gradient.dtype not in _DTYPES:
         dtype = str(gradient.dtype).removeprefix("torch.")
-        msg = f"fp8_gradients: gradients are {dtype}; reduce them in float32, bfloat16 or float16"
+        msg = f"{who}: gradients are {dtype}; reduce them in float32, bfloat16 or float16"
         raise TypeError(msg)
 
 
@@ -177,7 +176,7 @@ class _Fp8ReduceScatter:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         """Done, or queued on the current stream, when it returns; so there is nothing to wait for (``async_op``)."""
-        _check(input_tensor)
+        check_dtype(_WHO, input_tensor)
         world = group.size()
         sent = reduce_scatter(input_tensor, output_tensor, group, _factor(op, world), self.codes)
         self.traffic._add(sent, wide_bytes(len(input_tensor), input_tensor.dtype, world, hops=1))
@@ -197,7 +196,7 @@ def _all_reduce_shard(
     """What ``FSDPModule.set_all_reduce_hook`` takes, on the stream of FSDP's all-reduces: the mean over replicas, or
     the sum where the user has set what the sum over all ranks is divided by, which the reduce-scatter has done.
     """
-    _check(shard)
+    check_dtype(_WHO, shard)
     if shard.is_cuda:  # allocated on the stream of reduce-scatters, which may give its memory to the next one
         shard.record_stream(torch.cuda.current_stream(shard.device))
     world = group.size()
@@ -209,31 +208,44 @@ def _all_reduce_shard(
 # --- DDP ------------------------------------------------------------------------------------------------------------
 
 
-class _Bucket:
-    """What a DDP's hook knows: the group, the parameters' names, and on CUDA a stream beside that of the backward.
+#: Averages a bucket in place; returns the bytes that this rank sends.
+Reduce = Callable[[dist.GradBucket], int]
+
+
+class Buckets:
+    """The communication hook of a DDP.
 
     Not the module itself: it would keep itself alive through its reducer, where Python's garbage collector cannot see.
+
+    Args:
+        who: the function that sets the hook, for messages.
+        names: of the parameters.
     """
 
     def __init__(
-        self, codes: Codes, traffic: Traffic, group: dist.ProcessGroup, names: dict[nn.Parameter, str]
+        self, who: str, reduce: Reduce, traffic: Traffic, group: dist.ProcessGroup, names: dict[nn.Parameter, str]
     ) -> None:
-        self.codes, self.traffic, self.group, self.names = codes, traffic, group, names
-        self.stream: torch.cuda.Stream | None = None
+        self.who, self.reduce, self.traffic, self.group, self.names = who, reduce, traffic, group, names
+        self.stream: torch.cuda.Stream | None = None  # beside that of the backward
+
+    def install(self, module: DistributedDataParallel) -> None:
+        # A lambda: DDP compares annotations with classes, and here they are text.
+        hook = lambda state, bucket: _reduce_bucket(state, bucket)  # noqa: E731
+        hook.__qualname__ = self.who  # what DDP logs, and what a second call is told
+        module.register_comm_hook(self, cast(Any, hook))
 
 
-def _reduce_bucket(state: _Bucket, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _reduce_bucket(state: Buckets, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """What ``DistributedDataParallel.register_comm_hook`` takes: the mean of the bucket's gradients."""
     gradients = bucket.buffer()
     if gradients.is_sparse:
         name = state.names[cast(nn.Parameter, bucket.parameters()[0])]  # sparse gradients have buckets of their own
-        msg = f"fp8_gradients: the gradient of {name} is sparse; make it dense, for example nn.Embedding(sparse=False)"
+        msg = f"{state.who}: the gradient of {name} is sparse; make it dense, for example nn.Embedding(sparse=False)"
         raise TypeError(msg)
-    _check(gradients)
-    world = state.group.size()
+    check_dtype(state.who, gradients)
     if not gradients.is_cuda:
         done: torch.futures.Future[Tensor] = torch.futures.Future()
-        sent = all_reduce(gradients, state.group, 1 / world, state.codes)
+        sent = state.reduce(bucket)
         done.set_result(gradients)
     else:
         # Beside the backward, as NCCL's own reductions are; a future remembers the stream on which it is set.
@@ -241,7 +253,11 @@ def _reduce_bucket(state: _Bucket, bucket: dist.GradBucket) -> torch.futures.Fut
         state.stream.wait_stream(torch.cuda.current_stream(gradients.device))
         done = torch.futures.Future(devices=[gradients.device])
         with torch.cuda.stream(state.stream):
-            sent = all_reduce(gradients, state.group, 1 / world, state.codes)
+            sent = state.reduce(bucket)
             done.set_result(gradients)
-    state.traffic._add(sent, wide_bytes(len(gradients), gradients.dtype, world, hops=2))
+    state.traffic._add(sent, wide_bytes(len(gradients), gradients.dtype, state.group.size(), hops=2))
     return done
+
+
+def _reduce_codes(codes: Codes, group: dist.ProcessGroup, bucket: dist.GradBucket) -> int:
+    return all_reduce(bucket.buffer(), group, 1 / group.size(), codes)

@@ -34,9 +34,11 @@ from .transforms import Transform
 
 __all__ = [
     "COMPENSATED",
+    "GROUP_ALIGNMENT",
     "LIB",
     "clamped_counts",
     "index_dtype",
+    "padded_rows",
     "quantize_along",
     "quantized",
     "transform_of",
@@ -82,9 +84,19 @@ _SCHEMAS = (
     # grad ⊙ slope(x / scales): the estimators that need their input again.
     "scale_gradient(Tensor grad, Tensor x, Tensor scales, str quantizer, str estimator, int axis, "
     "Tensor? global_scale=None) -> Tensor",
-    # a @ b (+ bias) on quantized operands, see kernels/matmul/reference.py for the operands' tensors and text.
+    # a @ b (+ bias) on quantized operands, see kernels/matmul/reference.py for the operands' tensors and text. With
+    # `offs`, the product of every group of rows of a with its own matrix of b [E, …], or, if b is a matrix too, of the
+    # groups of the axis that is contracted: [E, …].
     "quantized_mm(Tensor[] a, str a_operand, SymInt a_size, bool a_transposed, Tensor[] b, str b_operand, "
-    "SymInt b_size, bool b_transposed, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    "SymInt b_size, bool b_transposed, ScalarType dtype, Tensor? bias=None, Tensor? offs=None) -> Tensor",
+    # Codes and scales of x [M, N] · fold, whose rows are in groups that end at `offs` (int32 [E]); 8-bit formats only.
+    # Along axis 1 fold is [E, N, 1], a row for each group: codes [M, N], scales [M, 1]. Along axis 0 fold is [M, 1] and
+    # scales are those of a column in a group, [E, N, 1]; codes are [N, padded_rows(M, E)]: those of a group begin at a
+    # multiple of GROUP_ALIGNMENT, and zeros fill its last one up.
+    "quantize_groups(Tensor x, str quantizer, int axis, Tensor offs, Tensor fold) -> (Tensor, Tensor)",
+    # What its codes [N, P] and scales [E, N, 1] along axis 0 stand for: [N, size] in `dtype`, size being M.
+    "dequantize_groups(Tensor codes, Tensor scales, str quantizer, Tensor offs, SymInt size, ScalarType dtype) "
+    "-> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -92,6 +104,16 @@ for _schema in _SCHEMAS:
 
 #: Quantizer whose decoder reads what ``quantize_compensated`` writes.
 COMPENSATED = "e4m3 row absmax even"
+
+
+#: Where the codes of a group begin that are contracted along the rows of all groups: a step of the kernels, so that
+#: none of them reads two groups.
+GROUP_ALIGNMENT = 128
+
+
+def padded_rows(rows, groups):
+    """How many rows ``groups`` groups of ``rows`` rows take at most if each begins at a multiple of GROUP_ALIGNMENT."""
+    return (rows + (GROUP_ALIGNMENT - 1) * groups) // GROUP_ALIGNMENT * GROUP_ALIGNMENT
 
 
 def register_meta(name: str):
@@ -208,7 +230,7 @@ def _(grad, x, scales, quantizer, estimator, axis, global_scale=None):
 
 
 @register_meta("quantized_mm")
-def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None):
+def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, bias=None, offs=None):
     def stored(tensors, operand, size):
         shape = tensors[0].shape
         # Codes are packed along the last axis.
@@ -217,14 +239,32 @@ def _(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dt
     a_shape, b_shape = stored(a, a_operand, a_size), stored(b, b_operand, b_size)
     rows = a_shape[-1] if a_transposed else a_shape[-2]
     columns = b_shape[-2] if b_transposed else b_shape[-1]
-    return a[0].new_empty([*a_shape[:-2], rows, columns], dtype=dtype)
+    batch = a_shape[:-2] if offs is None or len(b_shape) == 3 else [offs.shape[0]]
+    return a[0].new_empty([*batch, rows, columns], dtype=dtype)
+
+
+@register_meta("quantize_groups")
+def _(x, quantizer, axis, offs, fold):
+    rows, size = x.shape
+    groups = offs.shape[0]
+    if axis % 2:
+        codes, scales = [rows, size], [rows, 1]
+    else:
+        codes, scales = [size, padded_rows(rows, groups)], [groups, size, 1]
+    return x.new_empty(codes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float32)
+
+
+@register_meta("dequantize_groups")
+def _(codes, scales, quantizer, offs, size, dtype):
+    return codes.new_empty([codes.shape[0], size], dtype=dtype)
 
 
 @register_flop_formula(torch.ops.qcompile.quantized_mm)
 def _(a, a_operand, a_size, a_transposed, *rest, out_shape, **keywords):
     """Multiplications and additions, of which a memory budget of torch's partitioner asks."""
     rows = a[0][-2]
-    return 2 * math.prod(out_shape) * (rows if a_transposed else a_size)
+    grouped = len(out_shape) == 3 and len(a[0]) == 2  # the groups share what is contracted
+    return 2 * math.prod(out_shape[grouped:]) * (rows if a_transposed else a_size)
 
 
 def global_scale_of(x: Tensor, quantizer: Quantizer) -> Tensor | None:

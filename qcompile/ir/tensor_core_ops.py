@@ -36,7 +36,7 @@ import torch
 
 from .formats import Format
 from .operand import Operand
-from .ops import LIB, register_meta
+from .ops import LIB, padded_rows, register_meta
 from .quantizer import Quantizer
 
 __all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "tensor_core_dtype"]
@@ -53,8 +53,13 @@ _SCHEMAS = (
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R].
-    "recode(Tensor codes, str quantizer, SymInt size, bool transposed) -> Tensor",
+    # quantize_groups of one x along both axes, of x · fold [E, N, 1] and of x · fold_rows [M, 1]: both its results by
+    # rows, and then by columns.
+    "quantize_groups_pair(Tensor x, str quantizer, Tensor offs, Tensor fold, Tensor fold_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R]; also of every matrix of a batch.
+    # With `offs`, the ends of groups of rows, transposed [K, padded_rows(R, E)] as by quantize_groups.
+    "recode(Tensor codes, str quantizer, SymInt size, bool transposed, Tensor? offs=None) -> Tensor",
     # a [M, K] times b [N, K] transposed, plus offset_a [M, 1] and offset_b [N, 1] (float32), times both scales (M or 1,
     # N or 1), plus bias [N]: [M, N] in `dtype`.
     "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
@@ -62,6 +67,12 @@ _SCHEMAS = (
     # The same of stored 1-bit codes a [M, K/8] and b [N, K/8], uint8: it counts the bits that are set in both.
     "mm_1bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
     "Tensor? offset_a=None, Tensor? offset_b=None) -> Tensor",
+    # Products of groups, which end at `offs` (int32 [E]). Of rows: a [M, K] times the group's own matrix of b [E, N, K]
+    # transposed, times scales (M or 1) and ([E, N, 1] or 1), plus bias [E, N]: [M, N]; rows beyond the last group are
+    # not written. Of the contraction: a [N, P] times b [K, P] transposed, P padded as by quantize_groups, times scales
+    # ([E, N, 1] or 1) and ([E, K, 1] or 1): [E, N, K], 0 for a group without rows.
+    "mm_8bit_grouped(Tensor a, Tensor b, Tensor offs, Tensor scale_a, Tensor scale_b, ScalarType dtype, "
+    "Tensor? bias=None) -> Tensor",
     # How many bits are set in every row of codes uint8 [R, C]: float32 [R, 1].
     "count_bits(Tensor codes) -> Tensor",
     # Stored E2M1 codes a [M, ceil(K/2)] times b [N, ceil(K/2)] transposed, with scales of blocks along K, both of one
@@ -137,9 +148,23 @@ def _(x, quantizer, fold, fold_rows):
     )
 
 
+@register_meta("quantize_groups_pair")
+def _(x, quantizer, offs, fold, fold_rows):
+    (rows, columns), groups = x.shape, offs.shape[0]
+    return (
+        x.new_empty([rows, columns], dtype=torch.uint8),
+        x.new_empty([rows, 1], dtype=torch.float32),
+        x.new_empty([columns, padded_rows(rows, groups)], dtype=torch.uint8),
+        x.new_empty([groups, columns, 1], dtype=torch.float32),
+    )
+
+
 @register_meta("recode")
-def _(codes, quantizer, size, transposed):
-    shape = [size, codes.shape[0]] if transposed else [codes.shape[0], size]
+def _(codes, quantizer, size, transposed, offs=None):
+    *batch, rows, _ = codes.shape
+    if offs is not None:
+        rows = padded_rows(rows, offs.shape[0])
+    shape = [*batch, size, rows] if transposed else [*batch, rows, size]
     return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
 
 
@@ -152,6 +177,12 @@ def _(codes):
 @register_meta("mm_8bit")
 def _(a, b, scale_a, scale_b, dtype, bias=None, offset_a=None, offset_b=None):
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
+@register_meta("mm_8bit_grouped")
+def _(a, b, offs, scale_a, scale_b, dtype, bias=None):
+    shape = [a.shape[0], b.shape[1]] if b.dim() == 3 else [offs.shape[0], a.shape[0], b.shape[0]]
+    return a.new_empty(shape, dtype=dtype)
 
 
 @register_meta("mm_stored")

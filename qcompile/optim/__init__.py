@@ -1,5 +1,6 @@
-"""Optimizers with states in 8 bits: ``qcompile.optim.AdamW``."""
+"""Optimizers with states in 8 bits: ``qcompile.optim.AdamW`` and ``Muon``."""
 
 from .adamw import AdamW as AdamW
+from .muon import Muon as Muon
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "Muon"]

@@ -16,20 +16,29 @@ from qcompile.ir.sharding import local_tensor
 from qcompile.kernels.formula.torch_target import torch_function
 
 from . import formulas
-from .states import Kind, Numbers
+from .states import Kept, Kind, Numbers
 
-__all__ = ["as_blocks", "compiled", "state_as_blocks", "update"]
+__all__ = [
+    "as_blocks",
+    "compiled",
+    "compiled_momentum",
+    "compiled_move",
+    "momentum",
+    "move",
+    "state_as_blocks",
+    "update",
+]
 
 #: Who gets which of the random numbers of :func:`formulas.draw`.
 _DRAWN = ("parameter", "exp_avg", "exp_avg_sq")
 
 
-def as_blocks(tensor: Tensor, kind: Kind) -> Tensor:
+def as_blocks(tensor: Tensor, kind: Kept) -> Tensor:
     """A contiguous parameter or gradient as ``[blocks, block]``."""
     return tensor.view(-1, kind.block or 1)
 
 
-def state_as_blocks(state: dict[str, Tensor], kind: Kind) -> dict[str, Tensor]:
+def state_as_blocks(state: dict[str, Tensor], kind: Kept) -> dict[str, Tensor]:
     """This rank's codes, as the bits that they are, and scales of a parameter."""
     found = {}
     for name, numbers in kind.entries():
@@ -73,6 +82,51 @@ def update(kind: Kind) -> Callable[[Tensor, Tensor, dict[str, Tensor], Tensor, T
     return step
 
 
+def momentum(numbers: Numbers, nesterov: bool) -> Callable[[Tensor, dict[str, Tensor], Tensor, Tensor], Tensor]:
+    """Muon before the orthogonalization, as torch.optim.Muon computes it: ``(gradient, state, reals, integers)`` →
+    what is to be orthogonalized, bfloat16; the momentum in ``state`` advances in place.
+
+    Shapes and ``integers`` are those of :func:`update`. ``reals``: float32 ``[3]``, what gradients are multiplied with,
+    the share of the new one, and that of the momentum.
+    """
+    draw = torch_function(formulas.draw())
+    load, store = _loader("momentum_buffer", numbers), _storer("momentum_buffer", numbers)
+
+    def step(gradient: Tensor, state: dict[str, Tensor], reals: Tensor, integers: Tensor) -> Tensor:
+        first, skip = integers.unbind()
+        unscale, new, keep = reals.unbind()
+        index = torch.arange(gradient.numel(), dtype=torch.int32, device=gradient.device).view(gradient.shape)
+        _, random, _ = draw(index + first)
+        g = gradient.float() * unscale
+        m = torch.lerp(load(state), g, new)
+        for key, stored in store(m, random).items():
+            state[key].copy_(torch.where(skip == 0, stored, state[key]))
+        return (torch.lerp(g, m, keep) if nesterov else m).bfloat16()
+
+    return step
+
+
+def move(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Muon after the orthogonalization: ``(parameter, direction, reals, integers)``, in place.
+
+    ``reals``: float32 ``[2]``, what the parameter is multiplied with, and the rate. Parameters in 16 bits are rounded
+    stochastically.
+    """
+    draw = torch_function(formulas.draw())
+    round_parameter = torch_function(formulas.round_parameter(dtype)) if dtype != torch.float32 else None
+
+    def step(parameter: Tensor, direction: Tensor, reals: Tensor, integers: Tensor) -> None:
+        first, skip = integers.unbind()
+        decay, rate = reals.unbind()
+        p = parameter.float() * decay - direction.float() * rate
+        if round_parameter is not None:
+            index = torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape)
+            p = round_parameter(p, draw(index + first)[0])
+        parameter.copy_(torch.where(skip == 0, p.to(dtype), parameter))
+
+    return step
+
+
 def _loader(name: str, numbers: Numbers) -> Callable[[dict[str, Tensor]], Tensor]:
     if not numbers.scaled:
         return lambda state: state[name]
@@ -101,3 +155,15 @@ def _compiled(kind: Kind) -> Callable[..., None]:
 def compiled(kind: Kind) -> Callable[..., None]:
     """:func:`update` of this kind as one program for tensors of all sizes, and for blocks of all sizes."""
     return _compiled(replace(kind, block=0))
+
+
+@cache
+def compiled_momentum(numbers: Numbers, nesterov: bool) -> Callable[..., Tensor]:
+    """:func:`momentum` as one program for tensors and blocks of all sizes."""
+    return torch.compile(momentum(numbers, nesterov), dynamic=True, fullgraph=True)
+
+
+@cache
+def compiled_move(dtype: torch.dtype) -> Callable[..., None]:
+    """:func:`move` as one program for tensors of all sizes."""
+    return torch.compile(move(dtype), dynamic=True, fullgraph=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ from . import formulas
 __all__ = [
     "LEAST_ELEMENTS",
     "STATES",
+    "Kept",
     "Kind",
     "Numbers",
     "allocate",
+    "block_of",
     "decoded",
     "encoded",
     "first_element",
     "kind_of",
+    "like",
     "rows",
 ]
 
@@ -110,6 +113,15 @@ class Kind:
             yield "master", self.master
 
 
+class Kept(Protocol):
+    """What is kept of a parameter, whatever optimizer keeps it: names and numbers, and the block they are scaled by."""
+
+    @property
+    def block(self) -> int: ...
+
+    def entries(self) -> Iterator[tuple[str, Numbers]]: ...
+
+
 def rows(shape: torch.Size) -> tuple[tuple[int, ...], int]:
     """Leading axes, and the length of the rows that blocks lie in: the last axis, or, where that is short as in
     convolutions, all but the first. Rows of vectors have one element.
@@ -125,15 +137,23 @@ def kind_of(parameter: Tensor, states: States, master: str, block: int) -> Kind:
 
     Raises ``ValueError`` if its shards cut blocks.
     """
-    lead, length = rows(parameter.shape)
-    size = _largest_divisor(length, block)
-    wide = parameter.numel() < LEAST_ELEMENTS or size < LEAST_BLOCK or not states.first.scaled
-    first, second = (FP32, FP32) if wide else (states.first, states.second)
+    size = block_of(parameter, block) if states.first.scaled else 0
+    first, second = (states.first, states.second) if size else (FP32, FP32)
     own = None if parameter.dtype == torch.float32 else MASTERS[master]
-    own = FP32 if wide and own is not None else own
-    if not wide:
-        _check_shards(parameter, len(lead), size)
-    return Kind(parameter.dtype, first, second, own, 0 if wide else size)
+    return Kind(parameter.dtype, first, second, FP32 if own is not None and not size else own, size)
+
+
+def block_of(parameter: Tensor, most: int) -> int:
+    """How many elements of ``parameter`` share a scale; 0 if it is small, or its rows part into no blocks.
+
+    Raises ``ValueError`` if its shards cut blocks.
+    """
+    lead, length = rows(parameter.shape)
+    size = _largest_divisor(length, most)
+    if parameter.numel() < LEAST_ELEMENTS or size < LEAST_BLOCK:
+        return 0
+    _check_shards(parameter, len(lead), size)
+    return size
 
 
 @cache
@@ -149,8 +169,8 @@ def _check_shards(parameter: Tensor, lead: int, size: int) -> None:
         whole_rows = axis == lead == parameter.dim() - 1 and parameter.shape[axis] % (parts * size) == 0
         if parts > 1 and not whole_rows:
             msg = (
-                f"AdamW: {parts} shards along axis {axis} of a parameter {tuple(parameter.shape)} cut blocks of {size};"
-                " give block= such that a shard holds whole blocks, or the parameter a group with states='fp32'"
+                f"{parts} shards along axis {axis} of a parameter {tuple(parameter.shape)} cut blocks of {size}; "
+                "give block= such that a shard holds whole blocks, or the parameter a group with states='fp32'"
             )
             raise ValueError(msg)
 
@@ -158,7 +178,7 @@ def _check_shards(parameter: Tensor, lead: int, size: int) -> None:
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _like(parameter: Any, own: Tensor, shape: torch.Size) -> Tensor:
+def like(parameter: Any, own: Tensor, shape: torch.Size) -> Tensor:
     """``own`` as this rank's part of a tensor of ``shape`` that is placed as ``parameter`` is."""
     if not is_sharded(parameter):
         return own
@@ -182,38 +202,39 @@ def _scale_shapes(parameter: Tensor, block: int) -> tuple[torch.Size, torch.Size
     )
 
 
-def allocate(parameter: Tensor, kind: Kind) -> dict[str, Tensor]:
+def allocate(parameter: Tensor, kind: Kept) -> dict[str, Tensor]:
     """Zero states and a master that equals the parameter: ``exp_avg``, ``exp_avg_scale``, …"""
     made: dict[str, Tensor] = {}
     own = local_tensor(parameter).detach()
     for name, numbers in kind.entries():
-        made[name] = _like(parameter, torch.zeros(own.shape, dtype=numbers.dtype, device=own.device), parameter.shape)
+        if name == "master":
+            made |= encoded(parameter, parameter.detach(), name, kind)
+            continue
+        made[name] = like(parameter, torch.zeros(own.shape, dtype=numbers.dtype, device=own.device), parameter.shape)
         if numbers.scaled:
             shape, own_shape = _scale_shapes(parameter, kind.block)
-            made[f"{name}_scale"] = _like(parameter, torch.zeros(own_shape, device=own.device), shape)
-    if kind.master is not None:
-        made |= encoded(parameter, parameter.detach(), "master", kind)
+            made[f"{name}_scale"] = like(parameter, torch.zeros(own_shape, device=own.device), shape)
     return made
 
 
-def encoded(parameter: Tensor, values: Tensor, name: str, kind: Kind) -> dict[str, Tensor]:
+def encoded(parameter: Tensor, values: Tensor, name: str, kind: Kept) -> dict[str, Tensor]:
     """The state ``name`` of ``parameter`` as it is stored, rounded to nearest; ``values`` has the parameter's shape."""
     numbers = dict(kind.entries())[name]
     own = local_tensor(values).to(local_tensor(parameter).device, torch.float32)
     if not numbers.scaled:
-        return {name: _like(parameter, own.clone(), parameter.shape)}
+        return {name: like(parameter, own.clone(), parameter.shape)}
     blocks = own.reshape(-1, kind.block)
     scale, gamma = evaluate(formulas.scale(numbers.name), blocks.abs().amax(1, keepdim=True))
     nearest = torch.full((), 2**15, dtype=torch.int32, device=own.device)  # a half, which rounds to nearest
     codes = evaluate(formulas.encode(numbers.name, name == "exp_avg_sq"), blocks, gamma, nearest)
     shape, own_shape = _scale_shapes(parameter, kind.block)
     return {
-        name: _like(parameter, codes.to(numbers.bits).view(numbers.dtype).view(own.shape), parameter.shape),
-        f"{name}_scale": _like(parameter, scale.reshape(own_shape).contiguous(), shape),
+        name: like(parameter, codes.to(numbers.bits).view(numbers.dtype).view(own.shape), parameter.shape),
+        f"{name}_scale": like(parameter, scale.reshape(own_shape).contiguous(), shape),
     }
 
 
-def decoded(state: dict[str, Tensor], name: str, kind: Kind) -> Tensor:
+def decoded(state: dict[str, Tensor], name: str, kind: Kept) -> Tensor:
     """The float32 numbers of a state, with the parameter's shape; a DTensor if the state is one."""
     codes, numbers = state[name], dict(kind.entries())[name]
     own = local_tensor(codes)
@@ -223,7 +244,7 @@ def decoded(state: dict[str, Tensor], name: str, kind: Kind) -> Tensor:
             local_tensor(state[f"{name}_scale"]),
         )
         own = evaluate(formulas.decode(numbers.name), blocks, scale.reshape(-1, 1)).view(own.shape)
-    return _like(codes, own.clone(), codes.shape)
+    return like(codes, own.clone(), codes.shape)
 
 
 def first_element(parameter: Any) -> int:

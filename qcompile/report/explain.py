@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -141,6 +142,9 @@ def _make_report(backend: str, graphs: list[Graph]) -> Report:
         ]
         for decision in observed.plan.decisions if observed.plan else []:
             report.rows += _of_runs(rows_of(decision, observed), graph.runs)
+            for slot, operand in zip(decision.site.slots, decision.operands or repeat(None), strict=False):
+                if slot.kind == "weight":
+                    report.add_weight(decision.site.name, str(operand) if decision.quantized and operand else "")
     return report
 
 

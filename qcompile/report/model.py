@@ -42,6 +42,8 @@ class Report:
         ranks: the ranks whose reports are merged in this one (:meth:`merged`); empty for the report of one process.
         remarks: lines about the whole model: modules that Dynamo did not capture, and what training would lose at the
             recompile limit.
+        weights: what the weight of each layer is quantized to, as an operand's text; empty if it is wide in one of its
+            products.
     """
 
     backend: str
@@ -51,6 +53,11 @@ class Report:
     graphs: int = 0
     ranks: tuple[int, ...] = ()
     remarks: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def add_weight(self, layer: str, text: str) -> None:
+        """Note one more product of a layer's weight."""
+        self.weights[layer] = text if self.weights.get(layer, text) == text else ""
 
     @staticmethod
     def merged(reports: Sequence[Report], ranks: Sequence[int] | None = None) -> Report:
@@ -76,7 +83,7 @@ class Report:
                 name = site[0].layer, site[0].op
                 variants.setdefault((*name, count[name]), {}).setdefault(site, []).append(rank)
                 count[name] += 1
-        return Report(
+        merged = Report(
             " / ".join(dict.fromkeys(report.backend for report in reports)),
             [
                 replace(row, ranks=tuple(on))
@@ -89,6 +96,10 @@ class Report:
             ranks=ranks,
             remarks=list(dict.fromkeys(remark for report in reports for remark in report.remarks)),
         )
+        for report in reports:
+            for layer, text in report.weights.items():
+                merged.add_weight(layer, text)
+        return merged
 
     def gather(self, group: Any = None) -> Report:
         """The reports of all ranks of a process group (default: all there are), merged, on each of them.

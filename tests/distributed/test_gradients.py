@@ -100,6 +100,41 @@ def test_a_divisor_of_the_users(wire):
             assert torch.equal(found["divided"][name], mean / 4), name  # 1/8 of the sum, and 1/2: exact
 
 
+def test_fp8_lm_adds_up_in_fp8(wire):
+    """By hand: 4 is 448 at first, and twice that ends at 448; then µ is halved as long as a sum lies there."""
+    first, second = wire("fp8_lm")
+    for step, (one, other) in enumerate(zip(first["steps"], second["steps"], strict=True)):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert one["a"][0, 0] == (2.0 if step == 0 else 4.0)
+        # 11.2 and then 5.6 and 2.8, which E4M3 rounds to 11 and 5.5 and 2.75; twice that it holds.
+        assert one["a"][0, 1] == 11 / 112
+        # The mean of 0 and 3; a sum that is 448 counts as one that was cut, too, and µ has grown in the last step.
+        assert torch.allclose(one["b"], torch.tensor(1.5), rtol=1e-3)
+        assert one["factor DistributedDataParallel.module.b"] == pytest.approx(0.5 * 2 ** (1e-3 * step))
+        assert one["factor DistributedDataParallel.module.a"] == pytest.approx((0.5, 0.25, 0.25 * 2**1e-3)[step])
+    assert first["bytes"] < 0.3 * first["wide_bytes"]
+    ours, wide = wire("ddp")[0]["fp8"], wire("ddp")[0]["wide"]
+    assert 1.05 * error(ours, wide) < error(first["decoder"], wide) < 0.12
+    taken = TAKEN.replace("fp8_gradients: ", "fp8_lm_gradients: ")
+    assert first["again"] == taken.format("DistributedDataParallel", "fp8_lm_gradients")
+    assert first["plain"] == "fp8_lm_gradients: no DistributedDataParallel in the model; wrap it first"
+    assert first["fsdp"].startswith("fp8_lm_gradients: FSDPLinear is sharded; use fp8_gradients, or Dist")
+
+
+def test_weights_in_8_bits_change_nothing(wire):
+    """The loss and every gradient, bit for bit."""
+    for rank in wire("weights"):
+        assert len(rank["traffic"]["weights"]) == 4  # of the block; not the head's, which is the embedding's
+        assert [name for name, value in rank["wide"].items() if not torch.equal(value, rank["narrow"][name])] == []
+        # Rows of 36 and 52: 1.1 bytes instead of 2, beside biases, norms and parts that are filled up to 16 bytes.
+        assert 0.55 < rank["traffic"]["bytes"] / rank["traffic"]["wide_bytes"] < 0.65
+        assert rank["again"].startswith("fp8_weights: blocks.0 already gathers weights with _AllGather, which this")
+        assert rank["none"].startswith("fp8_weights: no weight of an FSDP2 module is 'e2m1 row; ste' in the report")
+        assert rank["dtype"] == (
+            "fp8_weights: FSDPDecoder gathers float32; give fully_shard MixedPrecisionPolicy(param_dtype=bfloat16)"
+        )
+
+
 def test_replicas(wire):
     (first, second), wide = wire("replicated"), wire("ddp")[0]["wide"]
     assert all(torch.equal(first["fp8"][name], second["fp8"][name]) for name in wide)

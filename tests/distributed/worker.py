@@ -19,10 +19,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import qcompile
 from qcompile import compat
-from qcompile.distributed import collectives, fp8_gradients
+from qcompile.backends import compile_with
+from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients, fp8_weights
 from qcompile.kernels.quantize import reference
 from qcompile.optim import AdamW
+from qcompile.recipes import FP4
 from tests.loops.cells import run_cells
 from tests.loops.worker import Decoder, batches, loss_of, mine
 
@@ -153,6 +156,88 @@ def accumulated(kind: str) -> dict[str, Any]:
     return found
 
 
+class Given(nn.Module):
+    """Two parameters, whose gradients are what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(7, 20)), nn.Parameter(torch.zeros(33))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.a * a).sum() + (self.b * b).sum()
+
+
+def given_gradients(rank: int) -> tuple[Tensor, Tensor]:
+    """``a`` has a 4 on both ranks, and a number that E4M3 does not hold beside it; ``b`` has zeros alone on one."""
+    a, b = torch.linspace(-1, 1, 140).view(7, 20), torch.full((33,), 3.0 * rank)
+    a[0, 0], a[0, 1] = 4.0, 0.1
+    return a, b
+
+
+def fp8_lm() -> dict[str, Any]:
+    """Three steps with the same gradients, and µ after each; a step of the decoder; what is refused."""
+    model = DistributedDataParallel(Given())
+    scaling = fp8_lm_gradients(model)
+    found: dict[str, Any] = {"steps": []}
+    for _ in range(3):
+        model.zero_grad()
+        model(*given_gradients(dist.get_rank())).backward()
+        found["steps"].append({**gradients(model), **{f"factor {n}": f.clone() for n, f in scaling.factors.items()}})
+    found["bytes"], found["wide_bytes"] = scaling.bytes, scaling.wide_bytes
+    decoder, _ = wrapped("ddp", False)
+    fp8_lm_gradients(decoder)
+    for tokens in mine(batches())[:2]:
+        decoder.zero_grad()
+        loss_of(decoder, tokens).backward()
+    found["decoder"] = gradients(decoder)
+    for name, wrong in (
+        ("again", model),
+        ("plain", nn.Linear(2, 2)),
+        ("fsdp", fully_shard(nn.Linear(2, 2))),
+    ):
+        try:
+            fp8_lm_gradients(wrong)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def weights() -> dict[str, Any]:
+    """Compiled blocks whose weights are gathered in bfloat16 and in 8 bits; and what is refused."""
+    found: dict[str, Any] = {}
+    tokens, straight = mine(batches())[0], {"weight": {"estimator": "ste"}}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def backend(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        return compile_with(FP4.override(straight), gm, inputs, inner_compile=compat.eager_inner_compile, **kwargs)
+
+    report = qcompile.explain(Decoder(layers=1).bfloat16(), tokens[:, :-1], options=straight)
+    for name in ("wide", "narrow"):
+        model: nn.Module = Decoder(layers=1)
+        for block in model.blocks:
+            block.compile(backend=backend)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        if name == "narrow":
+            traffic = fp8_weights(model, report)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        found[name] = {"loss": loss.detach(), **gradients(model)}
+    found["traffic"] = {**vars(traffic), "weights": list(traffic.weights)}
+    unset = fully_shard(Decoder(layers=1))
+    for name, given, of in (("again", model, report), ("none", unset, mock.Mock(weights={"blocks.0.up": ""}))):
+        try:
+            fp8_weights(given, of)
+        except ValueError as error:
+            found[name] = str(error)
+    fp8_weights(unset, report)
+    try:
+        unset(tokens)
+    except TypeError as error:
+        found["dtype"] = str(error)
+    return found
+
+
 def divided() -> dict[str, Any]:
     """``set_gradient_divide_factor``: what FSDP hands over is a sum of multiples then."""
     model, _ = wrapped("fsdp", True)
@@ -272,6 +357,8 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire_ddp_compiled": lambda _: step("ddp", compiled=True),
     "wire_fsdp_accumulated": lambda _: accumulated("fsdp"),
     "wire_ddp_accumulated": lambda _: accumulated("ddp"),
+    "wire_fp8_lm": lambda _: fp8_lm(),
+    "wire_weights": lambda _: weights(),
     "wire_divided": lambda _: divided(),
     "wire_replicated": lambda _: replicated(),
     "wire_refused": lambda _: refused(),

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.distributed import collectives, fp8_gradients
+from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients, fp8_weights
 from qcompile.recipes import RECIPES
 from tests.distributed import worker as wire
 
@@ -44,6 +44,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_products": ("qcompile_fp4", {"backward": "fp8", "activation": {"outliers": "occ(residual=e4m3)"}}),
     "quest": ("qcompile_quest", {"bits": 4}),
 }
+#: The one whose weights may travel in 8 bits.
+STRAIGHT = {"straight": ("qcompile_fp4", {"weight": {"estimator": "ste"}})}
 
 
 class Block(nn.Module):
@@ -84,7 +86,7 @@ class Decoder(nn.Module):
 @functools.cache  # Dynamo shares graphs between blocks of one backend, not between backends that do the same
 def compile_arguments(recipe: str) -> dict[str, Any]:
     """For ``torch.compile``. On CPUs, where compiling would take minutes, graphs are executed after all passes."""
-    backend, options = SETTINGS[recipe]
+    backend, options = (SETTINGS | STRAIGHT)[recipe]
     if DEVICE == "cuda":
         return {"backend": backend, "options": options}
 
@@ -202,7 +204,7 @@ def fsdp(recipe: str, **policy: torch.dtype) -> dict[str, Any]:
     return train(model, model, mine(), backward)
 
 
-def fp8_gradients_of(how: str) -> dict[str, Any]:
+def fp8_gradients_of(how: str, make: Callable[..., Any] = fp8_gradients, passes: int = 2) -> dict[str, Any]:
     """The first batch's gradients of the decoder in float32, as they are and in 8 bits, and what was sent for these."""
     found: dict[str, Any] = {}
     for fp8 in (False, True):
@@ -213,12 +215,31 @@ def fp8_gradients_of(how: str) -> dict[str, Any]:
             for block in model.blocks:
                 fully_shard(block)
             fully_shard(model)
-        traffic = fp8_gradients(model) if fp8 else None
-        for tokens in (mine()[0],) * 2:  # DDP puts all in one bucket the first time
+        traffic = make(model) if fp8 else None
+        for tokens in (mine()[0],) * passes:  # DDP puts all in one bucket the first time
             model.zero_grad()
             backward(model, tokens)
         found["fp8" if fp8 else "wide"] = {name: whole(p.grad) for name, p in model.named_parameters()}
-    return found | {"traffic": vars(traffic)}
+    return found | {"traffic": {name: vars(traffic)[name] for name in ("bytes", "wide_bytes")}}
+
+
+def fp8_weights_of() -> dict[str, Any]:
+    """The first loss and its gradients with compiled blocks, whose weights are gathered as they are and in 8 bits."""
+    tokens, (_, options) = mine()[0], STRAIGHT["straight"]
+    explained = qcompile.explain(Decoder().to(DEVICE).bfloat16(), tokens[:, :-1], options=options)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found: dict[str, Any] = {}
+    for narrow in (False, True):
+        model: nn.Module = Decoder().to(DEVICE)
+        for block in model.blocks:
+            block.compile(**compile_arguments("straight"))
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        traffic = fp8_weights(model, explained) if narrow else None
+        loss = backward(model, tokens)
+        found["narrow" if narrow else "wide"] = {name: whole(p.grad) for name, p in model.named_parameters()}
+        found["narrow loss" if narrow else "wide loss"] = loss.detach().cpu()
+    return found | {"weights": list(traffic.weights), "ratio": traffic.bytes / traffic.wide_bytes}
 
 
 def fp8_sums() -> dict[str, Any]:
@@ -252,6 +273,8 @@ CELLS = {name: cell for recipe in SETTINGS for name, cell in cells_of(recipe).it
     "wire_sums": fp8_sums,
     "wire_ddp": functools.partial(fp8_gradients_of, "ddp"),
     "wire_fsdp": functools.partial(fp8_gradients_of, "fsdp"),
+    "wire_fp8_lm": functools.partial(fp8_gradients_of, "ddp", fp8_lm_gradients, passes=8),  # until µ has settled
+    "wire_weights": fp8_weights_of,
 }
 
 

@@ -180,3 +180,22 @@ def test_fp8_gradients_of_a_model(how, limit, fp8_ranks):
     assert 1e-3 < error(actual, exact) < limit
     ratio = first["traffic"]["bytes"] / first["traffic"]["wide_bytes"]
     assert 1.015 / 4 < ratio < 1.03 / 4  # a float32 scale for 256 codes, and what fills the last blocks
+
+
+def test_fp8_lms_sums_err_more(fp8_ranks):
+    first, second = fp8_ranks("fp8_lm")
+    assert all(torch.equal(value, second["fp8"][name]) for name, value in first["fp8"].items())
+    actual, exact = (torch.cat([g.flatten() for g in first[kind].values()]) for kind in ("fp8", "wide"))
+    print(f"\nFP8-LM's gradients: {error(actual, exact):.1e}")
+    assert TWO_HOPS * 0.8 < error(actual, exact) < 0.12
+
+
+def test_fp8_weights_change_nothing(fp8_ranks):
+    """The loss to the bit; gradients but for the order in which attention's backward adds up."""
+    for found in fp8_ranks("weights"):
+        assert len(found["weights"]) >= 4
+        assert found["ratio"] < 0.6
+        assert torch.equal(found["narrow loss"], found["wide loss"])
+        actual, exact = (torch.cat([g.flatten() for g in found[kind].values()]) for kind in ("narrow", "wide"))
+        print(f"\nfp8 weights: gradients differ by {error(actual, exact):.1e}")
+        assert error(actual, exact) < 1e-3

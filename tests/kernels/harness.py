@@ -40,8 +40,30 @@ def _search_the_language_once_a_launch() -> None:
     interpreter._patch_lang = search_if_needed
 
 
+def _reduce_by_halves() -> None:
+    """Make the interpreter reduce with a kernel's own function (a maximum that keeps NaN, say) as a card does: all
+    neighbours are combined at once, until one is left along the axis. It calls the function once per element.
+    """
+    reduce_elements = interpreter.ReduceOps.generic_reduce
+
+    def reduce(self, operands):
+        operands, axis = self.unravel(operands, self.axis)
+        while (size := operands[0].handle.data.shape[axis]) > 1:
+            left, right = (
+                [self.to_tensor(x.handle.data.take(range(first, size, 2), axis), x.dtype) for x in operands]
+                for first in (0, 1)
+            )
+            combined = self.combine_fn.fn(*left, *right)
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            operands = [self.to_tensor(y.handle.data, x.dtype) for x, y in zip(operands, combined, strict=True)]
+        return reduce_elements(self, operands)
+
+    interpreter.ReduceOps.generic_reduce = reduce
+
+
 if INTERPRETED:
     _search_the_language_once_a_launch()
+    _reduce_by_halves()
 
 
 def run_interpreted(file: str) -> None:

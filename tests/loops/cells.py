@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ def run_cells(cells: Mapping[str, Callable[[Path], dict[str, Any]]], timeout: fl
     """
     group, rank, world, directory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    # As in the tests' own processes: what is imported lives until the end, and so does most of what tracing makes.
+    gc.set_threshold(2_000, 50, 50)
+    gc.freeze()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory / 'rendezvous'}",

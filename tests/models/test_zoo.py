@@ -1,8 +1,9 @@
 """Every model of the zoo, through every pass: the right numbers, nothing skipped without a reason, no graph break.
 
-A model is compiled once, with graphs executed eagerly in place of Inductor's code generation, and trained for five
-steps. What its forward and backward then compute, and how much of it is quantized, is compared with
-:mod:`reference`, which shares no code with the package. The decisions are those that ``qcompile.explain`` prints.
+Dynamo captures a model once for all backends. Each compiles it, with graphs executed eagerly in place of Inductor's
+code generation, and trains it for five steps. What its forward and backward then compute, and how much of it is
+quantized, is compared with :mod:`reference`, which shares no code with the package. The decisions are those that
+``qcompile.explain`` prints.
 
 **Tolerance.** The products are the same ATen calls on both sides. In float64, everything around them differs by
 10⁻¹⁵, which changes no rounding to four bits; but many models compute norms, rotary angles, scans or the loss in
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,9 +40,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qcompile_fp4": {"activation": {"outliers": f"occ(alpha={ALPHA})"}, "min_side": 0},
     "qcompile_quest": {"min_side": 0},
 }
-
-
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(autouse=True)
@@ -73,34 +72,62 @@ def graphs_of_aot_eager(entry: Entry) -> int:
     return len(graphs)
 
 
-@pytest.mark.parametrize("backend", list(REFERENCES))
-@pytest.mark.parametrize("name", list(ZOO))
-def test_zoo(name, backend):
-    entry = ZOO[name]
-    model, inputs = build(entry)
-    twin = copy.deepcopy(model)
-    plain = expect(twin, inputs(0))
-    options = dict(OPTIONS[backend])
-    if entry.dtype != torch.float64:
+class Subject:
+    """A model of the zoo, captured once for all backends: to trace its Python takes as long as to compile the graph.
+
+    Attributes:
+        initial: its parameters and buffers before training.
+        twin: a copy that stays eager. plain: what that computes without quantization.
+        graphs: how many graphs torch makes of it.
+        compiled: the backends by name. backend: the one that :attr:`call` runs.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self.graphs = graphs_of_aot_eager(entry) if entry.breaks else 1
+        self.entry = entry
+        self.model, self.inputs = build(entry)
+        self.initial = copy.deepcopy(self.model.state_dict())
+        self.twin = copy.deepcopy(self.model)
+        self.plain = expect(self.twin, self.inputs(0))
         # Rotations that are not computed are roundings that are not made; in float32 that turns codes over.
-        options["disable_passes"] = ["cancel_rotations"]
-    compiled = Compiled(RECIPES[backend].override(options))
-    call = torch.compile(model, backend=compiled, fullgraph=not entry.breaks)
+        exact = {} if entry.dtype == torch.float64 else {"disable_passes": ["cancel_rotations"]}
+        self.compiled = {name: Compiled(RECIPES[name].override({**OPTIONS[name], **exact})) for name in REFERENCES}
+        self.backend = ""
+        self.call = torch.compile(self.model, backend=self._compile, fullgraph=not entry.breaks)
+
+    def _compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        calls = {name: compile(copy.deepcopy(gm), example_inputs) for name, compile in self.compiled.items()}
+        return lambda *args: calls[self.backend](*args)
+
+
+@pytest.fixture(scope="module")
+def subject(request) -> Iterator[Subject]:
+    torch._dynamo.reset()
+    yield Subject(ZOO[request.param])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", list(REFERENCES))
+@pytest.mark.parametrize("subject", list(ZOO), indirect=True, scope="module")
+def test_zoo(subject, backend):
+    model, twin, inputs, compiled = subject.model, subject.twin, subject.inputs, subject.compiled[backend]
+    subject.backend = backend
+    model.load_state_dict(subject.initial)
     for number in range(STEPS):
         first, last = number == 0, number == STEPS - 1
         compiled.restart()
-        with torch._dynamo.config.patch(**entry.dynamo, error_on_recompile=not first):
-            step = Step.of(model, call, inputs(number))
+        with torch._dynamo.config.patch(**subject.entry.dynamo, error_on_recompile=not first):
+            step = Step.of(model, subject.call, inputs(number))
         if first or last:
             twin.load_state_dict(model.state_dict())
-            expected = expect(twin, inputs(number), REFERENCES[backend], plain)
+            expected = expect(twin, inputs(number), REFERENCES[backend], subject.plain)
             assert_same(step, expected.step)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.01 * parameter.grad
-    assert_accounted_for(compiled, plain, expected)
-    assert len(compiled.graphs) == (graphs_of_aot_eager(entry) if entry.breaks else 1)
+    assert_accounted_for(compiled, subject.plain, expected)
+    assert len(compiled.graphs) == subject.graphs
 
 
 def assert_accounted_for(compiled: Compiled, plain: Expected, expected: Expected) -> None:

@@ -45,6 +45,13 @@ def test_two_ranks_are_one_process(states, fsdp):
         assert_same(rank, expected)
 
 
+def test_two_ranks_orthogonalize_what_one_process_does(fsdp):
+    expected = worker.with_muon(worker.Model())
+    assert expected["up.weight.momentum_buffer_scale"].shape == (57, 1)
+    for rank in fsdp("muon"):
+        assert_same(rank, expected)
+
+
 def test_two_ranks_resume(fsdp):
     for rank in fsdp("checkpoint"):
         assert_same(rank, one_process())

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from qcompile.optim import AdamW
+from qcompile.optim import AdamW, Muon
 from tests.loops.cells import run_cells
 
 STEPS = 4
@@ -42,7 +42,7 @@ def optimizer_of(model: nn.Module, **options: Any) -> AdamW:
     return AdamW(model.parameters(), lr=0.01, seed=7, **options)
 
 
-def train(model: nn.Module, optimizer: AdamW, steps: range) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step))
         dtype = next(model.parameters()).dtype
@@ -73,6 +73,18 @@ def trained(**options: Any) -> dict[str, Any]:
     model, optimizer = sharded(**options)
     train(model, optimizer, range(STEPS))
     return everything(model, optimizer)
+
+
+def with_muon(model: nn.Module) -> dict[str, Any]:
+    """Its matrices by Muon: their parts are gathered, and half of one cannot be orthogonalized."""
+    optimizer = Muon([p for p in model.parameters() if p.dim() == 2], lr=0.05, seed=7)
+    train(model, optimizer, range(STEPS))
+    found = {name: whole(p) for name, p in model.named_parameters()}
+    return found | {
+        f"{name}.{key}": whole(value)
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def checkpoint(directory: Path) -> dict[str, Any]:
@@ -126,6 +138,7 @@ def cut_columns() -> dict[str, Any]:
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp_8bit": lambda _: trained(),
     "fsdp_fp8-lm": lambda _: trained(states="fp8-lm"),
+    "fsdp_muon": lambda _: with_muon(fully_shard(Model())),
     "fsdp_checkpoint": checkpoint,
     "fsdp_nan": lambda _: not_finite(),
     "fsdp_columns": lambda _: cut_columns(),

@@ -1,0 +1,316 @@
+"""Products of groups on 8-bit tensor cores: experts, from `F.grouped_mm` to codes, in both directions.
+
+The passes are told that the CPU is an sm_90 device; the ops then run as their plain-torch references. What would break:
+a group multiplied with another's matrix or scales, a gradient that sums over two groups, an expert without tokens whose
+gradient is not 0, NaN that reaches a neighbour, an operand decoded that tensor cores could read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompile import compat
+from qcompile.kernels.quantize import reference as quantize
+
+from .harness import SMALL_FP4, compile_and_run, compiler, fp4, run_eager
+
+BF16 = torch.bfloat16
+#: No outliers, so that codes and gradients are formulas of a line; both gradients in FP8.
+PLAIN = SMALL_FP4.override({"activation": {"outliers": None}, "weight": {"estimator": "ste"}})
+QUANTIZER, GRADIENT = "e2m1 row absmax even", "e4m3 row absmax even"
+
+
+@pytest.fixture(autouse=True)
+def _hopper(request: pytest.FixtureRequest) -> Any:
+    """Every device has Hopper's tensor cores, unless the test says otherwise."""
+    with mock.patch.object(compat, "tensor_core_capability", return_value=getattr(request, "param", (9, 0))):
+        yield
+
+
+class Experts(nn.Module):
+    """Experts with SwiGLU between two grouped products; weights as transformers keeps them, or transposed (gpt-oss)."""
+
+    def __init__(self, experts: int = 7, width: int = 32, hidden: int = 48, transposed: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def weight(n: int, k: int) -> nn.Parameter:
+            shape = (experts, k, n) if transposed else (experts, n, k)
+            return nn.Parameter(torch.randn(shape, generator=generator).to(BF16))
+
+        self.up, self.down, self.transposed = weight(2 * hidden, width), weight(width, hidden), transposed
+
+    def product(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight if self.transposed else weight.transpose(-2, -1), offs=offs)
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        gate, up = self.product(x, self.up, offs).chunk(2, -1)
+        return self.product(F.silu(gate) * up, self.down, offs)
+
+
+def ends(*sizes: int) -> Tensor:
+    return torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+#: 168 tokens: torch wants a multiple of 8.
+OFFS = ends(17, 1, 0, 6, 15, 129, 0)
+
+
+def tokens(requires_grad: bool = True) -> Tensor:
+    return torch.randn(168, 32, generator=torch.Generator().manual_seed(1)).to(BF16).requires_grad_(requires_grad)
+
+
+class _Grouped(torch.autograd.Function):
+    """A loop over experts by the formulas, in float64 on the same codes: Y = X̂ Ŵᵀ, dX = Q(dY ⊙ s_w) Wq,
+    dW = Q(dY ⊙ s_x)ᵀ Xq.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        (x_levels, s_x), (w_levels, s_w) = levels(x, QUANTIZER, -1), levels(w, QUANTIZER, -2)
+        ctx.save_for_backward(x_levels, s_x, w_levels, s_w, offs)
+        y = x.new_zeros(x.shape[0], w.shape[2])
+        for e, (own, _) in enumerate(quantize.group_slices(offs)):
+            y[own] = ((x_levels[own] @ w_levels[e].T) * s_x[own] * s_w[e].T).to(y.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x_levels, s_x, w_levels, s_w, offs = ctx.saved_tensors
+        dx = dy.new_zeros(x_levels.shape)
+        dw = dy.new_zeros(w_levels.shape[0], w_levels.shape[2], w_levels.shape[1])
+        for e, (own, _) in enumerate(quantize.group_slices(offs)):
+            codes, scale = levels(dy[own].float() * s_w[e].T.float(), GRADIENT, -1)
+            dx[own] = (codes @ w_levels[e] * scale).to(dx.dtype)
+            codes, scale = levels(dy[own].float() * s_x[own].float(), GRADIENT, 0)
+            dw[e] = (codes @ x_levels[own] * scale).T.to(dw.dtype)
+        return dx, dw, None
+
+
+def levels(x: Tensor, quantizer: str, axis: int) -> tuple[Tensor, Tensor]:
+    """Float64 levels and scales, the quantized axis last."""
+    codes, scales = torch.ops.qcompile.quantize(x, quantizer, axis)
+    size = x.shape[axis]
+    return quantize.recode(codes, quantizer, size, False).double(), scales.double()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_three_products_are_the_formulas(transposed: bool) -> None:
+    """Groups of 0, 1, 15, 17 and 129 tokens: every result is the exact one, rounded to bfloat16 once, and no expert's
+    gradient is missing or in the wrong place.
+    """
+    experts, x = Experts(transposed=transposed), tokens()
+    result = compile_and_run(experts.product, x, experts.up.requires_grad_(), OFFS, recipe=PLAIN, backward="fp8")
+
+    def loop(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return _Grouped.apply(x, w if transposed else w.mT, offs)
+
+    outputs, gradients = run_eager(loop, x, experts.up, OFFS)
+    assert len(gradients) == 2
+    for got, expected in ((result.outputs, outputs), *((result.gradients[i], gradients[i]) for i in gradients)):
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6 * float(expected.detach().abs().max()))
+    for empty in (2, 6):
+        assert torch.equal(result.gradients[1][empty], torch.zeros_like(experts.up[empty]))
+    assert {(row["role"], row["provider"]) for row in result.gemms} == {
+        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
+    }
+
+
+def test_what_runs_reads_codes_alone() -> None:
+    """Weights in transformers' layout are quantized to 8-bit codes at once; activations keep packed codes beside."""
+    result = compile_and_run(Experts(), tokens(), OFFS, recipe=PLAIN, backward="fp8")
+    forward, backward = (result.program(f"post_grad_merge_quantize{n}") for n in ("", "_2"))
+    assert forward.count("qcompile.quantize_8bit.default(") == 4
+    assert forward.count("qcompile.mm_8bit_grouped.default(") == 2
+    assert backward.count("qcompile.quantize_groups_pair.default(") == 2
+    assert "qcompile.quantize_groups.default(" not in backward
+    assert backward.count("qcompile.mm_8bit_grouped.default(") == 4
+    for program in (forward, backward):
+        assert "dequantize" not in program
+        assert "grouped_mm.default(" not in program.replace("mm_8bit_grouped", "")
+    assert all(row["codes"] for row in result.saved if row["dtype"] in ("uint8", "float32"))
+
+
+@pytest.mark.parametrize("backward", ["auto", "dgrad_fp8", "bf16"])
+def test_other_backwards_run_decoded(backward: str) -> None:
+    """What is not folded reads what is decoded, with gradients in high precision; "auto" decides by cost."""
+    model, x = Experts(), tokens()
+    result = compile_and_run(model, x, OFFS, recipe=PLAIN, backward=backward)
+    providers = {(row["role"], row["provider"]) for row in result.gemms}
+    assert ("fprop", "grouped") in providers
+    assert (("dgrad", "grouped") in providers) == (backward == "dgrad_fp8")
+    assert ("wgrad", "dequantize + aten") in providers
+    assert not result.gradients["up"].isnan().any()
+
+
+def test_nan_stays_in_its_expert() -> None:
+    """A token with NaN spoils its own result and gradient and its expert's weights, and nothing else."""
+    model, x = Experts(), tokens(requires_grad=False)
+    x[30] = float("nan")  # of the fifth expert, tokens 24 to 38
+    result = compile_and_run(model, x.requires_grad_(), OFFS, recipe=PLAIN, backward="fp8")
+    rows = torch.arange(168) == 30
+    assert torch.equal(result.outputs.isnan().any(1), rows)
+    assert torch.equal(result.gradients[0].isnan().any(1), rows)
+    for name in ("up", "down"):
+        assert result.gradients[name].isnan().flatten(1).any(1).tolist() == [e == 4 for e in range(7)]
+
+
+def test_other_sizes_do_not_compile_again() -> None:
+    """Where groups end is data: one graph serves all, also with as many rows as come."""
+    run, observations = compiler(Experts(), PLAIN, backward="fp8")
+    for sizes in ((17, 1, 0, 6, 15, 129, 0), (0, 0, 0, 168, 0, 0, 0), (20, 30, 40, 2, 60, 15, 1)):
+        result = run(tokens(), ends(*sizes))
+        result.float().sum().backward()
+    assert len(observations) == 1
+
+
+def test_any_number_of_tokens() -> None:
+    """One graph where the number of rows is not known either; what is padded follows it."""
+    run, observations = compiler(Experts(), PLAIN, backward="fp8", dynamic=True)
+    for sizes in ((17, 1, 0, 6, 15, 129, 0), (3, 0, 0, 5, 0, 1000, 0)):
+        x = torch.randn(sum(sizes), 32).to(BF16).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        y = run(x, ends(*sizes))
+        assert torch.equal(y, by_operations(x, sizes))
+        y.float().sum().backward()
+        assert not x.grad.isnan().any()
+    assert len(observations) == 1
+
+
+def by_operations(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The same by the reference's own operations, of one product after the other."""
+    experts = Experts()
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        (codes_x, s_x, _), (codes_w, s_w, _) = (
+            torch.ops.qcompile.quantize_8bit(t.flatten(0, -2), QUANTIZER, False) for t in (x, w)
+        )
+        shape = w.shape[:2]
+        return torch.ops.qcompile.mm_8bit_grouped(
+            codes_x, codes_w.view(w.shape), ends(*sizes), s_x, s_w.view(*shape, 1), BF16
+        )
+
+    with torch.no_grad():
+        gate, up = product(x, experts.up).chunk(2, -1)
+        return product(F.silu(gate) * up, experts.down)
+
+
+@pytest.mark.parametrize("_hopper", [None, (8, 9)], indirect=True)
+def test_elsewhere_they_are_decoded(_hopper: Any) -> None:
+    """Without the kernel: torch's grouped product of what codes stand for, and the report says why."""
+    model, x = Experts(), tokens()
+    result = compile_and_run(lambda x, w, offs: F.grouped_mm(x, w.mT, offs=offs), x, model.up, OFFS, recipe=PLAIN)
+    fake_quantize = torch.ops.qcompile.fake_quantize
+    decoded = fake_quantize(x, f"{QUANTIZER}; ste", -1), fake_quantize(model.up, f"{QUANTIZER}; ste", -1)
+    assert torch.equal(result.outputs, F.grouped_mm(decoded[0], decoded[1].mT, offs=OFFS))
+    assert {row["provider"] for row in result.gemms} == {"dequantize + aten"}
+    assert all(row["reason"] for row in result.gemms if row["role"] == "fprop")
+
+
+def test_gradients_that_groups_do_not_take_stay_wide() -> None:
+    """A gradient with a scale of blocks, or rounded stochastically, is decoded for torch's product, with the reason."""
+    for gradient in ("e4m3 row absmax stochastic", "e4m3 tensor absmax even"):
+        result = compile_and_run(Experts(), tokens(), OFFS, recipe=PLAIN, backward="fp8", gradient=gradient)
+        decoded = [row for row in result.gemms if row["role"] != "fprop"]
+        assert {row["provider"] for row in decoded} == {"dequantize + aten"}, gradient
+
+
+def test_outliers_are_read_as_codes_too() -> None:
+    """The FP4 default adds outliers to E4M3 codes, which routed tokens take along in both directions."""
+    recipe = fp4(activation={"outliers": "occ(alpha=0.9,residual=e4m3)"}, weight={"estimator": "ste"})
+    result = compile_and_run(Experts(), tokens(), OFFS, recipe=recipe, backward="fp8")
+    assert {row["provider"] for row in result.gemms} == {"grouped"}
+
+
+@pytest.mark.parametrize("_hopper", [None], indirect=True)
+def test_folded_gradients_are_decoded_alike(_hopper: Any) -> None:
+    """Where FP8 gradients are asked for, they round alike with and without tensor cores."""
+    experts, x = Experts(), tokens()
+    results = {}
+    for capability in (None, (9, 0)):
+        with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
+            results[capability] = compile_and_run(experts.product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8")
+    decoded, codes = results.values()
+    assert {row["provider"] for row in decoded.gemms} == {"dequantize + aten"}
+    for got, expected in ((decoded.gradients[i], codes.gradients[i]) for i in (0, 1)):
+        assert (got.double() - expected.double()).norm() < 2**-8 * expected.double().norm()
+
+
+@pytest.mark.parametrize("activation", [None, "occ(alpha=0.9,residual=e4m3)"])
+def test_tokens_are_quantized_once_and_their_codes_gathered(activation: str | None) -> None:
+    """Two experts for each token: codes of 84 tokens are saved, not of 168 copies, and nothing is rounded otherwise."""
+    recipe = fp4(activation={"outliers": activation}, weight={"estimator": "ste"})
+    experts, x = Experts(), tokens().detach()[:84].requires_grad_()
+    rows = torch.randperm(168, generator=torch.Generator().manual_seed(2)) // 2
+
+    def routed(x: Tensor, w: Tensor, offs: Tensor, rows: Tensor) -> Tensor:
+        return experts.product(x[rows], w, offs)
+
+    results = [
+        compile_and_run(routed, x, experts.up, OFFS, rows, recipe=recipe, backward="fp8", **off)
+        for off in ({}, {"disable_passes": ["gather_codes"]})
+    ]
+    for a, b in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
+        assert torch.equal(a, b)
+    assert {row["provider"] for row in results[0].gemms} == {"grouped"}
+    shapes = [{row["shape"][0] for row in result.saved if row["codes"]} for result in results]
+    assert shapes == [{84}, {168}]
+
+
+def test_a_few_gathered_tokens_are_quantized_themselves() -> None:
+    """Quantizing all tokens for half of them would cost more."""
+    experts, x = Experts(), torch.cat((tokens(), tokens())).detach().requires_grad_()
+    rows = torch.arange(0, 336, 2)
+    result = compile_and_run(lambda x, w, rows: experts.product(x[rows], w, OFFS), x, experts.up, rows, recipe=PLAIN)
+    assert result.program("joint_gather_codes") == result.program("joint_cancel_rotations")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: bool) -> None:
+    """transformers' own op for what `_grouped_mm` refuses, and its backward, are the same products of groups."""
+    pytest.importorskip("transformers.integrations.moe")
+    experts, x = Experts(transposed=transposed).to(dtype), tokens().detach().to(dtype).requires_grad_()
+    loop = torch.ops.transformers.grouped_mm_fallback
+
+    def product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return loop(x, w if transposed else w.transpose(-2, -1), offs)
+
+    result = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="fp8")
+    outputs, gradients = run_eager(
+        lambda x, w, offs: _Grouped.apply(x, w if transposed else w.mT, offs), x, experts.up, OFFS
+    )
+    for got, expected in ((result.outputs, outputs), *((result.gradients[i], gradients[i]) for i in gradients)):
+        torch.testing.assert_close(got, expected, rtol=2**-10, atol=1e-5 * float(expected.detach().abs().max()))
+    assert {(row["role"], row["provider"]) for row in result.gemms} == {
+        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
+    }
+    decoded = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="bf16")
+    assert {row["provider"] for row in decoded.gemms} == {"grouped", "reference"}
+    for got, expected in ((decoded.gradients[i], gradients[i]) for i in gradients):
+        assert (got.double() - expected.double()).norm() < 0.05 * expected.double().norm()
+
+
+def test_codes_of_tokens_are_computed_again_for_the_backward() -> None:
+    """Where they lie beside what they were computed from, the bounds of a token's row are saved, not its codes."""
+    recipe = fp4(activation={"outliers": "occ(alpha=0.9,residual=e4m3)"}, weight={"estimator": "ste"})
+    experts, x = Experts(), tokens().detach()[:84].requires_grad_()
+    rows = torch.randperm(168, generator=torch.Generator().manual_seed(2)) // 2
+
+    def routed(x: Tensor, w: Tensor, rows: Tensor) -> Tensor:
+        return experts.product((x * x)[rows], w, OFFS)  # its gradient needs x
+
+    results = [
+        compile_and_run(routed, x, experts.up, rows, recipe=recipe, backward="fp8", **off)
+        for off in ({}, {"disable_passes": ["recompute_codes"]})
+    ]
+    for a, b in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
+        assert torch.equal(a, b)
+    kept = [[row["dtype"] for row in result.saved if row["codes"]].count("uint8") for result in results]
+    assert kept == [0, 1]
