@@ -25,9 +25,10 @@ of the next: 16 KiB of a processor were on their way, however many steps were as
 16.5 µs. A register that is filled while the last value is still needed is moved at the end of a round, which waits as
 well. So
 
-* codes and scales of a program are brought to L2 first, in the order of K, by copies that nobody waits for (``to_l2``
-  rounds ahead); loads then take 0.15 to 0.3 µs, less than a step computes. It reads no value, so it is done before the
-  kernel in front has ended, and where a processor has room for two programs the next weight is on its way all the time;
+* codes and scales of a program are brought to L2 first, by copies whose end nobody waits for (``to_l2`` rounds ahead;
+  one request per row, since the threads of a warp ask in turn). Loads then take 0.15 to 0.3 µs, less than a step
+  computes. No value is read, so it is done before the kernel in front has ended, and where a processor has room for two
+  programs the next weight is on its way all the time;
 * codes and x are loaded into the registers of those that were just multiplied. Only codes that change threads are
   loaded earlier, when others' registers have taken them.
 
@@ -59,8 +60,6 @@ MMA_ROWS, MMA_COLUMNS = gl.constexpr(8), gl.constexpr(16)
 #: Codes of a row that the four threads of an mma's row load at once, and their words of 8.
 UNIT = gl.constexpr(128)
 STEP_WORDS = gl.constexpr(16)
-#: Words of a row that are brought to L2 at once, 1 KiB.
-PIECE_WORDS = gl.constexpr(256)
 
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -621,22 +620,19 @@ def fragments(
     # Rows of x beyond the last are not read: of few rows, most lanes would read what others do.
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
+    if early:
+        _let_next_begin()
     asked, asks = _rows_asked(first_row, n, block_n, warps, gl.SliceLayout(1, of_w))
     asked_codes = codes + asked.to(gl.int64) * row_words
     if to_l2:
         last = gl.minimum(end, row_words)
-        # A warp's threads ask in turn, so for few long pieces.
-        piece: gl.constexpr = max(PIECE_WORDS, along * turn)
-        ahead_end = gl.minimum(last, word + to_l2 * (along * turn))
-        for i in gl.static_range((to_l2 * along * turn + piece - 1) // piece):
-            _words_to_l2(asked_codes, asks, word + i * piece, ahead_end, piece)
+        _words_to_l2(asked_codes, asks, word, last, to_l2 * along * turn)
         if fmt.block:
             of_split = gl.cdiv(block_n, gl.num_programs(1))
             first = gl.minimum(first_row + gl.program_id(1) * of_split, n)
             beyond = gl.minimum(gl.minimum(first + of_split, first_row + block_n), n)
             _scales_to_l2(scales, second, first.to(number) * per_row, beyond.to(number) * per_row, thread == 0, fmt)
     if early:  # what no kernel before writes, then the others
-        _let_next_begin()
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
         _wait_for_previous()
     words = ()
