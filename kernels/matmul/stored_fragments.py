@@ -20,10 +20,10 @@ stay in one block at a time. Of blocks of 64 they load 8 bytes twice, of smaller
 register says which block a word is of, not the thread (:func:`_arranged`).
 
 **What loads wait for.** A warp has six counters for all loads that it waits for, and waits until one is 0, so a load
-also waits for those beside it. Where codes came from memory, 0.8 µs, next to x, from L1, each step waited for the codes
-of the next: 16 KiB of a processor were on their way, however many steps were asked for, and all cuts took 15.3 to
-16.5 µs. A register that is filled while the last value is still needed is moved at the end of a round, which waits as
-well. So
+also waits for those beside it. Where codes came from memory, some 0.8 µs, next to x, from L1, the machine code had each
+step wait for the codes of the next: 16 KiB of a processor were on their way, however many steps were asked for, which
+is why all cuts took 15.3 to 16.5 µs. A register that is filled while the last value is still needed is moved at the end
+of a round, which waits as well. So
 
 * codes and scales of a program are brought to L2 first, by copies whose end nobody waits for (``to_l2`` rounds ahead;
   one request per row, since the threads of a warp ask in turn). Loads then take 0.15 to 0.3 µs, less than a step
@@ -41,8 +41,9 @@ per clock and processor. The unit that loads, for 8192 codes of a warp: 128 look
     16 rows      64 rows of W per program, two tiles per warp: look-ups and x 9.0, or from L2
                  65 MB of codes and x at 5.5 TB/s 12; begin and end 2.3                                   14 µs
 
-is what to expect; x of few rows of W per program comes from L2 as often as the codes, of many it needs a kernel more,
-which adds splits, 2 µs. Measured without ``to_l2`` and with moves: 15.6 µs for one row, 21.2 for 16, 47 for 64.
+is what to expect, not what was measured; x of few rows of W per program comes from L2 as often as the codes, of many it
+needs a kernel more, which adds splits, 2 µs. Measured without ``to_l2`` and with moves: 15.6 µs for one row, 21.2 for
+16, 47 for 64.
 """
 
 from __future__ import annotations
