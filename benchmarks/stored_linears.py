@@ -327,6 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", metavar="N,K", help="weights to measure (default: three of Llama's)")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="rows of x (default: 1 4 16 64)")
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
+    parser.add_argument(
+        "--arms", nargs="+", help="of the comparison, beside BF16 (default: all), as the CSV file names them"
+    )
     parser.add_argument("--gradient", action="store_true", help="dY · W instead of x · Wᵀ")
     parser.add_argument("--decoded", action="store_true", help="add the weight decoded first, for cuBLAS")
     parser.add_argument("--sweep", action="store_true", help="time every cut of our kernels, and nothing else but BF16")
@@ -366,7 +369,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str, Callable[[Tensor], Arm]]]:
     arms = arms_of(arguments.formats, arguments.gradient, arguments.decoded)
     if not arguments.sweep:
-        yield from arms.items()
+        chosen = {BASELINE, *(arguments.arms or arms)}
+        if unknown := chosen - arms.keys():
+            msg = f"--arms: {sorted(unknown)[0]!r} is none of {', '.join(arms)}"
+            raise ValueError(msg)
+        yield from ((name, make) for name, make in arms.items() if name in chosen)
         return
     yield BASELINE, arms[BASELINE]
     for name in arguments.formats:

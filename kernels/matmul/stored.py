@@ -500,18 +500,18 @@ class Config:
 
 
 #: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
-#: ``fragments`` for 1 to 16 and for 64 rows were the fastest of about 100 on an H200, for ``nf4 block64; nested`` and
-#: N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is split for enough programs.
-#: Others were not measured.
+#: ``fragments`` for 1 and 16 rows were the fastest of five on an H200, that for 64 of about 100, for
+#: ``nf4 block64; nested`` and N = K = 8192. More rows of x want many rows of W per program, which read x once, and K is
+#: split for enough programs. Others were not measured.
 CONFIGS = {
     False: (
-        Config("fragments", 1, block_n=64, block_w=64, block_m=1, warps=16, stages=4, programs=1),
+        Config("fragments", 1, block_n=32, block_w=64, block_m=1, warps=8, stages=4, programs=2),
         Config("fragments", 2, block_n=64, block_w=64, block_m=2, warps=16, stages=2, programs=1),
         Config("fragments", 4, block_n=64, block_w=64, block_m=4, warps=16, stages=2, programs=1),
         Config("fragments", 8, block_n=64, block_w=64, block_m=8, warps=16, stages=2, programs=1),
-        Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1),
-        Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1),
-        Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1),
+        Config("fragments", 16, block_n=256, block_w=16, block_m=16, warps=8, stages=2, programs=1, early=False),
+        Config("fragments", 32, block_n=256, block_w=16, block_m=32, warps=8, stages=1, programs=1, early=False),
+        Config("fragments", 64, block_n=256, block_w=16, block_m=64, warps=8, stages=1, programs=1, early=False),
         Config("tile", 0, block_n=128, block_w=8, block_m=128, warps=8, stages=3, programs=1),
     ),
     True: (
@@ -527,6 +527,8 @@ _DECODE = Config("decode_rows", 0, block_n=8, block_w=64)
 _ADD_BLOCK = 1024
 #: Scales of a row of W that a thread of ``fragments`` has registers for.
 _MOST_SCALES = 4
+#: Tiles of 16 × 8 sums of a thread that leave it registers for a scale of every 16 codes.
+_MOST_TILES = 8
 #: Of a processor.
 _REGISTERS = 65536
 #: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
@@ -672,7 +674,11 @@ def _by_fragments(
     unit, steps = math.gcd(weight.block, UNIT.value), config.stages
     while weight.block and steps > 1 and scales_of_thread(steps * UNIT.value // unit, lines) > _MOST_SCALES:
         steps //= 2
-    tiles, turns = triton.cdiv(n, config.block_n), triton.cdiv(row_words, config.block_w * steps)
+    tiles_m, tiles_n = triton.cdiv(config.block_m, MMA_ROWS.value), config.block_n // (MMA_COLUMNS.value * across)
+    if unit == MMA_COLUMNS.value:
+        tiles_n = max(1, min(tiles_n, _MOST_TILES // tiles_m))
+    block_n = MMA_COLUMNS.value * across * tiles_n
+    tiles, turns = triton.cdiv(n, block_n), triton.cdiv(row_words, config.block_w * steps)
     splits, rounds = _splits(tiles, turns, config, x.device)
     early = config.early and _begins_early(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
@@ -696,8 +702,8 @@ def _by_fragments(
         instruction=MMA[x.dtype],
         unit=unit,
         lines=lines,
-        tiles_m=triton.cdiv(config.block_m, MMA_ROWS.value),
-        tiles_n=config.block_n // (MMA_COLUMNS.value * across),
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
         across=across,
         along=along,
         steps=steps,

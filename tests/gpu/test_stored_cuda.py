@@ -93,6 +93,35 @@ def test_fragments_however_they_are_cut(m, spec):
     check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
+OVERLAPPING = (
+    Config("fragments", 1, 32, 64, 1, warps=8, stages=4, programs=2),
+    Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1),
+)
+
+
+@pytest.mark.parametrize("config", OVERLAPPING, ids=str)
+def test_a_kernel_that_begins_early_reads_what_those_in_front_wrote(config):
+    """x is the last product; every fourth time codes are new. Waiting for the device in between changes no bit."""
+    parts = weight(2048, 2048, NESTED, "cuda")
+    start = torch.randn(config.block_m, 2048, device="cuda", dtype=BF16)
+    sources = parts["codes"].clone(), parts["codes"].flip(0)
+
+    def chain(wait: bool) -> torch.Tensor:
+        x = start
+        for i in range(24):
+            if i % 4 == 0:
+                parts["codes"].copy_(sources[i // 4 % 2])
+            if wait:
+                torch.cuda.synchronize()
+            x = kernels.mm_stored(x, *arguments(parts, NESTED, 2048, False, BF16), config=config)
+        return x
+
+    expected = chain(wait=True)
+    assert expected.isfinite().all()
+    for _ in range(5):
+        torch.testing.assert_close(chain(wait=False), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("m", [1, 7, 8])
 def test_float32_rows(m):
     check(kernels.config_for((m, 512, 1024), False, FP32, kernels._rates(torch.device("cuda"))), False, NESTED, m, 512,
