@@ -1,0 +1,240 @@
+"""Dynamo graph: compute beside every product what each candidate makes of it, and score the difference in the backward.
+
+::
+
+                            a  = f(fake_quantize(x.detach()), fake_quantize(w.detach()))     one for each candidate
+    y = f(x, w)    ─►       y  = f(x, w)
+                            y' = probe(y, [a, …], scores)
+
+``scores`` is a leaf of zeros, one row per site. What arrives in its gradient is Σ (g ⊙ (a − y))² for every candidate, g
+being the gradient at y. The model computes what it computed before, to the bit: candidates are read by the probe alone.
+Autograd brings g wherever it goes, through graph breaks, repeated calls and checkpointed bodies, and one asks for the
+gradients of the leaves alone, so no gradient of a weight is computed.
+
+With ``gradients`` a probe also multiplies the two backward products of its site once wide and once by each candidate.
+It differentiates the candidate's own call, so it needs to know of no spelling.
+
+The rewritten graph is to be run as it is, in eager torch: `probe` is no op that later stages know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile.ir.ops import quantize_along
+
+from .gradient_axes import axes_of_result, role_of_slot
+from .graph import graph_modules, value_of
+from .insert import insert
+from .origins import written_by
+from .record import Decision, Plan, Site
+
+__all__ = ["Probes", "probe_sites", "why_not_probed"]
+
+#: Under what name a graph module keeps its leaf.
+_LEAF = "qcompile_scores"
+
+
+@dataclass
+class Probes:
+    """What :func:`probe_sites` has put into a graph.
+
+    Attributes:
+        sites: one for each row of ``scores``. candidates: their names, in the order of the columns.
+        scores: the leaf, float64 ``[sites, columns]``. Its gradient holds the candidates' scores; with ``gradients``
+            then, for each operand of the site, the squared norm of its gradient and that of every candidate's error.
+        gradients: whether the backward products are compared too.
+    """
+
+    sites: list[Site]
+    candidates: tuple[str, ...]
+    gradients: bool
+    scores: nn.Parameter = field(init=False)
+
+    def __post_init__(self) -> None:
+        columns = len(self.candidates) + (2 * (1 + len(self.candidates)) if self.gradients else 0)
+        device = value_of(self.sites[0].node).device if self.sites else None
+        self.scores = nn.Parameter(torch.zeros(len(self.sites), columns, dtype=torch.float64, device=device))
+
+
+def why_not_probed(site: Site) -> str:
+    """Why a site that is quantized gets no score; "" if it gets one."""
+    if any(written_by(site.node)):
+        return "not scored: the product is written in place"
+    return f"not scored: inside {site.anonymous}" if site.anonymous else ""
+
+
+def probe_sites(gm: GraphModule, plans: Mapping[str, Plan], gradients: bool = False) -> Probes:
+    """Rewrite ``gm`` and its nested bodies in place. ``plans``: of the same sites, by candidate; a site that none of
+    them quantizes is left alone.
+    """
+    decided: dict[Node, dict[str, Decision]] = {}
+    for name, plan in plans.items():
+        for decision in plan.quantized:
+            if any(decision.operands) and not why_not_probed(decision.site):
+                decided.setdefault(decision.site.node, {})[name] = decision
+    sites = [next(iter(decisions.values())).site for decisions in decided.values()]
+    probes = Probes(sorted(sites, key=lambda site: site.index), tuple(plans), gradients)
+    modules = [(module, [node for node in module.graph.nodes if node in decided]) for module in graph_modules(gm)]
+    added: dict[Node, list[Decision]] = {}
+    for module, gemms in modules:
+        detached = _Detached(module.graph)
+        for gemm in gemms:
+            sites_added = [detached.twin(decision.site) for decision in decided[gemm].values()]
+            added[gemm] = [replace(d, site=s) for d, s in zip(decided[gemm].values(), sites_added, strict=True)]
+            if gradients:
+                wide = next(iter(decided[gemm].values()))
+                added[gemm].append(replace(wide, site=detached.twin(wide.site), operands=(None, None), gradients={}))
+    insert(gm, Plan([twin for twins in added.values() for twin in twins], Counter()))
+    rows = {site.node: row for row, site in enumerate(probes.sites)}
+    for module, gemms in modules:
+        if gemms:
+            module.register_parameter(_LEAF, probes.scores)
+            with module.graph.inserting_before(gemms[0]):
+                leaf = module.graph.get_attr(_LEAF)
+            for gemm in gemms:
+                columns = [probes.candidates.index(name) for name in decided[gemm]]
+                _add_probe(gemm, leaf, rows[gemm], columns, added[gemm], gradients)
+            module.graph.lint()
+            module.recompile()
+    return probes
+
+
+def _add_probe(
+    gemm: Node, leaf: Node, row: int, columns: list[int], twins: list[Decision], gradients: bool
+) -> None:
+    """Let the readers of ``gemm`` read what the probe returns."""
+    readers = list(gemm.users)
+    backward = [_with_leaves(twin) for twin in twins] if gradients else []
+    results = [twin.site.node for twin, _ in zip(twins, columns, strict=False)]  # the last one may be the wide twin
+    with gemm.graph.inserting_after(gemm):
+        node = gemm.graph.call_function(probe, (gemm, leaf, row, columns, results, backward))
+    node.meta = dict(gemm.meta)
+    for reader in readers:
+        reader.replace_input_with(gemm, node)
+
+
+class _Detached:
+    """Adds products that read what a site reads, out of autograd's sight."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.made: dict[Node, Node] = {}
+
+    def twin(self, site: Site) -> Site:
+        """In front of the site. Equal operands of several sites stay one node, so that `insert` quantizes them once."""
+        gemm = site.node
+        with self.graph.inserting_before(gemm):
+            args, kwargs = torch.fx.map_arg((gemm.args, gemm.kwargs), self._detached)
+            node = self.graph.create_node(gemm.op, gemm.target, args, kwargs)
+        node.meta = dict(gemm.meta)
+        return replace(site, node=node)
+
+    def _detached(self, node: Node) -> Node:
+        value = value_of(node)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return node
+        if node not in self.made:
+            made = self.made[node] = self.graph.call_method("detach", (node,))
+            made.meta = {**node.meta, "example_value": value.detach()}
+        return self.made[node]
+
+
+#: How a gradient is quantized in front of a backward product (arguments of `quantize_along`), ``None`` if it is not.
+_Rounding = tuple[str, tuple[int, ...], tuple[int, ...]] | None
+
+
+def _with_leaves(twin: Decision) -> tuple[Node, list[Node], list[_Rounding]]:
+    """Make the operands of a twin leaves: the product, its leaves, and how their gradients read dY."""
+    node, leaves = twin.site.node, []
+    roundings = [_rounding(twin, position) for position in range(len(twin.site.slots))]
+    for slot in twin.site.slots:
+        with node.graph.inserting_before(node):
+            leaves.append(node.graph.call_function(_leaf, (slot.of(node),)))
+        slot.put(node, leaves[-1])
+    return node, leaves, roundings
+
+
+def _rounding(decision: Decision, position: int) -> _Rounding:
+    role = role_of_slot(decision.site, position)
+    gradient = decision.gradients.get(role)
+    if gradient is None or role not in (*decision.rounded, *decision.folded):
+        return None
+    if gradient.quantizer.granularity.kind == "tensor":
+        return str(gradient.quantizer), (), ()
+    axes = axes_of_result(decision.site)
+    return None if axes is None else (str(gradient.quantizer), axes[position], axes[1 - position])
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def probe(
+    y: Tensor,
+    scores: Tensor,
+    row: int,
+    columns: list[int],
+    results: list[Tensor],
+    backward: list[tuple[Tensor, list[Tensor], list[_Rounding]]],
+) -> Tensor:
+    """y. In the backward row ``row`` of ``scores`` gets the scores of ``results``, one for each of ``columns``.
+
+    ``backward``: empty, or the product of every candidate and then the wide one, each with its leaves.
+    """
+    found: Tensor = _Probe.apply(y, scores, row, columns, results, backward)
+    return found
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, *_: Any) -> Tensor:
+        return y.detach()  # no view of y as autograd counts them: those cannot be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        y, scores, ctx.row, ctx.columns, results, ctx.backward_products = inputs
+        ctx.like = scores.shape, scores.dtype, scores.device
+        ctx.save_for_backward(*(result.detach() - y for result in results))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        shape, dtype, device = ctx.like
+        found = torch.zeros(shape, dtype=dtype, device=device)
+        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        for column, error in zip(ctx.columns, ctx.saved_tensors, strict=True):
+            found[ctx.row, column] = _squared(g * error)
+        if ctx.backward_products:
+            with torch.autocast(gradient.device.type, enabled=False):
+                _compare(gradient, ctx.backward_products, ctx.columns, found[ctx.row])
+        return gradient, found, None, None, None, None
+
+
+def _compare(gradient: Tensor, products: list[Any], columns: list[int], row: Tensor) -> None:
+    """Write the squared norms of both gradients of the wide product into a row, and of the candidates' errors."""
+    candidates = (row.shape[0] - 2) // 3
+    *others, wide = [[_gradient(gradient, p, position) for position in range(2)] for p in products]
+    for position, exact in enumerate(wide):
+        start = candidates + position * (1 + candidates)
+        row[start] = _squared(exact)
+        for column, other in zip(columns, others, strict=True):
+            row[start + 1 + column] = _squared(other[position] - exact)
+
+
+def _gradient(gradient: Tensor, product: Any, position: int) -> Tensor:
+    """Of the operand at ``position``."""
+    result, leaves, roundings = product
+    rounding = roundings[position]
+    read = gradient if rounding is None else quantize_along(gradient, *rounding)
+    return torch.autograd.grad(result, leaves[position], read.to(result.dtype), retain_graph=True)[0]
+
+
+def _squared(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dtype=torch.float64)
