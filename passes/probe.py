@@ -107,9 +107,7 @@ def probe_sites(gm: GraphModule, plans: Mapping[str, Plan], gradients: bool = Fa
     return probes
 
 
-def _add_probe(
-    gemm: Node, leaf: Node, row: int, columns: list[int], twins: list[Decision], gradients: bool
-) -> None:
+def _add_probe(gemm: Node, leaf: Node, row: int, columns: list[int], twins: list[Decision], gradients: bool) -> None:
     """Let the readers of ``gemm`` read what the probe returns."""
     readers = list(gemm.users)
     backward = [_with_leaves(twin) for twin in twins] if gradients else []

@@ -1,6 +1,6 @@
 """Which layers to quantize how: scores from one backward pass, and the cheapest choice that they admit."""
 
 from .result import Sensitivity
-from .sensitivity import sensitivity
+from .score import sensitivity
 
 __all__ = ["Sensitivity", "sensitivity"]

@@ -13,8 +13,8 @@ import torch
 from qcompile import compat
 from qcompile.ir.operand import Operand
 from qcompile.kernels.matmul.costs import rates_of
-from qcompile.passes.graph import value_of
 from qcompile.passes.gradient_axes import role_of_slot
+from qcompile.passes.graph import value_of
 from qcompile.passes.record import Decision, Site
 
 __all__ = ["COSTS", "WIDE", "Cost", "Layer", "Operands", "grouped", "layer_of", "operands_of", "roles_of"]

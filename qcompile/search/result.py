@@ -141,7 +141,13 @@ class Sensitivity:
     def frontier_table(self) -> Table:
         """The frontier, for rich."""
         table = Table(title="least score for a cost", title_justify="left")
-        for header in ("budget", f"cost, {self.unit}" if self.unit else "cost", "score", "of the cheapest", "wide layers"):
+        for header in (
+            "budget",
+            f"cost, {self.unit}" if self.unit else "cost",
+            "score",
+            "of the cheapest",
+            "wide layers",
+        ):
             table.add_column(header, justify="right")
         for row in self.points():
             style = "bold" if row["budget"] == self.budget else ""
@@ -197,7 +203,13 @@ class Sensitivity:
     def to_json(self) -> str:
         """Choice, rules, scores and frontier as JSON."""
         layers = [
-            {"layer": layer.name, "op": layer.op, "scores": layer.scores, "errors": layer.errors, "reason": layer.reason}
+            {
+                "layer": layer.name,
+                "op": layer.op,
+                "scores": layer.scores,
+                "errors": layer.errors,
+                "reason": layer.reason,
+            }
             for layer in self.layers
         ]
         data = {"budget": self.budget, "choice": self.choice, "rules": self.rules, "layers": layers}
@@ -206,4 +218,3 @@ class Sensitivity:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-

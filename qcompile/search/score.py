@@ -77,9 +77,9 @@ def sensitivity(
         loss: called with the model and a batch, returns a scalar. Default: the model's result, its ``.loss``, or
             its first item.
         cost: of a choice. ``"operations"``: products of one bit with one bit, over all layers. ``"weights"``: bits that
-            hold the weights, scales included. ``"saved"``: bytes that hold the activations for the backward. ``"time"``:
-            estimated nanoseconds of the forward products on this card. Or a function of the layers of a group and an
-            option's name, which returns an integer.
+            hold the weights, scales included. ``"saved"``: bytes that hold the activations for the backward.
+            ``"time"``: estimated nanoseconds of the forward products on this card. Or a function of the layers of a
+            group and an option's name, which returns an integer.
         gradients: also compare the backward products: ‖error‖² / ‖gradient‖² of dX and dW, which the table lists. That
             takes two more products per candidate.
         resume: a JSON file, written after every batch. If it exists, the batches in it are not computed again.
@@ -143,7 +143,7 @@ def _cost_of(cost: Any) -> Cost:
     if isinstance(cost, str) and cost in COSTS:
         return COSTS[cost][0]
     if callable(cost):
-        return cost  # type: ignore[no-any-return]
+        return cost
     msg = f"sensitivity: cost={cost!r} is not one of {', '.join(COSTS)} or a function of a group's layers and an option"
     raise ValueError(msg)
 
@@ -224,7 +224,7 @@ class _Scores:
         self.session.add(plan)
         self._describe(plan, plans, f"graph {len(self.graphs)}: ")
         self.graphs.append(probes)
-        return gm.forward  # type: ignore[no-any-return]
+        return gm.forward
 
     def _describe(self, plan: Plan, plans: Mapping[str, Plan], graph: str) -> None:
         """Add the layers of a graph. One that is known, from an earlier graph or from a file, stays as it is."""
