@@ -107,7 +107,7 @@ def test_errors_of_backward_products_are_those_of_autograd_by_hand():
     dw_q = fake_quantize(g, "e4m3 row", 0).T @ h_q
     second = next(layer for layer in found.layers if layer.name == "second")
     for role, exact, other in (("dgrad", dx, dx_q), ("wgrad", dw, dw_q)):
-        ratio = float((other - exact).square().sum() / exact.square().sum())
+        ratio = ((other - exact).square().sum() / exact.square().sum()).item()
         assert second.noise(role, "qcompile_fp4") == pytest.approx(ratio, rel=1e-4), role
     assert "dgrad error" in str(found)
     first = next(layer for layer in found.layers if layer.name == "first")
@@ -275,9 +275,8 @@ def formats(model: nn.Module, x: Tensor, rules: list[dict[str, object]]) -> dict
     return {row.layer: row.formats or row.decision for row in report.rows if row.role in ("fprop", "-")}
 
 
-@pytest.mark.parametrize("model", [Nested, Attention])
-def test_rules_compile_and_change_exactly_the_chosen_layers(model):
-    made, (x,) = model(), sequences()
+def test_rules_compile_and_change_exactly_the_chosen_layers():
+    made, (x,) = Attention(), sequences()
     found = qcompile.sensitivity(made, [x], options=OPTIONS, candidates={"4": {}, "8": INT8})
     assert {found.at(budget).rules == [] for budget in (0.0, 0.1)} == {True, False}
     before = formats(made, x, [])
