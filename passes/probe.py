@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from qcompile.ir.ops import quantize_along
+from qcompile.ir.sharding import is_sharded
 
 from .gradient_axes import axes_of_result, role_of_slot
 from .graph import graph_modules, value_of
@@ -68,6 +69,8 @@ def why_not_probed(site: Site) -> str:
     """Why a site that is quantized gets no score; "" if it gets one."""
     if any(written_by(site.node)):
         return "not scored: the product is written in place"
+    if is_sharded(value_of(site.node)):
+        return "not scored: the product is a DTensor; score the model on one device"
     return f"not scored: inside {site.anonymous}" if site.anonymous else ""
 
 

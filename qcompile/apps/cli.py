@@ -1,4 +1,4 @@
-"""``qcompile demo | explain | sensitivity | bench``. A command imports torch when it runs, so ``--help`` answers at once.
+"""``qcompile demo | explain | sensitivity | bench``. A command imports torch when it runs: ``--help`` answers at once.
 
 Exit status: 0 done, 2 something in the request cannot be used (one line says what), 130 interrupted.
 """

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from math import ceil
+from math import ceil, prod
 
 import torch
 
@@ -32,7 +32,8 @@ class Layer:
 
     Attributes:
         name, op: as in the report. m, n, k: extents of the product, summed over calls (m) and as of the first (n, k).
-        weight: elements of the weight, 0 without one. itemsize: bytes of an element in high precision.
+        activation, weight: elements of these operands, the latter 0 without a weight.
+        itemsize: bytes of an element in high precision.
         reads: what activation it reads; equal for layers that share one.
         recipe: its operands by the recipe itself. candidates: by each candidate that applies to it.
         scores: Σ (g ⊙ (y_q − y))² over all batches, by candidate.
@@ -45,6 +46,7 @@ class Layer:
     m: int = 0
     n: int = 0
     k: int = 0
+    activation: int = 0
     weight: int = 0
     itemsize: int = 4
     reads: str = ""
@@ -63,6 +65,11 @@ class Layer:
         found = self.errors.get(role, {})
         return found[candidate] / found[WIDE] if found.get(WIDE) and candidate in found else None
 
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Of the two operands."""
+        return "activation", "weight" if self.weight else "activation"
+
     def operand(self, kind: str, candidate: str) -> Operand | None:
         """What a candidate quantizes an operand to; ``None`` in high precision."""
         text = self.candidates.get(candidate, {}).get(kind, "off")
@@ -72,12 +79,14 @@ class Layer:
 def layer_of(site: Site, reads: str) -> Layer:
     """A layer of one product, without scores."""
     k = compat.size_hint(site.contraction) or 1
-    sizes = {slot.kind: compat.size_hint(value_of(slot.of(site.node)).numel()) for slot in site.slots}
-    weight = sizes.get("weight", 0)
+    sizes = {"activation": 0, "weight": 0}
+    for slot in site.slots:
+        sizes[slot.kind] += compat.size_hint(value_of(slot.of(site.node)).numel())
+    weight = sizes["weight"]
     results = compat.size_hint(value_of(site.node).numel())
     n = max(weight // k, 1) if weight else compat.size_hint(value_of(site.node).shape[-1])
     itemsize = value_of(site.node).dtype.itemsize
-    return Layer(site.name, site.op, max(results // n, 1), n, k, weight, itemsize, reads)
+    return Layer(site.name, site.op, max(results // n, 1), n, k, sizes["activation"], weight, itemsize, reads)
 
 
 def operands_of(decision: Decision) -> Operands:
@@ -133,36 +142,36 @@ def _bits(layer: Layer, kind: str, option: str) -> int:
     return operand.quantizer.format.bits if operand else 8 * layer.itemsize
 
 
-def _stored_bits(layer: Layer, kind: str, rows: int, option: str) -> int:
-    """Of ``rows`` rows of K elements, scales included."""
+def _stored_bits(layer: Layer, kind: str, elements: int, option: str) -> int:
+    """Of an operand in rows of K elements, scales included."""
     operand = layer.operand(kind, option)
     if operand is None:
-        return 8 * layer.itemsize * rows * layer.k
+        return 8 * layer.itemsize * elements
     quantizer = operand.quantizer
-    granularity, size = quantizer.granularity, quantizer.granularity.size
+    rows, size = ceil(elements / layer.k), quantizer.granularity.size or 1
     scales = {
         "tensor": 1,
         "row": rows,
-        "block": rows * ceil(layer.k / (size or 1)),
-        "square": ceil(rows / (size or 1)) * ceil(layer.k / (size or 1)),
-    }[granularity.kind]
-    return quantizer.format.bits * rows * layer.k + scales * 8 * _SCALE_BYTES.get(quantizer.scale.storage, 1)
+        "block": rows * ceil(layer.k / size),
+        "square": ceil(rows / size) * ceil(layer.k / size),
+    }[quantizer.granularity.kind]
+    return quantizer.format.bits * elements + scales * 8 * _SCALE_BYTES.get(quantizer.scale.storage, 1)
 
 
 _SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _operations(layers: Iterable[Layer], option: str) -> int:
-    return sum(2 * x.m * x.n * x.k * _bits(x, "activation", option) * _bits(x, "weight", option) for x in layers)
+    return sum(2 * x.m * x.n * x.k * prod(_bits(x, kind, option) for kind in x.kinds) for x in layers)
 
 
 def _weights(layers: Iterable[Layer], option: str) -> int:
-    return sum(_stored_bits(x, "weight", x.weight // x.k, option) for x in layers if x.weight)
+    return sum(_stored_bits(x, "weight", x.weight, option) for x in layers)
 
 
 def _saved(layers: Iterable[Layer], option: str) -> int:
     once = {layer.reads or repr(layer.key): layer for layer in layers}
-    return sum(_stored_bits(x, "activation", x.m, option) for x in once.values()) // 8
+    return sum(_stored_bits(x, "activation", x.activation, option) for x in once.values()) // 8
 
 
 def _time(layers: Iterable[Layer], option: str) -> int:
@@ -171,11 +180,9 @@ def _time(layers: Iterable[Layer], option: str) -> int:
     total, read = 0.0, set()
     for layer in layers:
         operations, results = 2.0 * layer.m * layer.n * layer.k, float(layer.m * layer.n)
-        kinds = ("activation", "weight" if layer.weight else "activation")
-        operands = [layer.operand(kind, option) for kind in kinds]
-        for kind, operand, rows in zip(kinds, operands, (layer.m, layer.n), strict=True):
-            shared = kind == "activation" and layer.reads in read
-            if operand and not shared:
+        operands = [layer.operand(kind, option) for kind in layer.kinds]
+        for position, (operand, rows) in enumerate(zip(operands, (layer.m, layer.n), strict=True)):
+            if operand and (position or layer.reads not in read):
                 total += rates.passes(3.0 * rows * layer.k, 1)
         read.add(layer.reads)
         types = {_tensor_core_type(operand) for operand in operands}

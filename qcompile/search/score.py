@@ -86,8 +86,9 @@ def sensitivity(
         seed: of the random state, set before every batch. The state of the process stays as it was.
         progress: show a progress bar.
 
-    All candidates' errors are kept until the backward: tokens × outputs for each layer and candidate. One process, one
-    model on it; a DTensor is refused.
+    All candidates' errors are kept until the backward: tokens × outputs for each layer and candidate. Products that
+    are written in place, in bodies of ``cond``, ``scan`` and ``map``, of a DTensor, or outside of graphs
+    (:func:`qcompile.explain` lists these) are not scored.
 
     Raises ``ValueError`` for an unknown backend, option, candidate or cost, for a budget outside of 0 … 1, for no
     batches, a loss that is no scalar or does not depend on the products, a model without products to score, and a file
@@ -111,7 +112,7 @@ def sensitivity(
     compiled = torch.compile(with_own_code(model), backend=scores.compile)
     total = len(batches) if isinstance(batches, Sized) else None
     done = 0
-    with _progress(progress, total) as step:
+    with _progress(progress, total) as step, compat.unlimited_recompiles():
         for done, batch in enumerate(batches, 1):
             if not store.has(done - 1, batch):
                 with unchanged(model, (batch,), {}), own_errors():

@@ -242,7 +242,17 @@ def test_explain_refuses_in_one_line(argv, expected, user_module, capsys):
 
 def test_sensitivity_scores_a_text_and_prints_rules(user_module, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 9)
-    request = [f"{user_module}:with_tokenizer", "--text", "text.txt", "--batches", "2", "--batch", "3", "--tokens", "16"]
+    request = [
+        f"{user_module}:with_tokenizer",
+        "--text",
+        "text.txt",
+        "--batches",
+        "2",
+        "--batch",
+        "3",
+        "--tokens",
+        "16",
+    ]
     flags = ["--option", "min_side=0", "--option", "heads=True", "--candidate", "8=int8 row", "--json", "found.json"]
     assert cli.main(["sensitivity", *request, *flags, "--resume", "scores.json", "--plot", "frontier.png"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
