@@ -232,8 +232,10 @@ def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
     for kernel, *numbers, how in (match.groups() for match in found if match):
         rows, block_n, width, warps, stages, programs = map(int, numbers)
         if rows == block_m:
-            table, early = "formula" not in how, "early" in how
-            configs.append(Config(kernel, batch, block_n, width // 8, rows, warps, stages, programs, table, early))
+            more = {letter: int(number) for letter, number in re.findall(r" ([lr])(\d+)", how)}
+            cut = block_n, width // 8, rows, warps, stages, programs
+            ways = "formula" not in how, "early" in how, more.get("l", 0), more.get("r", 0)
+            configs.append(Config(kernel, batch, *cut, *ways))
     return configs
 
 
@@ -327,6 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", metavar="N,K", help="weights to measure (default: three of Llama's)")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="rows of x (default: 1 4 16 64)")
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
+    parser.add_argument(
+        "--arms", nargs="+", help="of the comparison, beside BF16 (default: all), as the CSV file names them"
+    )
     parser.add_argument("--gradient", action="store_true", help="dY · W instead of x · Wᵀ")
     parser.add_argument("--decoded", action="store_true", help="add the weight decoded first, for cuBLAS")
     parser.add_argument("--sweep", action="store_true", help="time every cut of our kernels, and nothing else but BF16")
@@ -366,7 +371,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str, Callable[[Tensor], Arm]]]:
     arms = arms_of(arguments.formats, arguments.gradient, arguments.decoded)
     if not arguments.sweep:
-        yield from arms.items()
+        chosen = {BASELINE, *(arguments.arms or arms)}
+        if unknown := chosen - arms.keys():
+            msg = f"--arms: {sorted(unknown)[0]!r} is none of {', '.join(arms)}"
+            raise ValueError(msg)
+        yield from ((name, make) for name, make in arms.items() if name in chosen)
         return
     yield BASELINE, arms[BASELINE]
     for name in arguments.formats:

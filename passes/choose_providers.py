@@ -22,6 +22,7 @@ from qcompile.ir.stored import Stored
 from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
+from .batches import why_no_groups
 from .dialect import stored_weight
 from .graph import same_sizes, static_size
 from .pass_base import Context
@@ -62,7 +63,10 @@ def _provision(node: Node) -> Provision:
         by_itself = provision.provider == DECODED and value.dtype != torch.bfloat16
         return provision._replace(provider=REFERENCE) if by_itself else provision
     if value.dim() != 2:
-        return Provision(DECODED, "a product of batches")
+        why = why_no_groups(product, value.shape[-2], value.shape[-1])
+        if why or product.a.contracts_rows:
+            return Provision(DECODED, why or "batches of transposed operands")
+        return _of_groups(product, value, capability)
     if product.a.encoding.is_dense and (weight := stored_weight(product.b)) is not None:
         return _of_stored_weight(node, product, weight.stored)
     readings, why_not = _readings(*product.operands)

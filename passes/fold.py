@@ -8,7 +8,7 @@ dgrad's, a token's along wgrad's. A product cannot apply them afterwards, but dY
     quantized_mm(dy, [codes_w, s_w])   ─►   quantized_mm(quantize(dy, fold=s_w), levels [codes_w])
 
 Of products of groups, experts for one, the scales that dY takes along its rows are those of the group, and those along
-its columns are found for each group apart.
+its columns are found for each group apart. Products of batches are such products, where a card multiplies groups.
 
 A dY that `quantize_gradients` has quantized without them is quantized anew, with them.
 
@@ -34,8 +34,9 @@ from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.matmul import costs
 
+from .batches import in_groups, why_no_groups
 from .gradient_axes import ROLE_OF_OPERAND
-from .graph import aten, emit, input_of, is_call, size_along, take_over, through_views
+from .graph import aten, emit, input_of, is_call, size_along, static_size, take_over, through_views
 from .pass_base import Context
 from .record import UNFOLDED_KEY, Decision, marked, operand_kind, site_index
 from .roles import depends_on_tangents
@@ -58,6 +59,14 @@ class _Backward(NamedTuple):
     def product_codes(self) -> ProductOperand:
         return getattr(self.product, self.codes)
 
+    @property
+    def product_gradient(self) -> ProductOperand:
+        return getattr(self.product, self.gradient)
+
+    @property
+    def is_batch(self) -> bool:
+        return self.product.offs is None and bool(self.node.meta["val"].dim() == 3)
+
 
 def fold(graph: Graph, context: Context) -> int:
     """Returns how many backward products read a quantized gradient now."""
@@ -79,7 +88,12 @@ def fold(graph: Graph, context: Context) -> int:
         gradient = candidate.decision.gradients[candidate.role]
         assert gradient is not None
         with graph.inserting_before(node):
-            folded = _folded(graph, node, candidate.product, candidate.gradient, candidate.codes, gradient.quantizer)
+            product = candidate.product
+            if candidate.is_batch:
+                product = in_groups(graph, node, product, contraction=candidate.role == "wgrad")
+            folded = _folded(graph, node, product, candidate.gradient, candidate.codes, gradient.quantizer)
+            if candidate.is_batch and candidate.role == "dgrad":
+                folded = emit(graph, node, aten.view.default, folded, list(node.meta["val"].shape))
         take_over(folded, node)
         node.replace_all_uses_with(folded)
         graph.erase_node(node)
@@ -118,6 +132,9 @@ def _slower(foldable: list[_Backward]) -> dict[Node, str]:
         shared = readers[through_views(by_role["wgrad"].product_codes.first)] if "wgrad" in by_role else 1
         offs = candidates[0].product.offs
         groups = 1 if offs is None else offs.meta["val"].shape[0]
+        if candidates[0].is_batch:
+            groups = candidates[0].node.meta["val"].shape[0]
+            m *= groups
         chosen, estimates = costs.best_backward((m, n, k), roles, shared, value.dtype, rates, groups)
         for role in set(roles) - set(chosen):
             estimate = f"{estimates[chosen]:.0f} µs estimated for the backward, {estimates[roles]:.0f} in 8 bits"
@@ -130,7 +147,7 @@ def _extents(candidate: _Backward) -> tuple[int, int, int]:
     of_gradient, of_codes = map(compat.size_hint, candidate.node.meta["val"].shape[-2:])
     if candidate.gradient == "b":
         of_gradient, of_codes = of_codes, of_gradient
-    gradient: ProductOperand = getattr(candidate.product, candidate.gradient)
+    gradient = candidate.product_gradient
     contracted = compat.size_hint(gradient.first.meta["val"].shape[-2 if gradient.contracts_rows else -1])
     # dX is [M, K] and contracts N; dW is [N, K] and contracts M.
     return (of_gradient, contracted, of_codes) if candidate.role == "dgrad" else (contracted, of_gradient, of_codes)
@@ -144,11 +161,11 @@ def _why_not(candidate: _Backward) -> str:
     spec = codes.encoding.operand
     assert spec is not None
     quantizer = spec.quantizer
-    if node.meta["val"].dim() != 2 and not grouped:
-        return "a product of batches"
+    if candidate.is_batch and (why := _why_no_groups(candidate)):
+        return why
     gradient = candidate.decision.gradients[candidate.role]
     assert gradient is not None
-    if grouped and (why := _why_not_in_groups(gradient.quantizer)):
+    if (grouped or candidate.is_batch) and (why := _why_not_in_groups(gradient.quantizer)):
         return why
     if quantizer.granularity.kind != "row" or quantizer.scale.storage != "float32":
         return f"scales {quantizer.granularity} {quantizer.scale.name} are no float32 factor per row"
@@ -157,6 +174,21 @@ def _why_not(candidate: _Backward) -> str:
     if quantizer.format.tensor_core_type not in ("e4m3", "e5m2"):
         return f"{quantizer.format.name} is not exact in 8-bit floating point, which gradients need"
     return "" if codes.contracts_rows else "its scales do not lie along the contraction"
+
+
+def _why_no_groups(candidate: _Backward) -> str:
+    """Why a product of batches is not one of equal groups, as the kernel for these has it; "" if it is."""
+    gradient = candidate.product_gradient
+    capability = compat.tensor_core_capability(candidate.node.meta["val"].device)
+    if capability is None or capability < (9, 0) or not gradient.encoding.is_dense:
+        return "a product of batches"
+    rows, columns = gradient.first.meta["val"].shape[-2:]
+    if candidate.role == "wgrad":
+        if candidate.gradient == "a":  # dYᵀ
+            rows, columns = columns, rows
+    elif candidate.gradient == "b" or static_size(columns) is None or columns % 16:
+        return "a product of batches"
+    return why_no_groups(candidate.product, rows, columns)
 
 
 def _why_not_in_groups(quantizer: Quantizer) -> str:

@@ -90,9 +90,12 @@ def _fuse_loop(graph: Graph, node: Node, made: dict[Any, Node | None]) -> int:
         a, b = _operand(graph, node, x, True, made), _operand(graph, node, weight, False, made)
         if a is None or b is None:
             return 0
+        assert isinstance(offs, Node)
+        if offs.meta["val"].dtype != torch.int32:
+            offs = emit(graph, node, torch.ops.prims.convert_element_type.default, offs, torch.int32)
 
         def product(left: ProductOperand, right: ProductOperand) -> Node:
-            return QuantizedMM(left, right, x.meta["val"].dtype, None, offs).emit(graph, near=node)  # type: ignore
+            return QuantizedMM(left, right, x.meta["val"].dtype, None, offs).emit(graph, near=node)
 
         computed = _gradients_of_loop(graph, node, a, b, product) if gradient else {node: product(a, b)}
     for old, new in computed.items():

@@ -45,6 +45,7 @@ from qcompile.ir.quantizer import Granularity, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
+from .batches import in_groups
 from .dialect import stored_weight
 from .graph import aten, emit, static_size, take_over
 from .pass_base import Context
@@ -184,11 +185,13 @@ def _offset(graph: Graph, gemm: Node, codes: Node, own: float, others: float, ma
 
 
 def _grouped_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
-    offs = product.offs
-    assert offs is not None
+    if product.offs is None:
+        product = in_groups(graph, node, product)
+        groups = _grouped_product(graph, node, product, made)
+        return emit(graph, node, aten.view.default, groups, list(node.meta["val"].shape))
     a, b = (_codes_of_groups(graph, node, operand, product, made) for operand in product.operands)
     scale_a, scale_b = (_scale_of_groups(graph, node, operand, made) for operand in product.operands)
-    return Mm8BitGrouped(a, b, offs, scale_a, scale_b, product.dtype).emit(graph, near=node)
+    return Mm8BitGrouped(a, b, product.offs, scale_a, scale_b, product.dtype).emit(graph, near=node)
 
 
 def _codes_of_groups(

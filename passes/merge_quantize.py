@@ -87,7 +87,8 @@ class Use:
         masks = [user for user in call.x.users if _is_mask_of(user, node, call)]
         use = Use(node, replace(call, axis=call.axis % call.x.meta["val"].dim()), masks)
         for reader in _readers(result(node, 0)):
-            if recode := Recode.match(reader):
+            recode = Recode.match(reader)
+            if recode is not None and recode.offs is None:
                 (use.transposed if recode.transposed else use.plain).append(reader)
             elif is_call(reader, aten.view.dtype):
                 use.plain.append(reader)
@@ -99,6 +100,15 @@ class Use:
     @property
     def is_matrix(self) -> bool:
         return bool(self.call.x.meta["val"].dim() == 2)
+
+    @property
+    def transposed_as_is(self) -> bool:
+        """Whether the matrix that is transposed is x, or each one of a batch that x is; as the kernels take them."""
+        shape = self.call.x.meta["val"].shape
+        read = [Recode.of(node).codes.meta["val"].shape for node in self.transposed]
+        return self.is_matrix or (
+            len(shape) == 3 and not self.masks and all(same_sizes(s[:-1], shape[:-1]) for s in read)
+        )
 
     @property
     def along_rows(self) -> bool:
@@ -215,7 +225,7 @@ def _replace_single(graph: Graph, use: Use) -> bool:
     quantizer, fold, transform = use.call.quantizer, use.call.fold, use.call.transform
     whole = bool(transform or use.masks or quantizer.scale.statistic == "rms")
     packed = use.packed or bool(use.transposed and use.masks)  # what is recoded once more
-    if use.transposed and (use.plain or use.packed or fold is not None or not use.is_matrix):
+    if use.transposed and (use.plain or use.packed or fold is not None or not use.transposed_as_is):
         return False  # both layouts of one tensor in one graph: rare, and right as it is
     if fold is not None and whole:
         return False  # a gradient of another recipe than any known
@@ -224,7 +234,7 @@ def _replace_single(graph: Graph, use: Use) -> bool:
         x = _as_matrix(graph, use)
         view: View
         if use.transposed and not use.masks:
-            view = Quantize8BitTransposed(x, quantizer, transform)
+            view = Quantize8BitTransposed(use.call.x, quantizer, transform)
         elif whole:
             estimators = [EstimatorMask.of(mask).estimator for mask in use.masks]
             masks = [mask for mask, its in zip(use.masks, estimators, strict=True) if its == estimators[0]]

@@ -58,7 +58,7 @@ class GroupedProblem:
         shape: of each group's result: (rows on average, N), or (N, K) where the contraction is in groups.
         depth: of each product; on average where the contraction is in groups.
         contraction: whether it is.
-        problem: the dtypes and the card.
+        dtypes: of both operands. dtype: of the results.
     """
 
     rows: int

@@ -170,7 +170,7 @@ def quantize_8bit_masked(
 
 
 def quantize_8bit_transposed(x: Tensor, quantizer: str, transform: str = "") -> tuple[Tensor, Tensor]:
-    """8-bit codes ``[K, R]`` and scales ``[R, 1]`` of x ``[R, K]``."""
+    """8-bit codes ``[K, R]`` and scales ``[R, 1]`` of x ``[R, K]``, or of every matrix of a batch."""
     codes, scales = quantize(x, quantizer, -1, transform=transform)
     return recode(codes, quantizer, x.shape[-1], True), scales
 

@@ -183,11 +183,11 @@ def quantize_8bit_transposed(x: Tensor, quantizer: str) -> tuple[Tensor, Tensor]
     """As :func:`qcompile.kernels.quantize.reference.quantize_8bit_transposed`; dtypes and strides as above."""
     if x.numel() == 0:
         return reference.quantize_8bit_transposed(x, quantizer)
-    q, x = Quantizer.parse(quantizer), with_dense_rows(x)
-    rows, size = x.shape
-    scales = x.new_empty((rows, 1), dtype=torch.float32)
-    stored = x.new_empty((rows, q.packed_size(size)), dtype=torch.uint8)
-    write_rows(x, grid_of(quantizer), None, None, scales, stored, None)
+    q, (*batch, size) = Quantizer.parse(quantizer), x.shape
+    x = with_dense_rows(x.reshape(-1, size))
+    scales = x.new_empty((*batch, 1), dtype=torch.float32)
+    stored = x.new_empty((*batch, q.packed_size(size)), dtype=torch.uint8)
+    write_rows(x, grid_of(quantizer), None, None, scales, stored.view(len(x), -1), None)
     return recode(stored, quantizer, size, True), scales
 
 

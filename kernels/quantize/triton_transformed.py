@@ -548,7 +548,7 @@ def quantize(
 def quantize_8bit_transposed(x: Tensor, quantizer: str, transform: str = "") -> tuple[Tensor, Tensor]:
     """As :func:`qcompile.kernels.quantize.reference.quantize_8bit_transposed`; dtypes and strides as above."""
     codes, scales = quantize(x, quantizer, -1, transform=transform)
-    return recode(codes, quantizer, x.shape[1], True), scales
+    return recode(codes, quantizer, x.shape[-1], True), scales
 
 
 def estimator_mask(

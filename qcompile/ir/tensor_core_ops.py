@@ -48,7 +48,8 @@ _SCHEMAS = (
     # The same by a whole operand, with its transform (whose rotation divides K), and the packed mask of its estimator:
     # uint8 [R, ceil(K/8)], or [R, 0] if that has none. 8-bit codes that are not asked for are uint8 [R, 0].
     "quantize_8bit_masked(Tensor x, str operand, bool packed, bool eight_bit=True) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Codes and scales of quantize_8bit, the codes transposed: [K, R] and [R, 1]. `transform`: as in quantize.
+    # Codes and scales of quantize_8bit, the codes transposed: [K, R] and [R, 1]; or those of a batch of matrices.
+    # `transform`: as in quantize.
     "quantize_8bit_transposed(Tensor x, str quantizer, str transform='') -> (Tensor, Tensor)",
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
@@ -131,9 +132,9 @@ def _(x, operand, packed, eight_bit=True):
 
 @register_meta("quantize_8bit_transposed")
 def _(x, quantizer, transform=""):
-    rows, size = x.shape
-    codes = x.new_empty([size, rows], dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
-    return codes, x.new_empty([rows, 1], dtype=torch.float32)
+    *batch, rows, size = x.shape
+    codes = x.new_empty([*batch, size, rows], dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
+    return codes, x.new_empty([*batch, rows, 1], dtype=torch.float32)
 
 
 @register_meta("quantize_8bit_pair")

@@ -272,6 +272,31 @@ def test_compiled_products_are_the_formulas(transposed):
     assert not got[[0, 6]].any()
 
 
+class Held(nn.Module):
+    """A function of an input and a parameter, which is what tells a weight from an activation in ``bmm``."""
+
+    def __init__(self, function, *shape: int) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(shape, dtype=BF16))
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+def test_batched_experts_are_the_same_products():
+    """`bmm` of as many tokens for each expert, to the bit what grouped experts get."""
+    offs, results = ends([256] * 4), []
+    for function in (torch.bmm, lambda x, w: F.grouped_mm(x.flatten(0, 1), w, offs=offs).view(4, 256, 384)):
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model, x = Held(function, 4, 256, 384), torch.randn(4, 256, 256, dtype=BF16, requires_grad=True)
+            dy = torch.randn(4, 256, 384, dtype=BF16)
+        y = torch.compile(model, backend="qcompile_fp4", options=OPTIONS)(x)
+        results.append([y, *torch.autograd.grad(y, (x, model.weight), dy)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compiled_experts_replay_with_other_sizes_and_never_wait():
     """One compilation and one set of CUDA graphs for all partitions; nothing waits for the host."""
     torch.manual_seed(0)

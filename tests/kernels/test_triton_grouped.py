@@ -52,7 +52,7 @@ def small_card(monkeypatch):
     monkeypatch.setattr(grouped, "card_of", lambda device: SMALL_CARD)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_numerics_under_the_interpreter():
     """Runs the tests below in a process where Triton interprets kernels."""
     run_interpreted(__file__)
@@ -176,6 +176,7 @@ def problem_of(contraction: bool, out=BF16, groups: int = 16, rows: int = 131072
 
 
 @compiled
+@pytest.mark.nightly
 @pytest.mark.parametrize("contraction", [False, True])
 def test_the_kernels_run_on_hoppers_tensor_cores(contraction):
     """wgmma on FP8, tiles fetched by TMA while others are multiplied."""

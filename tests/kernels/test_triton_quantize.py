@@ -557,12 +557,17 @@ def test_cached_kernels_depend_on_what_follows_from_a_format(monkeypatch):
     assert not set(before) & set(keys())
 
 
-def machine_code(kernel, folder: Path) -> list[str]:
-    """The instructions of a compiled kernel, without operands."""
+def disassembled(kernel, folder: Path) -> str:
+    """A compiled kernel, an instruction a line, with its address in front."""
     path = folder / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
-    code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(kernel, folder: Path) -> list[str]:
+    """The instructions of a compiled kernel, without operands."""
+    code = disassembled(kernel, folder)
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*(\w+)", code, re.MULTILINE)
     assert "EXIT" in instructions
     return instructions

@@ -1,0 +1,61 @@
+"""How transformers runs experts, and what the report says of each way.
+
+The passes are told that the CPU is an sm_90 device. What would break: a way in which experts are not seen, or are
+multiplied decoded without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import qcompile
+from qcompile import compat
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.nightly
+
+EXPERTS = {"Mixtral": {"num_local_experts": 4}, "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 64}}
+
+
+def report_of(kind: str, implementation: str) -> qcompile.Report:
+    """Of one training step of a tiny model."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=32, use_cache=False, head_dim=32,
+        **EXPERTS[kind],
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
+    model.set_experts_implementation(implementation)
+    ids = torch.randint(128, (2, 16))
+    with mock.patch.object(compat, "tensor_core_capability", return_value=(9, 0)):
+        return qcompile.explain(model, input_ids=ids, labels=ids, options={"backward": "fp8"})
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_grouped_experts_run_on_tensor_cores(kind: str) -> None:
+    rows: list[Any] = [row for row in report_of(kind, "grouped_mm").rows if "experts" in row.layer]
+    assert [(row.op, row.role) for row in rows] == 2 * [("grouped_mm", role) for role in ("fprop", "dgrad", "wgrad")]
+    assert all(row.provider.endswith("grouped") for row in rows)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_batched_experts_are_decoded_and_the_report_says_why(kind: str) -> None:
+    rows = [row for row in report_of(kind, "batched_mm").rows if "experts" in row.layer]
+    assert {row.op for row in rows} == {"bmm"}
+    assert all("dequantize + aten" in row.provider for row in rows)
+    assert any("a product of batches" in row.reason for row in rows)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_loop_that_stays_in_python_is_reported(kind: str) -> None:
+    report = report_of(kind, "eager")
+    rows = [row for row in report.rows if "experts" in row.layer]
+    assert rows
+    assert all("no graph has it" in row.reason for row in rows)
+    assert any("not captured: model.layers.*.mlp.experts" in remark for remark in report.remarks)
