@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import nullcontext
@@ -271,6 +272,9 @@ class _Scores:
         for site, row in zip(probes.sites, table, strict=True):
             layer = self.layers[site.name, site.op]
             for name, value in zip(probes.candidates, row, strict=False):
+                if not math.isfinite(value):
+                    msg = f"sensitivity: the score of layer {site.name!r} as {name!r} is {value}; is the loss finite?"
+                    raise ValueError(msg)
                 if name in layer.candidates:
                     layer.scores[name] = layer.scores.get(name, 0.0) + value
             for position, role in enumerate(roles_of(site) if probes.gradients else ()):

@@ -336,6 +336,7 @@ def test_what_is_read_of_it(tmp_path):
         ({"batches": []}, "batches is empty"),
         ({"loss": lambda model, batch: batch[0]}, r"the loss is no scalar tensor but shape \(9, 24\)"),
         ({"loss": lambda model, batch: (model(*batch), batch[0].sum())[1]}, "does not depend on any product"),
+        ({"loss": lambda model, batch: model(*batch) / 0}, "the score of layer 'first' as 'qcompile_fp4' is"),
         ({"model": TwoLayers}, "takes a model, got the class TwoLayers"),
     ],
 )
