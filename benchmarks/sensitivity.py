@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 import qcompile
+from qcompile import compat
+from qcompile.backends import compile_with
 
 OPERAND = "e2m1 row absmax even; ste"
 OPTIONS = {"activation": OPERAND, "weight": OPERAND}
@@ -72,9 +74,15 @@ def arms(found: qcompile.Sensitivity) -> dict[str, set[str]]:
 
 
 def loss(model: Any, data: list[dict[str, Any]], wide: set[str]) -> float:
+    """All passes, then eager torch: every arm is another graph, whose code would take longer to make than to run."""
     torch._dynamo.reset()
-    rules = [{"name": name, "quantize": False} for name in sorted(wide)]
-    compiled = torch.compile(model, backend="qcompile_fp4", options={**OPTIONS, "rules": rules})
+    options = {**OPTIONS, "rules": [{"name": name, "quantize": False} for name in sorted(wide)]}
+
+    def backend(graph: Any, inputs: Any, **_: Any) -> Any:
+        recipe = qcompile.RECIPES["qcompile_fp4"]
+        return compile_with(recipe, graph, inputs, options=options, inner_compile=compat.eager_inner_compile)
+
+    compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         return sum(compiled(**batch).loss.item() for batch in data) / len(data)
 
