@@ -41,13 +41,13 @@ from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
 from .plan import make_plan
-from .probe import Probes, probe_sites
+from .probe import Probes, copy_products, probe
 from .quantize_gradients import quantize_gradients
 from .recompute_codes import recompute_codes
 from .record import Plan, Site
 from .watch import watch
 
-__all__ = ["PASS_NAMES", "PIPELINE", "hooks", "probe", "rewrite", "table"]
+__all__ = ["PASS_NAMES", "PIPELINE", "hooks", "rewrite", "rewrite_to_score", "table"]
 
 
 @dataclass
@@ -209,10 +209,10 @@ def rewrite(
     return capture.context
 
 
-def probe(
+def rewrite_to_score(
     gm: GraphModule, recipe: Recipe, candidates: Mapping[str, Recipe], gradients: bool
 ) -> tuple[Plan, dict[str, Plan], Probes]:
-    """The first passes, then probes in place of `insert`: a Dynamo graph that scores the candidates of every site.
+    """The first passes, then `insert` on copies of every product: a Dynamo graph that scores the candidates.
 
     Returns the plan by ``recipe``, those by the candidates, and what was put in. The graph is to be run as it is.
     """
@@ -220,7 +220,10 @@ def probe(
     for step in (capture.expand, capture.adopt, capture.find_gemms, capture.make_plan):
         step()
     plans = {name: make_plan(capture.sites, candidate) for name, candidate in candidates.items()}
-    return capture.context.plan, plans, probe_sites(gm, plans, gradients)
+    probes = copy_products(gm, plans, gradients)
+    insert(gm, probes.plan)
+    probe(gm, probes)
+    return capture.context.plan, plans, probes
 
 
 def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
                             a  = f(fake_quantize(x.detach()), fake_quantize(w.detach()))     one for each candidate
     y = f(x, w)    ─►       y  = f(x, w)
-                            y' = probe(y, [a, …], scores)
+                            y' = read_copies(y, [a, …], scores)
 
 ``scores`` is a leaf of zeros, one row per site. What arrives in its gradient is Σ (g ⊙ (a − y))² for every candidate, g
 being the gradient at y. The model computes what it computed before, to the bit: candidates are read by the probe alone.
@@ -14,7 +14,7 @@ gradients of the leaves alone, so no gradient of a weight is computed.
 With ``gradients`` a probe also multiplies the two backward products of its site once wide and once by each candidate.
 It differentiates the candidate's own call, so it needs to know of no spelling.
 
-The rewritten graph is to be run as it is, in eager torch: `probe` is no op that later stages know.
+The rewritten graph is to be run as it is, in eager torch: `read_copies` is no op that later stages know.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ from qcompile.ir.sharding import is_sharded
 
 from .gradient_axes import axes_of_result, role_of_slot
 from .graph import graph_modules, value_of
-from .insert import insert
 from .origins import written_by
 from .record import Decision, Plan, Site
 
-__all__ = ["Probes", "probe_sites", "why_not_probed"]
+__all__ = ["Probes", "copy_products", "probe", "why_not_probed"]
 
 #: Under what name a graph module keeps its leaf.
 _LEAF = "qcompile_scores"
@@ -45,24 +44,33 @@ _LEAF = "qcompile_scores"
 
 @dataclass
 class Probes:
-    """What :func:`probe_sites` has put into a graph.
+    """Copies of products, and what reads them.
 
     Attributes:
         sites: one for each row of ``scores``. candidates: their names, in the order of the columns.
+        gradients: whether the backward products are compared too.
+        copies: for each site's node the decisions about its copies, one for each column in ``columns``, and with
+            ``gradients`` a wide one more.
         scores: the leaf, float64 ``[sites, columns]``. Its gradient holds the candidates' scores; with ``gradients``
             then, for each operand of the site, the squared norm of its gradient and that of every candidate's error.
-        gradients: whether the backward products are compared too.
     """
 
     sites: list[Site]
     candidates: tuple[str, ...]
     gradients: bool
+    copies: dict[Node, list[Decision]]
+    columns: dict[Node, list[int]]
     scores: nn.Parameter = field(init=False)
 
     def __post_init__(self) -> None:
         columns = len(self.candidates) + (2 * (1 + len(self.candidates)) if self.gradients else 0)
         device = value_of(self.sites[0].node).device if self.sites else None
         self.scores = nn.Parameter(torch.zeros(len(self.sites), columns, dtype=torch.float64, device=device))
+
+    @property
+    def plan(self) -> Plan:
+        """What `insert` is to quantize."""
+        return Plan([copy for copies in self.copies.values() for copy in copies], Counter())
 
 
 def why_not_probed(site: Site) -> str:
@@ -74,49 +82,52 @@ def why_not_probed(site: Site) -> str:
     return f"not scored: inside {site.anonymous}" if site.anonymous else ""
 
 
-def probe_sites(gm: GraphModule, plans: Mapping[str, Plan], gradients: bool = False) -> Probes:
-    """Rewrite ``gm`` and its nested bodies in place. ``plans``: of the same sites, by candidate; a site that none of
-    them quantizes is left alone.
+def copy_products(gm: GraphModule, plans: Mapping[str, Plan], gradients: bool = False) -> Probes:
+    """Add the copies, to ``gm`` and its nested bodies. ``plans``: of the same sites, by candidate; a site that none of
+    them quantizes is left alone. `insert` quantizes the copies' operands, then `probe` has them read.
     """
     decided: dict[Node, dict[str, Decision]] = {}
     for name, plan in plans.items():
         for decision in plan.quantized:
             if any(decision.operands) and not why_not_probed(decision.site):
                 decided.setdefault(decision.site.node, {})[name] = decision
-    sites = [next(iter(decisions.values())).site for decisions in decided.values()]
-    probes = Probes(sorted(sites, key=lambda site: site.index), tuple(plans), gradients)
-    modules = [(module, [node for node in module.graph.nodes if node in decided]) for module in graph_modules(gm)]
-    added: dict[Node, list[Decision]] = {}
-    for module, gemms in modules:
+    sites = sorted((next(iter(found.values())).site for found in decided.values()), key=lambda site: site.index)
+    columns = {node: [list(plans).index(name) for name in found] for node, found in decided.items()}
+    probes = Probes(sites, tuple(plans), gradients, {}, columns)
+    for module in graph_modules(gm):
         detached = _Detached(module.graph)
-        for gemm in gemms:
-            sites_added = [detached.twin(decision.site) for decision in decided[gemm].values()]
-            added[gemm] = [replace(d, site=s) for d, s in zip(decided[gemm].values(), sites_added, strict=True)]
+        for node in [node for node in module.graph.nodes if node in decided]:
+            decisions = list(decided[node].values())
             if gradients:
-                wide = next(iter(decided[gemm].values()))
-                added[gemm].append(replace(wide, site=detached.twin(wide.site), operands=(None, None), gradients={}))
-    insert(gm, Plan([twin for twins in added.values() for twin in twins], Counter()))
-    rows = {site.node: row for row, site in enumerate(probes.sites)}
-    for module, gemms in modules:
-        if gemms:
-            module.register_parameter(_LEAF, probes.scores)
-            with module.graph.inserting_before(gemms[0]):
-                leaf = module.graph.get_attr(_LEAF)
-            for gemm in gemms:
-                columns = [probes.candidates.index(name) for name in decided[gemm]]
-                _add_probe(gemm, leaf, rows[gemm], columns, added[gemm], gradients)
-            module.graph.lint()
-            module.recompile()
+                decisions.append(replace(decisions[0], operands=(None, None), gradients={}))
+            probes.copies[node] = [replace(d, site=detached.copy(d.site)) for d in decisions]
     return probes
 
 
-def _add_probe(gemm: Node, leaf: Node, row: int, columns: list[int], twins: list[Decision], gradients: bool) -> None:
+def probe(gm: GraphModule, probes: Probes) -> int:
+    """Put a probe behind every product that has copies; returns how many."""
+    rows = {site.node: row for row, site in enumerate(probes.sites)}
+    for module in graph_modules(gm):
+        nodes = [node for node in module.graph.nodes if node in rows]
+        if nodes:
+            module.register_parameter(_LEAF, probes.scores)
+            with module.graph.inserting_before(nodes[0]):
+                leaf = module.graph.get_attr(_LEAF)
+            for node in nodes:
+                _add_probe(node, leaf, rows[node], probes)
+            module.graph.lint()
+            module.recompile()
+    return len(rows)
+
+
+def _add_probe(gemm: Node, leaf: Node, row: int, probes: Probes) -> None:
     """Let the readers of ``gemm`` read what the probe returns."""
     readers = list(gemm.users)
-    backward = [_with_leaves(twin) for twin in twins] if gradients else []
-    results = [twin.site.node for twin, _ in zip(twins, columns, strict=False)]  # the last one may be the wide twin
+    copies, columns = probes.copies[gemm], probes.columns[gemm]
+    backward = [_with_leaves(copy) for copy in copies] if probes.gradients else []
+    results = [copy.site.node for copy in copies[: len(columns)]]
     with gemm.graph.inserting_after(gemm):
-        node = gemm.graph.call_function(probe, (gemm, leaf, row, columns, results, backward))
+        node = gemm.graph.call_function(read_copies, (gemm, leaf, row, columns, results, backward))
     node.meta = dict(gemm.meta)
     for reader in readers:
         reader.replace_input_with(gemm, node)
@@ -129,7 +140,7 @@ class _Detached:
         self.graph = graph
         self.made: dict[Node, Node] = {}
 
-    def twin(self, site: Site) -> Site:
+    def copy(self, site: Site) -> Site:
         """In front of the site. Equal operands of several sites stay one node, so that `insert` quantizes them once."""
         gemm = site.node
         with self.graph.inserting_before(gemm):
@@ -152,11 +163,11 @@ class _Detached:
 _Rounding = tuple[str, tuple[int, ...], tuple[int, ...]] | None
 
 
-def _with_leaves(twin: Decision) -> tuple[Node, list[Node], list[_Rounding]]:
-    """Make the operands of a twin leaves: the product, its leaves, and how their gradients read dY."""
-    node, leaves = twin.site.node, []
-    roundings = [_rounding(twin, position) for position in range(len(twin.site.slots))]
-    for slot in twin.site.slots:
+def _with_leaves(copy: Decision) -> tuple[Node, list[Node], list[_Rounding]]:
+    """Make the operands of a copy leaves: the product, its leaves, and how their gradients read dY."""
+    node, leaves = copy.site.node, []
+    roundings = [_rounding(copy, position) for position in range(len(copy.site.slots))]
+    for slot in copy.site.slots:
         with node.graph.inserting_before(node):
             leaves.append(node.graph.call_function(_leaf, (slot.of(node),)))
         slot.put(node, leaves[-1])
@@ -178,7 +189,7 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def probe(
+def read_copies(
     y: Tensor,
     scores: Tensor,
     row: int,

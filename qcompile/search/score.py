@@ -20,7 +20,7 @@ import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile import compat
 from qcompile.backends import check_passes, plain_model, recipe_of, split_options
 from qcompile.ir.recipe import Recipe
-from qcompile.passes.pipeline import probe
+from qcompile.passes.pipeline import rewrite_to_score
 from qcompile.passes.probe import Probes, why_not_probed
 from qcompile.passes.record import Plan
 from qcompile.report.explain import own_errors, unchanged, with_own_code
@@ -222,7 +222,7 @@ class _Scores:
         self.session = Session(self.base)
 
     def compile(self, gm: GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
-        plan, plans, probes = probe(gm, self.base, self.candidates, self.gradients)
+        plan, plans, probes = rewrite_to_score(gm, self.base, self.candidates, self.gradients)
         self.session.add(plan)
         self._describe(plan, plans, f"graph {len(self.graphs)}: ")
         self.graphs.append(probes)
