@@ -163,14 +163,21 @@ class _Detached:
 _Rounding = tuple[str, tuple[int, ...], tuple[int, ...]] | None
 
 
-def _with_leaves(copy: Decision) -> tuple[Node, list[Node], list[_Rounding]]:
-    """Make the operands of a copy leaves: the product, its leaves, and how their gradients read dY."""
-    node, leaves = copy.site.node, []
+def _with_leaves(copy: Decision) -> tuple[Node, list[Node | None], list[_Rounding]]:
+    """Make the operands of a copy leaves, but for a stored weight, which gets no gradient: the product, its leaves, and
+    how their gradients read dY.
+    """
+    node: Node = copy.site.node
+    leaves: list[Node | None] = []
     roundings = [_rounding(copy, position) for position in range(len(copy.site.slots))]
     for slot in copy.site.slots:
+        if slot.stored:
+            leaves.append(None)
+            continue
         with node.graph.inserting_before(node):
-            leaves.append(node.graph.call_function(_leaf, (slot.of(node),)))
-        slot.put(node, leaves[-1])
+            leaf = node.graph.call_function(_leaf, (slot.of(node),))
+        slot.put(node, leaf)
+        leaves.append(leaf)
     return node, leaves, roundings
 
 
@@ -195,7 +202,7 @@ def read_copies(
     row: int,
     columns: list[int],
     results: list[Tensor],
-    backward: list[tuple[Tensor, list[Tensor], list[_Rounding]]],
+    backward: list[tuple[Tensor, list[Tensor | None], list[_Rounding]]],
 ) -> Tensor:
     """y. In the backward row ``row`` of ``scores`` gets the scores of ``results``, one for each of ``columns``.
 
@@ -232,17 +239,22 @@ class _Probe(torch.autograd.Function):
 def _compare(gradient: Tensor, products: list[Any], columns: list[int], row: Tensor) -> None:
     """Write the squared norms of both gradients of the wide product into a row, and of the candidates' errors."""
     candidates = (row.shape[0] - 2) // 3
-    *others, wide = [[_gradient(gradient, p, position) for position in range(2)] for p in products]
+    found: list[list[Any]] = [[_gradient(gradient, product, i) for i in range(2)] for product in products]
+    *others, wide = found
     for position, exact in enumerate(wide):
+        if exact is None:
+            continue
         start = candidates + position * (1 + candidates)
         row[start] = _squared(exact)
         for column, other in zip(columns, others, strict=True):
             row[start + 1 + column] = _squared(other[position] - exact)
 
 
-def _gradient(gradient: Tensor, product: Any, position: int) -> Tensor:
-    """Of the operand at ``position``."""
+def _gradient(gradient: Tensor, product: Any, position: int) -> Tensor | None:
+    """Of the operand at ``position``, if it is a leaf."""
     result, leaves, roundings = product
+    if leaves[position] is None:
+        return None
     rounding = roundings[position]
     read = gradient if rounding is None else quantize_along(gradient, *rounding)
     return torch.autograd.grad(result, leaves[position], read.to(result.dtype), retain_graph=True)[0]

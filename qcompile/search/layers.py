@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from math import ceil, prod
 
 import torch
@@ -90,10 +89,12 @@ def layer_of(site: Site, reads: str) -> Layer:
 
 
 def operands_of(decision: Decision) -> Operands:
-    """As a rule gives them. An operand that is stored as codes is what it is, and left out."""
-    if not decision.quantized:
+    """As a rule gives them; ``None`` in high precision. An operand that is stored as codes is what it is, and left
+    out.
+    """
+    if not any(decision.operands):
         return None
-    slots = zip(decision.site.slots, decision.operands or repeat(None), strict=False)
+    slots = zip(decision.site.slots, decision.operands, strict=True)
     return {slot.kind: str(operand) if operand else "off" for slot, operand in slots if not slot.stored}
 
 

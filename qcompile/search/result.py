@@ -110,16 +110,19 @@ class Sensitivity:
             wanted.update({layer.key: layer.candidates.get(option) for layer in group})
         state: dict[tuple[str, str], Operands] = {layer.key: layer.recipe for layer in self.layers}
         rules: list[dict[str, Any]] = []
+        left_out: set[tuple[str, str]] = set()  # by a rule so far
         for name, op in sorted(wanted, key=lambda key: (key[0].count("."), key)):
             target = wanted[name, op]
             if state[name, op] == target:
                 continue
             rule: dict[str, Any] = {"name": name, "op": op}
             rule |= {"quantize": False} if target is None else target
-            if target is not None and state[name, op] is None:
+            if target is not None and (name, op) in left_out:
                 rule["quantize"] = True
             parsed = Rule.from_data(rule)
-            state.update({key: target for key in state if parsed.matches(*key, None)})
+            met = {key for key in state if parsed.matches(*key, None)}
+            state.update(dict.fromkeys(met, target))
+            left_out = left_out | met if target is None else left_out - met
             rules.append(rule)
         return rules
 

@@ -242,8 +242,7 @@ class _Scores:
                 continue
             new.recipe, new.reason = operands_of(decision), decision.reason
             for name, other in plans.items():
-                operands = operands_of(other.decisions[site.index])
-                if operands and any(text != "off" for text in operands.values()):
+                if operands := operands_of(other.decisions[site.index]):
                     new.candidates[name] = operands
             if new.candidates:
                 new.reason = why_not_probed(site)

@@ -143,6 +143,25 @@ def test_checkpointed_layers_and_frozen_ones_score_alike():
     assert scores_of(qcompile.sensitivity(model, pairs(), options=OPTIONS)) == plain
 
 
+def test_a_stored_weight_is_what_it_is_and_its_activation_is_scored():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    qcompile.pack_(model, "nf4 block64")
+    found = qcompile.sensitivity(
+        model,
+        [torch.randn(5, 64)],
+        loss=lambda model, x: model(x).square().mean(),
+        backend="qcompile_stored",
+        candidates={"8": {"activation": INT8}, "4": {"activation": FP4}},
+        gradients=True,
+    )
+    assert [layer.recipe for layer in found.layers] == [None, None]
+    for layer in found.layers:
+        assert 0 < layer.scores["8"] < layer.scores["4"]
+        assert layer.noise("wgrad", "4") is None  # of a weight that stays as it is
+    rules = found.at(0).rules
+    assert rules == [{"name": name, "op": "linear", "activation": FP4} for name in "02"]
+
+
 def test_louder_noise_scores_higher_by_its_power():
     """A layer whose output counts twice as much has four times the score, on the same codes."""
 
