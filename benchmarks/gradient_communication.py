@@ -9,8 +9,8 @@ same batches. Arms run one after the other in one pair of processes, of which a 
 is not done in time. All rows are written after every arm. NVLink multicast stays off (``NCCL_NVLS_ENABLE=0``).
 
 - ``kernel``: time, and share of the bandwidth of a copy that moves as many bytes; buckets of 2 and of 8 ranks.
-- ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself, with its shards in 1, 2, 4 and
-  8 parts. ``us`` is the device's time of calls that were queued while the device slept, ``host_us`` the host's.
+- ``reduce-scatter``, ``all-reduce``: of a bucket of so many MiB in BF16, by itself. ``us`` is the device's time of
+  calls that were queued while the device slept, ``host_us`` the host's.
 - ``model reduce-scatter``: of 2, 4 and 8 GPUs, computed from the rows above.
 - ``ddp``, ``fsdp2``: a step of a plain Llama of model.py in eager BF16, fused AdamW included. ``fp8-lm``: with sums in
   FP8 as FP8-LM publishes, whose error is the comparison; its time is that of untuned code.
@@ -173,26 +173,24 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def correct(run: Run) -> Iterator[Row]:
-    """Bit for bit what the reference says, with shards in several parts, short blocks aside; the ranks alike."""
+    """Bit for bit what the reference says, short blocks aside; the ranks alike."""
     from qcompile.distributed import collectives
 
     codes, group, rank = collectives.Codes("e4m3", BLOCK), dist.group.WORLD, dist.get_rank()
     width = 64 * BLOCK
     for dtype in (torch.float32, BF16, torch.float16):
-        for shortest in (1 << 30, 16 * BLOCK):
-            collectives.SHORTEST_PART = shortest
-            generator = torch.Generator().manual_seed(3)
-            x = [torch.randn(2 * width, generator=generator).exp().to(run.device, dtype) for _ in range(2)]
-            out = torch.full((width,), torch.nan, device=run.device, dtype=dtype)
-            collectives.reduce_scatter(x[rank], out, group, 0.5, codes)
-            shards = [of.view(2, width)[rank].float() for of in x]
-            shards[1 - rank] = _rounded(shards[1 - rank])
-            expected = (shards[0] + shards[1]) * 0.5
-            assert torch.equal(out, expected.to(dtype)), f"reduce_scatter of {dtype}"
-            both = [torch.empty_like(expected) for _ in range(2)]
-            dist.all_gather(both, _rounded(expected))
-            collectives.all_reduce(x[rank], group, 0.5, codes)
-            assert torch.equal(x[rank], torch.cat(both).to(dtype)), f"all_reduce of {dtype}"
+        generator = torch.Generator().manual_seed(3)
+        x = [torch.randn(2 * width, generator=generator).exp().to(run.device, dtype) for _ in range(2)]
+        out = torch.full((width,), torch.nan, device=run.device, dtype=dtype)
+        collectives.reduce_scatter(x[rank], out, group, 0.5, codes)
+        shards = [of.view(2, width)[rank].float() for of in x]
+        shards[1 - rank] = _rounded(shards[1 - rank])
+        expected = (shards[0] + shards[1]) * 0.5
+        assert torch.equal(out, expected.to(dtype)), f"reduce_scatter of {dtype}"
+        both = [torch.empty_like(expected) for _ in range(2)]
+        dist.all_gather(both, _rounded(expected))
+        collectives.all_reduce(x[rank], group, 0.5, codes)
+        assert torch.equal(x[rank], torch.cat(both).to(dtype)), f"all_reduce of {dtype}"
     yield Row("correct", status="ok: bit for bit the reference")
     yield _weights_correct(run)
 
@@ -259,11 +257,9 @@ def reductions(run: Run) -> Iterator[Row]:
             base, host = _timed(call, run)
             sent = collectives.wide_bytes(len(x), BF16, WORLD, hops)
             yield Row(name, f"{mib} MiB", "bf16", base, host, sent / 1e6, 1.0)
-            for parts in (1, 2, 4, 8):
-                collectives.MOST_PARTS, collectives.SHORTEST_PART = parts, 1
-                sent = ours[name]()
-                time_us, host = _timed(ours[name], run)
-                yield Row(name, f"{mib} MiB", f"fp8, {parts} parts", time_us, host, sent / 1e6, time_us / base)
+            sent = ours[name]()
+            time_us, host = _timed(ours[name], run)
+            yield Row(name, f"{mib} MiB", "fp8", time_us, host, sent / 1e6, time_us / base)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -413,8 +409,7 @@ def _check(model: nn.Module, exact: dict[str, Tensor], most: float) -> float:
 
 def on_paper(rows: list[Row], mib: list[int]) -> Iterator[Row]:
     """A reduce-scatter of 2, 4 and 8 GPUs by a model: links are as fast as BF16's reduce-scatter of 2 used them, each
-    kernel as fast per byte as it was measured for 2 ranks, and of quantizing and adding up only the first and the last
-    of 4 parts are not hidden. That of 2 is to be compared with the measurement.
+    kernel as fast per byte as it was measured for 2 ranks. That of 2 is to be compared with the measurement.
     """
     measured = {(row.arm, row.size, row.gradients): row for row in rows if row.us}
     for size in mib:
@@ -429,7 +424,7 @@ def on_paper(rows: list[Row], mib: list[int]) -> Iterator[Row]:
             base = (world - 1) * 2 * width / (wide.sent_mb * 1e6 / wide.us)
             sent = (world - 1) * packet_bytes(width)
             computed = bytes_encoded(world, width) / rates[0] + bytes_summed(world, width) / rates[1]
-            time_us = sent / (wide.sent_mb * 1e6 / wide.us) + computed / 4
+            time_us = sent / (wide.sent_mb * 1e6 / wide.us) + computed
             yield Row("model reduce-scatter", f"{size} MiB", f"{world} ranks", time_us, 0, sent / 1e6, time_us / base)
 
 

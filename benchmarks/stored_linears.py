@@ -232,10 +232,8 @@ def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
     for kernel, *numbers, how in (match.groups() for match in found if match):
         rows, block_n, width, warps, stages, programs = map(int, numbers)
         if rows == block_m:
-            more = {letter: int(number) for letter, number in re.findall(r" ([lr])(\d+)", how)}
-            cut = block_n, width // 8, rows, warps, stages, programs
-            ways = "formula" not in how, "early" in how, more.get("l", 0), more.get("r", 0)
-            configs.append(Config(kernel, batch, *cut, *ways))
+            table, early = "formula" not in how, "early" in how
+            configs.append(Config(kernel, batch, block_n, width // 8, rows, warps, stages, programs, table, early))
     return configs
 
 

@@ -37,8 +37,9 @@ def in_groups(graph: Graph, near: Node, product: QuantizedMM, contraction: bool 
     a, b = product.operands
     rows = _rows_of_group(product, contraction)
     value = a.first.meta["val"]
-    batch, options = value.shape[0], {"dtype": torch.int32, "device": value.device, "pin_memory": False}
-    offs = emit(graph, near, aten.arange.start_step, rows, batch * rows + 1, rows, **options)
+    # What `arange` is made of: Inductor has no lowering of that itself, and decomposes no longer here.
+    options = {"dtype": torch.int32, "device": value.device, "requires_grad": False}
+    offs = emit(graph, near, torch.ops.prims.iota.default, value.shape[0], start=rows, step=rows, **options)
     if not contraction:
         return replace(product, a=_flat(graph, near, a), offs=offs)
     return replace(product, a=_flat(graph, near, a, transposed=True), b=_flat(graph, near, b), offs=offs)

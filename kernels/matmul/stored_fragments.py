@@ -16,34 +16,17 @@ half rate.
 scale. The threads of a row share the work of decoding scales, each one of four, and shuffle them.
 
 **Blocks**: the four threads of a row load 4 × 16 bytes, 128 codes, but an mma adds what the four multiply: they must
-stay in one block at a time. Of blocks of 64 they load 8 bytes twice, of smaller ones they exchange words until the
-register says which block a word is of, not the thread (:func:`_arranged`).
+stay in one block at a time. Below blocks of 128 they exchange words until the register says which block a word is of,
+not the thread (:func:`_arranged`).
 
-**What loads wait for.** A warp has six counters for all loads that it waits for, and waits until one is 0, so a load
-also waits for those beside it. Where codes came from memory, some 0.8 µs, next to x, from L1, the machine code had each
-step wait for the codes of the next: 16 KiB of a processor were on their way, however many steps were asked for, which
-is why all cuts took 15.3 to 16.5 µs. A register that is filled while the last value is still needed is moved at the end
-of a round, which waits as well. So
+**Bytes in flight**: when a thread has arranged the words of a step it loads those of the next round's, ``steps`` · 32
+bytes per 16 rows; with 16 warps per processor and two steps that is 32 KiB.
 
-* codes and scales of a program are brought to L2 first, by copies whose end nobody waits for (``to_l2`` rounds ahead;
-  one request per row, since the threads of a warp ask in turn). Loads then take 0.15 to 0.3 µs, less than a step
-  computes. No value is read, so it is done before the kernel in front has ended, and where a processor has room for two
-  programs the next weight is on its way all the time;
-* codes and x are loaded into the registers of those that were just multiplied. Only codes that change threads are
-  loaded earlier, when others' registers have taken them.
-
-**What limits it** on an H200, 132 processors at 1.75 GHz, N = K = 8192, ``nf4 block64; nested``. Memory brings 41 codes
-per clock and processor. The unit that loads, for 8192 codes of a warp: 128 look-ups, 32 for codes, 16 to 32 for x,
-13 for scales, together about 200 cycles, 41 codes; instructions as compiled are 493, 123 cycles. So::
-
-    one row      begin 1.0, first codes 0.8, 35 MB at 4.2 TB/s 8.3 beside 7.2 of look-ups, sums 0.5       10.6 µs
-                 the same where the kernel in front is of this kind and leaves room                       9 µs
-    16 rows      64 rows of W per program, two tiles per warp: look-ups and x 9.0, or from L2
-                 65 MB of codes and x at 5.5 TB/s 12; begin and end 2.3                                   14 µs
-
-is what to expect, not what was measured; x of few rows of W per program comes from L2 as often as the codes, of many it
-needs a kernel more, which adds splits, 2 µs. Measured without ``to_l2`` and with moves: 15.6 µs for one row, 21.2 for
-16, 47 for 64.
+**What limits it** on an H200, in codes per clock and processor, of which memory brings 41. 2.2 instructions per code
+for ``nf4 block64; nested`` and 8 rows of x, as compiled, are 58. The unit that loads and shuffles takes 0.5 look-ups
+and 0.125 shuffles per code, 51, and x, 16 bytes per lane and word: 36 in all for 8 rows of x; 48 for one. x comes from
+L2 once per ``block_n`` rows of W: with 4 · M of them that is as much as the codes. Measured at N = K = 8192: 2.0 TB/s
+of codes and scales, 21 codes, with one row of x, half of what memory brings; all cuts that were tried are within 10 %.
 """
 
 from __future__ import annotations
@@ -214,28 +197,6 @@ def _wait_for_previous():
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
-#: PTX: asks for $2 bytes from $1 on, and what is beside them in 16 bytes, to be brought to L2; for none if $2 ≤ 0.
-_TO_L2 = gl.constexpr(
-    "{.reg .pred wanted; .reg .b64 first; .reg .b32 size; setp.gt.s32 wanted, $2, 0; cvt.u32.u64 size, $1;"
-    "and.b32 size, size, 15; add.s32 size, size, $2; add.s32 size, size, 15; and.b32 size, size, -16;"
-    "and.b64 first, $1, -16; @wanted cp.async.bulk.prefetch.L2.global [first], size; mov.b32 $0, size;}"
-)
-
-
-@gluon.jit
-def _to_l2(at, size):
-    """``size`` bytes from each of ``at`` on are on their way to L2. No value is read, so what another kernel is still
-    writing may be asked for.
-    """
-    gl.inline_asm_elementwise(_TO_L2, "=r,l,r", [at, size], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _words_to_l2(rows, wanted, word, last, words: gl.constexpr):
-    """``words`` words of ``rows`` from ``word`` on, but not from ``last`` on."""
-    _to_l2(rows + word, gl.where(wanted, 4 * gl.minimum(last - word, words), 0))
-
-
 # --- operands --------------------------------------------------------------------------------------------------------
 
 
@@ -257,14 +218,14 @@ def _four(tensor, layout: gl.constexpr):
 def _arranged(loaded, thread, unit: gl.constexpr, layout: gl.constexpr):
     """A thread's four words of a step, in the order of units, to each of which all threads of a row contribute.
 
-    A word's number among the 16 of a step has the bits (thread, thread, register, register) as loaded; for units of 64
-    codes (register, thread, thread, register), as they need it. Units of 32 need the two highest to be the register's,
-    units of 16 halves of words as well.
+    A word's number among the 16 of a step has the bits (thread, thread, register, register) as loaded. Units of 64
+    codes need its highest bit to be the register's, units of 32 the two highest, units of 16 halves of words as well.
     """
     w0, w1, w2, w3 = _four(loaded, layout)
-    if unit <= 32:
+    if unit <= 64:
         w0, w2 = _exchanged(w0, w2, thread, 2)
         w1, w3 = _exchanged(w1, w3, thread, 2)
+    if unit <= 32:
         w0, w1 = _exchanged(w0, w1, thread, 1)
         w2, w3 = _exchanged(w2, w3, thread, 1)
     words = (w0, w1, w2, w3)
@@ -378,19 +339,9 @@ def _operand_of_x(loaded, layout: gl.constexpr):
 
 
 @gluon.jit
-def _word_of_thread(thread, unit: gl.constexpr):
-    """Which word of a step is the first that a thread loads."""
-    return thread % 2 * 4 + thread // 2 % 2 * 2 if unit == 64 else thread % 4 * 4
-
-
-@gluon.jit
-def _load_words(at, inside, wanted, even: gl.constexpr, unit: gl.constexpr, quads: gl.constexpr):
-    """Four words from ``at`` ``[threads, tiles]`` on, two of each unit of 64; 0 where there are ``inside`` fewer, or if
-    not ``wanted``.
-    """
+def _load_words(at, inside, wanted, even: gl.constexpr, quads: gl.constexpr):
+    """Four words from ``at`` ``[threads, tiles]`` on; 0 where there are ``inside`` fewer, or if not ``wanted``."""
     side = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
-    if unit == 64:
-        side = side // 2 * 8 + side % 2
     if not even:
         wanted = wanted & (side < inside[:, None, None])
     return gl.load(at[:, :, None] + side, mask=wanted, other=0, eviction_policy="evict_first")
@@ -520,28 +471,6 @@ def _rows(threads: gl.constexpr, tiles: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _rows_asked(first_row, n, block_n: gl.constexpr, warps: gl.constexpr, layout: gl.constexpr):
-    """Rows of W that a thread asks for on behalf of the program, and whether: each of ``block_n`` by one thread, and by
-    all warps alike, since the threads of a warp ask in turn.
-    """
-    thread = gl.arange(0, 32 * warps, layout)
-    each: gl.constexpr = (block_n + warps - 1) // warps
-    own = thread // 32 * each + thread % 32
-    return gl.minimum(first_row + own, n - 1), (thread % 32 < each) & (own < block_n)
-
-
-@gluon.jit
-def _scales_to_l2(scales, second, first, beyond, wanted, fmt: gl.constexpr):
-    """Scales of numbers ``first`` to ``beyond`` − 1, and those that they share. One thread asks, if ``wanted``."""
-    size = (beyond - first).to(gl.int32) * (scales.dtype.element_ty.primitive_bitwidth // 8)
-    _to_l2(scales + first, gl.where(wanted, size, 0))
-    if fmt.nested:
-        shared = first // fmt.nested
-        size = ((beyond - 1) // fmt.nested - shared + 1).to(gl.int32) * 4
-        _to_l2(second + shared, gl.where(wanted & (beyond > first), size, 0))
-
-
-@gluon.jit
 def fragments(
     x,
     codes,
@@ -570,15 +499,12 @@ def fragments(
     x_ahead: gl.constexpr,
     number: gl.constexpr,
     early: gl.constexpr,
-    to_l2: gl.constexpr,
-    again: gl.constexpr,
 ):
     """``out[split, m, n] = x[m, K] · W[n, K]ᵀ`` over the ``rounds`` of a split; x and codes as words of 32 bits.
 
     ``across`` · ``along`` warps, of ``tiles_n`` · 16 rows of W each; ``along`` of them share rows and take turns at
     ``steps`` steps of K. ``tiles_m`` · ``lines`` rows of x, read a step ahead if ``x_ahead``. ``number``: dtype that a
-    scale's number fits. ``early``: launched to begin before the kernel in front has ended. ``to_l2``: rounds
-    whose codes are brought to L2 ahead of those that are loaded; 0: none. ``again``: whether there are more rounds.
+    scale's number fits. ``early``: launched to begin before the kernel in front has ended.
     """
     warps: gl.constexpr = across * along
     threads: gl.constexpr = 32 * warps
@@ -608,7 +534,7 @@ def fragments(
     upper_scales, lower_scales = upper.to(number) * per_row, lower.to(number) * per_row
     own_unit = thread // (32 * across) * units
     own = gl.arange(0, threads, gl.SliceLayout(1, of_words))
-    own_word = own // (32 * across) * turn + _word_of_thread(own, mix)
+    own_word = own // (32 * across) * turn + own % 4 * 4
     upper_words = (
         codes + gl.convert_layout(upper, of_words, assert_trivial=True).to(gl.int64) * row_words + own_word[:, None]
     )
@@ -621,19 +547,8 @@ def fragments(
     # Rows of x beyond the last are not read: of few rows, most lanes would read what others do.
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
-    if early:
-        _let_next_begin()
-    asked, asks = _rows_asked(first_row, n, block_n, warps, gl.SliceLayout(1, of_w))
-    asked_codes = codes + asked.to(gl.int64) * row_words
-    if to_l2:
-        last = gl.minimum(end, row_words)
-        _words_to_l2(asked_codes, asks, word, last, to_l2 * along * turn)
-        if fmt.block:
-            of_split = gl.cdiv(block_n, gl.num_programs(1))
-            first = gl.minimum(first_row + gl.program_id(1) * of_split, n)
-            beyond = gl.minimum(gl.minimum(first + of_split, first_row + block_n), n)
-            _scales_to_l2(scales, second, first.to(number) * per_row, beyond.to(number) * per_row, thread == 0, fmt)
     if early:  # what no kernel before writes, then the others
+        _let_next_begin()
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
         _wait_for_previous()
     words = ()
@@ -641,13 +556,17 @@ def fragments(
     for step in gl.static_range(steps):
         inside = row_words - word - step * STEP_WORDS - own_word
         words += (  # type: ignore[assignment]
-            _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, mix, word_quads),
-            _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, mix, word_quads),
+            _load_words(upper_at + step * STEP_WORDS, inside, word < end, even, word_quads),
+            _load_words(lower_at + step * STEP_WORDS, inside, word < end, even, word_quads),
         )
-    scale = ()
+    scale, ahead = (), ()
     if fmt.block:
-        ahead = _scales_ahead(
+        now = _scales_ahead(
             scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
+        )
+        following = word + along * turn
+        ahead = _scales_ahead(
+            scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
         )
     words_x = ()
     if x_ahead:
@@ -659,51 +578,58 @@ def fragments(
     if not early:
         table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
     if fmt.block:
-        scale = _decoded(ahead, offset, book, fmt)
+        scale = _decoded(now, offset, book, fmt)
 
     zero = gl.zeros([threads, tiles_n, tiles_m], gl.float32, layout)
     totals = (zero, zero, zero, zero)
     for _ in range(rounds):
         following = word + along * turn
-        if again:
-            _words_to_l2(asked_codes, asks, word + to_l2 * (along * turn), last, along * turn)
+        later = ()
         if fmt.block:
-            ahead = _scales_ahead(
-                scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
+            after = following + along * turn
+            later = _scales_ahead(
+                scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt
             )
         next_words = ()
         upper_at, lower_at = upper_words + following, lower_words + following
         for step in gl.static_range(steps):
-            inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
             upper_codes = _arranged(words[2 * step], thread[:, None], mix, of_w)
             lower_codes = _arranged(words[2 * step + 1], thread[:, None], mix, of_w)
-            if mix < 64:
-                next_words += (  # type: ignore[assignment]
-                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
-                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
-                )
+            inside, wanted = row_words - following - step * STEP_WORDS - own_word, following < end
+            next_words += (  # type: ignore[assignment]
+                _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+                _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, word_quads),
+            )
             next_x = ()
-            after = (step + x_ahead) // steps * (following - word) + word
-            at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
+            if x_ahead:
+                after = (step + 1) // steps * (following - word) + word
+                at_x, left, wanted_x = line_x + 4 * after, 4 * (row_words - after), after < end
+                for i in gl.static_range(4):
+                    next_x += (  # type: ignore[assignment]
+                        _load_x(
+                            at_x,
+                            left,
+                            own_pair,
+                            line,
+                            m,
+                            wanted_x,
+                            (step + 1) % steps,
+                            i,
+                            even,
+                            mix,
+                            unit,
+                            lines,
+                            x_quads,
+                        ),
+                    )
             _keep_loads_before(thread)
             for register in gl.static_range(4):
                 if x_ahead:
                     of_word = words_x[register]  # type: ignore[var-annotated]
                 else:
+                    at_x, left, wanted_x = line_x + 4 * word, 4 * (row_words - word), word < end
                     of_word = _load_x(
-                        at_x,
-                        left,
-                        own_pair,
-                        line,
-                        m,
-                        wanted_x,
-                        (step + x_ahead) % steps,
-                        register,
-                        even,
-                        mix,
-                        unit,
-                        lines,
-                        x_quads,
+                        at_x, left, own_pair, line, m, wanted_x, step, register, even, mix, unit, lines, x_quads
                     )
                 right = _operand_of_x(of_word, of_x)
                 upper_levels = _levels(upper_codes[register], table)
@@ -719,35 +645,11 @@ def fragments(
                             totals = _scaled_by_unit(
                                 sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
                             )
-                if x_ahead:
-                    next_x += (  # type: ignore[assignment]
-                        _load_x(
-                            at_x,
-                            left,
-                            own_pair,
-                            line,
-                            m,
-                            wanted_x,
-                            (step + x_ahead) % steps,
-                            register,
-                            even,
-                            mix,
-                            unit,
-                            lines,
-                            x_quads,
-                        ),
-                    )
-                    _keep_loads_before(thread)
-            if mix >= 64:
-                next_words += (  # type: ignore[assignment]
-                    _load_words(upper_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
-                    _load_words(lower_at + step * STEP_WORDS, inside, wanted, even, mix, word_quads),
-                )
-                _keep_loads_before(thread)
             words_x = next_x
         words = next_words
         if fmt.block:
             scale = _decoded(ahead, offset, book, fmt)
+        ahead = later
         word = following
     if fmt.block == 0:
         at = (upper, lower) if fmt.by_row else (upper * 0, lower * 0)

@@ -19,10 +19,6 @@ from .packets import Packets, decode, encode, summed, summed_and_encoded
 
 __all__ = ["Codes", "all_reduce", "reduce_scatter", "wide_bytes"]
 
-#: Shards are cut into this many parts at most, of which one is quantized or added up while another travels. No part is
-#: shorter than this many elements, which are bytes of codes: messages have a latency.
-MOST_PARTS, SHORTEST_PART = 4, 8 << 20
-
 
 @dataclass(frozen=True)
 class Codes:
@@ -40,12 +36,11 @@ def reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, factor: flo
         out: flat, one shard. Its dtype may be another.
     """
     rank, width = group.rank(), len(out)
-    parts = _send(x, width, group, codes)
-    own = x[rank * width : (rank + 1) * width]
-    for start, arriving in parts:
-        received = arriving.wait()
-        summed(received, own[start:][: received.width], rank, factor, out[start:][: received.width])
-    return sum(arriving.bytes for _, arriving in parts)
+    if not width:
+        return 0
+    received, sent = _exchanged(x, width, group, codes)
+    summed(received, x[rank * width : (rank + 1) * width], rank, factor, out)
+    return sent
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, factor: float, codes: Codes) -> int:
@@ -57,61 +52,28 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, factor: float, codes: Codes)
         x.mul_(factor)
         return 0
     width = -(-len(x) // (world * codes.block)) * codes.block  # the last shards may be short, or empty
-    own = x[rank * width : (rank + 1) * width]
-    parts = _send(x, width, group, codes)
-    gathering = []
-    for start, arriving in parts:
-        received = arriving.wait()
-        mine, all_of = received.like(1), received.like(world)
-        summed_and_encoded(received, own[start:][: received.width], rank, factor, mine)
-        work = compat.all_gather_single(all_of.data, mine.data, group=group, async_op=True)
-        gathering.append((start, work, all_of, mine))
-    for start, work, all_of, _ in gathering:
-        work.wait()
-        decode(all_of, x[start:], width)
-    sent = sum(arriving.bytes for _, arriving in parts)
-    return sent + (world - 1) * sum(mine.data.numel() for *_, mine in gathering)
+    if not width:
+        return 0
+    received, sent = _exchanged(x, width, group, codes)
+    mine, all_of = received.like(1), received.like(world)
+    summed_and_encoded(received, x[rank * width : (rank + 1) * width], rank, factor, mine)
+    compat.all_gather_single(all_of.data, mine.data, group=group)
+    decode(all_of, x, width)
+    return sent + (world - 1) * mine.data.numel()
 
 
-@dataclass(frozen=True, eq=False)
-class _Arriving:
-    """``sent`` is kept until ``received`` is there. ``bytes`` that this rank sends."""
-
-    work: dist.Work
-    sent: Packets
-    received: Packets
-
-    @property
-    def bytes(self) -> int:
-        return self.sent.data.numel()
-
-    def wait(self) -> Packets:
-        """On CUDA the current stream waits, not the host."""
-        self.work.wait()
-        return self.received
-
-
-def _send(x: Tensor, width: int, group: dist.ProcessGroup, codes: Codes) -> list[tuple[int, _Arriving]]:
-    """The other ranks' shards of ``x``, of ``width`` elements, on their way to them, in parts; with each where in a
-    shard it begins.
+def _exchanged(x: Tensor, width: int, group: dist.ProcessGroup, codes: Codes) -> tuple[Packets, int]:
+    """What the other ranks have sent of this rank's shard of ``x``, ``width`` elements, and the bytes that this rank
+    sends. Shards travel whole: every part that was to be quantized while another travels made a reduction longer on two
+    H200. On CUDA the current stream waits, not the host.
     """
     rank, world = group.rank(), group.size()
     counts = [int(other != rank) for other in range(world)]
-    found = []
-    length = _part_length(width, codes.block)
-    for start in range(0, width, length):
-        sent = Packets.empty(world - 1, min(length, width - start), codes.format, codes.block, x.device)
-        received = sent.like(world - 1)
-        encode(x[start:], width, rank, sent)
-        work = dist.all_to_all_single(received.data, sent.data, counts, counts, group=group, async_op=True)
-        found.append((start, _Arriving(work, sent, received)))
-    return found
-
-
-def _part_length(width: int, block: int) -> int:
-    """Elements of a part of a shard of ``width``: whole blocks."""
-    parts = max(1, min(MOST_PARTS, width // SHORTEST_PART))
-    return max(1, -(-width // (parts * block))) * block
+    sent = Packets.empty(world - 1, width, codes.format, codes.block, x.device)
+    received = sent.like(world - 1)
+    encode(x, width, rank, sent)
+    dist.all_to_all_single(received.data, sent.data, counts, counts, group=group)
+    return received, sent.data.numel()
 
 
 def wide_bytes(elements: int, dtype: torch.dtype, world: int, hops: int) -> int:

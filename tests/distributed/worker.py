@@ -30,7 +30,7 @@ from tests.loops.cells import run_cells
 from tests.loops.worker import Decoder, batches, loss_of, mine
 
 BLOCK = 32
-#: Elements of a shard: blocks that end short, more than one part of a shard, and less than a block.
+#: Elements of a shard: blocks that end short, whole ones, and less than a block.
 WIDTHS = (1000, 64, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = collectives.Codes("e4m3", BLOCK)
@@ -367,5 +367,4 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    collectives.SHORTEST_PART = 300  # shards of tests are small; some are to be cut
     run_cells(CELLS)

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import qcompile
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.distributed import collectives, fp8_gradients, fp8_lm_gradients, fp8_weights
+from qcompile.distributed import fp8_gradients, fp8_lm_gradients, fp8_weights
 from qcompile.recipes import RECIPES
 from tests.distributed import worker as wire
 
@@ -243,9 +242,8 @@ def fp8_weights_of() -> dict[str, Any]:
 
 
 def fp8_sums() -> dict[str, Any]:
-    """The two collectives on flat tensors, whose shards are cut into parts."""
-    with mock.patch.object(collectives, "SHORTEST_PART", 300):
-        return wire.direct(DEVICE)
+    """The two collectives on flat tensors."""
+    return wire.direct(DEVICE)
 
 
 def report(recipe: str) -> dict[str, Any]:

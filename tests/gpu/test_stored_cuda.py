@@ -73,8 +73,8 @@ def test_the_op_for_any_number_of_rows(m, rows):
         assert_product(got, x, dense.t() if rows else dense, rounded=kernel != "fragments")
 
 
-#: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor, rounds brought to L2.
-CUTS = ((1, 1, 1, 1, 1, 0), (4, 2, 1, 2, 1, 4), (1, 8, 1, 2, 4, 1), (2, 4, 2, 1, 1, 16))
+#: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor.
+CUTS = ((1, 1, 1, 1, 1), (4, 2, 1, 2, 1), (1, 8, 1, 2, 4), (2, 4, 2, 1, 1))
 FRAGMENTS = (*SPECS, "int4 block96", "int4 block256")
 
 
@@ -84,10 +84,9 @@ def test_fragments_however_they_are_cut(m, spec):
     """Odd N; K of some blocks, with a bias, and of whole rounds, where nothing is masked, either half of a byte first;
     splits. Every cut meets every spec.
     """
-    across, along, tiles, stages, programs, to_l2 = CUTS[(m + FRAGMENTS.index(spec)) % len(CUTS)]
+    across, along, tiles, stages, programs = CUTS[(m + FRAGMENTS.index(spec)) % len(CUTS)]
     block_m = 1 << (m - 1).bit_length()
     config = Config("fragments", 0, 16 * across * tiles, 16 * along, block_m, across * along, stages, programs)
-    config = replace(config, to_l2=to_l2)
     bias = torch.randn(37, device="cuda", dtype=FP16)
     block = Stored.parse(spec).quantizer.granularity.size or 40
     check(config, False, spec, m, 37, 7 * block, FP16, bias=bias)
@@ -96,8 +95,7 @@ def test_fragments_however_they_are_cut(m, spec):
 
 OVERLAPPING = (
     Config("fragments", 1, 32, 64, 1, warps=8, stages=4, programs=2),
-    Config("fragments", 1, 64, 32, 1, warps=8, stages=4, programs=1, to_l2=2, room=2),
-    Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1, to_l2=4),
+    Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1),
 )
 
 

@@ -163,13 +163,6 @@ class _Program:
                         self.registers[name] = result
                     else:
                         self.memory.store(space, at, size, get(name)[where])
-        elif base == "cp":  # brings bytes to L2; 16 at a time, of which the tensor need not have all
-            if where.any():
-                size, address = get(operands[1], "u32")[where], self.address(operands[0])[where]
-                assert (address % 16 == 0).all()
-                assert (size % 16 == 0).all()
-                data, at = self.memory.bytes_of("global", address)
-                assert (at + size < data.size + 16).all(), "asked for memory beyond its end"
         elif base == "mov" and "{" in operands[0]:
             low, high = _VECTOR.sub(r"\1", operands[0]).split(",")
             half = int(kind[1:]) // 2
@@ -328,5 +321,4 @@ def emulate(ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, 
             memory.shared.fill(0xFF)
             program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y))
             program.registers |= {name: program.all(at) for name, at in variables.items()}
-            program.registers["%nctaid.y"] = program.all(grid[1] if len(grid) > 1 else 1)
             program.run()
