@@ -18,10 +18,17 @@ from qcompile.report.text import printable
 from .knapsack import Frontier, solve
 from .layers import WIDE, Cost, Layer, Operands, grouped
 
-__all__ = ["Sensitivity"]
+__all__ = ["Sensitivity", "check_budget"]
 
 #: Budgets that the table of the frontier lists.
 BUDGETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+def check_budget(budget: Any) -> None:
+    """Raises ``ValueError`` for what is no share."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1:
+        msg = f"sensitivity: budget={budget!r} is not a number from 0 to 1, the share of the savings to give up"
+        raise ValueError(msg)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class Sensitivity:
         return found.at(budget)
 
     def at(self, budget: float) -> Sensitivity:
-        """The choice for another budget, from the same scores."""
+        """The choice for another budget, from the same scores. Raises ``ValueError`` for one outside of 0 … 1."""
+        check_budget(budget)
         point = self._point(budget)
         chosen = [options[i] for options, i in zip(self.choices, self.frontier.choice(point), strict=True)]
         return replace(self, budget=budget, chosen=chosen)

@@ -27,7 +27,7 @@ from qcompile.report.explain import own_errors, unchanged, with_own_code
 from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 
 from .layers import COSTS, WIDE, Cost, Layer, layer_of, operands_of, roles_of
-from .result import Sensitivity
+from .result import Sensitivity, check_budget
 
 __all__ = ["sensitivity"]
 
@@ -104,7 +104,7 @@ def sensitivity(
     ours, _ = split_options(None, options)
     base = recipe.override(ours)
     check_passes(base)
-    _check_budget(budget)
+    check_budget(budget)
     function = _cost_of(cost)
     recipes = _recipes(base, candidates)
     scores = _Scores(base, recipes, gradients)
@@ -133,12 +133,6 @@ def sensitivity(
         raise ValueError(msg)
     unit = COSTS[cost][1] if isinstance(cost, str) else ""
     return Sensitivity.of(list(scores.layers.values()), tuple(recipes), function, unit, budget, options)
-
-
-def _check_budget(budget: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1:
-        msg = f"sensitivity: budget={budget!r} is not a number from 0 to 1, the share of the savings to give up"
-        raise ValueError(msg)
 
 
 def _cost_of(cost: Any) -> Cost:

@@ -254,6 +254,8 @@ def test_more_budget_never_scores_worse_and_the_ends_are_all_and_nothing():
     assert set(found.at(1).chosen) == {WIDE}
     assert found.at(1).score == 0
     assert found.at(0).rules == []
+    with pytest.raises(ValueError, match="budget=-1 is not a number from 0 to 1"):
+        found.at(-1)
 
 
 @pytest.mark.parametrize("cost", COSTS)
