@@ -7,6 +7,7 @@ stage works on and which passes may change a model's numbers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -40,12 +41,13 @@ from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
 from .pin import pin
 from .plan import make_plan
+from .probe import Probes, copy_products, probe
 from .quantize_gradients import quantize_gradients
 from .recompute_codes import recompute_codes
 from .record import Plan, Site
 from .watch import watch
 
-__all__ = ["PASS_NAMES", "PIPELINE", "hooks", "rewrite", "table"]
+__all__ = ["PASS_NAMES", "PIPELINE", "hooks", "rewrite", "rewrite_to_score", "table"]
 
 
 @dataclass
@@ -205,6 +207,23 @@ def rewrite(
         if graph_pass.name not in recipe.disable_passes:
             graph_pass.run(capture)
     return capture.context
+
+
+def rewrite_to_score(
+    gm: GraphModule, recipe: Recipe, candidates: Mapping[str, Recipe], gradients: bool
+) -> tuple[Plan, dict[str, Plan], Probes]:
+    """The first passes, then `insert` on copies of every product: a Dynamo graph that scores the candidates.
+
+    Returns the plan by ``recipe``, those by the candidates, and what was put in. The graph is to be run as it is.
+    """
+    capture = Capture(gm, recipe, None, compat.compiled_call())
+    for step in (capture.expand, capture.adopt, capture.find_gemms, capture.make_plan):
+        step()
+    plans = {name: make_plan(capture.sites, candidate) for name, candidate in candidates.items()}
+    probes = copy_products(gm, plans, gradients)
+    insert(gm, probes.plan)
+    probe(gm, probes)
+    return capture.context.plan, plans, probes
 
 
 def hooks(context: Context, patches: dict[str, Any]) -> dict[str, Any]:

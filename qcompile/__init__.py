@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.explain import explain as explain
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
+    from qcompile.search import Sensitivity as Sensitivity
+    from qcompile.search import sensitivity as sensitivity
     from qcompile.stored import PackedWeight as PackedWeight
     from qcompile.stored import from_bitsandbytes_ as from_bitsandbytes_
     from qcompile.stored import load_packed_ as load_packed_
@@ -44,6 +46,8 @@ _EXPORTS = {
     "explain": "qcompile.report",
     "Report": "qcompile.report",
     "saved_bytes": "qcompile.report",
+    "sensitivity": "qcompile.search",
+    "Sensitivity": "qcompile.search",
     "Format": "qcompile.definitions",
     "Estimator": "qcompile.definitions",
     "ScaleRule": "qcompile.definitions",

@@ -148,6 +148,7 @@ ROOMS = (
     "backends",
     "numerics",
     "report",
+    "search",
     "apps",
 )
 #: ``options={"monitor": True}`` makes a monitor, which itself reads a backend's options.

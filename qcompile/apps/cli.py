@@ -1,4 +1,4 @@
-"""``qcompile demo | explain | bench``. A command imports torch when it runs, so ``--help`` answers at once.
+"""``qcompile demo | explain | sensitivity | bench``. A command imports torch when it runs: ``--help`` answers at once.
 
 Exit status: 0 done, 2 something in the request cannot be used (one line says what), 130 interrupted.
 """
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_demo(commands)
     add_explain(commands)
+    add_sensitivity(commands)
     add_bench(commands)
     return parser
 
@@ -161,6 +162,15 @@ def add_explain(commands: Any) -> None:
         metavar="SHAPE",
         help="one random input, in order: 8x128 is float32, 8x128:bfloat16 another dtype, 8x128:int64 zeros",
     )
+    add_backend_flags(parser)
+    parser.add_argument("--roles", action="store_true", help="a line for each product and each of its gradients")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a web page")
+    parser.add_argument("--programs", type=Path, metavar="DIR", help="write the program after each pass")
+    parser.set_defaults(run=run_explain)
+
+
+def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="qcompile_fp4")
     parser.add_argument(
         "--option",
@@ -169,11 +179,6 @@ def add_explain(commands: Any) -> None:
         metavar="K=V",
         help="an entry of torch.compile's options: gradient=fp8, activation.outliers=None, skip=['layers.0']",
     )
-    parser.add_argument("--roles", action="store_true", help="a line for each product and each of its gradients")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a web page")
-    parser.add_argument("--programs", type=Path, metavar="DIR", help="write the program after each pass")
-    parser.set_defaults(run=run_explain)
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
@@ -246,6 +251,21 @@ def load_model(spec: str, inputs: Sequence[str]) -> tuple[Callable[..., Any], tu
 
     Raises ``ValueError`` or ``ImportError`` if there is no such factory or the inputs are missing.
     """
+    made = call_factory(spec)
+    model, *given = made if isinstance(made, tuple) else (made,)
+    args = given[0] if given else ()
+    args = tuple(args) if isinstance(args, tuple | list) else (args,)
+    kwargs = given[1] if len(given) > 1 else {}
+    if inputs:
+        args = tuple(make_input(text) for text in inputs)
+    if not args and not kwargs:
+        msg = f"{spec} returned no inputs; return (model, inputs) or give --input SHAPE"
+        raise ValueError(msg)
+    return model, args, kwargs
+
+
+def call_factory(spec: str) -> Any:
+    """What the function that ``MODULE:FACTORY`` names returns. Raises as :func:`load_model` does."""
     module_name, colon, factory_name = spec.partition(":")
     if not module_name or not colon or not factory_name:
         msg = f"{spec!r} is not MODULE:FACTORY, for example my_package.models:build"
@@ -257,17 +277,7 @@ def load_model(spec: str, inputs: Sequence[str]) -> tuple[Callable[..., Any], tu
     if not callable(factory):
         msg = f"module {module_name!r} has no function {factory_name!r}"
         raise ValueError(msg)
-    made = factory()
-    model, *given = made if isinstance(made, tuple) else (made,)
-    args = given[0] if given else ()
-    args = tuple(args) if isinstance(args, tuple | list) else (args,)
-    kwargs = given[1] if len(given) > 1 else {}
-    if inputs:
-        args = tuple(make_input(text) for text in inputs)
-    if not args and not kwargs:
-        msg = f"{spec} returned no inputs; return (model, inputs) or give --input SHAPE"
-        raise ValueError(msg)
-    return model, args, kwargs
+    return factory()
 
 
 def make_input(text: str) -> Any:
@@ -288,6 +298,104 @@ def make_input(text: str) -> Any:
     except RuntimeError:
         msg = f"--input {text!r} is more than fits into memory"
         raise ValueError(msg) from None
+
+
+# --- sensitivity --------------------------------------------------------------------------------------------
+
+
+def add_sensitivity(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sensitivity",
+        help="which layers to leave in high precision, from one backward pass per batch",
+        description="Import FACTORY from MODULE and call it. It returns (model, batches), or with --text a model of "
+        "transformers and its tokenizer: (model, tokenizer). Prints scores, the frontier and the rules for options.",
+    )
+    parser.add_argument("factory", metavar="MODULE:FACTORY", help="for example my_package.models:build")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="make the batches of this file")
+    parser.add_argument("--batches", type=int, default=8, metavar="N", help="of --text (default 8)")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in each (default 4)")
+    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="in each sequence (default 512)")
+    parser.add_argument("--budget", type=float, default=0.25, metavar="SHARE", help="of the savings to give up (0.25)")
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="NAME=OPERAND",
+        help="what a layer may be: 8='int8 row', or a number of bits (default: the recipe)",
+    )
+    parser.add_argument("--cost", default="operations", help="operations, weights, saved or time (default: operations)")
+    parser.add_argument("--gradients", action="store_true", help="compare the backward products too")
+    add_backend_flags(parser)
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep scores here after every batch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write choice, rules and scores")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier")
+    parser.set_defaults(run=run_sensitivity)
+
+
+def run_sensitivity(arguments: argparse.Namespace) -> int:
+    try:
+        from qcompile.search import sensitivity
+
+        made = call_factory(arguments.factory)
+        if not isinstance(made, tuple) or len(made) != 2:
+            what = "(model, tokenizer)" if arguments.text else "(model, batches)"
+            msg = f"{arguments.factory} returned {type(made).__name__}; it is to return {what}"
+            raise ValueError(msg)
+        model, given = made
+        found = sensitivity(
+            model,
+            text_batches(given, arguments) if arguments.text else given,
+            budget=arguments.budget,
+            candidates=parse_candidates(arguments.candidate),
+            backend=arguments.backend,
+            options=parse_options(arguments.option),
+            cost=arguments.cost,
+            gradients=arguments.gradients,
+            resume=arguments.resume,
+            progress=sys.stderr.isatty(),
+        )
+        if arguments.json:
+            arguments.json.write_text(found.to_json() + "\n", encoding="utf-8")
+        if arguments.plot:
+            found.plot(arguments.plot)
+    except InputErrors as error:
+        return unusable("sensitivity", error)
+    make_console().print(found)
+    print(f"rules: {found.rules}")
+    return 0
+
+
+def parse_candidates(items: Sequence[str]) -> dict[str, Any] | None:
+    """``["8=int8 row", "four=4"]`` → ``{"8": "int8 row", "four": 4}``; ``None`` for none."""
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, operand = item.partition("=")
+        if not name or not equals or not operand:
+            msg = f"--candidate {item!r} is not NAME=OPERAND, for example 8='int8 row'"
+            raise ValueError(msg)
+        found[name] = int(operand) if operand.isdigit() else operand
+    return found or None
+
+
+def text_batches(tokenizer: Callable[[str], Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The beginning of a text as ``{"input_ids", "labels"}``, each ``[sequences, tokens]``.
+
+    Raises ``ValueError`` for a text that is too short, ``OSError`` for one that cannot be read.
+    """
+    import torch
+
+    count, batch, tokens = arguments.batches, arguments.batch, arguments.tokens
+    if min(count, batch, tokens - 1) < 1:
+        msg = f"--batches {count}, --batch {batch} and --tokens {tokens} are to be positive, tokens at least 2"
+        raise ValueError(msg)
+    needed = count * batch * tokens
+    with arguments.text.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(16 * needed)  # no tokenizer makes fewer tokens of English
+    ids = tokenizer(text)["input_ids"][:needed]
+    if len(ids) < needed:
+        msg = f"{arguments.text} has {len(ids)} tokens, fewer than the {needed} of {count} × {batch} × {tokens}"
+        raise ValueError(msg)
+    return [{"input_ids": part, "labels": part} for part in torch.tensor(ids).reshape(count, batch, tokens)]
 
 
 # --- bench --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .rows import Row, rows_of
 from .saved import newly_saved, storage_of, storages_of
 from .text import SHOWN, folded_name, some
 
-__all__ = ["explain"]
+__all__ = ["explain", "own_errors", "unchanged", "with_own_code"]
 
 
 def explain(
@@ -86,8 +86,8 @@ def explain(
 
         return run
 
-    with _unchanged(model, args, kwargs), compat.unlimited_recompiles():
-        _run(torch.compile(_with_own_code(model), backend=observing), args, kwargs, outside)
+    with unchanged(model, args, kwargs), compat.unlimited_recompiles():
+        _run(torch.compile(with_own_code(model), backend=observing), args, kwargs, outside)
     report = _make_report(recipe.name, graphs)
     report.rows += outside.rows()
     report.remarks += [
@@ -203,7 +203,7 @@ def _dropped(graphs: list[Graph], limits: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
     """Something to call like ``model`` whose outermost code object is nobody else's.
 
     Dynamo keeps what it compiled on the code object of the outermost frame, and gives up on one that has too many
@@ -225,16 +225,21 @@ def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(compiled: Callable[..., Any], args: Any, kwargs: Any, outside: OutsideGraphs) -> None:
-    """Run the forward, and the backward where there is one (it compiles lazily); surface our errors without Dynamo's
-    wrapping.
-    """
-    try:
+    """Run the forward, and the backward where there is one (it compiles lazily)."""
+    with own_errors():
         with outside:
             results = compat.tree_leaves(compiled(*args, **kwargs))
         outputs = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if leaves := _leaves_below(outputs):
             ones = [torch.ones_like(output) for output in outputs]
             torch.autograd.grad(outputs, leaves, ones, allow_unused=True)  # leaves .grad alone
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """A ``ValueError`` that Dynamo has wrapped comes out as it was raised."""
+    try:
+        yield
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -266,7 +271,7 @@ def _tensors_of(model: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _unchanged(model: Any, args: Any, kwargs: Any) -> Iterator[None]:
+def unchanged(model: Any, args: Any, kwargs: Any) -> Iterator[None]:
     """Buffers and random state are put back; a model compiled in place runs uncompiled meanwhile."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
     in_place = getattr(model, "_compiled_call_impl", None)

@@ -174,6 +174,18 @@ def a_class():
 
 def broken():
     raise KeyError("the factory's own fault")
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(256, 32), nn.Linear(32, 48), nn.Linear(48, 256)
+
+    def forward(self, input_ids, labels):
+        logits = self.down(self.up(self.embed(input_ids)).relu())
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+def with_tokenizer():
+    return LanguageModel(), lambda text: {"input_ids": list(text.encode())}
 """
 
 
@@ -226,6 +238,43 @@ def test_explain_makes_inputs_from_shapes(user_module, capsys):
 )
 def test_explain_refuses_in_one_line(argv, expected, user_module, capsys):
     assert expected in fail(capsys, "explain", *(a.format(m=user_module) for a in argv))
+
+
+def test_sensitivity_scores_a_text_and_prints_rules(user_module, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 9)
+    request = [
+        f"{user_module}:with_tokenizer",
+        "--text",
+        "text.txt",
+        "--batches",
+        "2",
+        "--batch",
+        "3",
+        "--tokens",
+        "16",
+    ]
+    flags = ["--option", "min_side=0", "--option", "heads=True", "--candidate", "8=int8 row", "--json", "found.json"]
+    assert cli.main(["sensitivity", *request, *flags, "--resume", "scores.json", "--plot", "frontier.png"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["choice"]) == {"up", "down"}
+    assert len(json.loads((tmp_path / "scores.json").read_text())["batches"]) == 2
+    assert (tmp_path / "frontier.png").exists()
+    assert "rules: [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["{m}:model"], "it is to return (model, batches)"),
+        (["{m}:with_tokenizer", "--text", "absent.txt"], "absent.txt: No such file"),
+        (["{m}:with_tokenizer", "--text", "{m}.py", "--tokens", "1"], "tokens at least 2"),
+        (["{m}:with_tokenizer", "--text", "{m}.py", "--batches", "999"], "tokens, fewer than the 2045952 of 999 × 4"),
+        (["{m}:with_inputs", "--candidate", "eight"], "--candidate 'eight' is not NAME=OPERAND"),
+        (["{m}:with_inputs", "--budget", "2"], "budget=2.0 is not a number from 0 to 1"),
+    ],
+)
+def test_sensitivity_refuses_in_one_line(argv, expected, user_module, capsys):
+    assert expected in fail(capsys, "sensitivity", *(a.format(m=user_module) for a in argv))
 
 
 def test_a_factory_that_fails_keeps_its_traceback(user_module):

@@ -73,7 +73,7 @@ def test_what_the_passes_are() -> None:
     assert {
         "account", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand", "find_gemms",
         "fold", "fuse", "gather_codes", "insert", "lower", "merge_quantize", "partition", "pin", "plan",
-        "quantize_gradients", "recompute_codes", "watch",
+        "probe", "quantize_gradients", "recompute_codes", "watch",
     } == PASSES  # fmt: skip
 
 
