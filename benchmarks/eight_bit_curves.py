@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -487,10 +488,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     start = time.monotonic()
 
+    one_writes = Lock()
+
     def keep(name: str, curve: Curve) -> None:
-        curves[name] = curve
-        ordered = {name: curves[name] for name in ARMS if name in curves}
-        write_json(given.out, settings, ordered)
+        with one_writes:
+            curves[name] = curve
+            write_json(given.out, settings, {name: curves[name] for name in ARMS if name in curves})
         print(f"{name:12} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
 
     missing = [name for name in given.arms if name not in curves]

@@ -94,7 +94,7 @@ def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     ]
     notes += _decide_gradients(decision, recipe, applicable)
     if not any(operands) and not decision.rounded:
-        reasons = ["the recipe quantizes none of its operands", *dict.fromkeys(filter(None, notes[1:]))]
+        reasons = ["the recipe quantizes none of its operands", *dict.fromkeys(filter(None, notes[2:]))]
         return Decision(site, False, "; ".join(reasons))
     for note in (_rotation_note, shard_note):
         notes += [note(slot, operand, site.node) for slot, operand in zip(site.slots, operands, strict=True)]

@@ -33,7 +33,7 @@ from qcompile.passes import pipeline
 from qcompile.passes.find_gemms import COMPUTES_A_WEIGHT
 from qcompile.passes.names import Names
 from qcompile.passes.record import Decision
-from qcompile.report.explain import _with_own_code
+from qcompile.report.explain import with_own_code
 from qcompile.session import UnmatchedRuleError
 
 from .harness import SMALL_FP4 as FP4
@@ -152,7 +152,7 @@ WAYS: dict[str, Callable[[Model], Any]] = {
     "default argument": lambda model: compiled(lambda x, m=model: m(x)),
     "method of another object": lambda model: compiled(Trainer(model).step),
     "nested function": lambda model: compiled(lambda x: (lambda y: apply(model, y))(x)),
-    "explain's wrapper": lambda model: compiled(_with_own_code(model)),
+    "explain's wrapper": lambda model: compiled(with_own_code(model)),
     "another compiled module": lambda model: compiled(torch.compile(model, backend="eager")),
 }
 
