@@ -73,9 +73,16 @@ def assembler_log(kernel: CompiledKernel, folder) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
 
 
+#: One in every run, the others by night.
+CONFIGS = [
+    pytest.param(config, marks=pytest.mark.nightly if i else (), id=str(config))
+    for i, config in enumerate(gluon.CONFIGS)
+]
+
+
 @compiled
 @pytest.mark.parametrize("dtype", INSTRUCTIONS, ids=str)
-@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_fits_and_keeps_its_products_in_flight(tmp_path, config, dtype):
     """One instruction as wide as the tile, nothing spilled, no product that waits for the one before."""
     kernel = build(config, (dtype, dtype))
@@ -89,7 +96,7 @@ def test_every_config_fits_and_keeps_its_products_in_flight(tmp_path, config, dt
 
 
 @compiled
-@pytest.mark.parametrize("config", gluon.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_offsets_fit_where_they_should_and_spill_nothing(tmp_path, config):
     """With and without a bias beside; a config that has no room for all takes the rows' offsets at least."""
     for bias, offsets in ((FP32, (True, True)), (None, (True, True)), (None, (True, False))):
