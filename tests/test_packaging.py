@@ -53,6 +53,19 @@ def test_the_backend_is_found_by_name_and_brings_only_what_a_compilation_needs()
     assert not {"qcompile.report", "qcompile.apps"} & loaded
 
 
+def test_a_cpu_needs_no_triton():
+    """torch for CPUs comes without it: what a compilation there registers must not import it."""
+    loaded = modules_after(
+        "import sys\n"
+        "sys.modules['triton'] = None  # importing it raises\n"
+        "from qcompile.kernels.lowerings import register_lowerings\n"
+        "register_lowerings()\n"
+        "import qcompile.distributed, qcompile.optim, qcompile.passes.pipeline\n"
+        "assert sys.modules.pop('triton') is None\n"
+    )
+    assert not {name for name in loaded if name.split(".")[0] == "triton"}
+
+
 def test_in_a_checkout_the_folder_kernels_may_be_taken_for_hugging_faces():
     """transformers looks for a package of that name; finding our folder must not register our ops twice."""
     code = "import kernels, qcompile.kernels; assert kernels is not qcompile.kernels"

@@ -10,8 +10,6 @@ import torch
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.virtualized import ops
 
-from qcompile.kernels.triton import INTERPRETED
-
 from .expression import Formula, Value
 
 __all__ = ["clamped", "emit", "rounded", "uncontracted_product"]
@@ -51,7 +49,11 @@ def _summands(formula: Formula) -> set[int]:
 
 def has_ptx() -> bool:
     """Whether what is generated is compiled for CUDA."""
-    return torch.version.cuda is not None and not INTERPRETED
+    if torch.version.cuda is None:
+        return False
+    from qcompile.kernels.triton import INTERPRETED  # torch for CPUs comes without Triton
+
+    return not INTERPRETED
 
 
 def exact_div(a: Body, b: Body) -> Body:
