@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qcompile.ir.ops import GROUP_ALIGNMENT
 
-__all__ = ["ALIGNMENT", "group_of_row", "group_of_tile", "groups_of", "most_tiles", "picked"]
+__all__ = ["ALIGNMENT", "group_of_row", "group_of_tile", "groups_of", "most_tiles", "picked", "rows_of_tile"]
 
 ALIGNMENT = tl.constexpr(GROUP_ALIGNMENT)
 
@@ -37,6 +37,17 @@ def group_of_tile(tile, tiles):
     ends = tl.cumsum(tiles, 0)
     group = tl.sum((ends <= tile).to(tl.int32), 0)
     return group, tile - picked(ends - tiles, group)
+
+
+@triton.jit
+def rows_of_tile(tile, offs, groups, most: tl.constexpr, height: tl.constexpr):
+    """The group of a tile, each group being cut into tiles of ``height`` rows; the tile's first row, and the row at
+    which the group ends, which is not beyond the first one for a tile that there is not.
+    """
+    starts, sizes = groups_of(offs, groups, most)
+    group, place = group_of_tile(tile, tl.cdiv(sizes, height))
+    start = picked(starts, group)
+    return group, start + place * height, start + picked(sizes, group)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qcompile import compat
 
-__all__ = ["note_constant", "note_launch", "replayed"]
+__all__ = ["bound", "note_constant", "note_launch", "replayed", "run_compiled"]
 
 aten = torch.ops.aten
 
@@ -103,6 +103,20 @@ class _Copy:
         slots.append(self.function(*arguments, **self.options))
 
 
+def bound(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a launch in the order of the kernel's parameters, constants and defaults included."""
+    named = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    found = kernel.signature.bind(*arguments, **named)
+    found.apply_defaults()
+    return found.args
+
+
+def run_compiled(compiled: Any, grid: tuple[int, ...], stream: int, arguments: list[Any]) -> None:
+    """Launch a compiled Triton kernel with all its arguments (:func:`bound`), addresses in place of tensors."""
+    # No launch metadata and no hooks: those belong to Triton's own profiler.
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
 class _Address:
     """What stands for the tensor of a tensor descriptor, which is asked for its address only."""
 
@@ -132,7 +146,6 @@ class _Launch:
     ) -> None:
         self.compiled, self.grid = compiled, grid
         self.arguments, self.addresses, self.descriptors = arguments, addresses, descriptors
-        self.launcher, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def run(self, slots: list[Any], stream: int) -> None:
         arguments = self.arguments.copy()
@@ -142,8 +155,7 @@ class _Launch:
             moved = copy.copy(descriptor)
             moved.base = _Address(slots[slot].data_ptr() + offset)
             arguments[place] = moved
-        # No launch metadata and no hooks: those belong to Triton's own profiler.
-        self.launcher(*self.grid, stream, self.function, self.metadata, None, None, None, *arguments)
+        run_compiled(self.compiled, self.grid, stream, arguments)
 
 
 @dataclass(frozen=True)
@@ -254,10 +266,7 @@ def note_launch(kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tu
     if compiled is None:
         recorder.obstacle = "no kernel was compiled"
         return
-    named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    bound = kernel.signature.bind(*arguments, **named)
-    bound.apply_defaults()
-    recorder.launched(compiled, grid, bound.args)
+    recorder.launched(compiled, grid, bound(kernel, arguments, constants))
 
 
 def note_constant(tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qcompile import compat
 
-from .replay import note_launch
+from .replay import bound, note_launch, run_compiled
 
 __all__ = [
     "INTERPRETED",
@@ -155,19 +155,11 @@ class _Prepared:
 
     def __init__(self, compiled: Any, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         self.compiled, self.constants = compiled, constants  # kept: kinds tell constants by their identity
-        named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        bound = kernel.signature.bind(*arguments, **named)
-        bound.apply_defaults()
-        self.behind = bound.args[len(arguments) :]
+        self.behind = bound(kernel, arguments, constants)[len(arguments) :]
 
     def run(self, grid: tuple[int, ...], arguments: tuple[Any, ...], device: torch.device) -> None:
-        compiled = self.compiled
         values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        # No launch metadata and no hooks: those belong to Triton's own profiler.
-        compiled.run(
-            *grid, compat.raw_stream(device), compiled.function, compiled.packed_metadata, None, None, None,
-            *values, *self.behind,
-        )  # fmt: skip
+        run_compiled(self.compiled, grid, compat.raw_stream(device), [*values, *self.behind])
 
 
 def _kind(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: Any, contract: bool) -> Any:

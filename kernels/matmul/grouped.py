@@ -30,7 +30,19 @@ from qcompile.kernels.groups import ALIGNMENT, group_of_tile, groups_of, most_ti
 from qcompile.kernels.triton import launch
 
 from . import reference
-from .triton import TMA_ALIGNMENT, Card, Config, Problem, accumulator_of, card_of, first_element, fits, pieces_of
+from .triton import (
+    TMA_ALIGNMENT,
+    Card,
+    Config,
+    Problem,
+    accumulator_of,
+    card_of,
+    first_element,
+    fits,
+    pieces_of,
+    scaled,
+    store,
+)
 
 __all__ = ["CONFIGS", "GroupedProblem", "candidates", "mm_8bit_grouped", "predicted_cycles"]
 
@@ -80,25 +92,15 @@ class GroupedProblem:
 
 
 @triton.jit
-def _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias):
-    """Float32 ``product · scale_a · scale_bᵀ + bias`` of the tile at (row, column) of a group's result [m, n]."""
-    rows = row + tl.arange(0, product.shape[0])
-    columns = column + tl.arange(0, product.shape[1])
-    by_row = tl.load(scale_a + rows * scale_a_stride, mask=rows < m, other=0.0)
-    by_column = tl.load(scale_b + columns * scale_b_stride, mask=columns < n, other=0.0)
-    result = product.to(tl.float32) * by_row[:, None] * by_column[None, :]
-    if bias is not None:
-        result += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    return result
-
-
-@triton.jit
-def _store(out, value, row, column, m, n):
-    """The tile at (row, column) of a result [m, n], of which nothing is written beyond its edges."""
-    rows = row + tl.arange(0, value.shape[0])
-    columns = column + tl.arange(0, value.shape[1])
-    at = out + rows.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(at, value.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
+def _write(
+    product, out, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, parts: tl.constexpr
+):
+    """``product · scale_a · scale_bᵀ + bias``, a tile of a group's result [m, n], part by part."""
+    pieces = pieces_of(product, parts)
+    for part in tl.static_range(parts):
+        at = column + part * (product.shape[1] // parts)
+        value = scaled(pieces[part], row, at, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, None, None)
+        store(out, value, row, at, m, n)
 
 
 @triton.jit
@@ -125,7 +127,6 @@ def _rows_kernel(
     flatten: tl.constexpr,
 ):
     """``a`` and ``b``, its matrices below each other, are tensor descriptors."""
-    part_n: tl.constexpr = block_n // parts
     starts, sizes = groups_of(offs, groups, most)
     tiles = tl.cdiv(sizes, block_m) * tl.cdiv(n, block_n)
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0), flatten=flatten):
@@ -138,17 +139,13 @@ def _rows_kernel(
             left = a.load([start + row, step * block_k])
             right = b.load([above + column, step * block_k])
             product = tl.dot(left, right.T, product, out_dtype=accumulator)
-        pieces = pieces_of(product, parts)
         of_rows = scale_a + start * scale_a_stride
         of_columns = scale_b + above * scale_b_stride
         shift = bias
         if bias is not None:
             shift = bias + above
         first = out + start.to(tl.int64) * n
-        for part in tl.static_range(parts):
-            at = column + part * part_n
-            value = _scaled(pieces[part], row, at, size, n, of_rows, scale_a_stride, of_columns, scale_b_stride, shift)
-            _store(first, value, row, at, size, n)
+        _write(product, first, row, column, size, n, of_rows, scale_a_stride, of_columns, scale_b_stride, shift, parts)
 
 
 @triton.jit
@@ -174,7 +171,6 @@ def _contraction_kernel(
     flatten: tl.constexpr,
 ):
     """``a`` and ``b`` are tensor descriptors; every group has the same tiles, of a result [m, n]."""
-    part_n: tl.constexpr = block_n // parts
     _, sizes = groups_of(offs, groups, most)
     steps = tl.cdiv(sizes, ALIGNMENT) * (ALIGNMENT // block_k)
     begins = tl.cumsum(steps, 0) - steps
@@ -188,13 +184,9 @@ def _contraction_kernel(
             left = a.load([row, step * block_k])
             right = b.load([column, step * block_k])
             product = tl.dot(left, right.T, product, out_dtype=accumulator)
-        pieces = pieces_of(product, parts)
         of_rows, of_columns = scale_a + group * m * scale_a_stride, scale_b + group * n * scale_b_stride
         first = out + group.to(tl.int64) * m * n
-        for part in tl.static_range(parts):
-            at = column + part * part_n
-            value = _scaled(pieces[part], row, at, m, n, of_rows, scale_a_stride, of_columns, scale_b_stride, None)
-            _store(first, value, row, at, m, n)
+        _write(product, first, row, column, m, n, of_rows, scale_a_stride, of_columns, scale_b_stride, None, parts)
 
 
 # --- choice of a config ---------------------------------------------------------------------------------------------

@@ -68,28 +68,9 @@ def quantized_mm(
     contraction. An operand of :func:`~qcompile.kernels.quantize.reference.quantize_groups` has its scales, for instance
     ``[E, M, 1]``, and its layout.
     """
-    if offs is not None:
-        return _grouped_mm(a, a_operand, a_size, a_transposed, b, b_operand, b_size, b_transposed, dtype, offs)
-    left = decode_operand(a, a_operand, a_size, dtype)
-    right = decode_operand(b, b_operand, b_size, dtype)
-    left, right = left.mT if a_transposed else left, right.mT if b_transposed else right
-    return left @ right if bias is None else torch.addmm(bias, left, right)
 
-
-def _grouped_mm(
-    a: list[Tensor],
-    a_operand: str,
-    a_size: int,
-    a_transposed: bool,
-    b: list[Tensor],
-    b_operand: str,
-    b_size: int,
-    b_transposed: bool,
-    dtype: torch.dtype,
-    offs: Tensor,
-) -> Tensor:
     def read(tensors: list[Tensor], operand: str, size: int, transposed: bool) -> Tensor:
-        if len(tensors) > 1 and tensors[1].dim() > tensors[0].dim():
+        if offs is not None and len(tensors) > 1 and tensors[1].dim() > tensors[0].dim():
             quantizer = str(Encoding.parse(operand).quantizer)
             dense = torch.ops.qcompile.dequantize_groups(*tensors, quantizer, offs, size, dtype)
         else:
@@ -97,6 +78,12 @@ def _grouped_mm(
         return dense.mT if transposed else dense
 
     left, right = read(a, a_operand, a_size, a_transposed), read(b, b_operand, b_size, b_transposed)
+    if offs is not None:
+        return _grouped_mm(left, right, offs)
+    return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
     own = [rows for rows, _ in group_slices(offs)]
     if right.dim() == 2:
         return torch.stack([left[:, rows] @ right[rows] for rows in own])

@@ -56,6 +56,8 @@ __all__ = [
     "mm_8bit",
     "pieces_of",
     "predicted_cycles",
+    "scaled",
+    "store",
 ]
 
 AnyConfig = TypeVar("AnyConfig")
@@ -198,7 +200,7 @@ def pieces_of(product, parts: tl.constexpr):
 
 
 @triton.jit
-def _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b):
+def scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b):
     """Float32 ``(product + offset_a + offset_bᵀ) · scale_a · scale_bᵀ + bias`` of the tile at (row, column)."""
     rows = row + tl.arange(0, product.shape[0])
     columns = column + tl.arange(0, product.shape[1])
@@ -216,7 +218,8 @@ def _scaled(product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_
 
 
 @triton.jit
-def _store(out, value, row, column, m, n):
+def store(out, value, row, column, m, n):
+    """The tile at (row, column) of a result [m, n], of which nothing is written beyond its edges."""
     rows = row + tl.arange(0, value.shape[0])
     columns = column + tl.arange(0, value.shape[1])
     at = out + rows.to(tl.int64)[:, None] * n + columns[None, :]  # m · n may exceed 2^31
@@ -264,13 +267,13 @@ def _tma_kernel(
         for part in tl.static_range(parts):
             piece = pieces[part]
             at = column + part * part_n
-            value = _scaled(
+            value = scaled(
                 piece, row, at, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b
             )
             if tma_store:
                 out.store([row, at], value.to(out.dtype))
             else:
-                _store(out, value, row, at, m, n)
+                store(out, value, row, at, m, n)
 
 
 @triton.jit
@@ -308,10 +311,10 @@ def _pointer_kernel(
         product = tl.dot(left, right.T, product, out_dtype=accumulator)
         at_a += block_k
         at_b += block_k
-    value = _scaled(
+    value = scaled(
         product, row, column, m, n, scale_a, scale_a_stride, scale_b, scale_b_stride, bias, offset_a, offset_b
     )
-    _store(out, value, row, column, m, n)
+    store(out, value, row, column, m, n)
 
 
 # --- choice of a config ---------------------------------------------------------------------------------------------

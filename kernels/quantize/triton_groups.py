@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompile.ir.ops import padded_rows
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.groups import ALIGNMENT, group_of_tile, groups_of, most_tiles, picked
+from qcompile.kernels.groups import ALIGNMENT, most_tiles, rows_of_tile
 from qcompile.kernels.triton import (
     LONGEST_ROW,
     RUN,
@@ -70,17 +70,15 @@ def _maxima_of_groups(
     stages: tl.constexpr,
 ):
     """Largest |x · fold| of ``tile`` columns in one band of a group, as bits."""
-    starts, sizes = groups_of(offs, groups, most)
-    group, place = group_of_tile(tl.program_id(1), tl.cdiv(sizes, band))
-    start, count = picked(starts, group), picked(sizes, group)
+    group, begin, end = rows_of_tile(tl.program_id(1), offs, groups, most, band)
     column = tl.program_id(0) * tile
     running = tl.zeros([tile_rows, tile], tl.float32)
-    for first in tl.range(place * band, tl.minimum(place * band + band, count), tile_rows, num_stages=stages):
-        value = loaded_tile(x, start + first, column, start + count, size, row_stride, tile_rows, tile)
-        row = start + first + tl.arange(0, tile_rows)
-        value *= tl.load(fold + row, mask=row < start + count, other=0.0)[:, None]
+    for first in tl.range(begin, tl.minimum(begin + band, end), tile_rows, num_stages=stages):
+        value = loaded_tile(x, first, column, end, size, row_stride, tile_rows, tile)
+        row = first + tl.arange(0, tile_rows)
+        value *= tl.load(fold + row, mask=row < end, other=0.0)[:, None]
         running = greater(running, tl.abs(value))
-    if place * band < count:
+    if begin < end:
         at = column + tl.arange(0, tile)
         bits = as_bits(absolute_maximum(running, 0))  # of numbers that are not negative, in their order; NaN above all
         tl.atomic_max(maxima + group.to(tl.int64) * size + at, bits, mask=at < size, sem="relaxed")
@@ -105,16 +103,14 @@ def _quantize_pair_of_groups(
     stages: tl.constexpr,
 ):
     """The rows of a band, all of one group, times ``fold``; and over them the columns' largest |x · fold_rows|."""
-    starts, sizes = groups_of(offs, groups, most)
-    group, place = group_of_tile(tl.program_id(0), tl.cdiv(sizes, band))
-    start, count = picked(starts, group), picked(sizes, group)
+    group, begin, end = rows_of_tile(tl.program_id(0), offs, groups, most, band)
     at = runs(block, RUN)
     columns = tl.zeros([block // RUN, RUN], tl.float32)
-    if place * band < count:
+    if begin < end:
         shared = group.to(tl.int64) * size + at
         factor = tl.load(fold + shared, mask=at < size, other=0.0)
-        for i in tl.range(place * band, tl.minimum(place * band + band, count), num_stages=stages):
-            row = (start + i).to(tl.int64)
+        for i in tl.range(0, tl.minimum(end - begin, band), num_stages=stages):
+            row = (begin + i).to(tl.int64)
             value = tl.load(x + row * row_stride + at, mask=at < size, other=0.0).to(tl.float32)
             columns = greater(columns, tl.abs(value * tl.load(fold_rows + row)))
             value *= factor
@@ -151,10 +147,8 @@ def _encode_groups(
 ):
     """Codes [size, padded] of x · fold · gammas of the group, tile by tile along the rows; zeros after its last."""
     tiles = tl.cdiv(size, tile)
-    starts, sizes = groups_of(offs, groups, most)
     number = tl.program_id(0) // tiles
-    group, place = group_of_tile(number, tl.cdiv(sizes, ALIGNMENT))
-    first, end = picked(starts, group) + place * ALIGNMENT, picked(starts, group) + picked(sizes, group)
+    group, first, end = rows_of_tile(number, offs, groups, most, ALIGNMENT)
     if first < end:
         first_column = tl.program_id(0) % tiles * tile
         y = loaded_tile(x, first, first_column, end, size, row_stride, ALIGNMENT, tile)

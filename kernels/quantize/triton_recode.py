@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile.ir.ops import padded_rows
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
-from qcompile.kernels.groups import ALIGNMENT, group_of_tile, groups_of, most_tiles, picked
+from qcompile.kernels.groups import ALIGNMENT, most_tiles, rows_of_tile
 from qcompile.kernels.triton import (
     INTERPRETED,
     RUN,
@@ -143,10 +143,8 @@ def _recode_groups(
 ):
     """The same of rows in groups, which begin at multiples of the alignment in ``padded`` columns of codes."""
     tiles = tl.cdiv(stored_size, tile)
-    starts, sizes = groups_of(offs, groups, most)
     number = tl.program_id(0) // tiles
-    group, place = group_of_tile(number, tl.cdiv(sizes, ALIGNMENT))
-    row, end = picked(starts, group) + place * ALIGNMENT, picked(starts, group) + picked(sizes, group)
+    _, row, end = rows_of_tile(number, offs, groups, most, ALIGNMENT)
     byte, to = tl.program_id(0) % tiles * tile, number * ALIGNMENT
     if row < end:
         _write_recoded(stored, codes, row, to, end, padded, byte, row_stride, size, stored_size, fmt, ALIGNMENT, tile)
