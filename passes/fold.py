@@ -32,7 +32,7 @@ from qcompile import compat
 from qcompile.ir.encoding import Encoding
 from qcompile.ir.operand import Operand
 from qcompile.ir.quantizer import Quantizer
-from qcompile.kernels.matmul import costs
+from qcompile.kernels.matmul import costs, providers
 
 from .batches import in_groups, why_no_groups
 from .gradient_axes import ROLE_OF_OPERAND
@@ -180,7 +180,7 @@ def _why_no_groups(candidate: _Backward) -> str:
     """Why a product of batches is not one of equal groups, as the kernel for these has it; "" if it is."""
     gradient = candidate.product_gradient
     capability = compat.tensor_core_capability(candidate.node.meta["val"].device)
-    if capability is None or capability < (9, 0) or not gradient.encoding.is_dense:
+    if not providers.multiplies_groups(capability) or not gradient.encoding.is_dense:
         return "a product of batches"
     rows, columns = gradient.first.meta["val"].shape[-2:]
     if candidate.role == "wgrad":

@@ -31,6 +31,7 @@ from torch.fx import Graph, Node
 
 from qcompile import compat
 from qcompile.ir.encoding import DENSE
+from qcompile.kernels.matmul import providers
 
 from .dialect import adds_given_part, decode_root, gemm_operands, given_part, matrix_form, stored_operand, stored_view
 from .graph import (
@@ -84,7 +85,7 @@ def _fuse_loop(graph: Graph, node: Node, made: dict[Any, Node | None]) -> int:
     assert isinstance(x, Node)
     assert isinstance(weight, Node)
     capability = compat.tensor_core_capability(x.meta["val"].device)
-    if capability is None or capability < _OF_GROUPS or decode_root(x) is None or decode_root(weight) is None:
+    if not providers.multiplies_groups(capability) or decode_root(x) is None or decode_root(weight) is None:
         return 0
     with graph.inserting_before(node):
         a, b = _operand(graph, node, x, True, made), _operand(graph, node, weight, False, made)
@@ -141,9 +142,8 @@ def _read_given_parts(graph: Graph) -> None:
                     graph.erase_node(source)
 
 
-#: transformers' products of groups, and their gradients; the cards that multiply groups of codes.
+#: transformers' products of groups, and their gradients.
 _LOOP, _LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward"
-_OF_GROUPS = (9, 0)
 _FUSED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)
 
 

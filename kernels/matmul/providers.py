@@ -93,6 +93,7 @@ __all__ = [
     "mm_8bit",
     "mm_8bit_grouped",
     "mm_block_scaled",
+    "multiplies_groups",
     "supports_stored",
 ]
 
@@ -383,11 +384,16 @@ PROVIDERS = (
 # --- groups ---------------------------------------------------------------------------------------------------------
 
 
+def multiplies_groups(capability: tuple[int, int] | None) -> bool:
+    """Whether the kernel for groups runs on cards of this compute capability; ``None``: no card."""
+    return capability is not None and capability >= (9, 0)
+
+
 def _obstacle_to_grouped(product: Product) -> str:
     k = product.shape[2]
     checks = {
         "it adds nothing before the scales": not product.offsets,
-        "the kernel for groups needs compute capability 9.0": product.capability >= (9, 0),
+        "the kernel for groups needs compute capability 9.0": multiplies_groups(product.capability),
         f"K = {k} is no multiple of 16": k % 16 == 0,
     }
     return next((reason for reason, passed in checks.items() if not passed), "") or _obstacle_to_triton(product)
