@@ -39,13 +39,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from loss_curves import loss_of
+from loss_curves import Text, loss_of, windows
 from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process
 from model import SIZES, Size, build
 from torch import Tensor, nn
 from training_step import names_from
 
-from qcompile.apps.demo import learning_rate_factor, read_text, smoothed
+from qcompile.apps.demo import learning_rate_factor, smoothed
 
 __all__ = ["ARMS", "Arm", "Curve", "Tokens", "main", "rows_of", "train"]
 
@@ -148,8 +148,8 @@ class Tokens:
     def read(path: Path | None, device: torch.device) -> Tokens:
         """What :func:`write_tokens` wrote, or the package's Shakespeare as bytes, a tenth held out."""
         if path is None:
-            data = torch.frombuffer(bytearray(read_text(None)), dtype=torch.uint8).int().to(device)
-            return Tokens(data[: -len(data) // 10], data[-len(data) // 10 :])
+            text = Text.read(None, device)
+            return Tokens(text.train.int(), text.validation.int())
         with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as found:
             return Tokens(
                 *(torch.from_numpy(found[name].astype(np.int32)).to(device) for name in ("train", "validation"))
@@ -173,12 +173,6 @@ class Tokens:
         starts = torch.linspace(0, len(self.validation) - size.sequence - 1, count).long()
         for chunk in starts.to(self.validation.device).split(size.batch):
             yield windows(self.validation, chunk[rank::ranks], size)
-
-
-def windows(data: Tensor, starts: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 ``[batch, sequence]``, that begin at ``starts``."""
-    text = data[starts[:, None] + torch.arange(size.sequence + 1, device=data.device)].long()
-    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def write_tokens(path: Path, tokenizer: Path, train: list[Path], validation: list[Path]) -> None:

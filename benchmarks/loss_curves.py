@@ -32,7 +32,7 @@ from training_step import OURS, names_from, release
 
 from qcompile.apps.demo import learning_rate_factor, read_text, smoothed
 
-__all__ = ["ARMS", "Arm", "Curve", "Text", "final_rows", "main", "train"]
+__all__ = ["ARMS", "Arm", "Curve", "Text", "final_rows", "loss_of", "main", "train", "windows"]
 
 LAST = 20  # steps that the final training loss is the mean of
 ZOOM = 100  # steps in the inset
