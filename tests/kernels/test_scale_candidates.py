@@ -134,7 +134,6 @@ def test_who_chooses():
     for text, message in {
         "e2m1 row e4m3_46": "scale rule e4m3_46 chooses by blocks, for example block16; got row",
         "e2m1 block2048x2048 e4m3_46": "adds up errors of at most 2097151 elements; got block2048x2048",
-        "e2m1 block16 e4m3_46 stochastic": "chooses by the error of nearest rounding, not of stochastic; use even",
     }.items():
         with pytest.raises(ValueError, match=message):
             Quantizer.parse(text)
