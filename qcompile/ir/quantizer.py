@@ -224,6 +224,10 @@ def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
     return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
+def _absmax_guard(amax: Scalar, fmt: Format) -> Scalar:
+    return amax / (fmt.max * (16 / 17))
+
+
 def _absmax_eden(amax: Scalar, fmt: Format) -> Scalar:
     return amax / (fmt.max / EDEN_CLIP)
 
@@ -274,6 +278,14 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             candidates=(1.0, 1.5),
             largest=256.0,
             source="NVFP4 whose blocks end at 6 or at 4 (s · 1.5), whichever errs less; arXiv 2512.02010",
+        ),
+        ScaleRule(
+            "e4m3_guard",
+            _absmax_guard,
+            store="e4m3",
+            two_level=True,
+            largest=448.0 * 16 / 17,
+            source="NVFP4 whose E4M3 scales cut nothing off when they are rounded down; arXiv 2601.22813",
         ),
         ScaleRule(
             "e4m3_eden",

@@ -688,7 +688,7 @@ def test_parts_may_be_left_out_from_the_right():
         ("e2m1 block0", r"unknown granularity 'block0'"),
         ("e2m1 row16", r"unknown granularity 'row16'"),
         ("e2m1 row max", r"unknown scale rule 'max'; known: absmax, absmax_pow2, e8m0, e8m0_ceil, rms, e4m3"),
-        ("e2m1 row absmax down", r"unknown rounding 'down'; known: even, half_up, stochastic"),
+        ("e2m1 row absmax down", r"unknown rounding 'down'; known: even, half_up, stochastic, eden"),
         ("e2m1 row absmax up", r"unknown rounding 'up': up is now half_up$"),
         ("e4m3 row absmax half_up", r"e4m3 rounds to even or stochastically"),
         ("midrise4 row absmax stochastic", r"stochastic rounding on midrise4: its codes keep the sign"),
