@@ -84,17 +84,20 @@ template <class Statistic> static inline Stored scale_ofI(Statistic value, float
 }
 """
 
-_SQUARED_ERROR = r"""
+_ERROR = r"""
 template <class Element>
-static inline int64_t squared_errorI(const Element* x, int64_t count, float gamma, float scale, float unit) {
+static inline int64_t error_sumI(const Element* x, int64_t count, float gamma, float scale, float unit) {
   int64_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int64_t error = scaled_error(x[k], round_levelI(x[k] * std::fabs(gamma)), scale, unit);
-    sum += error * error;
+    sum += COUNTED;
   }
   return sum;
 }
 """
+
+#: What a difference counts for, by the error of a scale rule.
+_COUNTED = {"squared": "error * error", "absolute": "error < 0 ? -error : error"}
 
 # Whether the candidate's codes err less than those of the best one so far, whose scale and γ it then replaces.
 _CANDIDATE = r"""
@@ -105,13 +108,13 @@ _CANDIDATE = r"""
           if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
         }
 """
-# Its squared error in a block.
+# Its error in a block.
 _OF_BLOCK = r"""
         const auto of_blockI = [&](float gamma, float scale) {
-          if constexpr (ROTATION > 1) return squared_errorI(elements + s * segment, count, gamma, scale, unit);
+          if constexpr (ROTATION > 1) return error_sumI(elements + s * segment, count, gamma, scale, unit);
           int64_t sum = 0;
           for (int64_t row = first; row < last; ++row) {
-            sum += squared_errorI(x + row * size + s * segment, count, gamma, scale, unit);
+            sum += error_sumI(x + row * size + s * segment, count, gamma, scale, unit);
           }
           return sum;
         };
@@ -388,7 +391,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
         source += [cpp_function(scales.error_unit()), cpp_function(scales.scaled_error())]
         for number, candidate in enumerate(q.candidates):
             source.append(cpp_function(rounding.round_level(candidate.grid, q.nearest), f"round_level{number}"))
-            source.append(_numbered(_SQUARED_ERROR, number))
+            source.append(_numbered(_ERROR.replace("COUNTED", _COUNTED[q.scale.error]), number))
             choice += _numbered(_OF_BLOCK, number) + (_numbered(_CANDIDATE, number) if number else _FIRST)
         choice = "        const float unit = error_unit(value);\n" + choice
     source.append(_ROWS.replace("REDUCTION", _REDUCTIONS[statistic]).replace("CHOICE", choice))
@@ -397,9 +400,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
 
 def _numbered(source: str, number: int) -> str:
     """``source`` of a candidate, in whose names I stands for its number."""
-    return re.sub(
-        r"\b(scale_of|reciprocal|stored_scale|squared_error|round_level|of_block)I\b", rf"\g<1>{number}", source
-    )
+    return re.sub(r"\b(scale_of|reciprocal|stored_scale|error_sum|round_level|of_block)I\b", rf"\g<1>{number}", source)
 
 
 def scaled_element(fmt: Format) -> str:

@@ -406,7 +406,7 @@ class GridUnits:
         return element
 
     def _errors(self) -> list[Callable[[Index], Value]]:
-        """Loaders of every candidate's squared error by group, int64."""
+        """Loaders of every candidate's error by group, int64."""
         load_unit = self._per_group(_FP32, lambda index: emit(scales.error_unit(), self._amax(index))).make_loader()
         loaders = []
         for number, candidate in enumerate(self.q.candidates):
@@ -418,16 +418,16 @@ class GridUnits:
 
             load_scale, load_reciprocal = (self._per_group(_FP32, f).make_loader() for f in (scale, reciprocal))
 
-            def squared(
+            def counted(
                 index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal, of=of
             ) -> Value:
                 x = self.load_x(index)
                 level = _rounded(ops.mul(x, ops.abs(load_reciprocal(group))), of)
                 error = emit(scales.scaled_error(), x, level, load_scale(group), load_unit(group))
                 error = ops.to_dtype(error, torch.int64)
-                return ops.mul(error, error)
+                return ops.mul(error, error) if self.q.scale.error == "squared" else ops.abs(error)
 
-            loaders.append(self._over_groups(squared, ops.add, "sum", torch.int64))
+            loaders.append(self._over_groups(counted, ops.add, "sum", torch.int64))
         return loaders
 
     def _per_group(self, dtype: torch.dtype, element: Callable[[Index], Value]) -> ir.TensorBox:

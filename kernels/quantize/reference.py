@@ -315,10 +315,10 @@ def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor 
     stored, scale, reciprocal = _of_candidate(q.candidates[0], statistic, q, global_scale)
     if len(q.candidates) > 1 and x.numel():
         q = replace(q, rounding=q.nearest)
-        least = _squared_error(rotated, statistic, scale, reciprocal, replace(q, format=q.candidates[0].grid))
+        least = _error(rotated, statistic, scale, reciprocal, replace(q, format=q.candidates[0].grid))
         for candidate in q.candidates[1:]:
             other, scale, other_reciprocal = _of_candidate(candidate, statistic, q, global_scale)
-            error = _squared_error(rotated, statistic, scale, other_reciprocal, replace(q, format=candidate.grid))
+            error = _error(rotated, statistic, scale, other_reciprocal, replace(q, format=candidate.grid))
             better = error < least
             bits = _BITS[stored.element_size()]
             stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
@@ -354,16 +354,17 @@ def _of_candidate(
     return stored, scale, reciprocal
 
 
-def _squared_error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
-    """Int64 Σ n² of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at most 2²¹ of
-    them. All n of a group that is not finite are 0 or 2²¹.
+def _error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Int64 Σ n², or Σ |n|, of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at
+    most 2²¹ of them. All n of a group that is not finite are 0 or 2²¹.
     """
     level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
     exponent = ERROR_BITS + 1 - torch.frexp(amax.clamp(min=2.0**-126)).exponent
     unit = torch.where(amax.isfinite(), _power_of_two(exponent), 0.0)
     count = (level * spread(scale, x.shape, q) - x) * spread(unit, x.shape, q)
     count = torch.where(count.abs() <= MOST_ERROR, count, MOST_ERROR).round().long()
-    return _over_groups(count.square(), q, Tensor.sum).reshape(scale.shape)
+    counted = count.square() if q.scale.error == "squared" else count.abs()
+    return _over_groups(counted, q, Tensor.sum).reshape(scale.shape)
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:

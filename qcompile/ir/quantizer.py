@@ -136,7 +136,8 @@ class ScaleRule:
         floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
             (:attr:`Quantizer.amax_floor`).
         candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
-            the least squared error (:data:`ERROR_BITS`); of equal errors the first.
+            the least error (:data:`ERROR_BITS`); of equal errors the first.
+        error: what is added up for that: the ``"squared"`` differences or the ``"absolute"`` ones.
         largest: under a two-level rule the tensor's scale is its absolute maximum over this and the largest level.
         source: where it is defined.
     """
@@ -150,6 +151,7 @@ class ScaleRule:
     covers: bool = False
     floor: float | None = None
     candidates: tuple[float, ...] = (1.0,)
+    error: str = "squared"
     largest: float = 448.0
     source: str = ""
 
@@ -278,6 +280,31 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             candidates=(1.0, 1.5),
             largest=256.0,
             source="NVFP4 whose blocks end at 6 or at 4 (s · 1.5), whichever errs less; arXiv 2512.02010",
+        ),
+        ScaleRule(
+            "e4m3_46_mae",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            error="absolute",
+            largest=256.0,
+            source="e4m3_46 by the sum of absolute errors; TransformerEngine's nvfp4_4over6, err_mode MAE",
+        ),
+        ScaleRule(
+            "e4m3_46_448",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            source="e4m3_46 with all of E4M3's range, where s · 1.5 of the largest blocks is 448; TransformerEngine",
+        ),
+        ScaleRule(
+            "e5m3",
+            _absmax,
+            store="ue5m3",
+            two_level=True,
+            source="NVFP4 with scales of 5 exponent bits and no sign, 137 times the range above; arXiv 2609.02846",
         ),
         ScaleRule(
             "e4m3_guard",

@@ -541,7 +541,7 @@ def test_interpreted_estimators(generate):
 
 
 CHOOSING = {
-    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46"],
+    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46_mae half_up", "e2m1 block4x4 e4m3_46"],
     "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up"],
 }
 
