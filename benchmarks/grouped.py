@@ -218,8 +218,11 @@ def layer_of(tensors: Tensors, function: Callable[..., Tensor], compile_by: Call
 
 
 def sweep(tensors: Tensors) -> Iterator[ProductArm]:
-    from qcompile.kernels.matmul import grouped
+    from qcompile.kernels.matmul import gluon, grouped
 
+    for gluon_config in gluon.CONFIGS:
+        contraction = partial(gluon.mm_8bit_contracted, *tensors.products["wgrad"], config=gluon_config)
+        yield "wgrad", f"ours in Gluon {gluon_config}", lambda call=contraction: call
     for name in ("fprop", "wgrad"):
         for config in grouped.CONFIGS:
             if name == "wgrad" and config.flatten:
