@@ -71,8 +71,8 @@ class Size:
         return self.block_weights + (2 * self.layers + 1) * self.hidden + 2 * self.vocabulary * self.hidden
 
 
-#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts, and one of
-#: each kind for tests on a CPU.
+#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts (those of
+#: the step benchmark and of loss curves), and one of each kind for tests on a CPU.
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
@@ -106,6 +106,20 @@ SIZES: dict[str, Size] = {
             family="Qwen3Moe",
             experts=64,
             experts_per_token=8,
+        ),
+        Size(
+            "moe100m",
+            512,
+            8,
+            512,
+            heads=8,
+            kv_heads=4,
+            sequence=512,
+            batch=32,
+            vocabulary=4096,
+            family="Qwen3Moe",
+            experts=16,
+            experts_per_token=2,
         ),
         Size(
             "tiny_moe",
