@@ -297,6 +297,29 @@ def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: 
         assert (got.double() - expected.double()).norm() < 0.05 * expected.double().norm()
 
 
+def test_transformers_experts_in_float32_under_autocast() -> None:
+    """Its module as it is: autocast leaves experts in float32, which transformers has an opaque op for while compiling.
+    All six products are of groups of codes.
+    """
+    qwen = pytest.importorskip("transformers.models.qwen3_moe")
+    config = qwen.Qwen3MoeConfig(hidden_size=32, num_experts=4, moe_intermediate_size=48)
+    config._experts_implementation = "grouped_mm"
+    experts = qwen.modeling_qwen3_moe.Qwen3MoeExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    chosen = torch.randint(4, (64, 2), generator=torch.Generator().manual_seed(0))
+    x, weights = torch.randn(64, 32, requires_grad=True), torch.rand(64, 2)
+
+    def under() -> Any:
+        return torch.autocast("cpu", BF16)
+
+    result = compile_and_run(experts, x, chosen, weights, recipe=PLAIN, backward="fp8", under=under)
+    assert result.outputs.dtype == torch.float32
+    assert [(row["role"], row["provider"]) for row in result.gemms] == 2 * [("fprop", KERNELS["fprop"])] + 2 * [
+        (role, KERNELS[role]) for role in ("dgrad", "wgrad")
+    ]
+
+
 def test_codes_of_tokens_are_computed_again_for_the_backward() -> None:
     """Where they lie beside what they were computed from, the bounds of a token's row are saved, not its codes."""
     recipe = fp4(activation={"outliers": "occ(alpha=0.9,residual=e4m3)"}, weight={"estimator": "ste"})
