@@ -7,6 +7,7 @@ gradient is not 0, NaN that reaches a neighbour, an operand decoded that tensor 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qcompile import compat
+from qcompile.backends import compile_with
 from qcompile.kernels.quantize import reference as quantize
 
 from .harness import SMALL_FP4, compile_and_run, compiler, fp4, run_eager
@@ -419,3 +421,54 @@ def test_small_and_many_batches_stay_decoded(shape: tuple[int, int, int]) -> Non
     x = torch.randn(shape).to(BF16).requires_grad_()
     result = compile_and_run(lambda x, w: torch.bmm(x, w), x, w, recipe=PLAIN, backward="fp8")
     assert {row["provider"] for row in result.gemms} <= {"dequantize + aten", ""}
+
+
+class Looped(Experts):
+    """Experts one after the other, which ones being decided by data: Dynamo leaves the whole method in Python."""
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        y, starts = torch.zeros_like(x), offs - torch.diff(offs, prepend=offs.new_zeros(1))
+        for expert in (offs > starts).nonzero():
+            rows = slice(int(starts[expert]), int(offs[expert]))
+            gate, up = F.linear(x[rows], self.up[int(expert)]).chunk(2, -1)
+            y[rows] = F.linear(F.silu(gate) * up, self.down[int(expert)])
+        return y
+
+
+class Layer(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts, self.conv = nn.Linear(32, 32, dtype=BF16), experts, nn.Conv1d(4, 4, 1, dtype=BF16)
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return self.experts(self.router(x), offs)
+
+
+def test_experts_that_stay_in_python_are_warned_of_once() -> None:
+    """At the second call, naming what no graph has read. Not of experts in a graph, of one model or of another that
+    runs its code; not of other parameters that nothing reads.
+    """
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(gm)
+        return compile_with(PLAIN, gm, inputs, inner_compile=compat.eager_inner_compile)
+
+    def warned(model: nn.Module) -> list[list[str]]:
+        """Of what each of three calls warns."""
+        compiled, said = torch.compile(model, backend=backend), []
+        for _ in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                compiled(tokens(), OFFS)
+            said.append([text for w in caught if "no graph reads" in (text := str(w.message))])
+        return said
+
+    torch._dynamo.reset()
+    before, (warning,), after = warned(Layer(Looped()))
+    assert before == after == []
+    assert "no graph reads experts.up, experts.down: " in warning
+    graphs.clear()
+    for _ in range(2):
+        assert warned(Layer(Experts())) == [[], [], []]
+    assert len(graphs) == 1, "the second model ran the first one's code"
