@@ -25,14 +25,16 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .dialect import gemm_operands
+from .dialect import GEMMS, gemm_operands
 from .graph import aten, emit, input_of, is_call, same_sizes
 from .pass_base import Context
 from .views import Hadamard
 
 __all__ = ["cancel_rotations"]
 
-_PRODUCTS = (aten.mm.default, aten.bmm.default)
+#: Their operands come first. The matrices that a grouped one multiplies are the last two axes of each operand, and of
+#: its results.
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten._grouped_mm.default)
 _PRODUCTS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 _RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default,
@@ -86,7 +88,8 @@ def _contract_unrotated(graph: Graph, product: Node) -> bool:
         _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
         for operand, axis in zip((left, right), axes, strict=True)
     ]
-    product.args = (*product.args[:-2], *unrotated)
+    for position, operand in zip(GEMMS[product.target], unrotated, strict=True):
+        product.update_arg(position, operand)
     return True
 
 
@@ -105,7 +108,7 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
     """Move the rotation of an operand along an axis that a product keeps behind the product."""
     if not is_call(product, *_PRODUCTS):
         return False
-    for operand, kept, contracted in zip(product.args, (-2, -1), (-1, -2), strict=True):
+    for operand, kept, contracted in zip(gemm_operands(product), (-2, -1), (-1, -2), strict=True):
         axis = operand.meta["val"].dim() + kept  # type: ignore[union-attr]
         block = _block_along(operand, axis)  # type: ignore[arg-type]
         if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:  # type: ignore
@@ -150,8 +153,10 @@ def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
             return {position: (term, rotation) for position, term in enumerate(node.args)}
     # A product with other readers would have to be computed twice.
     if is_call(node, *_PRODUCTS) and len(node.users) == 1 and rotation.axis >= node.meta["val"].dim() - 2:
-        side = rotation.axis - (node.meta["val"].dim() - 2)  # rows come from the left operand, columns from the right
-        return {side: (node.args[side], rotation)}
+        behind = rotation.axis - node.meta["val"].dim()
+        side = behind + 2  # rows come from the left operand, columns from the right
+        operand = node.args[side]
+        return {side: (operand, Rotation(rotation.block, operand.meta["val"].dim() + behind))}
     return {}
 
 
