@@ -511,3 +511,33 @@ def test_experts_that_stay_in_python_are_warned_of_once() -> None:
     for _ in range(2):
         assert warned(Layer(Experts())) == [[], [], []]
     assert len(graphs) == 1, "the second model ran the first one's code"
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(Experts()) for _ in range(2))
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, offs)
+        return x
+
+
+def test_rules_name_what_experts_are_kept_in() -> None:
+    """A parameter of experts is a layer to rules: of all blocks, or of one."""
+    rules = [
+        {"name": "layers.*.experts.down", "quantize": False},
+        {"name": "layers.1.experts.up", "weight": {"format": "int4"}},
+    ]
+    with torch.no_grad():
+        result = compile_and_run(Stack(), tokens(False), OFFS, recipe=PLAIN, rules=rules)
+    weights = {d.site.name: str(d.operands[1]).split()[0] if d.quantized else "" for d in result.decisions}
+    assert weights == {
+        "layers.0.router": "e2m1",
+        "layers.0.experts.up": "e2m1",
+        "layers.0.experts.down": "",
+        "layers.1.router": "e2m1",
+        "layers.1.experts.up": "int4",
+        "layers.1.experts.down": "",
+    }
