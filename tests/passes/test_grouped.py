@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qcompile import compat
 from qcompile.backends import compile_with
+from qcompile.ir.recipe import Recipe
 from qcompile.kernels.quantize import reference as quantize
 from qcompile.recipes import QUEST
 
@@ -301,27 +302,44 @@ def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: 
         assert (got.double() - expected.double()).norm() < 0.05 * expected.double().norm()
 
 
-def test_transformers_experts_in_float32_under_autocast() -> None:
-    """Its module as it is: autocast leaves experts in float32, which transformers has an opaque op for while compiling.
-    All six products are of groups of codes.
-    """
+def routed() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """transformers' experts of Qwen3 in float32; tokens, which experts each goes to, and their weights."""
     qwen = pytest.importorskip("transformers.models.qwen3_moe")
     config = qwen.Qwen3MoeConfig(hidden_size=32, num_experts=4, moe_intermediate_size=48)
     config._experts_implementation = "grouped_mm"
-    experts = qwen.modeling_qwen3_moe.Qwen3MoeExperts(config)
+    experts, generator = qwen.modeling_qwen3_moe.Qwen3MoeExperts(config), torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
-        nn.init.normal_(parameter)
-    chosen = torch.randint(4, (64, 2), generator=torch.Generator().manual_seed(0))
-    x, weights = torch.randn(64, 32, requires_grad=True), torch.rand(64, 2)
+        nn.init.normal_(parameter, generator=generator)
+    chosen, weights = torch.randint(4, (64, 2), generator=generator), torch.rand(64, 2, generator=generator)
+    return experts, torch.randn(64, 32, generator=generator).requires_grad_(), chosen, weights
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, pytest.param(QUEST, marks=pytest.mark.nightly)], ids=["fp4", "quest"])
+def test_transformers_experts_in_float32_under_autocast(recipe: Recipe) -> None:
+    """Its module as it is: autocast leaves experts in float32, which transformers has an opaque op for while compiling.
+    All six products are of groups of codes.
+    """
 
     def under() -> Any:
         return torch.autocast("cpu", BF16)
 
-    result = compile_and_run(experts, x, chosen, weights, recipe=PLAIN, backward="fp8", under=under)
+    result = compile_and_run(*routed(), recipe=recipe, backward="fp8", min_side=0, under=under)
     assert result.outputs.dtype == torch.float32
     assert [(row["role"], row["provider"]) for row in result.gemms] == 2 * [("fprop", KERNELS["fprop"])] + 2 * [
         (role, KERNELS[role]) for role in ("dgrad", "wgrad")
     ]
+
+
+@pytest.mark.nightly
+def test_opaque_products_without_rotations_are_the_same() -> None:
+    """And so are both of their gradients, which one op computes."""
+    results = [
+        compile_and_run(*routed(), recipe=QUEST, backward="bf16", min_side=0, **options)
+        for options in ({}, {"disable_passes": ["cancel_rotations"]})
+    ]
+    assert [result.count("hadamard", "joint_fuse") for result in results] == [4, 12]
+    for got, expected in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
 
 
 class OneByOne(Experts):
