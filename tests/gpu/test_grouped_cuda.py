@@ -15,14 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("triton")
 
+from qcompile.backends import compile_with
 from qcompile.ir.ops import padded_rows
 from qcompile.kernels import register
 from qcompile.kernels.matmul import gluon, grouped
 from qcompile.kernels.matmul import triton as gemm
 from qcompile.kernels.quantize import reference as quantize
+from qcompile.passes.pass_base import Observations
+from qcompile.recipes import FP4
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a CUDA card with TMA and FP8")
@@ -366,7 +370,33 @@ def test_nan_stays_in_its_expert():
         assert gradient.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("Mixtral", BF16), ("Qwen3Moe", FP32)], ids=str)
+def what_happened(step, options) -> str:
+    """Where products of groups went: breaks of graphs, what the passes decided and why, what generated code calls."""
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    seen = []
+
+    def observing(gm, inputs, **_):
+        seen.append(Observations())
+        return compile_with(FP4, gm, inputs, options=options, observe=seen[-1])
+
+    compile_as = torch.compile
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
+        patch.setattr(torch, "compile", lambda f, backend, options: compile_as(f, backend=observing))
+        _, code = run_and_get_code(step, options)
+    text = "\n".join(code)
+    rows = [(row["role"], row["provider"], row["reason"]) for observed in seen for row in observed.gemms]
+    plans = [
+        (decision.site.name, decision.site.op, decision.quantized, decision.reason)
+        for observed in seen
+        if observed.plan
+        for decision in observed.plan.decisions
+    ]
+    names = ("qcompile_kernels['mm_8bit_grouped']", "qcompile.mm_8bit_grouped", "_grouped_mm", "grouped_mm_fallback")
+    called = {name: text.count(name) for name in names}
+    return "\n".join(map(str, (f"breaks: {breaks}", f"{len(seen)} graphs", called, *rows, *plans)))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Mixtral", BF16), ("Qwen3Moe", FP32), ("Qwen3Moe", BF16)], ids=str)
 def test_models_of_transformers_train(kind, dtype, monkeypatch):
     """Tiny models as they come, in float32 under autocast: all grouped products on tensor cores, gradients close to
     those of an exact backward.
@@ -386,15 +416,22 @@ def test_models_of_transformers_train(kind, dtype, monkeypatch):
     calls, kernel = [], register.DIRECT["mm_8bit_grouped"]
     monkeypatch.setitem(register.DIRECT, "mm_8bit_grouped", lambda *given: calls.append(given) or kernel(*given))
     gradients = {}
-    for backward, products in (("bf16", 2), ("fp8", 6)):
-        torch._dynamo.reset()
-        calls.clear()
-        run = torch.compile(model.forward, backend="qcompile_fp4", options=OPTIONS | {"backward": backward})
+
+    def step(options):
+        run = torch.compile(model.forward, backend="qcompile_fp4", options=options)
         model.zero_grad()
         with torch.autocast("cuda", BF16, enabled=dtype == FP32):
             loss = run(input_ids=ids, labels=ids).loss
         loss.backward()
-        assert len(calls) == products
+        return loss
+
+    for backward, products in (("bf16", 2), ("fp8", 6)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        calls.clear()
+        loss = step(OPTIONS | {"backward": backward})
+        if len(calls) != products:
+            pytest.fail(f"{len(calls)} calls, not {products}\n{what_happened(step, OPTIONS | {'backward': backward})}")
         assert loss.isfinite()
         gradients[backward] = {name: p.grad.float().flatten() for name, p in model.named_parameters()}
     for name, exact in gradients["bf16"].items():
