@@ -77,7 +77,7 @@ def compiled(model: Any, arm: Arm) -> Callable[..., Any]:
 
 @torch.no_grad()
 def losses_of(model: Callable[..., Any], windows: Tensor) -> list[float]:
-    """Mean loss of every window, int64 ``[windows, context]``. Two at a time: of one, Dynamo makes a graph of its own."""
+    """Mean loss of every window, int64 ``[windows, context]``. Two at a time: Dynamo makes a graph of its own of one."""
     losses = []
     for pair in windows.split(2):
         logits = model(input_ids=pair).logits[:, :-1].float()
