@@ -48,17 +48,17 @@ class Arm:
 BASELINE = "BF16"
 ARMS: dict[str, Arm] = {
     BASELINE: Arm(),
-    "FP4": Arm("qcompile_fp4"),
     "QuEST W4A4": Arm("qcompile_quest"),
     "NVFP4": Arm("qcompile_nvfp4"),
-    "IF4": Arm("qcompile_if4"),
+    "FP4, as printed": Arm("qcompile_fp4", {"variant": "paper"}),
+    "FP4, no OCC": Arm("qcompile_fp4", {"activation": {"outliers": None}}),
     "MXFP4": Arm("qcompile_mxfp4", {"variant": "full"}),
     "MXFP8": Arm("qcompile_mxfp8"),
     "LLM.int8()": Arm("qcompile_llm_int8"),
-    "QuEST W8A8": Arm("qcompile_quest", {"bits": 8}),
-    "FP4, no OCC": Arm("qcompile_fp4", {"activation": {"outliers": None}}),
-    "FP4, as printed": Arm("qcompile_fp4", {"variant": "paper"}),
+    "IF4": Arm("qcompile_if4"),
     "FP4, direct per tensor": Arm("qcompile_fp4", demo.ARMS["direct"].options or {}),
+    "FP4": Arm("qcompile_fp4"),
+    "QuEST W8A8": Arm("qcompile_quest", {"bits": 8}),
 }
 
 
@@ -77,7 +77,7 @@ def compiled(model: Any, arm: Arm) -> Callable[..., Any]:
 
 @torch.no_grad()
 def losses_of(model: Callable[..., Any], windows: Tensor) -> list[float]:
-    """Mean loss of every window, int64 ``[windows, context]``. Two at a time: Dynamo makes a graph of its own of one."""
+    """Mean loss of every window, int64 ``[windows, context]``. Two at a time: of one, Dynamo makes another graph."""
     losses = []
     for pair in windows.split(2):
         logits = model(input_ids=pair).logits[:, :-1].float()
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             found[arm] = evaluation.resumed(path, settings)
             call = compiled(model, ARMS[arm])
-            likelihoods = evaluation.LogLikelihoods(call, tokenizer, device=given.device)
+            likelihoods = evaluation.LogLikelihoods(call, tokenizer, rows=16, device=given.device)
             work = {name: partial(add_text, found[arm], name, windows, call) for name, windows in texts.items()}
             for name, task, _ in tasks:
                 work[name] = partial(
