@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +28,7 @@ from typing import Any
 
 import torch
 from loss_curves import Arm, Curve, Text, train
-from measure import environment, failure, fresh_log, quiet_stderr
+from measure import environment, failure, fresh_log, quiet_stderr, unpacked
 from model import SIZES, Size
 from training_step import names_from, release
 
@@ -235,16 +233,6 @@ def write(path: Path, settings: dict[str, Any], curves: dict[str, Curve]) -> Non
     path.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
-def text_of(path: Path | None, device: torch.device) -> Text:
-    """A file, which may be compressed (.xz), or the Shakespeare of the package."""
-    if path is None or path.suffix != ".xz":
-        return Text.read(path, device)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(lzma.decompress(path.read_bytes()))
-        file.flush()
-        return Text.read(Path(file.name), device)
-
-
 def settings_of(size: Size, given: argparse.Namespace) -> dict[str, Any]:
     return {
         **asdict(size),
@@ -278,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(size, given)
     try:
         curves = read(given.out, settings)
-        text = text_of(given.text, torch.device(given.device))
+        with unpacked(given.text) as plain:
+            text = Text.read(plain, torch.device(given.device))
     except (ValueError, OSError) as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2
