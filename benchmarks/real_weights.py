@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import qcompile
 from qcompile import compat
 from qcompile.apps import demo, evaluation
 from qcompile.backends import compile_with
+from qcompile.ir.rules import Rule
 
 __all__ = ["ARMS", "BASELINE", "Arm", "check_against_lm_eval", "compiled", "losses_of", "main", "rows"]
 
@@ -62,17 +63,28 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def compiled(model: Any, arm: Arm) -> Callable[..., Any]:
-    """All passes, then eager torch, whose kernels are the same: generating code would take longer than it saves."""
+def compiled(model: Any, arm: Arm) -> Any:
+    """The model, whose blocks are compiled one for all. All passes, then eager torch, whose kernels are the same: on a
+    CPU generating code would take longer than it saves. A block by itself does not know its place, so the last ones
+    are left out here where a recipe has them wide.
+    """
     if not arm.backend:
         return model
+    recipe = qcompile.RECIPES[arm.backend]
+    blocks = model.model.layers
+    shares = [rule.last_blocks for rule in recipe.rules]
+    assert all(
+        rule == Rule(last_blocks=share, quantize=False) for rule, share in zip(recipe.rules, shares, strict=True)
+    )
+    everywhere = replace(recipe, rules=())
 
     def backend(graph: Any, inputs: Any, **_: Any) -> Any:
-        recipe = qcompile.RECIPES[arm.backend]
-        return compile_with(recipe, graph, inputs, options=arm.options, inner_compile=compat.eager_inner_compile)
+        return compile_with(everywhere, graph, inputs, options=arm.options, inner_compile=compat.eager_inner_compile)
 
     torch.compiler.reset()
-    return torch.compile(model, backend=backend, dynamic=True)
+    for block in blocks[: len(blocks) - round(max(shares, default=0.0) * len(blocks))]:
+        block.compile(backend=backend, dynamic=True)
+    return model
 
 
 @torch.no_grad()
@@ -83,6 +95,12 @@ def losses_of(model: Callable[..., Any], windows: Tensor) -> list[float]:
         logits = model(input_ids=pair).logits[:, :-1].float()
         losses += F.cross_entropy(logits.transpose(1, 2), pair[:, 1:], reduction="none").mean(1).tolist()
     return losses
+
+
+def loaded(given: argparse.Namespace) -> Any:
+    model = load(given.model, given.device)
+    model.config.use_cache = False
+    return model
 
 
 def add_text(scores: evaluation.Evaluation, name: str, windows: Tensor, model: Callable[..., Any]) -> None:
@@ -196,14 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         tasks = [evaluation.task_of(request) for request in given.task]
         documents = {name: evaluation.read(task, path, given.limit) for name, task, path in tasks}
-        model = load(given.model, given.device)
     except (ValueError, OSError) as error:
         print(f"real_weights: {brief(error)}", file=sys.stderr)
         return 2
-    model.config.use_cache = False
     if given.check:
         name, task, _ = tasks[0]
-        report = {**environment(), **check_against_lm_eval(model.float(), tokenizer, task, documents[name])}
+        report = {**environment(), **check_against_lm_eval(loaded(given).float(), tokenizer, task, documents[name])}
         given.out.with_name(f"{given.out.name}_check.json").write_text(f"{json.dumps(report, indent=1)}\n")
         print(report)
         return 0
@@ -213,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = {**asdict(ARMS[arm]), "model": given.model.name, "context": given.context}
         try:
             found[arm] = evaluation.resumed(path, settings)
-            call = compiled(model, ARMS[arm])
+            call = compiled(loaded(given), ARMS[arm])
             likelihoods = evaluation.LogLikelihoods(call, tokenizer, rows=16, device=given.device)
             work = {name: partial(add_text, found[arm], name, windows, call) for name, windows in texts.items()}
             for name, task, _ in tasks:

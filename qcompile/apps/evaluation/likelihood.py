@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["LogLikelihoods"]
 
 #: Lengths are padded to multiples of this, so that few shapes are compiled.
-MULTIPLE = 32
+MULTIPLE = 8
 
 
 class LogLikelihoods:
