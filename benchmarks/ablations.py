@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from loss_curves import Arm, Curve, Text, train
-from measure import environment, failure, fresh_log, quiet_stderr, unpacked
+from measure import environment, failure, fresh_log, quiet_stderr
 from model import SIZES, Size
 from training_step import names_from, release
 
@@ -266,8 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(size, given)
     try:
         curves = read(given.out, settings)
-        with unpacked(given.text) as plain:
-            text = Text.read(plain, torch.device(given.device))
+        text = Text.read(given.text, torch.device(given.device))
     except (ValueError, OSError) as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,6 @@ import argparse
 import csv
 import datetime
 import json
-import lzma
 import multiprocessing
 import os
 import resource
@@ -45,7 +44,6 @@ __all__ = [
     "milliseconds",
     "quiet_stderr",
     "rotations",
-    "unpacked",
     "write_rows",
 ]
 
@@ -80,18 +78,6 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
         for row in rows:
             values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow({**columns, **values})
-
-
-@contextmanager
-def unpacked(path: Path | None) -> Iterator[Path | None]:
-    """A file that may be compressed (.xz) as a plain one, for as long as it is read."""
-    if path is None or path.suffix != ".xz":
-        yield path
-        return
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(lzma.decompress(path.read_bytes()))
-        file.flush()
-        yield Path(file.name)
 
 
 def fresh_log(out: Path) -> Path:

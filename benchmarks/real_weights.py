@@ -8,6 +8,8 @@ windows of ``--context``; scores are those of `qcompile eval`, of the first ``--
 arm is compared with BF16 on the same documents and tokens: errors are of the paired differences. ``--check`` instead
 scores the first file by lm_eval, with its own model class, and compares every document with ours, in float32.
 
+``--finetune STEPS --train FILE`` trains every arm first, BF16 too: FP32 parameters and AdamW, BF16 under autocast.
+
 Writes a JSON file per arm after every text and task, which a second call goes on from, and a CSV file of all.
 """
 
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from measure import brief, environment
 from stored_quality import load, tokenizer_of, windows_of
-from torch import Tensor
+from torch import Tensor, nn
 
 import qcompile
 from qcompile import compat
@@ -64,9 +67,9 @@ ARMS: dict[str, Arm] = {
 
 
 def compiled(model: Any, arm: Arm) -> Any:
-    """The model, whose blocks are compiled one for all. All passes, then eager torch, whose kernels are the same: on a
-    CPU generating code would take longer than it saves. A block by itself does not know its place, so the last ones
-    are left out here where a recipe has them wide.
+    """The model, whose blocks are compiled one for all; on a CPU by all passes and then eager torch, whose kernels are
+    the same: generating code would take longer than it saves. A block by itself does not know its place, so the last
+    ones are left out here where a recipe has them wide.
     """
     if not arm.backend:
         return model
@@ -77,14 +80,37 @@ def compiled(model: Any, arm: Arm) -> Any:
         rule == Rule(last_blocks=share, quantize=False) for rule, share in zip(recipe.rules, shares, strict=True)
     )
     everywhere = replace(recipe, rules=())
+    inner = None if model.device.type == "cuda" else compat.eager_inner_compile
 
     def backend(graph: Any, inputs: Any, **_: Any) -> Any:
-        return compile_with(everywhere, graph, inputs, options=arm.options, inner_compile=compat.eager_inner_compile)
+        return compile_with(everywhere, graph, inputs, options=arm.options, inner_compile=inner)
 
     torch.compiler.reset()
     for block in blocks[: len(blocks) - round(max(shares, default=0.0) * len(blocks))]:
         block.compile(backend=backend, dynamic=True)
     return model
+
+
+def finetuned(model: Any, windows: Tensor, steps: int, learning_rate: float, batch: int) -> Callable[..., Any]:
+    """Train in place on int64 ``[windows, context]``, and again from the first if they do not last; the call that
+    scores as it was trained, under autocast.
+    """
+
+    def call(**inputs: Any) -> Any:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(**inputs)
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: demo.learning_rate_factor(step, steps))
+    for _, part in zip(range(steps), cycle(windows.split(batch)), strict=False):
+        call(input_ids=part, labels=part).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    model.eval()
+    return call
 
 
 @torch.no_grad()
@@ -101,6 +127,14 @@ def loaded(given: argparse.Namespace) -> Any:
     model = load(given.model, given.device)
     model.config.use_cache = False
     return model
+
+
+def start(given: argparse.Namespace, arm: Arm, training: Tensor | None) -> Callable[..., Any]:
+    """What is scored: the compiled model, trained if there is something to train it on."""
+    model = loaded(given)
+    if training is None:
+        return compiled(model, arm)
+    return finetuned(compiled(model.float(), arm), training, given.finetune, given.learning_rate, given.batch)
 
 
 def add_text(scores: evaluation.Evaluation, name: str, windows: Tensor, model: Callable[..., Any]) -> None:
@@ -202,8 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=200, help="documents of each task (default: 200)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no text or task later than this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="train every arm so long before")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="what on, .xz or plain")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step of training (default: 8)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of training: peak (default: 1e-4)")
     parser.add_argument("--check", action="store_true", help="compare the first task with lm_eval's own model class")
     given = parser.parse_args(argv)
+    if bool(given.finetune) != bool(given.train):
+        parser.error("--finetune and --train go together")
     began = time.perf_counter()
     given.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -212,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: windows_of(Path(file), tokenizer, given.tokens, given.context).to(given.device)
             for name, file in (text.split("=", 1) for text in given.text)
         }
+        training = None
+        if given.train:
+            needed = given.finetune * given.batch * given.context
+            training = windows_of(given.train, tokenizer, needed, given.context).to(given.device)
         tasks = [evaluation.task_of(request) for request in given.task]
         documents = {name: evaluation.read(task, path, given.limit) for name, task, path in tasks}
     except (ValueError, OSError) as error:
@@ -227,9 +271,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arm in given.arms:
         path = given.out / f"{''.join(c if c.isalnum() else '_' for c in arm)}.json"
         settings = {**asdict(ARMS[arm]), "model": given.model.name, "context": given.context}
+        if training is not None:
+            settings |= {key: getattr(given, key) for key in ("finetune", "batch", "learning_rate")}
+            settings["train"] = given.train.name
         try:
             found[arm] = evaluation.resumed(path, settings)
-            call = compiled(loaded(given), ARMS[arm])
+            call = start(given, ARMS[arm], training)
             likelihoods = evaluation.LogLikelihoods(call, tokenizer, rows=16, device=given.device)
             work = {name: partial(add_text, found[arm], name, windows, call) for name, windows in texts.items()}
             for name, task, _ in tasks:
@@ -239,10 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, step in work.items():
                 if time.perf_counter() - began > given.seconds:
                     break
-                start = time.perf_counter()
+                started = time.perf_counter()
                 step()
                 path.write_text(found[arm].to_json() + "\n", encoding="utf-8")
-                print(f"{arm:24} {name:16} {time.perf_counter() - start:6.1f} s", flush=True)
+                print(f"{arm:24} {name:16} {time.perf_counter() - started:6.1f} s", flush=True)
         except Exception as error:  # the others go on
             print(f"{arm}: {brief(error)}", file=sys.stderr)
         table = rows(found)
@@ -253,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 writer.writeheader()
                 writer.writerows({**columns, **row} for row in table)
     print(summary(rows(found)))
-    return 0 if all(len(scores.tasks) == len(texts) + len(tasks) for scores in found.values()) else 1
+    done = [arm for arm, scores in found.items() if len(scores.tasks) == len(texts) + len(tasks)]
+    return 0 if done == given.arms else 1
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment, unpacked
+from measure import environment
 from rich.console import Console
 from torch import Tensor
 
@@ -99,9 +99,8 @@ def pretrained(given: argparse.Namespace, device: torch.device) -> Subject:
 
 def trained(given: argparse.Namespace, device: torch.device) -> Subject:
     """In BF16 under autocast, by the demo's loop."""
-    with unpacked(given.text) as text:
-        same = {"text": text, "device": device.type, "out": given.out, "steps": given.steps, "learning_rate": 1.2e-3}
-        experiment = demo.prepare({**same, **TRAINED})
+    same = {"text": given.text, "device": device.type, "out": given.out, "steps": given.steps, "learning_rate": 1.2e-3}
+    experiment = demo.prepare({**same, **TRAINED})
     model = demo.build_model(experiment.config, device)
     progress = ArmProgress(Console(), given.steps)
     progress.start("bf16")

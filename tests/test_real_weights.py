@@ -10,8 +10,10 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,9 +31,7 @@ STORY = "Once upon a time there was a girl who had a ball. She played with it in
 CHOICES = {"query": "Once upon a time there was a", "choices": ["girl", "derivative", "boy"], "gold": 0}
 
 
-def test_every_arm_is_a_recipe_and_every_recipe_an_arm():
-    """But the stored one, which quantizes nothing by itself."""
-    assert {arm.backend for arm in real_weights.ARMS.values()} - {""} == RECIPES.keys() - {"qcompile_stored"}
+def test_every_arm_has_a_forward_of_its_own():
     forwards = {
         name: (recipe.activation, recipe.weight)
         for name, arm in real_weights.ARMS.items()
@@ -44,9 +44,8 @@ def test_every_arm_is_a_recipe_and_every_recipe_an_arm():
 
 @pytest.mark.parametrize(("arm", "expected"), [("NVFP4", 17), ("MXFP8", 20), ("BF16", 0)])
 def test_the_last_blocks_stay_wide_where_the_recipe_says_so(arm, expected):
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
+    model = SimpleNamespace(device=torch.device("cpu"))
+    model.model = SimpleNamespace(layers=[nn.Linear(2, 2) for _ in range(20)])
     real_weights.compiled(model, real_weights.ARMS[arm])
     assert sum(layer._compiled_call_impl is not None for layer in model.model.layers) == expected
 
@@ -70,4 +69,12 @@ def test_arms_are_compared_and_resumed(tmp_path, monkeypatch, capsys):
     assert real_weights.main([*given, "--limit", "2"]) == 0
     scores = json.loads((tmp_path / "table" / "MXFP4.json").read_text())["tasks"]["choices"]["scores"]
     assert len(scores["acc"]) == 2
+    assert real_weights.main([*given, "--limit", "2", "--finetune", "3", "--train", str(tmp_path / "story.txt")]) == 1
+    assert "was made with finetune=None, now 3" in capsys.readouterr().err
+    monkeypatch.undo()
+    trained = [*given[:6], *given[8:], "--out", str(tmp_path / "trained"), "--finetune", "8", "--batch", "2"]
+    assert real_weights.main([*trained, "--train", str(tmp_path / "story.txt"), "--learning-rate", "1e-3"]) == 0
+    with (tmp_path / "trained.csv").open() as file:
+        after = {(row["arm"], row["task"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert after["MXFP4", "story"] < float(rows["MXFP4", "story", "nll"]["value"]) - 0.1
     assert "| MXFP4 |" in capsys.readouterr().out
