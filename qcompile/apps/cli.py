@@ -105,7 +105,7 @@ def add_demo(commands: Any) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="train on the first 64 MiB of this file (default: Shakespeare, included)",
+        help="train on the first 64 MiB of this file, plain or .xz (default: Shakespeare, included)",
     )
     parser.add_argument("--arms", default="bf16,fp4,direct", help="any of bf16,fp4,direct (default: all)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each arm")
