@@ -229,7 +229,8 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
 
 
 def write(path: Path, settings: dict[str, Any], curves: dict[str, Curve]) -> None:
-    data = {"environment": environment(), "settings": settings, "arms": {n: asdict(c) for n, c in curves.items()}}
+    arms = {n: {**asdict(c), "losses": [round(loss, 5) for loss in c.losses]} for n, c in curves.items()}
+    data = {"environment": environment(), "settings": settings, "arms": arms}
     path.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 

@@ -422,7 +422,9 @@ def add_eval(commands: Any) -> None:
     add_backend_flags(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of every file")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a batch (default 8)")
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="most in a sequence (default 2048)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="most in a sequence (default: what the model's config says, or 2048)"
+    )
     parser.add_argument(
         "--scorer", default="lm_eval", choices=["lm_eval", "own"], help="own: the same numbers without lm_eval"
     )
@@ -437,9 +439,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
     try:
         from . import evaluation
 
-        if arguments.limit is not None and arguments.limit < 1:
-            msg = f"--limit {arguments.limit} is to be positive"
-            raise ValueError(msg)
+        for flag in ("limit", "tokens", "batch"):
+            value = getattr(arguments, flag)
+            if value is not None and value < 1:
+                msg = f"--{flag} {value} is to be positive"
+                raise ValueError(msg)
         other = evaluation.Evaluation.from_file(arguments.against) if arguments.against else None
         tasks = [evaluation.task_of(request) for request in arguments.files]
         documents = {name: evaluation.read(task, path, arguments.limit) for name, task, path in tasks}
@@ -479,7 +483,7 @@ def compiled_likelihoods(arguments: argparse.Namespace, options: dict[str, Any])
         compiled,
         tokenizer,
         rows=arguments.batch,
-        most_tokens=arguments.tokens,
+        most_tokens=arguments.tokens or getattr(getattr(model, "config", None), "max_position_embeddings", 2048),
         device=device,
         progress=show_progress if sys.stderr.isatty() else lambda done, total: None,
     )

@@ -293,6 +293,8 @@ def test_two_recipes_are_compared_and_files_resumed(user_module, tmp_path, capsy
         (["{m}:build", "piqa=empty.jsonl"], "empty.jsonl has no documents"),
         (["{m}:build", "piqa=absent.jsonl"], "absent.jsonl: No such file"),
         (["{m}:build", "piqa.jsonl", "--limit", "0"], "--limit 0 is to be positive"),
+        (["{m}:build", "piqa.jsonl", "--tokens", "0"], "--tokens 0 is to be positive"),
+        (["{m}:build", "piqa.jsonl", "--tokens", "1"], "' a' has 2 tokens, more than the 1 of a sequence"),
         (["{m}:build", "piqa.jsonl", "--against", "three.jsonl"], "three.jsonl is no result of qcompile eval"),
         (["{m}:build", "piqa.jsonl", "piqa=three.jsonl"], "have the same name"),
     ],

@@ -78,10 +78,11 @@ class LogLikelihoods:
         continuation = context[len(stripped) :] + continuation
         ids = self.ids(stripped + continuation)
         count = len(ids) - len(self.ids(stripped))
-        if count < 1 or len(ids) == count or count > self.most_tokens:
-            msg = (
-                f"the tokens of {continuation!r} cannot be told from those of its context, or exceed {self.most_tokens}"
-            )
+        if count < 1 or len(ids) == count:
+            msg = f"{continuation!r} after {stripped[-40:]!r}: the tokens of one of the two are none"
+            raise ValueError(msg)
+        if count > self.most_tokens:
+            msg = f"{continuation[:40]!r} has {count} tokens, more than the {self.most_tokens} of a sequence"
             raise ValueError(msg)
         return ids[-(self.most_tokens + 1) :], count
 
