@@ -218,10 +218,12 @@ def plot(path: Path, rows: Sequence[dict[str, str]], title: str) -> None:
         points = sorted((float(row[COLUMNS[2]]), float(row["loss"])) for row in shown)
         style = "-" if kind == "search" else ""
         label = {"first": "first and last blocks"}.get(kind, kind)
-        axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=label)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=label)
     axes.set(xlabel="share of the products in high precision", ylabel="loss (nats per token)")
     axes.set_title(title, fontsize=9, loc="left")
-    axes.legend(frameon=False)
+    if rows:
+        axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
