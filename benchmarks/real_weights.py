@@ -208,7 +208,8 @@ def rows(found: dict[str, evaluation.Evaluation]) -> list[dict[str, Any]]:
 def summary(table: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line per arm, a column per task and metric."""
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in table))
-    lines = [f"| | {' | '.join(f'{task} {metric}' for task, metric in columns)} |", f"|---|{'---:|' * len(columns)}"]
+    heads = (f"{task} {'perplexity' if metric == 'nll' else metric}" for task, metric in columns)
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
     for arm in dict.fromkeys(row["arm"] for row in table):
         cells = {(row["task"], row["metric"]): shown(row) for row in table if row["arm"] == arm}
         lines.append(f"| {arm} | {' | '.join(cells.get(column, '') for column in columns)} |")
