@@ -142,6 +142,7 @@ class SplitGradient(View):
     operand: Operand | None
     rows: tuple[int, ...]
     contracted: tuple[int, ...]
+    bits: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class ReadAgain(View):
     operand: Operand
     rows: tuple[int, ...]
     contracted: tuple[int, ...]
+    bits: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,16 @@ def test_one_kernel_for_other_scales(generate, text):
 
 
 @compiled
+@pytest.mark.parametrize(("text", "count"), [("e2m1 block16 e4m3 stochastic", 1), ("e2m1 block16 e4m3_eden eden", 3)])
+def test_rounding_by_chance_is_generated(generate, text, count):
+    """The hash is part of the kernel of the codes. A correction needs sums over eight blocks: two kernels more."""
+    seed, whole = torch.tensor([3]), torch.ones(())
+    _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, whole, seed), torch.randn(37, 256))
+    assert len(kernels) == count
+    assert "mul.lo.s32" in kernels[-1].ptx()
+
+
+@compiled
 def test_codes_computed_again_fuse_with_swiglu_and_its_backward(generate):
     """One kernel reads gate, up and dY once, for the codes that the next layer's wgrad reads and for both gradients."""
     gate, up, dy = (torch.randn(37, 254, dtype=torch.bfloat16) for _ in range(3))
@@ -277,11 +287,12 @@ def test_a_dynamic_size_is_one_kernel(generate):
 @compiled
 def test_unsupported_arguments_call_the_ops_own_kernel(generate):
     """What has no lowering still compiles and still is right: no kernel is generated."""
-    text, seed, x = "e2m1 row absmax stochastic", torch.tensor([3]), torch.randn(5, 7)
+    text, seed, x = "nf4 row absmax stochastic", torch.tensor([3]), torch.randn(5, 7)
     outputs, kernels = generate(lambda x: quantize(x, text, -1, None, seed), x)
     assert not kernels
     torch.testing.assert_close(outputs, reference.quantize(x, text, -1, None, seed), rtol=0, atol=0)
-    assert cuda_provider("quantize", text) == ("reference", "stochastic rounding is not generated")
+    reason = "stochastic rounding to nf4, which is neither uniform nor a minifloat, is not generated"
+    assert cuda_provider("quantize", text) == ("reference", reason)
 
 
 def test_the_cpu_calls_the_ops_own_kernel():
@@ -530,7 +541,7 @@ def test_interpreted_estimators(generate):
 
 
 CHOOSING = {
-    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46"],
+    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46_mae half_up", "e2m1 block4x4 e4m3_46"],
     "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up"],
 }
 
@@ -572,6 +583,35 @@ def test_interpreted_choices_of_blocks(generate, kind, dtype):
     assert torch.equal(mask, estimate_reference.estimator_mask(xs[0], *arguments))
     expected = estimate_reference.scale_gradient(grad, finite[0], decoded[0][1], texts[0], "dge", -1, wholes[0])
     torch.testing.assert_close(slope, expected, rtol=7e-5, atol=0)  # as in test_interpreted_estimators
+
+
+DRAWN = [
+    "e2m1/int4 block16 e4m3 stochastic",
+    "e3m0 row stochastic",
+    "int4 row stochastic",
+    "e2m1 block16 e4m3_eden eden",
+]
+
+
+@interpreted
+@pytest.mark.parametrize("axis", [0, -1])
+def test_interpreted_rounding_by_chance(generate, axis):
+    """The same draws as everywhere, from a seed whose hash overflows int32; scales corrected by chunks, the last of
+    which is short.
+    """
+    x, seed, whole = torch.randn(4, 149), torch.tensor([2**31 - 2]), torch.tensor(0.003)
+    x = x if axis else x.T.contiguous()
+    wholes = [whole if Quantizer.parse(text).scale.two_level else None for text in DRAWN]
+
+    def all_of_them(x, seed):
+        return [quantize(x, text, axis, of, seed) for text, of in zip(DRAWN, wholes, strict=True)]
+
+    outputs, kernels = generate(all_of_them, x, seed)
+    assert kernels
+    for text, of, (codes, scales) in zip(DRAWN, wholes, outputs, strict=True):
+        expected, expected_scales = reference.quantize(x, text, axis, of, seed)
+        assert torch.equal(codes, expected), text
+        assert torch.equal(scales.view(torch.uint8), expected_scales.view(torch.uint8)), text
 
 
 @interpreted

@@ -115,7 +115,7 @@ def test_grids_say_why_there_is_none(monkeypatch):
         assert reason in unsupported(Quantizer.parse(text))
         with pytest.raises(ValueError, match=reason):
             grid_of(text)
-    assert {text.rpartition(" ")[2] for text in quantizers()} | {"stochastic"} == set(ROUNDINGS)
+    assert {text.rpartition(" ")[2] for text in quantizers()} | {"stochastic", "eden"} == set(ROUNDINGS)
 
 
 def test_what_is_supported():
