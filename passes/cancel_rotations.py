@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Graph, Node
 
@@ -79,7 +79,7 @@ def _contract_unrotated(graph: Graph, product: Node) -> bool:
     positions = _contracted(product)
     if positions is None:
         return False
-    left, right = (product.args[position] for position in positions)
+    left, right = (cast("Node", product.args[position]) for position in positions)
     axes = left.meta["val"].dim() - 1, right.meta["val"].dim() - 2
     blocks = {_block_along(operand, axis) for operand, axis in zip((left, right), axes, strict=True)}
     if len(blocks) != 1 or None in blocks:
@@ -131,12 +131,12 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
     if not is_call(product, *_PRODUCTS):
         return False
     for operand, kept, contracted in zip(gemm_operands(product), (-2, -1), (-1, -2), strict=True):
-        axis = operand.meta["val"].dim() + kept  # type: ignore[union-attr]
-        block = _block_along(operand, axis)  # type: ignore[arg-type]
-        if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:  # type: ignore
+        axis = operand.meta["val"].dim() + kept
+        block = _block_along(operand, axis)
+        if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:
             continue
         _rotate_result(graph, product, block, kept)
-        unrotated = _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
+        unrotated = _unrotated(graph, operand, Rotation(block, axis))
         product.update_arg(0 if kept == -2 else 1, unrotated)
         return True
     return False
