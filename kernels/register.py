@@ -26,6 +26,7 @@ from .matmul import providers as matmul_providers
 from .matmul import reference as matmul
 from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
+from .producer import Producer
 from .quantize import cpp as quantize_cpp
 from .quantize import reference as quantize
 from .replay import replayed
@@ -38,6 +39,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "quantize_compensated": quantize.quantize_compensated,
     "encode_compensated": quantize.encode_compensated,
+    "quantize_produced": quantize.quantize_produced,
     "quantize_8bit": quantize.quantize_8bit,
     "quantize_8bit_masked": quantize.quantize_8bit_masked,
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
@@ -133,6 +135,10 @@ def _key_of_transposed(x, quantizer, transform=""):
 
 def _key_of_compensated(x, operand, axis):
     return (x.dtype,), operand, x.shape[axis]
+
+
+def _key_of_produced(a, b, c, d, producer, operand):
+    return (Producer.parse(producer).dtype,), operand, a.shape[-1]
 
 
 def _key_of_clamp_on_cuda(x, clamp, axis):
@@ -242,6 +248,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 ("quantize_groups_pair", "quantize_groups", _key_of_8bit),
                 ("recode", "recode", _key_of_recode),
                 ("quantize_compensated", "quantize_compensated", _key_of_compensated),
+                ("quantize_produced", "quantize_compensated", _key_of_produced),
             )
         },
         "quantize": (
