@@ -46,10 +46,10 @@ OPERATIONS: dict[str, Operation] = {
     "add": Operation(torch.add, "{0} + {1}", 1),
     "sub": Operation(torch.sub, "{0} - {1}", 1),
     "mul": Operation(torch.mul, "{0} * {1}", 1),
-    "div": Operation(torch.div, "({0} / {1})", 8),
+    "div": Operation(torch.div, "({0} / {1})", 11),
     "exp": Operation(torch.exp, "libdevice.exp({0})", 8),
-    "erf": Operation(torch.erf, "libdevice.erf({0})", 24),
-    "sigmoid": Operation(torch.sigmoid, "tl.sigmoid({0})", 17),
+    "erf": Operation(torch.erf, "libdevice.erf({0})", 28),
+    "sigmoid": Operation(torch.sigmoid, "tl.sigmoid({0})", 20),
     "round": Operation(torch.clone, "{0}", 0),  # to the dtype of the step
 }
 #: What may stand between a product and the sum that it is contracted with.

@@ -33,7 +33,7 @@ from .replay import replayed
 from .transform import cpp as transform_cpp
 from .transform import reference as transform
 
-__all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of"]
+__all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of", "supports_produced"]
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
@@ -171,6 +171,11 @@ def _supports_stored(dtypes, stored, size):
 
 def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
     return _triton(_ROWS, "quantize_columns")(x, quantizer, fold)
+
+
+def supports_produced(dtypes: tuple[torch.dtype, ...], operand: str, size: int) -> tuple[bool, str]:
+    """Whether a CUDA kernel runs ``quantize_produced`` on rows of ``size`` elements, and if not, why."""
+    return _triton(_ROWS, "supports_quantize_compensated")(dtypes, operand, size)
 
 
 def _supports_columns(dtypes, quantizer, transform, by_columns=False):

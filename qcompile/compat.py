@@ -445,6 +445,14 @@ def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
+def keeps_float32() -> bool:
+    """Whether Inductor keeps float32 from one operation of a kernel to the next, and calls the functions of its default
+    config.
+    """
+    config = torch._inductor.config
+    return not (config.emulate_precision_casts or config.use_fast_math or config.eager_numerics.division_rounding)
+
+
 def card_name(device: torch.device) -> str:
     """What torch calls a CUDA device; the type of others."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
