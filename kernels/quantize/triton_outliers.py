@@ -45,8 +45,8 @@ __all__ = ["quantize_compensated", "quantize_produced"]
 SEARCHED_REGISTERS = 64
 #: Most tiles that are written at once.
 WRITTEN_TILES = 4
-#: The same of tiles that are computed. Not as many: where both loops have blocks of one shape, Triton gives inputs the
-#: layout of codes, and moves every element between threads before it stores x.
+#: Tiles that are computed at once. Not as many: where both loops have blocks of one shape, Triton gives inputs the layout
+#: of codes, and exchanges elements between threads before it stores x.
 PRODUCED_TILES = 2
 #: Warps of a processor that :func:`quantize_produced` starts at once, and the registers of a thread that leave room for
 #: them: programs that had to wait would then run alone, each for as long as all others together.
@@ -163,14 +163,26 @@ def _quantize_compensated_rows(
 
 @triton.jit
 def _input(x, row, row_stride, at, inside, along_row: tl.constexpr):
-    """Elements of rows of an input, float32: [R, n], or [R, 1] of one that is the same ``along_row``; 0 of none."""
+    """Elements of rows of an input: [R, n], or [R, 1] of one that is the same ``along_row``; 0 of none."""
     if x is None:
         value = 0.0
     elif along_row:
-        value = as_float32(tl.load(x + (row * row_stride)[:, None]))
+        value = tl.load(x + (row * row_stride)[:, None])
     else:
-        value = as_float32(tl.load(x + (row * row_stride)[:, None] + at, mask=inside, other=0.0))
+        # Not read again before the backward: what stays in L2 are slots.
+        elements = x + (row * row_stride)[:, None] + at
+        value = tl.load(elements, mask=inside, other=0.0, eviction_policy="evict_first")
     return value
+
+
+@triton.jit
+def _inputs(a, b, c, d, a_stride, b_stride, c_stride, d_stride, row, at, inside, along_row: tl.constexpr):
+    return (
+        _input(a, row, a_stride, at, inside, along_row[0]),
+        _input(b, row, b_stride, at, inside, along_row[1]),
+        _input(c, row, c_stride, at, inside, along_row[2]),
+        _input(d, row, d_stride, at, inside, along_row[3]),
+    )
 
 
 @triton.jit
@@ -200,16 +212,16 @@ def _produce_rows(
     part: tl.constexpr,
 ):
     """Compute rows, and write them to pointers ``slot`` [R, 1]."""
-    for start in range(0, size, part):
-        at = start + tl.arange(0, part)[None, :]
-        inside = at < size
+    at = tl.arange(0, part)[None, :]
+    inputs = _inputs(a, b, c, d, a_stride, b_stride, c_stride, d_stride, row, at, at < size, along_row)
+    for _ in range(0, size, part):
+        following = at + part  # is read before what is there is computed with, which takes about as long
+        ahead = _inputs(a, b, c, d, a_stride, b_stride, c_stride, d_stride, row, following, following < size, along_row)
         value = producer.element(
-            _input(a, row, a_stride, at, inside, along_row[0]),
-            _input(b, row, b_stride, at, inside, along_row[1]),
-            _input(c, row, c_stride, at, inside, along_row[2]),
-            _input(d, row, d_stride, at, inside, along_row[3]),
+            as_float32(inputs[0]), as_float32(inputs[1]), as_float32(inputs[2]), as_float32(inputs[3])
         )
-        tl.store(slot + at, _rounded(value, slot.dtype.element_ty), mask=inside)
+        tl.store(slot + at, _rounded(value, slot.dtype.element_ty), mask=at < size)
+        at, inputs = following, ahead
 
 
 @triton.jit(do_not_specialize=["rows", "low", "high"])
@@ -295,12 +307,13 @@ def quantize_produced(
         return reference.quantize_produced(a, b, c, d, producer, operand)
     spec, dtype, size = Operand.parse(operand), Producer.parse(producer).dtype, a.shape[-1]
     assert isinstance(spec.outliers, OutlierClamp)
-    inputs = [None if x is None else _rows_of_input(x, a.shape) for x in (a, b, c, d)]
     constants = search_constants(size, dtype, a.device, SEARCHED_REGISTERS)
+    width, part = constants["width"], constants["width"] * math.gcd(constants["tiles"], WRITTEN_TILES)
+    inputs = [None if x is None else _rows_of_input(x, a.shape) for x in (a, b, c, d)]
     rows, at_once = a.numel() // size, constants["at_once"]
     resident = max(1, RESIDENT_WARPS // constants["num_warps"])
     programs = min(triton.cdiv(rows, at_once), processors(a.device) * resident)
-    slots = a.new_empty((programs * at_once, constants["tiles"] * constants["width"]), dtype=dtype)
+    slots = a.new_empty((programs * at_once, constants["tiles"] * width), dtype=dtype)
     codes = a.new_empty(a.shape, dtype=torch.uint8)
     scales, bounds = (a.new_empty((*a.shape[:-1], n), dtype=torch.float32) for n in (1, 3))
     launch(
@@ -319,8 +332,8 @@ def quantize_produced(
         along_row=tuple(x is not None and x.stride(1) == 0 for x in inputs),
         fmt=grid_of(str(spec.quantizer)),
         compensated=grid_of(COMPENSATED),
-        part=constants["width"] * math.gcd(constants["tiles"], WRITTEN_TILES),
-        produced=constants["width"] * math.gcd(constants["tiles"], PRODUCED_TILES),
+        part=part,
+        produced=width * PRODUCED_TILES,
         maxnreg=REGISTERS,
         **constants,
     )
