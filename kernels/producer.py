@@ -4,8 +4,8 @@ In the arguments of an op a producer is text, one step after the other::
 
     neg(a); exp(%0); add(%1, 1.0); div(a, %2) bfloat16; mul(%3, b) bfloat16
 
-A step is given inputs (``a`` to ``d``), results of earlier steps (``%0`` is the first one's) and numbers. It computes in
-float32, and its result has the dtype that stands behind it, float32 if none does.
+A step is given inputs (``a`` to ``d``), results of earlier steps (``%0`` is the first one's) and numbers. It computes
+in float32, and its result has the dtype that stands behind it, float32 if none does.
 
 Triton is printed with the functions that Inductor prints for the same ATen calls (``tests/kernels/test_producer.py``
 compares), and like Inductor's it keeps float32 from step to step: only the last result is rounded. So a tensor has the
@@ -183,5 +183,7 @@ def _libdevice() -> dict[str, str]:
     from .triton import INTERPRETED  # torch for CPUs comes without Triton
 
     # The interpreter has no functions of CUDA's library.
-    module, name = ("triton.language", "math") if INTERPRETED else ("torch._inductor.runtime.triton_helpers", "libdevice")
+    module, name = (
+        ("triton.language", "math") if INTERPRETED else ("torch._inductor.runtime.triton_helpers", "libdevice")
+    )
     return {"module": module, "name": name}

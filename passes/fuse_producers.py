@@ -80,9 +80,9 @@ def fuse_producers(graph: Graph, context: Context) -> int:
         if (found := _producer_of(node, call)) is None:
             continue
         producer, inputs = found
-        missing = [None] * (len(INPUTS) - len(inputs))
+        a, b, c, d = [*inputs, *[None] * (len(INPUTS) - len(inputs))]
         with graph.inserting_before(node):
-            results = QuantizeProduced(*inputs, *missing, producer, call.operand).emit_results(graph, near=node)
+            results = QuantizeProduced(a, b, c, d, producer, call.operand).emit_results(graph, near=node)
         for user in list(node.users):
             item = item_of(user)
             assert item is not None
@@ -96,7 +96,7 @@ def saved_microseconds(producer: Producer, elements: float, rates: Rates) -> flo
     return rates.passes(_BYTES * elements, 1) - producer.instructions * elements / rates.instructions
 
 
-def _producer_of(node: Node, call: QuantizeCompensated) -> tuple[Producer, list[Node]] | None:
+def _producer_of(node: Node, call: QuantizeCompensated) -> tuple[Producer, list[Any]] | None:
     """What computes the activation that a call quantizes, and of what; ``None`` if the call should not do that."""
     value = call.x.meta["val"]
     size = static_size(value.shape[-1])
@@ -137,8 +137,8 @@ def _is_step(node: Node) -> bool:
     )
 
 
-def _inputs(chain: list[Node], value: torch.Tensor) -> list[Node] | None:
-    """What the steps read, one of the activation's shape first; ``None`` if not all of it is in memory of its device."""
+def _inputs(chain: list[Node], value: torch.Tensor) -> list[Any] | None:
+    """What the steps read, one of the activation's shape first; ``None`` if not all is in memory of its device."""
     read = dict.fromkeys(a for node in chain for a in node.all_input_nodes if a not in chain)
     whole = [a for a in read if same_sizes(a.meta["val"].shape, value.shape)]
     there = all(_is_in_memory(a) and a.meta["val"].device == value.device for a in read)

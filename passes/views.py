@@ -37,8 +37,8 @@ __all__ = [
     "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
     "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
     "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
-    "QuantizeGroupsPair", "QuantizeProduced", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient",
-    "View", "encoder_of",
+    "QuantizeGroupsPair", "QuantizeProduced", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers",
+    "ScaleGradient", "SplitGradient", "View", "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile
@@ -51,7 +51,16 @@ _NO_TRANSFORM = Transform()
 TEXTS: dict[Any, Any] = {
     kind: kind.parse
     for kind in (
-        Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Producer, Quantizer, Stored, Transform
+        Encoding,
+        EstimatorSpec,
+        Operand,
+        Outliers,
+        OutlierClamp,
+        OutlierColumns,
+        Producer,
+        Quantizer,
+        Stored,
+        Transform,
     )
 } | {Operand | None: lambda text: None if text is None else Operand.parse(text)}
 

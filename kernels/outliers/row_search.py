@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from qcompile.kernels.triton import INTERPRETED, as_bits, greater
 
 __all__ = ["row_bounds", "row_tiles", "search_constants"]

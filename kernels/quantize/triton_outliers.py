@@ -45,8 +45,8 @@ __all__ = ["quantize_compensated", "quantize_produced"]
 SEARCHED_REGISTERS = 64
 #: Most tiles that are written at once.
 WRITTEN_TILES = 4
-#: Tiles that are computed at once. Not as many: where both loops have blocks of one shape, Triton gives inputs the layout
-#: of codes, and exchanges elements between threads before it stores x.
+#: Tiles that are computed at once. Not as many: where both loops have blocks of one shape, Triton gives inputs the
+#: layout of codes, and exchanges elements between threads before it stores x.
 PRODUCED_TILES = 2
 #: Warps of a processor that :func:`quantize_produced` starts at once, and the registers of a thread that leave room for
 #: them: programs that had to wait would then run alone, each for as long as all others together.
@@ -256,7 +256,9 @@ def _quantize_produced_rows(
     slot = slots + ((tl.program_id(0) * at_once + tl.arange(0, at_once)) * (tiles * width))[:, None]
     for first in range(tl.program_id(0) * at_once, rows, tl.num_programs(0) * at_once):
         row = tl.minimum(first + tl.arange(0, at_once), rows - 1).to(tl.int64)
-        _produce_rows(a, b, c, d, a_stride, b_stride, c_stride, d_stride, slot, row, size, producer, along_row, produced)
+        _produce_rows(
+            a, b, c, d, a_stride, b_stride, c_stride, d_stride, slot, row, size, producer, along_row, produced
+        )
         tl.debug_barrier()  # other threads read what one has written
         _quantize_rows(slot, codes, scales, bounds, row, size, low, high, fmt, compensated, pair, tiles, width, part)
         tl.debug_barrier()
