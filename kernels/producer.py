@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formula.triton_target import loaded
+
 __all__ = ["INPUTS", "OPERATIONS", "Operation", "Producer", "Step"]
 
 #: Names of inputs, and how many there may be.
@@ -164,10 +166,7 @@ class DeviceProducer:
 @cache
 def device_producer(text: str) -> DeviceProducer:
     source = _HEAD.format(**_libdevice()) + triton_source(Producer.parse(text))
-    # Private torch API (2.11 … 2.15), as in formula/triton_target.py.
-    from torch._inductor.codecache import PyCodeCache
-
-    return DeviceProducer(source, PyCodeCache.load(source).element)
+    return DeviceProducer(source, loaded(source, "element"))
 
 
 def triton_source(producer: Producer) -> str:

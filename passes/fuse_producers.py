@@ -65,6 +65,8 @@ _PRODUCTS = (
     aten.bmm.default,
     aten._grouped_mm.default,
 )
+Inputs = tuple[Node, Node | None, Node | None, Node | None]
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: Bytes that an element of 16 bits takes to be written and read.
 _BYTES = 4
@@ -80,9 +82,8 @@ def fuse_producers(graph: Graph, context: Context) -> int:
         if (found := _producer_of(node, call)) is None:
             continue
         producer, inputs = found
-        a, b, c, d = [*inputs, *[None] * (len(INPUTS) - len(inputs))]
         with graph.inserting_before(node):
-            results = QuantizeProduced(a, b, c, d, producer, call.operand).emit_results(graph, near=node)
+            results = QuantizeProduced(*inputs, producer, call.operand).emit_results(graph, near=node)
         for user in list(node.users):
             item = item_of(user)
             assert item is not None
@@ -96,7 +97,7 @@ def saved_microseconds(producer: Producer, elements: float, rates: Rates) -> flo
     return rates.passes(_BYTES * elements, 1) - producer.instructions * elements / rates.instructions
 
 
-def _producer_of(node: Node, call: QuantizeCompensated) -> tuple[Producer, list[Any]] | None:
+def _producer_of(node: Node, call: QuantizeCompensated) -> tuple[Producer, Inputs] | None:
     """What computes the activation that a call quantizes, and of what; ``None`` if the call should not do that."""
     value = call.x.meta["val"]
     size = static_size(value.shape[-1])
@@ -137,14 +138,16 @@ def _is_step(node: Node) -> bool:
     )
 
 
-def _inputs(chain: list[Node], value: torch.Tensor) -> list[Any] | None:
+def _inputs(chain: list[Node], value: torch.Tensor) -> Inputs | None:
     """What the steps read, one of the activation's shape first; ``None`` if not all is in memory of its device."""
     read = dict.fromkeys(a for node in chain for a in node.all_input_nodes if a not in chain)
     whole = [a for a in read if same_sizes(a.meta["val"].shape, value.shape)]
     there = all(_is_in_memory(a) and a.meta["val"].device == value.device for a in read)
     if not (whole and there) or len(read) > len(INPUTS):
         return None
-    return [whole[0], *(a for a in read if a is not whole[0])]
+    others = [a for a in read if a is not whole[0]]
+    b, c, d = [*others, None, None, None][:3]
+    return whole[0], b, c, d
 
 
 def _is_in_memory(node: Node) -> bool:
@@ -152,7 +155,7 @@ def _is_in_memory(node: Node) -> bool:
     return source.op == "placeholder" or is_call(source, *_PRODUCTS)
 
 
-def _written(chain: list[Node], inputs: list[Node]) -> Producer:
+def _written(chain: list[Node], inputs: Inputs) -> Producer:
     names: dict[Any, str] = dict(zip(inputs, INPUTS, strict=False))
     steps = []
     for i, node in enumerate(chain):
