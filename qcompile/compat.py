@@ -96,6 +96,7 @@ __all__ = [
     "is_parameter",
     "is_tracing",
     "is_wrapper_subclass",
+    "keeps_float32",
     "local_variable",
     "log_artifact",
     "make_fx",
