@@ -29,12 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from training_step import names_from
 
 from qcompile.apps.demo import learning_rate_factor, smoothed
 
-__all__ = ["ARMS", "Arm", "Curve", "Tokens", "main", "rows_of", "train"]
+__all__ = ["ARMS", "Arm", "Curve", "Tokens", "main", "plot", "read_json", "rows_of", "table", "train", "write_json"]
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LAST = 100  # steps that the final training loss is the mean of
@@ -101,6 +101,14 @@ def ours(**options: Any) -> Optimizer:
         return AdamW(groups, lr=lr, betas=betas, **options)
 
     return make
+
+
+class Drawn(Protocol):
+    """What tables and plots want to know of an arm."""
+
+    label: str
+    color: str
+    style: str
 
 
 @dataclass(frozen=True)
@@ -344,9 +352,9 @@ def gap(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(differences) * scale, error * scale
 
 
-def rows_of(curves: dict[str, Curve]) -> list[dict[str, Any]]:
+def rows_of(curves: dict[str, Curve], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """Final losses and paired gaps to the baseline: at the last steps that both have, and on the held-out text."""
-    base = curves.get(BASELINE, Curve())
+    base = curves.get(baseline, Curve())
     found = []
     for name, curve in curves.items():
         row: dict[str, Any] = {"arm": name, "steps": len(curve.losses), "fault": curve.fault}
@@ -363,12 +371,13 @@ def rows_of(curves: dict[str, Curve]) -> list[dict[str, Any]]:
     return found
 
 
-def table(curves: dict[str, Curve]) -> str:
+def table(curves: dict[str, Curve], arms: Mapping[str, Drawn] = ARMS) -> str:
+    """Markdown; the first of ``arms`` is the baseline."""
     lines = [
         f"| arm | steps | train, last {LAST} | gap, % | validation | gap, % | ms per step | s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows_of(curves):
+    for row in rows_of(curves, next(iter(arms))):
         curve = curves[row["arm"]]
         cells = [
             f"{row[key]:{form}}" + (f" ± {row[error]:.3f}" if error else "") if key in row else ""
@@ -379,22 +388,23 @@ def table(curves: dict[str, Curve]) -> str:
                 ("validation_gap", "+.3f", "validation_error"),
             )
         ]
-        label = ARMS[row["arm"]].label + (f" ({row['fault']})" if row["fault"] else "")
+        label = arms[row["arm"]].label + (f" ({row['fault']})" if row["fault"] else "")
         lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.step_ms:.1f} | {curve.seconds:.0f} |")
     return "\n".join(lines)
 
 
-def plot(path: Path, curves: dict[str, Curve], title: str) -> None:
-    """Losses above, smoothed; below, the paired gap to the baseline in percent."""
+def plot(path: Path, curves: dict[str, Curve], title: str, arms: Mapping[str, Drawn] = ARMS) -> None:
+    """Losses above, smoothed; below, the paired gap in percent to the baseline, the first of ``arms``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    base = curves.get(BASELINE, Curve()).losses
+    baseline = next(iter(arms))
+    base = curves.get(baseline, Curve()).losses
     for name, curve in curves.items():
-        arm, steps = ARMS[name], range(1, len(curve.losses) + 1)
+        arm, steps = arms[name], range(1, len(curve.losses) + 1)
         above.plot(steps, smoothed(curve.losses, 32), arm.style, color=arm.color, linewidth=1.2, label=arm.label)
-        if base and name != BASELINE:
+        if base and name != baseline:
             gaps = [100 * (a - b) / b for a, b in zip(curve.losses, base, strict=False)]
             below.plot(range(1, len(gaps) + 1), smoothed(gaps, 64), arm.style, color=arm.color, linewidth=1.2)
     above.set_ylabel("training loss (nats per token)")
@@ -419,8 +429,8 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     return {**found, "tokens": given.tokens.name if given.tokens else "tinyshakespeare as bytes"}
 
 
-def read_json(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
-    """Complete curves of an earlier call. Raises ``ValueError`` if it had other settings."""
+def read_json(path: Path, settings: dict[str, Any], complete: bool = True) -> dict[str, Curve]:
+    """Curves of an earlier call, the complete ones or all. Raises ``ValueError`` if it had other settings."""
     if not path.exists():
         return {}
     data = json.loads(path.read_text())
@@ -429,15 +439,15 @@ def read_json(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
             msg = f"{path} was made with {name}={data['settings'].get(name)}, not {value}; give another --out"
             raise ValueError(msg)
     curves = {name: Curve(**curve) for name, curve in data["arms"].items()}
-    return {name: curve for name, curve in curves.items() if not curve.fault}
+    return {name: curve for name, curve in curves.items() if not (complete and curve.fault)}
 
 
-def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve]) -> None:
+def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], baseline: str = BASELINE) -> None:
     size = SIZES[settings["size"]]
     data = {
         "environment": environment(),
         "settings": {**settings, "tokens_per_step": size.tokens, "block_weights": size.block_weights},
-        "final": rows_of(curves),
+        "final": rows_of(curves, baseline),
         "arms": {name: asdict(curve) for name, curve in curves.items()},
     }
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

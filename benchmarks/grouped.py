@@ -2,14 +2,16 @@
 
     python benchmarks/grouped.py --out benchmarks/h200/grouped.csv
 
-M = 131,072 rows in 1, 4, 16 and 64 groups: equal ones, and for ours and BF16 also ragged ones, of which some are empty
-and none begins at a multiple of 16. For each of the three products the kernel alone, ours with every config that fits;
-what quantizes operands; and, last, of 4 and 64 equal groups, one layer's forward and backward, compiled: by Inductor in
-BF16, by the backend with an FP8 backward, and torchao's row-wise FP8 training (which takes groups of multiples of 16
-only).
+M = 131,072 rows in 1, 4, 16 and 64 groups: equal ones, and ragged ones, of which some are empty and none begins at a
+multiple of 16. First, of 4 and 64 equal groups, one layer's forward and backward, compiled: by Inductor in BF16, by the
+backend with an FP8 backward, and torchao's row-wise FP8 training. Then the kernels alone of each of the three products:
+BF16's, ours, and the FP8 one that torchao calls, on the same codes; and what quantizes operands. torchao's takes groups
+of multiples of 16 rows only, and none without rows; it is not called with others, which end the process. ``--sweep``
+times ours with every config that fits.
 
-Ours is compared with the dense kernel on some group, bit for bit, before it is timed. An arm that fails or would begin
-after ``--limit`` seconds is a line that says so. The CSV file is written after every arm.
+Ours is compared with the dense kernel on some group, bit for bit, before it is timed, and the other FP8 kernel with
+ours, to the rounding of results. An arm that fails or would begin after ``--limit`` seconds is a line that says so. The
+CSV file is written after every arm.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ import torch
 import torch.nn.functional as F
 from measure import failure, fresh_log, milliseconds, quiet_stderr, write_rows
 from torch import Tensor
+from torchao_experts import fp8_product
 
 import qcompile.kernels.register  # noqa: F401  (kernels of the qcompile:: ops)
 
 __all__ = ["Problem", "Row", "arms", "main", "sizes_of"]
 
+#: Relative, of two results in bfloat16 whose sums were rounded apart.
+ROUNDING = 2**-7
 QUANTIZER, GRADIENT = "e2m1 row absmax even", "e4m3 row absmax even"
 SHAPES = ((8192, 5120), (2048, 7168))
 GROUPS = (1, 4, 16, 64)
@@ -159,6 +164,31 @@ class Tensors:
             msg = f"group {group} is not the dense product"
             raise ValueError(msg)
 
+    def scaled(self, product: str) -> Callable[[], Any]:
+        """The kernel that torchao calls, on the operands of ours. Raises ``ValueError`` if their results differ."""
+        sizes = sizes_of(self.problem)
+        if any(size % 16 or not size for size in sizes):
+            msg = "takes groups of multiples of 16 rows only, none of them empty"
+            raise ValueError(msg)
+        a, b, offs, scale_a, scale_b, out_dtype = self.products[product]
+        if product == "wgrad":  # ours are padded per group, which changes nothing of multiples of 128
+            a, b = (codes[:, : self.problem.rows].contiguous() for codes in (a, b))
+            scales = [scale_a.flatten(), scale_b.expand(self.problem.groups, b.shape[0], 1).flatten()]
+        else:
+            scales = [scale_a.flatten(), scale_b.expand(*b.shape[:2], 1).flatten(1)]
+        scales = [scale.contiguous() for scale in scales]
+        call = partial(
+            torch._scaled_grouped_mm,
+            *(a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn).transpose(-2, -1), *scales, offs),
+            out_dtype=out_dtype,
+            use_fast_accum=True,
+        )
+        got, expected = call().float(), torch.ops.qcompile.mm_8bit_grouped(*self.products[product]).float()
+        if not (error := ((got - expected).norm() / expected.norm()).item()) < ROUNDING:
+            msg = f"differs from ours by {error:.3g}"
+            raise ValueError(msg)
+        return call
+
     # --- a layer, compiled ---
 
     def layer(self, compiled: Callable[..., Tensor]) -> Callable[[], Any]:
@@ -175,12 +205,7 @@ def product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 def torchao_product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    from torchao.prototype.moe_training.fp8_grouped_mm import _to_fp8_rowwise_then_scaled_grouped_mm as grouped_mm
-
-    try:
-        return grouped_mm(x, w.transpose(-2, -1), offs, pad_token_groups_for_grouped_mm=False)
-    except TypeError:  # an argument that came with torchao 0.17
-        return grouped_mm(x, w.transpose(-2, -1), offs)
+    return fp8_product(x, w.transpose(-2, -1), offs)
 
 
 PRODUCTS = ("fprop", "dgrad", "wgrad")
@@ -196,11 +221,10 @@ def arms(tensors: Tensors) -> Iterator[ProductArm]:
     for name in PRODUCTS:
         yield name, "bf16", partial(tensors.bf16, name)
         yield name, "ours", lambda name=name: partial(op, *tensors.products[name])
+        yield name, "torchao", partial(tensors.scaled, name)
     if not tensors.problem.ragged:
         for what in tensors.quantize:
             yield f"quantize {what}", "ours", lambda what=what: tensors.quantize[what]
-    if tensors.problem.device == "cuda":
-        yield from sweep(tensors)
 
 
 def layer_arms(tensors: Tensors) -> Iterator[ProductArm]:
@@ -218,8 +242,11 @@ def layer_of(tensors: Tensors, function: Callable[..., Tensor], compile_by: Call
 
 
 def sweep(tensors: Tensors) -> Iterator[ProductArm]:
-    from qcompile.kernels.matmul import grouped
+    from qcompile.kernels.matmul import gluon, grouped
 
+    for gluon_config in gluon.CONFIGS:
+        contraction = partial(gluon.mm_8bit_contracted, *tensors.products["wgrad"], config=gluon_config)
+        yield "wgrad", f"ours in Gluon {gluon_config}", lambda call=contraction: call
     for name in ("fprop", "wgrad"):
         for config in grouped.CONFIGS:
             if name == "wgrad" and config.flatten:
@@ -243,6 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="*", type=int, default=list(GROUPS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=110.0, help="seconds after which no arm begins")
+    parser.add_argument("--sweep", action="store_true", help="every config of ours; needs a card")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("grouped.csv"))
     given = parser.parse_args(arguments)
@@ -257,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         if groups > 1 or not ragged
     ]
     layers = [problem for problem in problems if not problem.ragged and problem.groups in LAYER_GROUPS]
-    for problem, of in [*zip(problems, itertools.repeat(arms)), *zip(layers, itertools.repeat(layer_arms))]:
+    swept = problems if given.sweep else []
+    for problem, of in [(p, of) for ps, of in ((layers, layer_arms), (problems, arms), (swept, sweep)) for p in ps]:
         for row in measure(problem, of, given, log, begun):
             rows.append(row)
             write_rows(given.out, rows)

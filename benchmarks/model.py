@@ -51,11 +51,18 @@ class Size:
 
     def linears(self) -> Iterator[tuple[str, int, int]]:
         """Name, input and output features of every linear of one block."""
+        return self._linears(max(1, self.experts))
+
+    def linears_of_token(self) -> Iterator[tuple[str, int, int]]:
+        """Of these, the ones that a token is multiplied by."""
+        return self._linears(self.mixed)
+
+    def _linears(self, experts: int) -> Iterator[tuple[str, int, int]]:
         yield "q_proj", self.hidden, self.hidden
         yield "k_proj", self.hidden, self.kv_hidden
         yield "v_proj", self.hidden, self.kv_hidden
         yield "o_proj", self.hidden, self.hidden
-        for _ in range(max(1, self.experts)):
+        for _ in range(experts):
             yield "gate_proj", self.hidden, self.intermediate
             yield "up_proj", self.hidden, self.intermediate
             yield "down_proj", self.intermediate, self.hidden
@@ -66,13 +73,23 @@ class Size:
         return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears())
 
     @property
+    def weights_of_token(self) -> int:
+        """Those that a token is multiplied by."""
+        return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears_of_token())
+
+    @property
+    def mixed(self) -> int:
+        """How many feed-forward networks of a block a token passes through."""
+        return max(1, self.experts_per_token)
+
+    @property
     def parameters(self) -> int:
         """Elements of all parameters."""
         return self.block_weights + (2 * self.layers + 1) * self.hidden + 2 * self.vocabulary * self.hidden
 
 
-#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts, and one of
-#: each kind for tests on a CPU.
+#: The four shapes of the step benchmark, the one of the loss curves (bytes for tokens), mixtures of experts (those of
+#: the step benchmark and of loss curves), and one of each kind for tests on a CPU.
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
@@ -106,6 +123,20 @@ SIZES: dict[str, Size] = {
             family="Qwen3Moe",
             experts=64,
             experts_per_token=8,
+        ),
+        Size(
+            "moe100m",
+            512,
+            8,
+            512,
+            heads=8,
+            kv_heads=4,
+            sequence=512,
+            batch=32,
+            vocabulary=4096,
+            family="Qwen3Moe",
+            experts=16,
+            experts_per_token=2,
         ),
         Size(
             "tiny_moe",

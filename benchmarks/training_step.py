@@ -3,6 +3,7 @@
     python benchmarks/training_step.py --out benchmarks/h200/training_step.csv
     python benchmarks/training_step.py --arms ours_fp8,ours_fp8_occ --sizes d4096      # or --arms all
     python benchmarks/training_step.py --arms bf16,quest_fp8,quest_plain --sizes d4096 # QuEST, and its math unfused
+    python benchmarks/training_step.py --arms bf16,torchao_experts,torchao_experts_padded,ours --sizes mixtral,qwen3_moe
 
 A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py):
 transformers' own, by ``torch.compile(model.forward)``, or with ``--model plain`` one in plain torch. Arms run one after
@@ -42,6 +43,7 @@ import torch._logging
 from measure import environment, failure, fresh_log, milliseconds, quiet_stderr, write_rows
 from model import MODELS, SIZES, Size, build, random_batch
 from torch import Tensor, nn
+from torchao_experts import swap_weights, use_padded_experts
 
 from qcompile import Monitor
 
@@ -102,6 +104,17 @@ def torchao(recipe: str) -> Arm:
     high_precision_wgrad = recipe.endswith("gw_hp")
     roles = frozenset(("fprop", "dgrad") if high_precision_wgrad else ("fprop", "dgrad", "wgrad"))
     return Arm(f"torchao {recipe}", compile_float8, "torchao", roles)
+
+
+def torchao_experts(label: str, convert: Callable[[nn.Module], None]) -> Arm:
+    """torchao's row-wise float8 with experts converted, too (torchao_experts.py says what either way is)."""
+    linears = torchao("rowwise")
+
+    def compile_all(model: nn.Module, options: Options) -> Callable[..., Tensor]:
+        convert(model)
+        return linears.compile(model, options)
+
+    return replace(linears, label=label, compile=compile_all)
 
 
 def compiled_by(backend: str, chosen: Options) -> Callable[[nn.Module, Options], Callable[..., Tensor]]:
@@ -246,6 +259,8 @@ ARMS: dict[str, Arm] = {
     "torchao_tensorwise": torchao("tensorwise"),
     "torchao_rowwise": torchao("rowwise"),
     "torchao_rowwise_gw_hp": torchao("rowwise_with_gw_hp"),
+    "torchao_experts": torchao_experts("torchao rowwise, experts as they are", swap_weights),
+    "torchao_experts_padded": torchao_experts("torchao rowwise, experts rewritten to pad groups", use_padded_experts),
     "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
     "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "", **MASKED),

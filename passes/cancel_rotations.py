@@ -21,18 +21,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Graph, Node
 
-from .dialect import gemm_operands
-from .graph import aten, emit, input_of, is_call, same_sizes
+from .dialect import GEMMS, LOOP, LOOP_BACKWARD, gemm_operands
+from .graph import aten, emit, input_of, is_call, result, same_sizes, target_name
 from .pass_base import Context
 from .views import Hadamard
 
 __all__ = ["cancel_rotations"]
 
-_PRODUCTS = (aten.mm.default, aten.bmm.default)
+#: Their operands come first. The matrices that a grouped one multiplies are the last two axes of each operand, and of
+#: its results.
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten._grouped_mm.default)
 _PRODUCTS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 _RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default,
@@ -74,9 +76,10 @@ def _is_masked(node: Node) -> bool:
 
 def _contract_unrotated(graph: Graph, product: Node) -> bool:
     """Let a product of two operands rotated along the contraction read what they are rotated from."""
-    if not is_call(product, *_PRODUCTS, *_PRODUCTS_WITH_BIAS):
+    positions = _contracted(product)
+    if positions is None:
         return False
-    left, right = gemm_operands(product)
+    left, right = (cast("Node", product.args[position]) for position in positions)
     axes = left.meta["val"].dim() - 1, right.meta["val"].dim() - 2
     blocks = {_block_along(operand, axis) for operand, axis in zip((left, right), axes, strict=True)}
     if len(blocks) != 1 or None in blocks:
@@ -86,8 +89,30 @@ def _contract_unrotated(graph: Graph, product: Node) -> bool:
         _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
         for operand, axis in zip((left, right), axes, strict=True)
     ]
-    product.args = (*product.args[:-2], *unrotated)
+    for position, operand in zip(positions, unrotated, strict=True):
+        product.update_arg(position, operand)
+    if target_name(product) == LOOP_BACKWARD:  # gradients of what is not rotated
+        for index, axis in enumerate(axes):
+            if (gradient := result(product, index)) is not None:
+                _rotate_result(graph, gradient, block, axis)  # type: ignore[arg-type]
     return True
+
+
+def _contracted(product: Node) -> tuple[int, int] | None:
+    """Positions of the two operands that a product contracts, along the last axis of the first one and the last but one
+    of the second; or of those whose gradients it computes.
+    """
+    if is_call(product, *_PRODUCTS, *_PRODUCTS_WITH_BIAS):
+        return GEMMS[product.target]
+    return (0, 1) if product.op == "call_function" and target_name(product) in (LOOP, LOOP_BACKWARD) else None
+
+
+def _rotate_result(graph: Graph, node: Node, block: int, axis: int) -> None:
+    """Let everybody read the rotation of a node in its place."""
+    with graph.inserting_after(node):
+        rotated = Hadamard(node, block, axis).emit(graph, near=node)
+    for user in [user for user in node.users if user is not rotated]:
+        user.replace_input_with(node, rotated)
 
 
 def _block_along(node: Node, axis: int) -> int | None:
@@ -105,16 +130,13 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
     """Move the rotation of an operand along an axis that a product keeps behind the product."""
     if not is_call(product, *_PRODUCTS):
         return False
-    for operand, kept, contracted in zip(product.args, (-2, -1), (-1, -2), strict=True):
-        axis = operand.meta["val"].dim() + kept  # type: ignore[union-attr]
-        block = _block_along(operand, axis)  # type: ignore[arg-type]
-        if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:  # type: ignore
+    for operand, kept, contracted in zip(gemm_operands(product), (-2, -1), (-1, -2), strict=True):
+        axis = operand.meta["val"].dim() + kept
+        block = _block_along(operand, axis)
+        if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:
             continue
-        with graph.inserting_after(product):
-            rotated = Hadamard(product, block, kept).emit(graph, near=product)
-        for user in [user for user in product.users if user is not rotated]:
-            user.replace_input_with(product, rotated)
-        unrotated = _unrotated(graph, operand, Rotation(block, axis))  # type: ignore[arg-type]
+        _rotate_result(graph, product, block, kept)
+        unrotated = _unrotated(graph, operand, Rotation(block, axis))
         product.update_arg(0 if kept == -2 else 1, unrotated)
         return True
     return False
@@ -150,8 +172,10 @@ def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
             return {position: (term, rotation) for position, term in enumerate(node.args)}
     # A product with other readers would have to be computed twice.
     if is_call(node, *_PRODUCTS) and len(node.users) == 1 and rotation.axis >= node.meta["val"].dim() - 2:
-        side = rotation.axis - (node.meta["val"].dim() - 2)  # rows come from the left operand, columns from the right
-        return {side: (node.args[side], rotation)}
+        behind = rotation.axis - node.meta["val"].dim()
+        side = behind + 2  # rows come from the left operand, columns from the right
+        operand = node.args[side]
+        return {side: (operand, Rotation(rotation.block, operand.meta["val"].dim() + behind))}
     return {}
 
 

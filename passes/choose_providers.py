@@ -116,6 +116,7 @@ def _of_groups(product: QuantizedMM, value: torch.Tensor, capability: tuple[int,
         capability=capability,
         offsets=any(fmt.tensor_core_offset for fmt in formats),
         grouped=True,
+        contracted=product.contracts_groups,
     )
     provider, why = providers.choose(described)
     return Provision(DECODED if provider.name == "reference" else provider.name, why)

@@ -17,6 +17,8 @@ from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
 
 __all__ = [
     "GEMMS",
+    "LOOP",
+    "LOOP_BACKWARD",
     "StoredWeight",
     "adds_given_part",
     "decode_root",
@@ -38,6 +40,9 @@ GEMMS: dict[Any, tuple[int, int]] = {
     aten.convolution.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
 }
+
+#: transformers' products of groups in other dtypes than bfloat16, and both gradients of one: opaque ops.
+LOOP, LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward"
 
 
 def gemm_operands(node: Node) -> tuple[Node, Node]:

@@ -33,7 +33,17 @@ from qcompile import compat
 from qcompile.ir.encoding import DENSE
 from qcompile.kernels.matmul import providers
 
-from .dialect import adds_given_part, decode_root, gemm_operands, given_part, matrix_form, stored_operand, stored_view
+from .dialect import (
+    LOOP,
+    LOOP_BACKWARD,
+    adds_given_part,
+    decode_root,
+    gemm_operands,
+    given_part,
+    matrix_form,
+    stored_operand,
+    stored_view,
+)
 from .graph import (
     argument_of,
     aten,
@@ -58,7 +68,7 @@ def fuse(graph: Graph, context: Context) -> int:
     _read_given_parts(graph)
     made: dict[Any, Node | None] = {}
     for node in list(graph.nodes):
-        if node.op == "call_function" and target_name(node) in (_LOOP, _LOOP_BACKWARD):
+        if node.op == "call_function" and target_name(node) in (LOOP, LOOP_BACKWARD):
             count += _fuse_loop(graph, node, made)
         if not is_call(node, *_FUSED) or not _plain(node):
             continue
@@ -142,8 +152,6 @@ def _read_given_parts(graph: Graph) -> None:
                     graph.erase_node(source)
 
 
-#: transformers' products of groups, and their gradients.
-_LOOP, _LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward"
 _FUSED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)
 
 

@@ -324,5 +324,5 @@ _LOWERINGS = {
     providers.POPCOUNT[0].name: _popcount_product,
     providers.BLOCK_SCALED[0].name: _block_scaled_product,
     providers.STORED: _stored_product,
-    providers.GROUPED[0].name: _grouped_product,
+    **{provider.name: _grouped_product for provider in providers.GROUPED[:-1]},
 }

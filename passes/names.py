@@ -38,7 +38,7 @@ from qcompile.ir.rules import Block, block_of, blocks_in
 from .graph import attribute_of, bodies_called, graph_modules
 from .reachable import argument_names, attributes_of, join, reachable
 
-__all__ = ["Name", "Names", "with_parameter"]
+__all__ = ["Name", "Names", "given_parameters", "with_parameter"]
 
 #: Names kept of one module. Shared modules in shared modules have exponentially many.
 _MAX_NAMES = 64
@@ -251,6 +251,12 @@ def _arguments(call: compat.CompiledCall) -> list[tuple[str, Any]]:
     names = names[isinstance(call.target, nn.Module) :]
     positional = zip_longest(names[: len(call.args)], call.args, fillvalue="")
     return [*positional, *call.kwargs.items()]
+
+
+def given_parameters(gm: GraphModule) -> Iterator[Tensor]:
+    """The parameters that a Dynamo graph is given, themselves."""
+    values = map(_real_tensor, gm.graph.find_nodes(op="placeholder"))
+    return (value for value in values if value is not None and compat.is_parameter(value))
 
 
 def _real_tensor(node: Node) -> Tensor | None:

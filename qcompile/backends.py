@@ -196,6 +196,7 @@ def compile_with(
         context = rewrite(gm, recipe, observe, call)
         session = session_of(call, recipe)
         session.add(context.plan)
+        session.see(gm, call)
         session.remark(context.plan)
         log.info("%s", context.plan.summary(recipe.name))
         watched = context.watched

@@ -1,9 +1,9 @@
 """What belongs to one ``torch.compile`` call although a backend sees one sub-graph at a time: have the user's rules
-matched?
+matched, and has any graph the experts?
 
 Graph breaks and DDP buckets call the backend several times. A rule that matches nothing in one
 sub-graph is normal; one that has matched nothing once the first step is over is a mistake the user would otherwise
-never learn of.
+never learn of. So are experts in one parameter that no graph reads: Dynamo has left a loop over them in Python.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ import difflib
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+from torch.fx import GraphModule
+
+from qcompile.passes.names import given_parameters
 from qcompile.passes.plan import user_rules
 from qcompile.passes.record import Plan
 
@@ -58,6 +64,12 @@ class Session:
             self.matched[rule] += count
         self.layers += [d.site.name for d in plan.decisions]
 
+    def see(self, gm: GraphModule, call: compat.CompiledCall | None) -> None:
+        """Note the experts that a sub-graph reads."""
+        if call is not None:
+            given = {id(parameter) for parameter in given_parameters(gm)}
+            _read.update(kind for kind, _, parameter in _experts(call.target) if id(parameter) in given)
+
     def remark(self, plan: Plan) -> None:
         """Warn of the first layer that stays wide for want of a name."""
         nameless = plan.nameless
@@ -79,6 +91,39 @@ class Session:
         warnings.warn(f"qcompile: {message}", UserWarning, stacklevel=2)
 
 
+#: Class of a module with experts in one parameter, and what it calls them.
+_Experts = tuple[type[nn.Module], str]
+
+#: Those that any graph of the process has read. A second model of the same classes runs the code of the first, and
+#: FSDP2 gives a module another parameter at each call.
+_read: set[_Experts] = set()
+
+
+def _experts(model: Any) -> Iterator[tuple[_Experts, str, nn.Parameter]]:
+    """Experts of a model that are trained, with the names of their parameters."""
+    if not isinstance(model, nn.Module):
+        return
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.requires_grad:
+                yield (type(module), name), f"{prefix}.{name}".lstrip("."), parameter
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warn of experts that are in no graph, once for all layers."""
+    left = {kind: name for kind, name, _ in _experts(model) if kind not in _read}
+    if left:
+        warnings.warn(
+            f"qcompile: no graph reads {', '.join(left.values())}: where Dynamo leaves a loop over experts in Python, "
+            "nothing is quantized; write it as grouped products (transformers: "
+            'model.set_experts_implementation("grouped_mm"))',
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 #: By what one ``torch.compile`` call made, and freed with it.
 _sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
 
@@ -87,13 +132,15 @@ def session_of(call: compat.CompiledCall | None, recipe: Recipe) -> Session:
     """The session of a ``torch.compile`` call, new with its first sub-graph; one of its own outside of any call.
 
     A session with rules of the user's is judged when the compiled callable is called a second time: by then the first
-    step has compiled every sub-graph.
+    step has compiled every sub-graph. So are experts of the compiled model.
     """
     if call is None:
         return Session(recipe)
     session = _sessions.get(call.context)
     if session is None:
         session = _sessions[call.context] = Session(recipe)
+        if recipe.enabled and any(_experts(call.target)):
+            compat.before_next_call(call, partial(_warn_of_experts, call.target))
         if user_rules(recipe):
             compat.before_next_call(call, session.settle)
     return session

@@ -7,6 +7,7 @@ ratios against the wrong row, kernels counted in the wrong class or twice.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -31,12 +32,14 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("tests the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))  # they are scripts, which import each other by name
+import grouped  # noqa: E402
 import loss_curves  # noqa: E402
 import measure  # noqa: E402
 import prefill  # noqa: E402
 import profile_step  # noqa: E402
 import quantize_kernels  # noqa: E402
 import stored_linears  # noqa: E402
+import torchao_experts  # noqa: E402
 import training_step  # noqa: E402
 from model import SIZES, Size, build, random_batch  # noqa: E402
 from profile_step import HEAD, Launch, class_of  # noqa: E402
@@ -240,6 +243,81 @@ def test_torchao_arms_leave_the_head_alone():
         assert "lm_head" not in swapped
 
 
+# --- torchao's experts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_padded_experts_are_transformers_experts(family):
+    """The same losses and gradients by another forward; groups are multiples of 16, and none is empty."""
+    pytest.importorskip("transformers.integrations.moe")
+    size, seen = replace(SIZES["tiny_moe"], family=family, experts=16, layers=1), []
+
+    def product(x, weight, offs):
+        seen.append(offs.diff(prepend=offs.new_zeros(1)))
+        assert offs[-1] <= len(x)
+        return torch.nn.functional.grouped_mm(x, weight, offs=offs)
+
+    results = []
+    for padded in (False, True):
+        model = build(size, torch.device("cpu"), torch.bfloat16, 0, "transformers")
+        if padded:
+            torchao_experts.use_padded_experts(model, product)
+        ids, labels = random_batch(replace(size, batch=1), torch.device("cpu"), 0)  # 64 rows: some experts get none
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(((sizes % 16 == 0) & (sizes > 0)).all() for sizes in seen)
+    assert len(seen) == 2
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=0.02, atol=0.01 * float(plain.abs().max()))
+
+
+def test_torchao_says_why_it_takes_no_groups_of_a_router():
+    pytest.importorskip("torchao.prototype.moe_training")
+    model = build(SIZES["tiny_moe"], torch.device("cpu"), torch.bfloat16, 0, "transformers")
+    with pytest.raises(NotImplementedError, match="multiples of 16 rows, and torchao says: pad_token_groups"):
+        torchao_experts.swap_weights(model)
+
+
+def scaled_grouped_mm(a, b, scale_a, scale_b, offs, out_dtype, use_fast_accum):
+    """What `torch._scaled_grouped_mm` computes: rows of groups times matrices, or groups of what is contracted."""
+    bounds = [0, *offs.tolist()]
+    a, b, parts = a.float(), b.float(), []
+    for group, rows in enumerate(slice(*of) for of in itertools.pairwise(bounds)):
+        if b.dim() == 3:
+            parts.append((a[rows] @ b[group]) * scale_a[rows, None] * scale_b[group])
+        else:
+            scales = (scale.view(len(offs), -1)[group] for scale in (scale_a, scale_b))
+            left, right = scales
+            parts.append((a[:, rows] @ b[rows]) * left[:, None] * right)
+    return (torch.cat(parts) if b.dim() == 3 else torch.stack(parts)).to(out_dtype)
+
+
+def test_grouped_hands_torchaos_kernel_what_ours_reads(monkeypatch, tmp_path):
+    """Operands and scales in its order, checked against ours by the arm itself; groups that it refuses are no call."""
+    calls = []
+
+    def counted(*given, **named):
+        calls.append(given)
+        return scaled_grouped_mm(*given, **named)
+
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", counted)
+    given = ["--device", "cpu", "--rows", "256", "--shapes", "48,32", "--groups", "2", "--repeats", "1"]
+    out = tmp_path / "grouped.csv"
+    assert grouped.main([*given, "--out", str(out)]) == 1, "ragged groups are left out"
+    with out.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "torchao"]
+    assert {(row["product"], row["sizes"]): row["status"] == "ok" for row in rows} == {
+        (product, sizes): sizes == "equal" for product in grouped.PRODUCTS for sizes in ("equal", "ragged")
+    }
+    assert all("multiples of 16" in row["status"] for row in rows if row["sizes"] == "ragged")
+    assert {tuple(len(t.shape) for t in call[:2]) for call in calls} == {(2, 3), (2, 2)}
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", lambda *given, **named: counted(*given, **named) * 1.1)
+    tensors = grouped.Tensors(grouped.Problem(256, 2, 48, 32, False, "cpu"))
+    with pytest.raises(ValueError, match=r"differs from ours by 0\.1"):
+        tensors.scaled("wgrad")
+
+
 # --- training_step: results -----------------------------------------------------------------------------------------
 
 
@@ -354,6 +432,22 @@ def test_floors_move_products_from_bf16_to_eight_bits():
     assert floors["ours_fp8"]["8-bit GEMM"].seconds == pytest.approx(whole / 2)
     assert floors["ours_bf16"]["BF16 GEMM"].seconds == pytest.approx(2 * whole / 3)
     assert floors["ours_dgrad_fp8"]["8-bit GEMM"].seconds == pytest.approx(whole / 3)
+
+
+def test_floors_of_a_mixture_count_the_experts_of_a_token():
+    """Mixtral's shape: 2 of 8 experts multiply a token, and all 8 are read, cast and updated."""
+    size, ceilings = SIZES["mixtral"], profile_step.Ceilings(copy=4e12, bf16=700e12, fp8=1400e12)
+    floors = profile_step.floors(training_step.ARMS[BASELINE], size, ceilings)
+    attention, expert = (2 * 2048 + 2 * 1024) * 2048, 3 * 2048 * 7168
+    assert floors["BF16 GEMM"].seconds == pytest.approx(6 * 16384 * 4 * (attention + 2 * expert) / 700e12)
+    assert floors["optimizer"].seconds == pytest.approx(14 * size.parameters / 4e12)
+    assert size.parameters > 4 * (attention + 8 * expert)
+
+
+@pytest.mark.parametrize("kernel", ["_rows_kernel", "_contraction_kernel", "mm_8bit_kernel"])
+def test_products_of_groups_are_8_bit_products(kernel):
+    launch = Launch(kernel, "CompiledFunctionBackward", "", 1.0, 1)
+    assert profile_step.class_of(launch, SIZES["mixtral"]) == "8-bit GEMM"
 
 
 def test_report_states_the_casts_share_of_the_linears():

@@ -7,10 +7,10 @@ One persistent program per processor, its warps specialized:
 * two warp groups that multiply: each owns the upper or the lower half of the tile's rows, and both read the same stage
   of ``b``. They meet at the stages' barriers only, and the loads of the next tile go on while they write this one.
 
-It is there for INT8. Triton's compiler (3.6, 3.7) knows the widths of Hopper's integer instruction up to 224 columns,
-though they go up to 256 (PTX ISA, "wgmma.mma_async", shapes for .s8). It cuts a tile of 256 columns into two products
-of 128, each of which reads ``a`` from shared memory, whose bandwidth limits 8-bit products; and its pipeline waits for
-the products of a step before it begins the next.
+It is there for INT8, and for products whose contraction is in groups. Triton's compiler (3.6, 3.7) knows the widths of
+Hopper's integer instruction up to 224 columns, though they go up to 256 (PTX ISA, "wgmma.mma_async", shapes for .s8).
+It cuts a tile of 256 columns into two products of 128, each of which reads ``a`` from shared memory, whose bandwidth
+limits 8-bit products; and its pipeline waits for the products of a step before it begins the next.
 
 Gluon ends in the same compiler and meets the same limit, but its layouts are given by hand and are the same for both
 types: the product of two e4m3 in float32 and that of two int8 in int32 differ in the name of one instruction. So INT8
@@ -20,6 +20,9 @@ such; and :func:`as_integers` renames the instruction in the PTX.
 The instruction for single bits reads as many bytes as the others, 256 bits for 32 numbers of e4m3, at the same rate,
 and counts the bits that are set in both operands (PTX ISA, "wgmma.mma_async", ``.b1.and.popc``). It is another name in
 the same place: a product of signs takes an eighth of the time of one of 8-bit numbers.
+
+A contraction in groups (the gradient of experts' weights, ``grouped.py``) is short: 16 steps for 2048 tokens. What
+comes before and after the steps of a tile weighs as much, and here the loads of the next tile go on meanwhile.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.cache import get_cache_manager
 
 from qcompile import compat
+from qcompile.ir.ops import GROUP_ALIGNMENT
 from qcompile.kernels.triton import launch
 
 from .triton import TMA_ALIGNMENT, Problem, accumulator_of, card_of, fastest, first_element, predicted_cycles
@@ -59,10 +63,11 @@ __all__ = [
     "as_integers",
     "best_config",
     "candidates",
-    "kernel",
     "launch_arguments",
     "mm_1bit",
     "mm_8bit",
+    "mm_8bit_contracted",
+    "mm_8bit_kernel",
 ]
 
 #: TMA copies as Triton 3.9 calls them; 3.6 has them by their former names only.
@@ -74,10 +79,12 @@ async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 SHARED_MEMORY = 227 * 1024
 #: Bytes of K in a stage: one row of the swizzled shared memory.
 BLOCK_K = gl.constexpr(128)
-#: Warp groups that multiply, and the registers of a thread: of the second of them, and of the warp that loads. The
-#: first gets what is left of 168 per thread.
+#: Warp groups that multiply, and the registers of a thread: of the second of them, and of the warp that loads, which
+#: needs more to look for a tile's group. The first gets what is left of 168 per thread.
 CONSUMERS = gl.constexpr(2)
 _REGISTERS = gl.constexpr((232, 24))
+_REGISTERS_OF_GROUPS = gl.constexpr((232, 40))
+_ALIGNMENT = gl.constexpr(GROUP_ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,24 @@ def _before(stage, stages: gl.constexpr):
 
 
 @gluon.jit
+def _extent(offs, group):
+    """How much of the contraction is a group's: its rows, rounded up to where the next group begins."""
+    before = gl.load(offs + gl.maximum(group, 1) - 1)
+    rows = gl.load(offs + group) - gl.where(group == 0, 0, before)
+    return gl.cdiv(gl.maximum(rows, 0), _ALIGNMENT) * _ALIGNMENT
+
+
+@gluon.jit
+def _seek(target, group, begin, end, offs):
+    """``target``, and where its part of the contraction begins and ends; those of ``group``, before it, are given."""
+    while group < target:
+        group += 1
+        begin = end
+        end += _extent(offs, group)
+    return group, begin, end
+
+
+@gluon.jit
 def _load(
     block_m: gl.constexpr,
     block_n: gl.constexpr,
@@ -153,6 +178,8 @@ def _load(
     group_m: gl.constexpr,
     a,
     b,
+    offs,
+    groups,
     m,
     n,
     k,
@@ -165,9 +192,15 @@ def _load(
     part_m: gl.constexpr = block_m // CONSUMERS
     stage = 0
     phase = 1  # of a fresh barrier, the phase before counts as over: all stages are empty
-    for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
-        row, column = first_element(tile, m, n, block_m, block_n, group_m)
-        for depth in range(0, k, BLOCK_K):
+    tiles = gl.cdiv(m, block_m) * gl.cdiv(n, block_n)
+    group, begin, end = 0, 0, k
+    if offs is not None:
+        end = _extent(offs, 0)
+    for tile in range(gl.program_id(0), groups * tiles, gl.num_programs(0)):
+        if offs is not None:
+            group, begin, end = _seek(tile // tiles, group, begin, end, offs)
+        row, column = first_element(tile - group * tiles, m, n, block_m, block_n, group_m)
+        for depth in range(begin, end, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             arrived = full.index(stage)
             mbarrier.expect(arrived, (block_m + block_n) * BLOCK_K)
@@ -193,6 +226,7 @@ def _pieces(product, parts: gl.constexpr):
 def _multiply(
     part: gl.constexpr,
     summands,
+    offs,
     integer: gl.constexpr,
     tma_store: gl.constexpr,
     block_m: gl.constexpr,
@@ -210,6 +244,7 @@ def _multiply(
     empty,
     scale_a,
     scale_b,
+    groups,
     m,
     n,
     k,
@@ -231,14 +266,23 @@ def _multiply(
     by_thread: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), gl.cdiv(m, block_m) * gl.cdiv(n, block_n), gl.num_programs(0)):
-        row, column = first_element(tile, m, n, block_m, block_n, group_m)
+    tiles = gl.cdiv(m, block_m) * gl.cdiv(n, block_n)
+    group, begin, end = 0, 0, k
+    if offs is not None:
+        end = _extent(offs, 0)
+    for tile in range(gl.program_id(0), groups * tiles, gl.num_programs(0)):
+        if offs is not None:
+            group, begin, end = _seek(tile // tiles, group, begin, end, offs)
+        row, column = first_element(tile - group * tiles, m, n, block_m, block_n, group_m)
         row += part * part_m
+        # Groups lie below each other, in results as in scales.
+        above = group * m
+        before = group * n
         # Asked for now, so that they are there when the epilogue wants them.
         rows = row + gl.arange(0, part_m, gl.SliceLayout(1, layout))
-        by_row = gl.load(scale_a + rows * scale_a_stride, mask=rows < m, other=0.0)
+        by_row = gl.load(scale_a + (above + rows) * scale_a_stride, mask=rows < m, other=0.0)
         columns = column + gl.arange(0, block_n, by_thread)
-        by_column = gl.load(scale_b + columns * scale_b_stride, mask=columns < n, other=0.0)
+        by_column = gl.load(scale_b + (before + columns) * scale_b_stride, mask=columns < n, other=0.0)
         if bias is not None:
             shift = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
         if offset_a is not None:
@@ -247,15 +291,15 @@ def _multiply(
             column_offset = gl.load(offset_b + columns, mask=columns < n, other=0.0)
 
         product = gl.zeros((part_m, block_n), gl.float32, whole_layout)
-        for depth in range(0, k, BLOCK_K):
+        for depth in range(begin, end, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             transposed = right.index(stage).permute((1, 0))
             product = warpgroup_mma(left.index(stage * CONSUMERS + part), transposed, product, is_async=True)
             product = warpgroup_mma_wait(1, deps=[product])
-            mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth > 0)
+            mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth > begin)
             stage, phase = _next(stage, phase, stages)
         product = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(empty.index(_before(stage, stages)))
+        mbarrier.arrive(empty.index(_before(stage, stages)), pred=begin < end)
 
         scales = columnwise.index(0)
         scales.store(by_column)
@@ -284,10 +328,10 @@ def _multiply(
                 tma.store_wait(buffers - 1)
                 buffer.store(value.to(out.dtype))
                 fence_async_shared()
-                async_store(out, [row, at], buffer)
+                async_store(out, [above + row, at], buffer)
             else:
                 places = at + gl.arange(0, piece_n, gl.SliceLayout(0, layout))
-                address = out + rows.to(gl.int64)[:, None] * n + places[None, :]  # m · n may exceed 2^31
+                address = out + (above + rows).to(gl.int64)[:, None] * n + places[None, :]  # m · n may exceed 2^31
                 gl.store(address, value.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (places < n)[None, :])
     if tma_store:
         tma.store_wait(0)
@@ -295,10 +339,10 @@ def _multiply(
 
 # One binary for all extents and addresses: that of INT8 is made once.
 @gluon.jit(
-    do_not_specialize=["m", "n", "k", "scale_a_stride", "scale_b_stride"],
-    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias", "offset_a", "offset_b"],
+    do_not_specialize=["groups", "m", "n", "k", "scale_a_stride", "scale_b_stride"],
+    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias", "offset_a", "offset_b", "offs"],
 )
-def kernel(
+def mm_8bit_kernel(
     a,
     b,
     out,
@@ -307,6 +351,8 @@ def kernel(
     bias,
     offset_a,
     offset_b,
+    offs,
+    groups,
     m,
     n,
     k,
@@ -322,7 +368,7 @@ def kernel(
     group_m: gl.constexpr,
 ):
     """``a``, ``b`` and, if ``tma_store``, ``out`` are tensor descriptors; the accelerator fills with zeros and drops
-    what lies outside.
+    what lies outside. ``offs``: where groups of the contraction end, ``None`` if there are none.
     """
     part_m: gl.constexpr = block_m // CONSUMERS
     left = gl.allocate_shared_memory(a.dtype, [stages * CONSUMERS, part_m, BLOCK_K], a.layout)
@@ -344,28 +390,29 @@ def kernel(
         staged_1 = columns_1
     summands = (bias, offset_a, offset_b)
     ring = (left, right, full, empty)
-    problem = (scale_a, scale_b, m, n, k, scale_a_stride, scale_b_stride)
+    problem = (scale_a, scale_b, groups, m, n, k, scale_a_stride, scale_b_stride)
+    registers: gl.constexpr = _REGISTERS if offs is None else _REGISTERS_OF_GROUPS
     gl.warp_specialize(
         [
             (
                 _multiply,
                 # Triton adds tuples, but does not unpack them; of what is added on the right, only tensors survive.
-                (0, summands, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                (0, summands, offs, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
                 + (out, staged_0, columns_0)
                 + ring
                 + problem,
             ),
             (
                 _multiply,
-                (1, summands, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
+                (1, summands, offs, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
                 + (out, staged_1, columns_1)
                 + ring
                 + problem,
             ),
-            (_load, (block_m, block_n, stages, group_m, a, b, m, n, k) + ring),  # noqa: RUF005
+            (_load, (block_m, block_n, stages, group_m, a, b, offs, groups, m, n, k) + ring),  # noqa: RUF005
         ],
         [4, 1],
-        _REGISTERS,
+        registers,
     )
 
 
@@ -458,6 +505,33 @@ def mm_1bit(
     return _product(a, b, scale_a, scale_b, dtype, (bias, offset_a, offset_b), config, tune)
 
 
+def mm_8bit_contracted(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """As :func:`qcompile.kernels.matmul.reference.mm_8bit_grouped` where the contraction is in groups: ``[E, M, N]`` of
+    a ``[M, P]`` and b ``[N, P]``.
+
+    Both int8, or each float8_e4m3fn or float8_e5m2, P a multiple of 16; copied if they are not contiguous or not
+    aligned to 16 bytes. ``offs`` int32 ``[E]``, on their device, is never read by the host. scale_a ``[E, M, 1]`` and
+    scale_b ``[E, N, 1]`` float32, or of one element. Raises ``ValueError`` for other dtypes and other P.
+    """
+    accumulator_of(a, b)
+    if a.shape[1] % TMA_ALIGNMENT:
+        msg = f"mm_8bit_contracted needs P to be a multiple of {TMA_ALIGNMENT}, got {a.shape[1]}"
+        raise ValueError(msg)
+    if not offs.shape[0]:
+        return a.new_empty((0, a.shape[0], b.shape[0]), dtype=dtype)
+    scales = scale_a.reshape(-1, 1), scale_b.reshape(-1, 1)
+    return _product(a, b, *scales, dtype, (None, None, None), config, False, offs.contiguous())
+
+
 def _product(
     a: Tensor,
     b: Tensor,
@@ -467,10 +541,12 @@ def _product(
     summands: tuple[Tensor | None, Tensor | None, Tensor | None],
     config: Config | None,
     tune: bool,
+    offs: Tensor | None = None,
 ) -> Tensor:
     """``summands``: bias and offsets. Everything counts bytes along K."""
     (m, k), n = a.shape, b.shape[0]
-    out = a.new_empty((m, n), dtype=dtype)
+    groups = 1 if offs is None else offs.shape[0]
+    out = a.new_empty((m, n) if offs is None else (groups, m, n), dtype=dtype)
     scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
     dense = [None if x is None else x.contiguous() for x in summands]
     of_columns = sum(x is not None for x in (dense[0], dense[2]))
@@ -479,11 +555,11 @@ def _product(
         a, b = _aligned(a), _aligned(b)
 
         def run(config: Config) -> None:
-            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense)
-            tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-            launch(kernel, min(tiles, card.processors), *arguments, contract=True, **options)
+            arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense, offs=offs)
+            tiles = groups * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+            launch(mm_8bit_kernel, min(tiles, card.processors), *arguments, contract=True, **options)
 
-        problem = Problem(m, n, k, a.dtype, b.dtype, dtype, card)
+        problem = Problem(m, n, k // groups, a.dtype, b.dtype, dtype, card)
         run(config or best_config(problem, run, tune, of_columns))
     return out
 
@@ -504,11 +580,15 @@ def launch_arguments(
     bias: Tensor | None = None,
     offset_a: Tensor | None = None,
     offset_b: Tensor | None = None,
+    *,
+    offs: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and options of the kernel, for which integers may have to be compiled; all tensors are contiguous."""
     (m, k), n = a.shape, b.shape[0]
     rows = config.block_m // CONSUMERS.value
-    tma_store = n * out.itemsize % TMA_ALIGNMENT == 0
+    # What hangs over a group's last row would be written into the next group.
+    fits_below = offs is None or m % config.block_m == 0
+    tma_store = fits_below and n * out.itemsize % TMA_ALIGNMENT == 0
     piece_n = (config.piece_bytes if tma_store else 128) // out.itemsize  # addresses take registers
     stored = a.dtype
     integer = stored in _INSTRUCTIONS
@@ -517,12 +597,14 @@ def launch_arguments(
     arguments = (
         _descriptor(a, k, rows, BLOCK_K.value),
         _descriptor(b, k, config.block_n, BLOCK_K.value),
-        _descriptor(out, n, rows, piece_n) if tma_store else out,
+        _descriptor(out.view(-1, n), n, rows, piece_n) if tma_store else out,
         scale_a,
         scale_b,
         bias,
         offset_a,
         offset_b,
+        offs,
+        1 if offs is None else offs.shape[0],
         m,
         n,
         k,
@@ -540,7 +622,7 @@ def launch_arguments(
     options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
     if integer:
         summands = (None if x is None else x.dtype for x in (bias, offset_a, offset_b))
-        key = (stored, config, a.device, tma_store, out.dtype, *summands)
+        key = (stored, config, a.device, tma_store, out.dtype, offs is None, *summands)
         if key not in _INTEGER_PTX:
             _INTEGER_PTX[key] = _integer_ptx(stored, arguments, options)
         options["ir_override"] = _INTEGER_PTX[key]
@@ -567,9 +649,9 @@ def _integer_ptx(stored: torch.dtype, arguments: tuple[Any, ...], options: dict[
     # What an earlier process left in Triton's cache may be PTX for torch's assembler, which Triton's own, older, would
     # refuse.
     compat.use_torchs_ptxas()
-    ptx = as_integers(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
+    ptx = as_integers(mm_8bit_kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
     path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_integers.ptx", binary=False)
-    if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
+    if mm_8bit_kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
         msg = f"Triton did not assemble {path}"
         raise RuntimeError(msg)
     return path

@@ -36,13 +36,15 @@ reference  the same                                       any                   
 
 Of ``mm_8bit_grouped``, whose rows or contraction are in groups of any sizes:
 
-========== ============================================== ======================= =========================
-provider   operands                                       compute capability      output
-========== ============================================== ======================= =========================
-grouped    FP8, or both INT8, without offsets; K a        9.0                     bfloat16, float16, float32
-           multiple of 16
-reference  the same, any K                                any                     any
-========== ============================================== ======================= =========================
+============= =========================================== ======================= =========================
+provider      operands                                    compute capability      output
+============= =========================================== ======================= =========================
+grouped_gluon FP8, or both INT8; the contraction in       9.0                     bfloat16, float16, float32
+              groups
+grouped       FP8, or both INT8, without offsets; K a     9.0                     bfloat16, float16, float32
+              multiple of 16
+reference     the same, any K                             any                     any
+============= =========================================== ======================= =========================
 
 Of ``mm_stored``, whose weight is stored in 4 bits and whose other operand is in high precision:
 
@@ -124,6 +126,7 @@ class Product:
         tensor_scales: whether both scales are ``[1, 1]``.
         offsets: whether something is added before the scales.
         grouped: whether it is one product for each group, ``mm_8bit_grouped``.
+        contracted: whether these are groups of the contraction, not of a's rows.
     """
 
     shape: tuple[Any, Any, Any]
@@ -134,6 +137,7 @@ class Product:
     tensor_scales: bool = False
     offsets: bool = False
     grouped: bool = False
+    contracted: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def mm_8bit_grouped(
         capability=_capability(a.device),
         bias=None if bias is None else bias.dtype,
         grouped=True,
+        contracted=b.dim() == 2,
     )
     return _chosen(product).run(a, b, offs, scale_a, scale_b, dtype, bias)
 
@@ -405,8 +410,21 @@ def _run_grouped(*arguments: Any) -> Tensor:
     return grouped.mm_8bit_grouped(*arguments)
 
 
+def _obstacle_to_grouped_gluon(product: Product) -> str:
+    rows = "" if product.contracted else "it is used for groups of the contraction only"
+    return rows or _obstacle_to_grouped(product) or _obstacle_in_gluon(product, 16)
+
+
+def _run_grouped_gluon(a: Tensor, b: Tensor, offs: Tensor, *arguments: Any) -> Tensor:
+    from . import gluon
+
+    scale_a, scale_b, dtype, _ = arguments  # a contraction in groups has no bias
+    return gluon.mm_8bit_contracted(a, b, offs, scale_a, scale_b, dtype)
+
+
 #: Best first, for products of groups.
 GROUPED = (
+    Provider("grouped_gluon", _run_grouped_gluon, _obstacle_to_grouped_gluon),
     Provider("grouped", _run_grouped, _obstacle_to_grouped),
     Provider("reference", reference.mm_8bit_grouped, lambda product: ""),
 )

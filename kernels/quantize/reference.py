@@ -35,6 +35,7 @@ from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas
 from qcompile.kernels.formula.torch_target import evaluate
+from qcompile.kernels.producer import Producer
 from qcompile.kernels.transform.reference import kept, rotate
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "quantize_compensated",
     "quantize_groups",
     "quantize_groups_pair",
+    "quantize_produced",
     "recode",
     "scale_pair",
     "scaled_input",
@@ -134,6 +136,16 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     scale, _, reciprocal = scale_pair(amax, spec.quantizer)
     bounds = torch.cat([lower, upper, reciprocal], -1)
     return encode_compensated(x, bounds, operand, -1), scale, bounds
+
+
+def quantize_produced(
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, producer: str, operand: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize_compensated` along the last axis of what a producer makes of a, b, c and d.
+
+    Casts between its steps round here, as they do in eager torch; in generated code they do not.
+    """
+    return quantize_compensated(Producer.parse(producer).produced((a, b, c, d)), operand, -1)
 
 
 def encode_compensated(x: Tensor, bounds: Tensor, operand: str, axis: int) -> Tensor:

@@ -51,19 +51,27 @@ def _no_card(monkeypatch, cache):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
     monkeypatch.setattr(gluon, "_INTEGER_PTX", {})
-    gluon.kernel.device_caches.clear()
+    gluon.mm_8bit_kernel.device_caches.clear()
 
 
 def build(
-    config: gluon.Config, dtypes, dtype=BF16, bias=None, n: int = 512, offsets: tuple[bool, bool] = (False, False)
+    config: gluon.Config,
+    dtypes,
+    dtype=BF16,
+    bias=None,
+    n: int = 512,
+    offsets: tuple[bool, bool] = (False, False),
+    m: int = 300,
+    groups: int = 0,
 ) -> CompiledKernel:
-    """The kernel as it is launched."""
-    a, b = (torch.zeros(rows, 256, dtype=torch.uint8).view(t) for rows, t in zip((300, n), dtypes, strict=True))
-    out, one = torch.empty(300, n, dtype=dtype), torch.ones(1, 1)
+    """The kernel as it is launched; with ``groups``, for a contraction in as many."""
+    a, b = (torch.zeros(rows, 256, dtype=torch.uint8).view(t) for rows, t in zip((m, n), dtypes, strict=True))
+    out, one = torch.empty(max(1, groups), m, n, dtype=dtype), torch.ones(1, 1)
     shift = None if bias is None else torch.zeros(n, dtype=bias)
-    summands = [torch.zeros(rows, 1) if given else None for rows, given in zip((300, n), offsets, strict=True)]
-    arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift, *summands)
-    return gluon.kernel.warmup(*arguments, grid=(1,), **options)
+    summands = [torch.zeros(rows, 1) if given else None for rows, given in zip((m, n), offsets, strict=True)]
+    offs = torch.zeros(groups, dtype=torch.int32) if groups else None
+    arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift, *summands, offs=offs)
+    return gluon.mm_8bit_kernel.warmup(*arguments, grid=(1,), **options)
 
 
 def assembler_log(kernel: CompiledKernel, folder) -> str:
@@ -125,6 +133,21 @@ def test_every_output_leaves_without_spilling(tmp_path, dtype, n):
     assert "wgmma" not in log
     assert ("cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]) == (n == 512)
     assert kernel.metadata.shared <= config.shared_memory(1)
+
+
+@compiled
+@pytest.mark.parametrize("m", [256, 300], ids=["TMA store", "pointer store"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_contraction_in_groups_keeps_its_products_in_flight(tmp_path, config, m):
+    """Nothing spilled, though the warps look for each tile's group; a result of 300 rows leaves by addresses, since
+    what hangs over its tile would be the next group's.
+    """
+    kernel = build(config, (E4M3, E4M3), m=m, groups=5)
+    log = assembler_log(kernel, tmp_path)
+    assert "0 bytes spill stores" in log
+    assert "wgmma" not in log
+    assert ("cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]) == (m == 256)
+    assert kernel.metadata.shared <= config.shared_memory()
 
 
 @compiled
@@ -210,7 +233,9 @@ def test_why_another_provider_runs(monkeypatch, change, reason):
 
 
 def test_it_refuses_other_dtypes_and_k():
-    one = torch.ones(1, 1)
+    one, offs = torch.ones(1, 1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="needs P to be a multiple of 16, got 17"):
+        gluon.mm_8bit_contracted(*torch.zeros(2, 2, 17, dtype=INT8), offs, one, one, BF16)
     with pytest.raises(ValueError, match=r"got torch\.int8 with torch\.float8_e4m3fn"):
         gluon.mm_8bit(torch.zeros(2, 16, dtype=INT8), torch.zeros(2, 16).to(E4M3), one, one, BF16)
     with pytest.raises(ValueError, match="multiple of 16, got 17"):

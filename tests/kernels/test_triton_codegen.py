@@ -20,6 +20,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 import torch._inductor.config as inductor_config  # noqa: E402
+from torch._inductor.codegen.triton import TritonOverrides  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -31,7 +32,8 @@ from qcompile.ir.quantizer import Quantizer  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_lowerings  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
-from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.kernels.producer import INPUTS, OPERATIONS, Producer, device_producer  # noqa: E402
+from qcompile.kernels.quantize import reference, triton_outliers  # noqa: E402
 from qcompile.stored import PackedWeight  # noqa: E402
 
 from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
@@ -89,6 +91,14 @@ class InterpretedLibdevice:
     @staticmethod
     def floor(x):
         return triton.language.floor(x)
+
+    @staticmethod
+    def exp(x):
+        return triton.language.exp(x)
+
+    @staticmethod
+    def erf(x):
+        return triton.language.erf(x)
 
 
 @pytest.fixture
@@ -453,6 +463,69 @@ def test_interpreted_codes_computed_again(generate, axis):
     again, kernels = generate(lambda x: encode(x.half() * 1, bounds, COMPENSATED_OPERAND, axis), x)
     assert kernels
     assert torch.equal(again, codes)
+
+
+SWIGLU = "neg(a); exp(%0); add(%1, 1.0); div(a, %2); round(%3) float16; mul(%4, b) float16"
+GELU = "mul(a, 0.5); mul(a, 0.7071067811865476); erf(%1); add(%2, 1.0); mul(%0, %3) float16"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda a, b, c, d: F.silu(a) * b, SWIGLU),
+        (lambda a, b, c, d: F.gelu(a), GELU),
+        (lambda a, b, c, d: torch.sigmoid(a) / c, "sigmoid(a); div(%0, c) float16"),
+        (lambda a, b, c, d: (a * d).half() - b, "mul(a, d) float16; sub(%0, b) float16"),
+    ],
+    ids=["swiglu", "gelu", "a weight", "a factor of each row"],
+)
+def test_interpreted_producers_compute_what_inductor_does(generate, monkeypatch, function, text):
+    """Codes, scales and bounds are those of what Inductor's kernel would have written; and each program quantizes
+    several groups of rows, by way of one slot. (The interpreter truncates to bfloat16 in Inductor's kernel.)
+    """
+    a, b = (rows_of_everything(21, 150, Quantizer.parse(E2M1).format).half() for _ in range(2))
+    a, c, d = a[:, 1:140], (torch.rand(139) + 0.5).half(), torch.rand(21, 1) + 0.5
+    inputs = [a, b[:, :139] * 2.0**-8, c, d]
+    x, kernels = generate(function, *inputs)
+    assert kernels
+    for name, value in (("RESIDENT_WARPS", 1), ("processors", lambda device: 1)):
+        monkeypatch.setattr(triton_outliers, name, value)
+    read = [x if f"{name}," in text or f"{name})" in text else None for name, x in zip(INPUTS, inputs, strict=True)]
+    actual = triton_outliers.quantize_produced(*read, text, COMPENSATED_OPERAND)
+    expected = triton_outliers.quantize_compensated(x, COMPENSATED_OPERAND, -1)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - {"round"}))
+def test_producers_are_printed_as_inductor_prints_them(name):
+    """Another function of the same meaning would differ in the last bit."""
+    names = {"div": "truediv"}
+    operation, given = getattr(TritonOverrides, names.get(name, name)), ("x", "y")
+    printed = OPERATIONS[name].triton
+    assert operation(*given[: printed.count("{")]) == printed.format(*given)
+
+
+def test_what_producers_say():
+    producer = Producer.parse(SWIGLU)
+    assert str(producer) == SWIGLU
+    assert producer.dtype == torch.float16
+    assert not producer.contracted
+    assert Producer.parse("mul(a, b) float16; round(%0); neg(%1); add(2.0, %2)").contracted
+    assert not Producer.parse("mul(a, b); div(%0, 2.0); add(%1, 1.0)").contracted
+    gate, up = torch.randn(2, 5, 7).half()
+    assert torch.equal(producer.produced((gate, up)), F.silu(gate) * up)
+    for text in ("tan(a)", "mul(a, b", ""):
+        with pytest.raises(ValueError, match="is no step of a producer; operations are neg, add, "):
+            Producer.parse(text)
+
+
+def test_producers_have_kernels_of_their_own():
+    """Triton tells constants of kernels apart by their keys, in memory and on disk."""
+    first, second = device_producer(SWIGLU), device_producer(GELU)
+    assert first is device_producer(SWIGLU)
+    assert first.cache_key != second.cache_key
 
 
 @interpreted

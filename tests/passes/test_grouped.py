@@ -7,6 +7,7 @@ gradient is not 0, NaN that reaches a neighbour, an operand decoded that tensor 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qcompile import compat
+from qcompile.backends import compile_with
+from qcompile.ir.recipe import Recipe
 from qcompile.kernels.quantize import reference as quantize
+from qcompile.recipes import QUEST
 
 from .harness import SMALL_FP4, compile_and_run, compiler, fp4, run_eager
 
@@ -25,6 +29,8 @@ BF16 = torch.bfloat16
 #: No outliers, so that codes and gradients are formulas of a line; both gradients in FP8.
 PLAIN = SMALL_FP4.override({"activation": {"outliers": None}, "weight": {"estimator": "ste"}})
 QUANTIZER, GRADIENT = "e2m1 row absmax even", "e4m3 row absmax even"
+#: What multiplies each role on such a device.
+KERNELS = {"fprop": "grouped", "dgrad": "grouped", "wgrad": "grouped_gluon"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +66,8 @@ def ends(*sizes: int) -> Tensor:
 
 
 #: 168 tokens: torch wants a multiple of 8.
-OFFS = ends(17, 1, 0, 6, 15, 129, 0)
+SIZES = (17, 1, 0, 6, 15, 129, 0)
+OFFS = ends(*SIZES)
 
 
 def tokens(requires_grad: bool = True) -> Tensor:
@@ -118,9 +125,7 @@ def test_all_three_products_are_the_formulas(transposed: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6 * float(expected.detach().abs().max()))
     for empty in (2, 6):
         assert torch.equal(result.gradients[1][empty], torch.zeros_like(experts.up[empty]))
-    assert {(row["role"], row["provider"]) for row in result.gemms} == {
-        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
-    }
+    assert {(row["role"], row["provider"]) for row in result.gemms} == set(KERNELS.items())
 
 
 def test_what_runs_reads_codes_alone() -> None:
@@ -228,7 +233,7 @@ def test_outliers_are_read_as_codes_too() -> None:
     """The FP4 default adds outliers to E4M3 codes, which routed tokens take along in both directions."""
     recipe = fp4(activation={"outliers": "occ(alpha=0.9,residual=e4m3)"}, weight={"estimator": "ste"})
     result = compile_and_run(Experts(), tokens(), OFFS, recipe=recipe, backward="fp8")
-    assert {row["provider"] for row in result.gemms} == {"grouped"}
+    assert {row["provider"] for row in result.gemms} == set(KERNELS.values())
 
 
 @pytest.mark.parametrize("_hopper", [None], indirect=True)
@@ -261,7 +266,7 @@ def test_tokens_are_quantized_once_and_their_codes_gathered(activation: str | No
     ]
     for a, b in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
         assert torch.equal(a, b)
-    assert {row["provider"] for row in results[0].gemms} == {"grouped"}
+    assert {row["provider"] for row in results[0].gemms} == set(KERNELS.values())
     shapes = [{row["shape"][0] for row in result.saved if row["codes"]} for result in results]
     assert shapes == [{84}, {168}]
 
@@ -290,13 +295,88 @@ def test_experts_in_other_dtypes_read_codes_too(dtype: torch.dtype, transposed: 
     )
     for got, expected in ((result.outputs, outputs), *((result.gradients[i], gradients[i]) for i in gradients)):
         torch.testing.assert_close(got, expected, rtol=2**-10, atol=1e-5 * float(expected.detach().abs().max()))
-    assert {(row["role"], row["provider"]) for row in result.gemms} == {
-        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
-    }
+    assert {(row["role"], row["provider"]) for row in result.gemms} == set(KERNELS.items())
     decoded = compile_and_run(product, x, experts.up, OFFS, recipe=PLAIN, backward="bf16")
     assert {row["provider"] for row in decoded.gemms} == {"grouped", "reference"}
     for got, expected in ((decoded.gradients[i], gradients[i]) for i in gradients):
         assert (got.double() - expected.double()).norm() < 0.05 * expected.double().norm()
+
+
+def routed() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """transformers' experts of Qwen3 in float32; tokens, which experts each goes to, and their weights."""
+    qwen = pytest.importorskip("transformers.models.qwen3_moe")
+    config = qwen.Qwen3MoeConfig(hidden_size=32, num_experts=4, moe_intermediate_size=48)
+    config._experts_implementation = "grouped_mm"
+    experts, generator = qwen.modeling_qwen3_moe.Qwen3MoeExperts(config), torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    chosen, weights = torch.randint(4, (64, 2), generator=generator), torch.rand(64, 2, generator=generator)
+    return experts, torch.randn(64, 32, generator=generator).requires_grad_(), chosen, weights
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, pytest.param(QUEST, marks=pytest.mark.nightly)], ids=["fp4", "quest"])
+def test_transformers_experts_in_float32_under_autocast(recipe: Recipe) -> None:
+    """Its module as it is: autocast leaves experts in float32, which transformers has an opaque op for while compiling.
+    All six products are of groups of codes.
+    """
+
+    def under() -> Any:
+        return torch.autocast("cpu", BF16)
+
+    result = compile_and_run(*routed(), recipe=recipe, backward="fp8", min_side=0, under=under)
+    assert result.outputs.dtype == torch.float32
+    assert [(row["role"], row["provider"]) for row in result.gemms] == 2 * [("fprop", KERNELS["fprop"])] + 2 * [
+        (role, KERNELS[role]) for role in ("dgrad", "wgrad")
+    ]
+
+
+@pytest.mark.nightly
+def test_opaque_products_without_rotations_are_the_same() -> None:
+    """And so are both of their gradients, which one op computes."""
+    results = [
+        compile_and_run(*routed(), recipe=QUEST, backward="bf16", min_side=0, **options)
+        for options in ({}, {"disable_passes": ["cancel_rotations"]})
+    ]
+    assert [result.count("hadamard", "joint_fuse") for result in results] == [4, 12]
+    for got, expected in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+class OneByOne(Experts):
+    """The same, as linear layers of slices of known sizes."""
+
+    def product(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        parts = x.split(SIZES)
+        return torch.cat([F.linear(part, weight[i]) for i, part in enumerate(parts) if len(part)])
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(1, marks=pytest.mark.nightly)])
+def test_quest_experts_are_its_linear_layers(bits: int) -> None:
+    """Rotated along K and multiplied as codes in all three products, with results and gradients of the dense products;
+    what is rotated back is each of the four gradients alone.
+    """
+    results = []
+    for kind in (Experts, OneByOne):
+        experts, x = kind(), tokens()
+        options = {"bits": bits, "backward": "fp8", "min_side": 0}
+        results.append(compile_and_run(experts, x, OFFS, recipe=QUEST, **options))
+    grouped, dense = results
+    assert [(row["role"], row["provider"]) for row in grouped.gemms].count(("fprop", "grouped")) == 2
+    assert {(row["role"], row["provider"]) for row in grouped.gemms} == set(KERNELS.items())
+    assert grouped.count("hadamard", "joint_cancel_rotations") == 4
+    torch.testing.assert_close(grouped.outputs, dense.outputs, rtol=2**-7, atol=2**-7)
+    for name, expected in dense.gradients.items():
+        got = grouped.gradients[name]
+        assert (got.double() - expected.double()).norm() < 2**-7 * expected.double().norm(), name
+
+
+@pytest.mark.nightly
+def test_quest_experts_of_eight_bits_are_decoded_and_the_report_says_why() -> None:
+    """Half-integers of eight bits are beside INT8's numbers by a half, which the kernel for groups does not add."""
+    result = compile_and_run(Experts(), tokens(), OFFS, recipe=QUEST, bits=8, min_side=0)
+    (reason,) = {row["reason"] for row in result.gemms if row["role"] == "fprop"}
+    assert "it adds nothing before the scales" in reason
+    assert {row["provider"] for row in result.gemms} == {"dequantize + aten"}
 
 
 def test_codes_of_tokens_are_computed_again_for_the_backward() -> None:
@@ -386,9 +466,7 @@ def test_batched_experts_are_products_of_equal_groups(spelling: str) -> None:
             return self.function(x, self.held["w"])
 
     results = [compile_and_run(Batched(function), x, recipe=PLAIN, backward="fp8") for function in (batched, grouped)]
-    assert {(row["role"], row["provider"]) for row in results[0].gemms} == {
-        (role, "grouped") for role in ("fprop", "dgrad", "wgrad")
-    }
+    assert {(row["role"], row["provider"]) for row in results[0].gemms} == set(KERNELS.items())
     for a, b in zip(*([r.outputs, *r.gradients.values()] for r in results), strict=True):
         assert torch.equal(a, b)
 
@@ -400,3 +478,84 @@ def test_small_and_many_batches_stay_decoded(shape: tuple[int, int, int]) -> Non
     x = torch.randn(shape).to(BF16).requires_grad_()
     result = compile_and_run(lambda x, w: torch.bmm(x, w), x, w, recipe=PLAIN, backward="fp8")
     assert {row["provider"] for row in result.gemms} <= {"dequantize + aten", ""}
+
+
+class Looped(Experts):
+    """Experts one after the other, which ones being decided by data: Dynamo leaves the whole method in Python."""
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        y, starts = torch.zeros_like(x), offs - torch.diff(offs, prepend=offs.new_zeros(1))
+        for expert in (offs > starts).nonzero():
+            rows = slice(int(starts[expert]), int(offs[expert]))
+            gate, up = F.linear(x[rows], self.up[int(expert)]).chunk(2, -1)
+            y[rows] = F.linear(F.silu(gate) * up, self.down[int(expert)])
+        return y
+
+
+class Layer(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts, self.conv = nn.Linear(32, 32, dtype=BF16), experts, nn.Conv1d(4, 4, 1, dtype=BF16)
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return self.experts(self.router(x), offs)
+
+
+def test_experts_that_stay_in_python_are_warned_of_once() -> None:
+    """At the second call, naming what no graph has read. Not of experts in a graph, of one model or of another that
+    runs its code; not of other parameters that nothing reads.
+    """
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(gm)
+        return compile_with(PLAIN, gm, inputs, inner_compile=compat.eager_inner_compile)
+
+    def warned(model: nn.Module) -> list[list[str]]:
+        """Of what each of three calls warns."""
+        compiled, said = torch.compile(model, backend=backend), []
+        for _ in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                compiled(tokens(), OFFS)
+            said.append([text for w in caught if "no graph reads" in (text := str(w.message))])
+        return said
+
+    torch._dynamo.reset()
+    before, (warning,), after = warned(Layer(Looped()))
+    assert before == after == []
+    assert "no graph reads experts.up, experts.down: " in warning
+    graphs.clear()
+    for _ in range(2):
+        assert warned(Layer(Experts())) == [[], [], []]
+    assert len(graphs) == 1, "the second model ran the first one's code"
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(Experts()) for _ in range(2))
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, offs)
+        return x
+
+
+def test_rules_name_what_experts_are_kept_in() -> None:
+    """A parameter of experts is a layer to rules: of all blocks, or of one."""
+    rules = [
+        {"name": "layers.*.experts.down", "quantize": False},
+        {"name": "layers.1.experts.up", "weight": {"format": "int4"}},
+    ]
+    with torch.no_grad():
+        result = compile_and_run(Stack(), tokens(False), OFFS, recipe=PLAIN, rules=rules)
+    weights = {d.site.name: str(d.operands[1]).split()[0] if d.quantized else "" for d in result.decisions}
+    assert weights == {
+        "layers.0.router": "e2m1",
+        "layers.0.experts.up": "e2m1",
+        "layers.0.experts.down": "",
+        "layers.1.router": "e2m1",
+        "layers.1.experts.up": "int4",
+        "layers.1.experts.down": "",
+    }
