@@ -71,6 +71,7 @@ OTHER_VALUES = {
     "forward": "bf16",
     "dgrad_weight": Operand.parse("e2m1 block32 e8m0"),
     "wgrad_activation": Operand.parse("e2m1 block16 e4m3"),
+    "again_from": "codes",
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
     "heads": True,
