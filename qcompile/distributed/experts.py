@@ -79,7 +79,7 @@ class _Exchange(torch.autograd.Function):
         return _exchanged(x, sent, received, group, codes)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         return _exchanged(gradient, *ctx.back), None, None, None, None
 
 
