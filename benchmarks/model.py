@@ -51,11 +51,18 @@ class Size:
 
     def linears(self) -> Iterator[tuple[str, int, int]]:
         """Name, input and output features of every linear of one block."""
+        return self._linears(max(1, self.experts))
+
+    def linears_of_token(self) -> Iterator[tuple[str, int, int]]:
+        """Of these, the ones that a token is multiplied by."""
+        return self._linears(self.mixed)
+
+    def _linears(self, experts: int) -> Iterator[tuple[str, int, int]]:
         yield "q_proj", self.hidden, self.hidden
         yield "k_proj", self.hidden, self.kv_hidden
         yield "v_proj", self.hidden, self.kv_hidden
         yield "o_proj", self.hidden, self.hidden
-        for _ in range(max(1, self.experts)):
+        for _ in range(experts):
             yield "gate_proj", self.hidden, self.intermediate
             yield "up_proj", self.hidden, self.intermediate
             yield "down_proj", self.intermediate, self.hidden
@@ -64,6 +71,16 @@ class Size:
     def block_weights(self) -> int:
         """Elements of the linears of all blocks."""
         return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears())
+
+    @property
+    def weights_of_token(self) -> int:
+        """Those that a token is multiplied by."""
+        return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears_of_token())
+
+    @property
+    def mixed(self) -> int:
+        """How many feed-forward networks of a block a token passes through."""
+        return max(1, self.experts_per_token)
 
     @property
     def parameters(self) -> int:

@@ -43,7 +43,8 @@ _WAITING = "Command Buffer Full"
 CLASSES: dict[str, str] = {
     "attention": _NOT_A_LOOP + r".*(scaled_dot_product|sdpa|flash|fmha|cudnn::fusion)",
     "8-bit GEMM": _NOT_A_LOOP
-    + r".*(scaled_mm|int_mm|mm_8bit|(gemm|matmul)_8bit|nvjet\w*_qq|ovscale|gemm\w*_(f8|s8)|float_e[45]m[23])",
+    + r".*(\b_(rows|contraction)_kernel|scaled_mm|int_mm|mm_8bit|(gemm|matmul)_8bit|nvjet\w*_qq|ovscale"
+    r"|gemm\w*_(f8|s8)|float_e[45]m[23])",
     "loss": r"log_softmax|nll_loss|cross_entropy|softmax_online",
     "DGE slope": r"scale_gradient",
     "casts": r"quantize|encode|recode|8bit|float8|outlier|compensat|topk|bitonicSort|radixSort|scaled_mm|amax"
@@ -162,8 +163,9 @@ def cast_bytes(arm: Arm, size: Size) -> float:
     """Fewest bytes all casts of a step move, each input read once and each output written once, nothing fused."""
     if not arm.roles:
         return 0
-    inputs = size.layers * size.tokens * (3 * size.hidden + size.intermediate)  # q, k, v share one, gate and up too
-    outputs = size.layers * size.tokens * sum(features for _, _, features in size.linears())
+    # q, k, v share one, gate and up too, of all experts of a token
+    inputs = size.layers * size.tokens * (3 * size.hidden + size.mixed * size.intermediate)
+    outputs = size.layers * size.tokens * sum(features for _, _, features in size.linears_of_token())
     total: float = GRADIENT_BYTES[arm.roles - {"fprop"}] * outputs
     activation = "activation with outliers" if arm.outliers else "activation"
     for operand, elements in ((activation, inputs), ("weight", size.block_weights)):
@@ -178,14 +180,14 @@ def elementwise_bytes(size: Size) -> float:
     forward_norms = 2 * 2 * (2 * d + 2 * d)  # two adds with norm: read both addends, write sum and normed
     backward_norms = 2 * (3 + 3) * d + 2 * (2 + 3) * d  # read the gradients of all readers, x and dx; write dx
     rotary = 2 * 2 * (2 * d + 2 * kv)
-    swiglu = 2 * (3 + 5) * ff
+    swiglu = 2 * (3 + 5) * ff * size.mixed
     embedding = 2 * (2 * size.tokens * d + 2 * size.tokens * d + size.vocabulary * d)
     return size.layers * size.tokens * (forward_norms + backward_norms + rotary + swiglu) + embedding
 
 
 def floors(arm: Arm, size: Size, ceilings: Ceilings) -> dict[str, Floor]:
     """The floor of every class that has one."""
-    role_operations = 2 * size.tokens * size.block_weights
+    role_operations = 2 * size.tokens * size.weights_of_token
     head_operations = 3 * 2 * size.tokens * size.hidden * size.vocabulary
     scores = 2 * size.batch * size.sequence**2 * size.hidden / 2 * size.layers  # one causal product of all heads
     slope = 6 * size.block_weights if arm.provider == "ours" else 0

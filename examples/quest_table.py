@@ -176,7 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="8.8M")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
-    parser.add_argument("--cudagraphs", action="store_true", help="at these sizes launches take longer than kernels")
     add_training_arguments(parser)
     demo.require("matplotlib")
     torch.set_float32_matmul_precision("high")

@@ -1,6 +1,7 @@
 """A scaling law for low-precision training: what a parameter of P bits is worth, in parameters of 16 bits.
 
     python examples/scaling_law.py train --out runs.csv --text my_text.txt    # sizes × bits × tokens, resumable
+    python examples/scaling_law.py train --out runs.csv --bits 16 4 fp4 --tokens 40e6 85e6 --seconds 540  # 9 minutes
     python examples/scaling_law.py fit runs.csv                               # default: the runs QuEST published
 
 The law is L(N, D, P) = A / (N·eff(P))^a + B / D^b + E (QuEST, arXiv 2502.05003): N parameters outside embedding and
@@ -18,6 +19,7 @@ import argparse
 import csv
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -33,6 +35,20 @@ from torch import Tensor, nn
 from qcompile.apps import demo
 
 PUBLISHED = Path(__file__).parent / "data" / "quest_losses.csv"
+#: eff by setting, of QuEST's plotting notebook.
+PUBLISHED_EFF = {
+    "BF16": 1.0,
+    **{"W8A8": 1.0162, "W4A4": 0.6918, "W3A3": 0.4331, "W2A2": 0.1519, "W1A1": 0.0205},
+    **{"FP4": 0.6296, "INT4 4:8": 0.3812},
+    **{"W4A16": 0.8404, "W3A16": 0.6531, "W2A16": 0.4137, "W1A16": 0.1384},
+    **{
+        "no-HT W8A8": 0.9376,
+        "no-HT W4A4": 0.6033,
+        "no-HT W3A3": 0.3221,
+        "no-HT W2A2": 0.0784,
+        "no-HT W1A1": 0.0156,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -234,14 +250,13 @@ def report(console: Console, problem: Problem, law: Law, replicates: list[Law]) 
     constants.add_row("fitted", *(f"{round(getattr(law, name), 9):.4g}" for name in "AaBbE"))
     constants.add_row("95 %", *(f"{round(low, 9):.3g} … {high:.3g}" for low, high in spans))
     effs = Table("setting", title="what a parameter is worth", title_justify="left", box=SIMPLE)
-    for column in ("P", "runs", "eff", "95 %", "16·eff/P", "worst"):
+    for column in ("P", "runs", "eff", "95 %", "published", "16·eff/P", "worst"):
         effs.add_column(column, justify="right", no_wrap=True)
     for row in rows_of(problem, law, replicates):
         bits, worth = ("", "") if math.isnan(row["bits"]) else (f"{row['bits']:.3g}", f"{row['worth']:.3f}")
         span = f"{row['low']:.4f} … {row['high']:.4f}"
-        effs.add_row(
-            row["setting"], bits, str(len(row["runs"])), f"{row['eff']:.4f}", span, worth, f"{row['worst']:+.4f}"
-        )
+        own, published = f"{row['eff']:.4f}", f"{PUBLISHED_EFF.get(row['setting'], '')}"
+        effs.add_row(row["setting"], bits, str(len(row["runs"])), own, span, published, worth, f"{row['worst']:+.4f}")
     residuals = torch.tensor([law.loss(run) - run.loss for run in problem.runs])
     rms, largest = residuals.square().mean().sqrt(), residuals.abs().max()
     console.print(constants, effs, f"{len(residuals)} runs; residual {rms:.4f} nats rms, {largest:.4f} at most")
@@ -337,22 +352,33 @@ def train(given: argparse.Namespace) -> None:
     if not given.out.exists():
         given.out.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     done = {(run.setting, run.parameters, run.tokens) for run in read_runs(given.out)}
-    for name, ratio, arm in product(given.sizes, given.tokens_per_parameter, given.bits):
+    inductor = {"triton.cudagraphs": True} if given.cudagraphs else {}
+    began, longest, left = time.perf_counter(), 0.0, 0
+    for name, length, arm in product(given.sizes, given.tokens or given.tokens_per_parameter, given.bits):
         size, (setting, bits, backend, options) = SIZES[name], ARMS[arm]
-        steps = max(1, round(size.parameters * ratio / (given.batch * given.sequence)))
+        wanted = length if given.tokens else size.parameters * length
+        steps = max(1, round(wanted / (given.batch * given.sequence)))
         tokens = steps * given.batch * given.sequence
         if (setting, size.parameters, tokens) in done:
+            continue
+        start = time.perf_counter()
+        if start - began + longest > given.seconds:
+            left += 1
             continue
         same = {key: getattr(given, key) for key in ("text", "device", "batch", "sequence", "learning_rate", "seed")}
         model = {**asdict(size), "heads": size.hidden // 128}
         experiment = demo.prepare({**same, **model, "steps": steps, "out": given.out.parent})
         if tokens > 4 * len(experiment.train):
             print(f"{tokens / len(experiment.train):.0f} passes over the text; the law is about 1", file=sys.stderr)
-        loss = train_one(experiment, backend, options)
-        print(f"{name} {setting}: {loss:.4f} nats per byte after {tokens:,} bytes", flush=True)
+        loss = train_one(experiment, backend, {**(options or {}), **inductor} or None)
+        longest = max(longest, time.perf_counter() - start)
+        seconds = f"{time.perf_counter() - start:.0f} s"
+        print(f"{name} {setting}: {loss:.4f} nats per byte after {tokens:,} bytes, {seconds}", flush=True)
         if math.isfinite(loss):  # a run that diverged is no run of the law
             with given.out.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(asdict(Run(setting, bits, size.parameters, tokens, loss)).values())
+    if left:
+        print(f"{left} runs are left for the next call")
 
 
 def train_one(
@@ -403,6 +429,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak, for every size and arm")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cudagraphs", action="store_true", help="at these sizes launches take longer than kernels")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -419,6 +446,13 @@ def main(arguments: list[str] | None = None) -> int:
     training.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     training.add_argument("--bits", nargs="+", choices=ARMS, default=["16", "4", "2", "1"])
     training.add_argument("--tokens-per-parameter", nargs="+", type=float, default=[25.0, 50.0], metavar="RATIO")
+    training.add_argument("--tokens", nargs="+", type=float, metavar="N", help="the same lengths for all sizes instead")
+    training.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="begin no run that would end later, if the rest take as long as the longest so far",
+    )
     add_training_arguments(training)
     training.set_defaults(command=train)
     given = parser.parse_args(arguments)

@@ -26,18 +26,20 @@ from .matmul import providers as matmul_providers
 from .matmul import reference as matmul
 from .outliers import cpp as outliers_cpp
 from .outliers import reference as outliers
+from .producer import Producer
 from .quantize import cpp as quantize_cpp
 from .quantize import reference as quantize
 from .replay import replayed
 from .transform import cpp as transform_cpp
 from .transform import reference as transform
 
-__all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of"]
+__all__ = ["DIRECT", "REFERENCES", "Provider", "provider_of", "supports_produced"]
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "quantize_compensated": quantize.quantize_compensated,
     "encode_compensated": quantize.encode_compensated,
+    "quantize_produced": quantize.quantize_produced,
     "quantize_8bit": quantize.quantize_8bit,
     "quantize_8bit_masked": quantize.quantize_8bit_masked,
     "quantize_8bit_transposed": quantize.quantize_8bit_transposed,
@@ -135,6 +137,10 @@ def _key_of_compensated(x, operand, axis):
     return (x.dtype,), operand, x.shape[axis]
 
 
+def _key_of_produced(a, b, c, d, producer, operand):
+    return (Producer.parse(producer).dtype,), operand, a.shape[-1]
+
+
 def _key_of_clamp_on_cuda(x, clamp, axis):
     return (x.dtype,), clamp, x.shape[axis]
 
@@ -165,6 +171,11 @@ def _supports_stored(dtypes, stored, size):
 
 def _quantize_columns(x, quantizer, axis, global_scale=None, seed=None, fold=None, transform=""):
     return _triton(_ROWS, "quantize_columns")(x, quantizer, fold)
+
+
+def supports_produced(dtypes: tuple[torch.dtype, ...], operand: str, size: int) -> tuple[bool, str]:
+    """Whether a CUDA kernel runs ``quantize_produced`` on rows of ``size`` elements, and if not, why."""
+    return _triton(_ROWS, "supports_quantize_compensated")(dtypes, operand, size)
 
 
 def _supports_columns(dtypes, quantizer, transform, by_columns=False):
@@ -242,6 +253,7 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 ("quantize_groups_pair", "quantize_groups", _key_of_8bit),
                 ("recode", "recode", _key_of_recode),
                 ("quantize_compensated", "quantize_compensated", _key_of_compensated),
+                ("quantize_produced", "quantize_compensated", _key_of_produced),
             )
         },
         "quantize": (

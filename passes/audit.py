@@ -28,6 +28,7 @@ from .views import (
     QuantizedMM,
     QuantizeGroups,
     QuantizeGroupsPair,
+    QuantizeProduced,
     View,
     encoder_of,
 )  # fmt: skip
@@ -121,18 +122,22 @@ def audit_encoders(graph: Graph, context: Context) -> int:
 
 _ENCODERS: tuple[type[View], ...] = (
     Quantize, QuantizeCompensated, QuantizeGroups, Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed,
-    Quantize8BitPair, QuantizeGroupsPair,
+    Quantize8BitPair, QuantizeGroupsPair, QuantizeProduced,
 )  # fmt: skip
 
 
 def _record(encoder: Any, encoders: dict[EncoderKey, list[Provision]]) -> None:
-    value = encoder.x.meta["val"]
+    producer = getattr(encoder, "producer", None)
+    value = (encoder.x if producer is None else encoder.a).meta["val"]
+    dtype = (producer or value).dtype
     operand = getattr(encoder, "operand", None)
     quantizer = operand.stored if operand is not None else encoder.quantizer
     transform = str(operand.transform if operand is not None else getattr(encoder, "transform", ""))
     estimator = str(operand.estimator if operand is not None else STE)
     name = encoder.op.name().removeprefix("qcompile::").partition(".")[0]
-    found = Provision(*provider_of(name, value.device.type, str(quantizer), value.dtype, estimator, transform))
-    known = encoders.setdefault(EncoderKey(str(quantizer), transform, value.dtype), [])
+    found = Provision(*provider_of(name, value.device.type, str(quantizer), dtype, estimator, transform))
+    if producer is not None:
+        found = found._replace(reason="; ".join(filter(None, (found.reason, f"with its {producer.operations}"))))
+    known = encoders.setdefault(EncoderKey(str(quantizer), transform, dtype), [])
     if found not in known:
         known.append(found)

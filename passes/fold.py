@@ -234,7 +234,7 @@ def _dense_gradient(graph: Graph, gemm: Node, gradient: ProductOperand) -> tuple
 def _encode(graph: Graph, gemm: Node, x: Node, axis: int, quantizer: Quantizer, fold: Node) -> tuple[Node, ...]:
     """Codes and scales of ``x · fold``, emitted at the insertion point."""
     seed = None
-    if quantizer.rounding == "stochastic":
+    if quantizer.draws:
         device = x.meta["val"].device
         seed = emit(
             graph, gemm, aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False

@@ -31,7 +31,7 @@ from qcompile.ir.operand import Operand
 from .gradient_axes import axes_of_operand, role_of_slot
 from .graph import graph_modules, target_name, value_of
 from .origins import written_by
-from .record import KIND_KEY, SITE_KEY, Decision, Plan, marked
+from .record import KIND_KEY, SIGNS_KEY, SITE_KEY, Again, Decision, Plan, marked
 from .spellings import Frame, Slot
 from .views import FakeQuantize, ReadAgain
 
@@ -53,22 +53,22 @@ def stamp(plan: Plan) -> None:
 
 
 def _insert_in(gm: GraphModule, by_node: dict[Node, Decision]) -> int:
-    shared: dict[Any, Node] = {}
+    shared: dict[Any, Any] = {}
     nodes = list(gm.graph.nodes)
     last_write = {compat.memory_of(value_of(x)): place for place, node in enumerate(nodes) for x in written_by(node)}
     wrapped = 0
     for place, node in enumerate(nodes):
         if decision := by_node.get(node):
             decision.originals = tuple(slot.of(node) for slot in decision.site.slots)
-            for position, slot in enumerate(decision.site.slots):
-                operand = decision.read_again.get(role_of_slot(decision.site, 1 - position))
-                if operand is not None:
-                    decision.again[position] = _again(gm.graph, decision, position, slot, operand, shared)
+            if not decision.from_codes:
+                _read_again(gm.graph, decision, shared)
             for slot, operand in zip(decision.site.slots, decision.operands, strict=True):
                 if operand is not None:
                     changes = last_write.get(compat.memory_of(value_of(slot.of(node))), -1) >= place
                     slot.put(node, _wrap(gm.graph, node, slot, operand, changes, shared))
                     wrapped += 1
+            if decision.from_codes:
+                _read_again(gm.graph, decision, shared)
         if _is_barrier(node):
             shared.clear()
     if wrapped:
@@ -95,10 +95,18 @@ def _wrap(graph: Graph, gemm: Node, slot: Slot, operand: Operand, changes: bool,
     return shared[key]
 
 
+def _read_again(graph: Graph, decision: Decision, shared: dict[Any, Any]) -> None:
+    """Have the operands of a site as they are now read again, those of which the decision says so."""
+    for position, slot in enumerate(decision.site.slots):
+        operand = decision.read_again.get(role_of_slot(decision.site, 1 - position))
+        if operand is not None:
+            decision.again[position] = _again(graph, decision, position, slot, operand, shared)
+
+
 def _again(
-    graph: Graph, decision: Decision, position: int, slot: Slot, operand: Operand, shared: dict[Any, Node]
-) -> Node:
-    """An operand as the backward reads it, made once like the forward's."""
+    graph: Graph, decision: Decision, position: int, slot: Slot, operand: Operand, shared: dict[Any, Any]
+) -> Again:
+    """An operand as the backward reads it, made once like the forward's; and so are its signs, if they are drawn."""
     gemm, axes = decision.site.node, axes_of_operand(decision.site, position)
     assert axes is not None  # the plan has asked
     source = slot.of(gemm)
@@ -108,15 +116,19 @@ def _again(
         with graph.inserting_before(gemm):
             build = _Builder(graph, gemm, slot.kind)
             x = source if value_of(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
-            view = ReadAgain(x, operand, *axes)
-            shared[key] = build(view.op, *view.arguments())
+            bits = None
+            if operand.transform.signs == "drawn":
+                bits = build(torch.randint, 0, 2, (operand.transform.rotation,), device=value_of(source).device)
+                marked(bits, **{SIGNS_KEY: True})
+            view = ReadAgain(x, operand, *axes, bits)
+            shared[key] = Again(build(view.op, *view.arguments()), bits)
     return shared[key]
 
 
 def _build(build: _Builder, source: Node, dtype: torch.dtype, frame: Frame | None, axis: int, operand: Operand) -> Node:
     x = source if value_of(source).dtype == dtype else build(torch.Tensor.to, source, dtype)
     seed = None
-    if operand.quantizer.rounding == "stochastic":
+    if operand.quantizer.draws:
         seed = build(torch.randint, 0, 2**31 - 1, (1,), device=value_of(source).device)
 
     def quantized(rows: Node, along: int) -> Node:

@@ -10,6 +10,7 @@ Hints, on nodes of the joint graph that no checkpoint region has tagged already:
   instead), unless the forward changes that parameter: its codes are saved then;
 * a copy that repeats a smaller tensor (keys and values, once for every query head of their group) is made again;
 * a cast of a weight (autocast) is done again: an estimator that needs its input would keep a wide copy of it else;
+* what is rotated with drawn signs is computed in the backward, where dY is: the forward would draw others;
 * what reads an input that the forward changes is not computed again, since the backward would read the new value
   (Inductor and ``aot_eager`` do, and get such gradients wrong).
 
@@ -49,7 +50,7 @@ from .graph import (
     value_of,
 )  # fmt: skip
 from .pass_base import Context, GraphPass
-from .record import STATISTICS_KIND, operand_kind
+from .record import SIGNS_KEY, STATISTICS_KIND, mark_of, operand_kind
 from .roles import depends_on_tangents
 from .views import (
     ENCODERS,
@@ -117,6 +118,7 @@ def hints(graph: Graph, context: Context) -> int:
             elif not _is_clamped(node):
                 tags[node] = _SAVE
     tags.update(dict.fromkeys(_readers(inputs, overwritten), _SAVE))
+    tags.update(dict.fromkeys(_of_drawn_signs(graph) - backward, _RECOMPUTE))
     for node, tag in tags.items():
         node.meta.setdefault("recompute", tag)
     return len(tags)
@@ -153,6 +155,16 @@ def _computed_from(inputs: list[Node], graph: Graph) -> dict[Node, None]:
         if any(source in found for source in node.all_input_nodes):
             found[node] = None
     return found
+
+
+def _of_drawn_signs(graph: Graph) -> set[Node]:
+    """What depends on signs that are drawn, they themselves aside."""
+    drawn = _drawn_signs(graph)
+    return {*_computed_from(drawn, graph)} - {*drawn}
+
+
+def _drawn_signs(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if mark_of(node, SIGNS_KEY) and not node.all_input_nodes]
 
 
 def _readers(inputs: list[Node], dependent: Iterable[Node]) -> list[Node]:
@@ -197,6 +209,9 @@ class Partitioner(compat.CustomPartitionerFn):
             kwargs.setdefault("compiler", "inductor")
             with compat.partitioner_knows(elementwise=_ELEMENTWISE, products=_PRODUCTS):
                 forward, backward = compat.min_cut_partition(gm, joint_inputs, **kwargs)
+        if _drawn_signs(forward.graph):
+            msg = "qcompile: the partitioner would draw signs in the forward and again in the backward; use signs=fixed"
+            raise RuntimeError(msg)
         kept_outputs = kwargs["num_fwd_outputs"]
         for graph_pass in self.passes:
             if graph_pass.name not in self.context.recipe.disable_passes:

@@ -31,6 +31,7 @@ from .expand import expand
 from .find_gemms import find_gemms
 from .fold import fold
 from .fuse import fuse
+from .fuse_producers import fuse_producers
 from .gather_codes import gather_codes
 from .graph import fake_values_read, unchanged
 from .insert import insert, stamp
@@ -179,6 +180,7 @@ POST_GRAD = PipelineStage(
     (
         GraphPass("lower", lower),
         GraphPass("merge_quantize", merge_quantize),
+        GraphPass("fuse_producers", fuse_producers),
         GraphPass("audit_encoders", audit_encoders, changes="no (records what quantizes)", dumped=False),
     ),
 )

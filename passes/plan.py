@@ -157,13 +157,18 @@ def _decide_read_again(decision: Decision, recipe: Recipe, computed: set[str]) -
             continue
         rounded = role in decision.rounded
         why = why_not_read_again(decision.site, role) if rounded else "dY stays in high precision"
+        if not why and operand.transform.signs == "drawn" and decision.site.anonymous:
+            why = f"{decision.site.anonymous} would draw its signs in the forward and again in the backward"
         if why:
             notes.append(f"{key}= is not applied: {why}")
             continue
         decision.read_again[role] = operand
+        decision.from_codes = recipe.again_from == "codes"
         transform = _transform_again(decision.site, role, operand)
         rotation = f", and with dY in {transform}" if transform else ", not rotated" if operand.transform else ""
-        notes.append(f"{role} reads {key.partition('_')[2]} again as {short_names(str(operand.quantizer))}{rotation}")
+        source = " from its codes" if decision.from_codes else ""
+        text = short_names(str(operand.quantizer))
+        notes.append(f"{role} reads {key.partition('_')[2]} again{source} as {text}{rotation}")
     return notes
 
 

@@ -63,22 +63,22 @@ def _split(graph: Graph, decision: Decision) -> None:
     axes = axes_of_result(site) or ((), ())
     shared: dict[Any, list[Slot]] = {}
     for position, slot in enumerate(site.slots):
-        role = role_of_slot(site, position)
+        role, beside = role_of_slot(site, position), decision.again.get(1 - position)
         if role in decision.rounded:
             gradient = _rotated(decision, position)
             anyhow = gradient.quantizer.granularity.kind == "tensor" and not gradient.transform
             along = ((), ()) if anyhow else (axes[position], axes[1 - position])
-            shared.setdefault((gradient, *along), []).append(slot)
+            shared.setdefault((gradient, *along, beside and beside.bits), []).append(slot)
         elif decision.wide_forward:
-            shared.setdefault((None, (), ()), []).append(slot)
+            shared.setdefault((None, (), (), None), []).append(slot)
     rewriter = _Rewriter(graph, decision)
     operands = {slot: slot.of(gemm) for slot in site.slots}
     readers = list(gemm.users)
     with graph.inserting_before(gemm.next):
         result = gemm
-        for (gradient, rows, contracted), slots in shared.items():
+        for (gradient, rows, contracted, bits), slots in shared.items():
             twins = tuple(rewriter.twin(slot) for slot in slots)
-            result = rewriter.call(SplitGradient(result, twins, gradient, tuple(rows), tuple(contracted)))
+            result = rewriter.call(SplitGradient(result, twins, gradient, tuple(rows), tuple(contracted), bits))
     for reader in readers:
         reader.replace_input_with(gemm, result)
     split = [slot for slots in shared.values() for slot in slots]
@@ -114,7 +114,8 @@ class _Rewriter:
         """The product once more; its backward reaches the operand in ``slot`` alone."""
         position = self.site.slots.index(slot)
         other = self.site.slots[1 - position]
-        beside = self.detached(self.decision.again.get(1 - position, other.of(self.gemm)), other.kind)
+        again = self.decision.again.get(1 - position)
+        beside = self.detached(again.node if again else other.of(self.gemm), other.kind)
         args, kwargs = torch.fx.map_arg((self.gemm.args, self.gemm.kwargs), self.detached)
         node = self._described(self.graph.create_node(self.gemm.op, self.gemm.target, args, kwargs))
         slot.put(node, slot.of(self.gemm))

@@ -21,9 +21,9 @@ from .graph import value_of
 from .spellings import Slot
 
 __all__ = [
-    "DECODED", "KIND_KEY", "PROVIDER_KEY", "REFERENCE", "ROLE_KEY", "SITE_KEY", "STATISTICS_KIND", "UNFOLDED_KEY",
-    "Decision", "Plan", "Provision", "Site", "mark_of", "marked", "operand_kind", "site_index", "stated_role",
-    "without_name",
+    "DECODED", "KIND_KEY", "PROVIDER_KEY", "REFERENCE", "ROLE_KEY", "SIGNS_KEY", "SITE_KEY", "STATISTICS_KIND",
+    "UNFOLDED_KEY", "Again", "Decision", "Plan", "Provision", "Site", "mark_of", "marked", "operand_kind", "site_index",
+    "stated_role", "without_name",
 ]  # fmt: skip
 
 #: Index of the site a node serves.
@@ -36,6 +36,8 @@ ROLE_KEY = "qcompile_role"
 UNFOLDED_KEY = "qcompile_unfolded"
 #: What runs a product: a :class:`Provision`, by `choose_providers`.
 PROVIDER_KEY = "qcompile_provider"
+#: On a draw of signs, whether it is one.
+SIGNS_KEY = "qcompile_signs"
 #: What :data:`KIND_KEY` says of statistics: they are no operand.
 STATISTICS_KIND = "statistics"
 
@@ -125,6 +127,13 @@ class Site:
         return (self.name, *self.aliases)
 
 
+class Again(NamedTuple):
+    """An operand as the backward reads it, and the draw of its signs and dY's, if they are drawn."""
+
+    node: Node
+    bits: Node | None
+
+
 @dataclass
 class Decision:
     """What one site gets.
@@ -136,7 +145,8 @@ class Decision:
 
     ``originals`` are what `insert` quantized. ``read_again`` says what the other operand of a role's product is
     quantized to once more, where that does not read what the forward read; ``again`` has the nodes that do so, by the
-    operand's place in the product. ``wide_forward``: the forward reads the originals.
+    operand's place in the product; ``from_codes``: they read what the forward's codes stand for, not the originals.
+    ``wide_forward``: the forward reads the originals.
     """
 
     site: Site
@@ -148,9 +158,10 @@ class Decision:
     rounded: tuple[str, ...] = ()
     by_cost: bool = False
     read_again: dict[str, Operand] = field(default_factory=dict)
+    from_codes: bool = False
     wide_forward: bool = False
     originals: tuple[Node, ...] = ()
-    again: dict[int, Node] = field(default_factory=dict)
+    again: dict[int, Again] = field(default_factory=dict)
 
 
 @dataclass
@@ -166,7 +177,7 @@ class Plan:
         """
         return repr([
             (d.site.index, d.quantized, [s.kind for s in d.site.slots], list(map(str, d.operands)), str(d.gradients),
-             d.folded, d.rounded, d.by_cost, str(d.read_again), d.wide_forward)
+             d.folded, d.rounded, d.by_cost, str(d.read_again), d.from_codes, d.wide_forward)
             for d in self.decisions
         ])  # fmt: skip
 

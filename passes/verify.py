@@ -49,6 +49,7 @@ from .views import (
     QuantizedMM,
     QuantizeGroups,
     QuantizeGroupsPair,
+    QuantizeProduced,
     Recode,
     RestoreOutliers,
     ScaleGradient,
@@ -106,6 +107,7 @@ _LOWERED = _TRACED | {
 _MERGED = _LOWERED | {
     Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
 }  # fmt: skip
+_PRODUCED = _MERGED | {QuantizeProduced}
 
 #: By the name of the pass, in the order of the pipeline.
 STAGES: dict[str, Stage] = {
@@ -121,7 +123,8 @@ STAGES: dict[str, Stage] = {
     "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
     "merge_quantize": Stage(_MERGED),
-    "audit_encoders": Stage(_MERGED),
+    "fuse_producers": Stage(_PRODUCED),
+    "audit_encoders": Stage(_PRODUCED),
 }
 
 #: What runs before nodes are marked with what runs them.
@@ -163,7 +166,7 @@ def _spec(graph: Graph, stage: str) -> Stage:
     # The body of a nested region comes to the joint hook a second time, with the graph that calls it.
     if hook == "joint" and name in _BEFORE_CHOICE and any(mark_of(node, PROVIDER_KEY) for node in graph.nodes):
         name = "lower_frozen"
-    return STAGES.get(name, Stage(_FUSED | _MERGED))
+    return STAGES.get(name, Stage(_FUSED | _PRODUCED))
 
 
 # --- single ops -----------------------------------------------------------------------------------------------------

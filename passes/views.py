@@ -28,6 +28,7 @@ from qcompile.ir.outliers import OutlierClamp, OutlierColumns, Outliers
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.stored import Stored
 from qcompile.ir.transforms import Transform
+from qcompile.kernels.producer import Producer
 
 from .graph import emit, is_call, item_of
 
@@ -36,8 +37,8 @@ __all__ = [
     "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
     "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
     "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
-    "QuantizeGroupsPair", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers", "ScaleGradient", "SplitGradient",
-    "View", "encoder_of",
+    "QuantizeGroupsPair", "QuantizeProduced", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers",
+    "ScaleGradient", "SplitGradient", "View", "encoder_of",
 ]  # fmt: skip
 
 ops = torch.ops.qcompile
@@ -49,7 +50,18 @@ _NO_TRANSFORM = Transform()
 #: Values that travel as text.
 TEXTS: dict[Any, Any] = {
     kind: kind.parse
-    for kind in (Encoding, EstimatorSpec, Operand, Outliers, OutlierClamp, OutlierColumns, Quantizer, Stored, Transform)
+    for kind in (
+        Encoding,
+        EstimatorSpec,
+        Operand,
+        Outliers,
+        OutlierClamp,
+        OutlierColumns,
+        Producer,
+        Quantizer,
+        Stored,
+        Transform,
+    )
 } | {Operand | None: lambda text: None if text is None else Operand.parse(text)}
 
 
@@ -142,6 +154,7 @@ class SplitGradient(View):
     operand: Operand | None
     rows: tuple[int, ...]
     contracted: tuple[int, ...]
+    bits: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,7 @@ class ReadAgain(View):
     operand: Operand
     rows: tuple[int, ...]
     contracted: tuple[int, ...]
+    bits: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +215,17 @@ class QuantizeCompensated(View):
     x: Node
     operand: Operand
     axis: int
+
+
+@dataclass(frozen=True)
+class QuantizeProduced(View):
+    op = ops.quantize_produced.default
+    a: Node
+    b: Node | None
+    c: Node | None
+    d: Node | None
+    producer: Producer
+    operand: Operand
 
 
 @dataclass(frozen=True)

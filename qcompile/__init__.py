@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers and IDEs, which do not fol
     from qcompile.report.explain import explain as explain
     from qcompile.report.model import Report as Report
     from qcompile.report.saved import saved_bytes as saved_bytes
+    from qcompile.schedule import Schedule as Schedule
     from qcompile.search import Sensitivity as Sensitivity
     from qcompile.search import sensitivity as sensitivity
     from qcompile.stored import PackedWeight as PackedWeight
@@ -55,6 +56,7 @@ _EXPORTS = {
     "Rule": "qcompile.ir.rules",
     "backend": "qcompile.backends",
     "register": "qcompile.backends",
+    "Schedule": "qcompile.schedule",
     "Quantized": "qcompile.functional",
     "fake_quantize": "qcompile.functional",
     "quantize": "qcompile.functional",

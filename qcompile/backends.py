@@ -38,8 +38,11 @@ __all__ = [
     "qcompile_mxfp4",
     "qcompile_mxfp8",
     "qcompile_nvfp4",
+    "qcompile_quartet2",
     "qcompile_quest",
     "qcompile_stored",
+    "qcompile_tetrajet2",
+    "qcompile_uniform4",
     "recipe_of",
     "register",
     "split_options",
@@ -88,6 +91,21 @@ def qcompile_mxfp8(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any)
 def qcompile_nvfp4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
     """``torch.compile(model, backend="qcompile_nvfp4")``: :mod:`qcompile.recipes.nvfp4`."""
     return compile_with(RECIPES["qcompile_nvfp4"], gm, example_inputs, **kwargs)
+
+
+def qcompile_quartet2(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_quartet2")``: :mod:`qcompile.recipes.quartet2`."""
+    return compile_with(RECIPES["qcompile_quartet2"], gm, example_inputs, **kwargs)
+
+
+def qcompile_tetrajet2(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_tetrajet2")``: :mod:`qcompile.recipes.tetrajet2`."""
+    return compile_with(RECIPES["qcompile_tetrajet2"], gm, example_inputs, **kwargs)
+
+
+def qcompile_uniform4(gm: GraphModule, example_inputs: list[Tensor], **kwargs: Any) -> Compiled:
+    """``torch.compile(model, backend="qcompile_uniform4")``: :mod:`qcompile.recipes.uniform4`."""
+    return compile_with(RECIPES["qcompile_uniform4"], gm, example_inputs, **kwargs)
 
 
 def backend(recipe: Recipe) -> Compiled:

@@ -96,6 +96,7 @@ __all__ = [
     "is_parameter",
     "is_tracing",
     "is_wrapper_subclass",
+    "keeps_float32",
     "local_variable",
     "log_artifact",
     "make_fx",
@@ -443,6 +444,14 @@ def partitioner_knows(elementwise: Iterable[OpOverload], products: Iterable[OpOv
 def tensor_core_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, ``None`` for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def keeps_float32() -> bool:
+    """Whether Inductor keeps float32 from one operation of a kernel to the next, and calls the functions of its default
+    config.
+    """
+    config = torch._inductor.config
+    return not (config.emulate_precision_casts or config.use_fast_math or config.eager_numerics.division_rounding)
 
 
 def card_name(device: torch.device) -> str:

@@ -16,7 +16,7 @@ import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from .ir.definitions import short_names
 from .ir.operand import Operand
 from .ir.ops import global_scale_of
-from .ir.quantizer import Quantizer
+from .ir.quantizer import DRAWING, Quantizer
 
 __all__ = ["Quantized", "dequantize", "fake_quantize", "quantize"]
 
@@ -132,7 +132,7 @@ def _checked_axis(x: Tensor, axis: int, caller: str) -> int:
 
 
 def _seed(x: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor | None:
-    if q.rounding == "stochastic":
+    if q.rounding in DRAWING:  # Dynamo reads no property of a frozen dataclass
         return torch.randint(0, 2**31 - 1, (1,), device=x.device) if seed is None else seed
     if seed is not None:
         msg = f"seed= is for stochastic rounding; {short_names(str(q))!r} rounds {q.rounding}"

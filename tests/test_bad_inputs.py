@@ -123,7 +123,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "unknown rounding": (
         {"weight": {"rounding": "nearest"}},
-        r"option 'weight': unknown rounding 'nearest'; known: even, half_up, stochastic",
+        r"option 'weight': unknown rounding 'nearest'; known: even, half_up, stochastic, eden",
     ),
     "unknown estimator": (
         {"weight": "e2m1; stee"},

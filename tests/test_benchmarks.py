@@ -434,6 +434,22 @@ def test_floors_move_products_from_bf16_to_eight_bits():
     assert floors["ours_dgrad_fp8"]["8-bit GEMM"].seconds == pytest.approx(whole / 3)
 
 
+def test_floors_of_a_mixture_count_the_experts_of_a_token():
+    """Mixtral's shape: 2 of 8 experts multiply a token, and all 8 are read, cast and updated."""
+    size, ceilings = SIZES["mixtral"], profile_step.Ceilings(copy=4e12, bf16=700e12, fp8=1400e12)
+    floors = profile_step.floors(training_step.ARMS[BASELINE], size, ceilings)
+    attention, expert = (2 * 2048 + 2 * 1024) * 2048, 3 * 2048 * 7168
+    assert floors["BF16 GEMM"].seconds == pytest.approx(6 * 16384 * 4 * (attention + 2 * expert) / 700e12)
+    assert floors["optimizer"].seconds == pytest.approx(14 * size.parameters / 4e12)
+    assert size.parameters > 4 * (attention + 8 * expert)
+
+
+@pytest.mark.parametrize("kernel", ["_rows_kernel", "_contraction_kernel", "mm_8bit_kernel"])
+def test_products_of_groups_are_8_bit_products(kernel):
+    launch = Launch(kernel, "CompiledFunctionBackward", "", 1.0, 1)
+    assert profile_step.class_of(launch, SIZES["mixtral"]) == "8-bit GEMM"
+
+
 def test_report_states_the_casts_share_of_the_linears():
     launches = [
         Launch("nvjet_qqtst", "aten::_scaled_mm", "", 6000.0, 3),

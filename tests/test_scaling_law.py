@@ -22,7 +22,7 @@ if not EXAMPLES.is_dir():
     pytest.skip("tests the source tree", allow_module_level=True)
 sys.path.insert(0, str(EXAMPLES))
 import scaling_law  # noqa: E402
-from scaling_law import COLUMNS, HUBER, PUBLISHED, SIZES, Law, Problem, Run, Size, interval, read_runs  # noqa: E402
+from scaling_law import COLUMNS, HUBER, PUBLISHED, PUBLISHED_EFF, SIZES, Law, Problem, Run, Size, interval, read_runs  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
 
@@ -33,19 +33,7 @@ QUEST = Law(
     B=86.411906,
     b=0.24128835,
     E=0.00142329,
-    eff={
-        "BF16": 1.0,
-        **{"W8A8": 1.0162, "W4A4": 0.6918, "W3A3": 0.4331, "W2A2": 0.1519, "W1A1": 0.0205},
-        **{"FP4": 0.6296, "INT4 4:8": 0.3812},
-        **{"W4A16": 0.8404, "W3A16": 0.6531, "W2A16": 0.4137, "W1A16": 0.1384},
-        **{
-            "no-HT W8A8": 0.9376,
-            "no-HT W4A4": 0.6033,
-            "no-HT W3A3": 0.3221,
-            "no-HT W2A2": 0.0784,
-            "no-HT W1A1": 0.0156,
-        },
-    },
+    eff=PUBLISHED_EFF,
 )
 KNOWN = Law(A=400.0, a=0.34, B=410.0, b=0.28, E=1.7, eff={"16": 1.0, "4": 0.7, "2": 0.25})
 
@@ -258,6 +246,34 @@ def test_training_appends_what_is_missing(eager, tmp_path, capsys):
     assert eager[2:] == [("qcompile_quest", {"bits": 1})]
     assert table.read_text().startswith(before)
     assert [run.setting for run in read_runs(table)] == ["BF16", "FP4", "W1A1"]
+
+
+def test_lengths_may_be_those_of_all_sizes_and_a_call_has_its_time(eager, tmp_path, monkeypatch, capsys):
+    """The second run would end after 50 s, if it took as long as the first."""
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr(scaling_law, "train_one", lambda *_: 2.0)
+    monkeypatch.setattr(scaling_law.time, "perf_counter", lambda: next(clock))
+    table = tmp_path / "runs.csv"
+    command = [
+        "train",
+        "--sizes",
+        "3.4M",
+        "8.8M",
+        "--bits",
+        "16",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--sequence",
+        "16",
+    ]
+    command += ["--tokens", "640", "--out", str(table)]
+    assert scaling_law.main([*command, "--seconds", "50"]) == 0
+    assert [(run.parameters, run.tokens) for run in read_runs(table)] == [(SIZES["3.4M"].parameters, 640)]
+    assert "1 runs are left for the next call" in capsys.readouterr().out
+    assert scaling_law.main(command) == 0
+    assert len(read_runs(table)) == 2
 
 
 def test_diverged_run_is_no_row(eager, tmp_path, monkeypatch):

@@ -146,6 +146,7 @@ ROOMS = (
     "passes",
     "session",
     "backends",
+    "schedule",
     "numerics",
     "report",
     "search",

@@ -112,7 +112,7 @@ def supports_slope(dtypes: tuple[torch.dtype, ...], quantizer: str, estimator: s
 @cache
 def _mask_kernel(quantizer: str, estimator: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q, spec = Quantizer.parse(quantizer), EstimatorSpec.parse(estimator)
-    keeps = cpp_function(formulas.mask_of_input(spec, q.format, q.rounding))
+    keeps = cpp_function(formulas.mask_of_input(spec, q.format, q.nearest))
     source = scaled_rows_source(q, transform) + keeps + _ESTIMATOR_MASK.replace("SCALED", scaled_element(q.format))
     return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=3, integers=4)
 

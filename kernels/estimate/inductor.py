@@ -88,7 +88,7 @@ def lower_estimator_mask(x, scales, quantizer: str, estimator: str, axis: int, g
         if bound is not None:
             inside = ops.le(ops.abs(units.load(index, byte)), _float(bound))
         else:
-            formula = formulas.mask_of_input(spec, q.format, q.rounding)
+            formula = formulas.mask_of_input(spec, q.format, q.nearest)
             inside = emit(formula, *units.inputs(index, byte, uncontracted_product))
         return ops.to_dtype(inside, torch.int32)
 

@@ -32,6 +32,11 @@ _OPS = {
     "to": "{type}({0})",
     "bits": "bits_as<{type}>({0})",
 }
+#: Signed overflow is undefined there; formulas wrap.
+_OPS_OF_INTS = {
+    name: f"int32_t(uint32_t({{0}}) {sign} uint32_t({{1}}))"
+    for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*"))
+}
 
 
 def cpp_function(formula: Formula, name: str = "") -> str:
@@ -45,7 +50,8 @@ def cpp_function(formula: Formula, name: str = "") -> str:
 
 
 def _step(step: Value, arguments: Sequence[str]) -> str:
-    return _OPS[step.op].format(*arguments, type=_TYPES[step.dtype])
+    template = _OPS_OF_INTS.get(step.op, _OPS[step.op]) if step.dtype == torch.int32 else _OPS[step.op]
+    return template.format(*arguments, type=_TYPES[step.dtype])
 
 
 def _literal(value: Value) -> str:

@@ -18,7 +18,21 @@ from qcompile.ir.formats import Format
 from .expression import BOOL, FLOAT, INT, Formula, Value, constant, where
 from .layout import MANTISSA_BITS, bits_of, minifloat, uniform_offset, why_not_rounded
 
-__all__ = ["ROUNDER", "SIGN", "chosen", "decode", "encode", "inputs", "nearest", "round_level", "saturated"]
+__all__ = [
+    "ROUNDER",
+    "SIGN",
+    "by_chance",
+    "chosen",
+    "decode",
+    "encode",
+    "index_of_count",
+    "inputs",
+    "nearest",
+    "round_level",
+    "saturated",
+    "unit_counts",
+    "why_not_by_chance",
+]
 
 _MAGNITUDE = 2**31 - 1
 #: The bit of float32 that is its sign, as int32.
@@ -59,7 +73,61 @@ def nearest_level(y: Value, fmt: Format, rounding: str) -> tuple[Value, Value]:
     level = ((level.view(INT) & _MAGNITUDE) | sign).view(FLOAT)
     if fmt.pruned:
         index = index + 1
-    return level, index | ((sign >> (32 - fmt.bits)) & 2 ** (fmt.bits - 1))
+    return level, index | _sign_bit(sign, fmt)
+
+
+def _sign_bit(sign: Value, fmt: Format) -> Value:
+    """The highest bit of a code, from that of float32."""
+    return (sign >> (32 - fmt.bits)) & 2 ** (fmt.bits - 1)
+
+
+def by_chance(y: Value, fmt: Format, chance: Value) -> Value:
+    """Code of the level above y (saturated, no NaN) if ``chance`` is less than y's distance from the level below, as a
+    part of the step between the two; else of the level below. Everything is exact.
+    """
+    size = abs(y)
+    if uniform_offset(fmt) is not None:
+        assert fmt.step is not None
+        count = size.exact_product(1 / fmt.step)
+        index = _raised(count, chance).int()
+    else:
+        layout = minifloat(fmt)
+        assert layout is not None
+        count, _, binade = unit_counts(size, layout)
+        index = index_of_count(_raised(count, chance), binade, layout)
+    return index | _sign_bit(y.view(INT) & SIGN, fmt)
+
+
+def _raised(count: Value, chance: Value) -> Value:
+    below = count.floor()
+    return below + where(chance < count - below, 1.0, 0.0)
+
+
+def unit_counts(size: Value, layout: tuple[int, float]) -> tuple[Value, Value, Value]:
+    """A magnitude in units in the last place of its binade in a small float, or of the smallest one; the unit; and the
+    binade, as bits of float32.
+    """
+    mantissa_bits, factor = layout
+    binade = size.at_least(factor * 2.0**-126).view(INT) & _EXPONENT
+    unit = binade.view(FLOAT).exact_product(2.0**-mantissa_bits)
+    per_unit = (constant(254 << MANTISSA_BITS, INT) - binade).view(FLOAT).exact_product(2.0**mantissa_bits)
+    return size.exact_product(per_unit), unit, binade
+
+
+def index_of_count(count: Value, binade: Value, layout: tuple[int, float]) -> Value:
+    """The index that a whole number of units stands for: that number and 2^m for every binade above the smallest."""
+    mantissa_bits, factor = layout
+    return count.int() + ((binade - bits_of(factor * 2.0**-126)) >> (MANTISSA_BITS - mantissa_bits))
+
+
+def why_not_by_chance(fmt: Format) -> str:
+    """Why there is no formula that rounds to ``fmt`` stochastically; empty if there is one."""
+    if fmt.grids:
+        return next(filter(None, map(why_not_by_chance, fmt.choices)), "")
+    plain = not (fmt.codebook or fmt.pruned) and fmt.has_zero
+    if plain and (uniform_offset(fmt) is not None or minifloat(fmt) is not None):
+        return ""
+    return f"stochastic rounding to {fmt.name}, which is neither uniform nor a minifloat,"
 
 
 def _uniform(y: Value, negative: Value, fmt: Format, offset: float, ties_up: bool) -> tuple[Value, Value]:
@@ -190,12 +258,23 @@ def nearest(fmt: Format, rounding: str) -> Formula:
 
 @cache
 def encode(fmt: Format, rounding: str) -> Formula:
-    """``(y[, marked]) → code`` of any float32 ``y`` in grid units."""
+    """``(y[, marked]) → code`` of any float32 ``y`` in grid units; stochastic: ``(y[, marked], chance) → code``, the
+    last being a uniform number in [0, 1).
+    """
+    if rounding != "stochastic":
 
-    def code(y: Value, *marked: Value) -> Value:
-        return chosen(fmt, marked, lambda grid: nearest_level(saturate_value(y, grid), _checked(grid), rounding)[1])
+        def code(y: Value, *marked: Value) -> Value:
+            return chosen(fmt, marked, lambda grid: nearest_level(saturate_value(y, grid), _checked(grid), rounding)[1])
 
-    return Formula.record("encode", code, **inputs(fmt, y=FLOAT))
+        return Formula.record("encode", code, **inputs(fmt, y=FLOAT))
+    if reason := why_not_by_chance(fmt):
+        raise ValueError(reason)
+
+    def drawn(y: Value, *others: Value) -> Value:
+        *marked, chance = others
+        return chosen(fmt, marked, lambda grid: by_chance(saturate_value(y, grid), grid, chance))
+
+    return Formula.record("encode", drawn, **inputs(fmt, y=FLOAT), chance=FLOAT)
 
 
 @cache

@@ -18,10 +18,11 @@ from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, Quantizer, ScaleRule
 
 from .expression import DOUBLE, FLOAT, INT, Formula, Value, where
 from .layout import MANTISSA_BITS, bits_of
-from .rounding import ROUNDER, SIGN, decode_code, nearest_level, saturate_value
+from .rounding import ROUNDER, SIGN, by_chance, decode_code, nearest_level, saturate_value
 
 __all__ = [
     "Store",
+    "corrected_scale",
     "error_unit",
     "is_marked",
     "load_scale",
@@ -190,6 +191,21 @@ def is_marked(q: Quantizer) -> Formula:
     """``(stored) → bool``: whether a block has taken the second grid of a pair."""
     sign = 31 - _magnitude(q).bit_length()
     return Formula.record("is_marked", lambda stored: stored.view(INT) << sign < 0, stored=_stored_dtype(q))
+
+
+@cache
+def corrected_scale(q: Quantizer) -> Formula:
+    """``(stored, Σ y², Σ y · level, chance) → stored`` of ``eden``: the scale times the quotient of a chunk's sums,
+    rounded to a neighbour by chance, saturating. A chunk of zeros keeps its scales.
+    """
+    fmt, store = stored_format(q.scale.store), store_of(q.scale.store)
+
+    def corrected(stored: Value, squares: Value, products: Value, chance: Value) -> Value:
+        quotient = where(products == 0.0, 1.0, squares / products).float()
+        scale = store.decode(stored) * quotient
+        return where(scale.isnan(), store.encode(scale), by_chance(saturate_value(scale, fmt), fmt, chance))
+
+    return Formula.record("corrected_scale", corrected, stored=INT, squares=DOUBLE, products=DOUBLE, chance=FLOAT)
 
 
 # --- what candidates are compared by --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from .expression import OPERATORS, Formula, Value
 
-__all__ = ["device_function", "triton_source"]
+__all__ = ["device_function", "loaded", "triton_source"]
 
 _TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64", torch.int32: "tl.int32", torch.bool: "tl.int1"}
 
@@ -58,11 +58,15 @@ def triton_source(formula: Formula) -> str:
 @cache
 def device_function(formula: Formula) -> Any:
     """``formula`` as a function that Triton kernels call; in the interpreter, an interpreted one."""
-    source = _HEAD + triton_source(formula)
+    return loaded(_HEAD + triton_source(formula), formula.name)
+
+
+def loaded(source: str, name: str) -> Any:
+    """A function of a module with this text."""
     # Private torch API (2.11 … 2.15): writes modules to Inductor's cache directory, as it does for its own kernels.
     from torch._inductor.codecache import PyCodeCache
 
-    return getattr(PyCodeCache.load(source), formula.name)
+    return getattr(PyCodeCache.load(source), name)
 
 
 def _step(step: Value, arguments: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ class Rates:
         operations_in_tile: of 16-bit products that decode a 4-bit weight in the tile (:mod:`.stored`); an estimate that
             nothing has measured.
         bandwidth: of the passes that quantize, bytes per microsecond; less than that of a copy.
+        instructions: of threads, per microsecond, in kernels that quantize: three quarters of what could be issued.
         launch: microseconds that a kernel takes at least.
     """
 
@@ -44,6 +45,7 @@ class Rates:
     operations_32bit: float = 50e6
     operations_in_tile: float = 400e6
     bandwidth: float = 3.2e6
+    instructions: float = 22e6
     launch: float = 3.0
 
     def product_8bit(self, operations: float, results: float) -> float:

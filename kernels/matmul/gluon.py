@@ -63,11 +63,11 @@ __all__ = [
     "as_integers",
     "best_config",
     "candidates",
-    "kernel",
     "launch_arguments",
     "mm_1bit",
     "mm_8bit",
     "mm_8bit_contracted",
+    "mm_8bit_kernel",
 ]
 
 #: TMA copies as Triton 3.9 calls them; 3.6 has them by their former names only.
@@ -342,7 +342,7 @@ def _multiply(
     do_not_specialize=["groups", "m", "n", "k", "scale_a_stride", "scale_b_stride"],
     do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias", "offset_a", "offset_b", "offs"],
 )
-def kernel(
+def mm_8bit_kernel(
     a,
     b,
     out,
@@ -557,7 +557,7 @@ def _product(
         def run(config: Config) -> None:
             arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense, offs=offs)
             tiles = groups * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-            launch(kernel, min(tiles, card.processors), *arguments, contract=True, **options)
+            launch(mm_8bit_kernel, min(tiles, card.processors), *arguments, contract=True, **options)
 
         problem = Problem(m, n, k // groups, a.dtype, b.dtype, dtype, card)
         run(config or best_config(problem, run, tune, of_columns))
@@ -649,9 +649,9 @@ def _integer_ptx(stored: torch.dtype, arguments: tuple[Any, ...], options: dict[
     # What an earlier process left in Triton's cache may be PTX for torch's assembler, which Triton's own, older, would
     # refuse.
     compat.use_torchs_ptxas()
-    ptx = as_integers(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
+    ptx = as_integers(mm_8bit_kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], stored)
     path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "mm_integers.ptx", binary=False)
-    if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
+    if mm_8bit_kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
         msg = f"Triton did not assemble {path}"
         raise RuntimeError(msg)
     return path

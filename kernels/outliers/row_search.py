@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from qcompile.kernels.triton import INTERPRETED, as_bits, greater
 
@@ -49,12 +48,14 @@ def pair_type(dtype: torch.dtype, device: torch.device) -> str:
     return _PAIRS[dtype]
 
 
-def search_constants(rows: Tensor, registers: int, one_row: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of a kernel that searches ``rows`` [R, K]: of a program, ``at_once`` of them, or one.
+def search_constants(
+    size: int, dtype: torch.dtype, device: torch.device, registers: int, one_row: bool = False
+) -> dict[str, Any]:
+    """Compile-time arguments of a kernel that searches rows of ``size``: of a program, ``at_once`` of them, or one.
 
     Of a thread, about ``registers`` hold elements: a pair each, or one as float32.
     """
-    pair, size = pair_type(rows.dtype, rows.device), rows.shape[-1]
+    pair = pair_type(dtype, device)
     threads = triton.next_power_of_2(triton.cdiv(size, registers * (2 if pair else 1)))
     threads = min(MOST_THREADS, max(32 if one_row else FEWEST_THREADS, threads))
     width = threads * RUN.value

@@ -298,7 +298,7 @@ def tensor_bounds(x: Tensor, low: int, high: int) -> TensorBounds:
     search = x.new_empty(FOUND.value + 1, dtype=torch.int64)
     starts = x.new_empty((ranges.programs, KINDS.value), dtype=torch.int64)
     size = min(LONGEST_ROW, 1 << (numel.bit_length() - 1))
-    constants = search_constants(x.view(-1)[:size].view(1, -1), SEARCHED_REGISTERS, one_row=True)
+    constants = search_constants(size, x.dtype, x.device, SEARCHED_REGISTERS, one_row=True)
     (low_near, low_far), (high_near, high_far) = (sample_ranks(rank, numel, size) for rank in (low, high))
     launch(_guess, 1, x, search, numel // size, size, low_near, high_near, low_far, high_far, **constants)
     for _ in range(reads(x.dtype)):

@@ -267,7 +267,7 @@ def clamp_outliers(x: Tensor, clamp: str, axis: int) -> tuple[Tensor, Tensor, Te
     outputs = clipped, values, positions
     if size <= LONGEST_ROW:
         part = max(RUN.value, row_block(size) // 4)
-        constants = search_constants(rows, SEARCHED_REGISTERS, one_row=True)
+        constants = search_constants(size, x.dtype, x.device, SEARCHED_REGISTERS, one_row=True)
         launch(_clamp_row, rows.shape[0], rows, *outputs, rows.stride(0), size, low, high, part=part, **constants)
     else:
         _clamp_tensor(rows, *outputs, low, high)

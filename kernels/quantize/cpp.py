@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qcompile.ir.formats import Format
 from qcompile.ir.ops import storage_dtype
-from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.quantizer import EDEN_CHUNK, Quantizer
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.cpp import ELEMENT_TYPES, float_literal, load, rows_of, supports_dtypes, thread_count
-from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula import random, rounding, scales
 from qcompile.kernels.formula.cpp_target import cpp_function
 from qcompile.kernels.formula.layout import why_not_rounded
 from qcompile.kernels.transform.cpp import ROTATE
@@ -84,17 +84,20 @@ template <class Statistic> static inline Stored scale_ofI(Statistic value, float
 }
 """
 
-_SQUARED_ERROR = r"""
+_ERROR = r"""
 template <class Element>
-static inline int64_t squared_errorI(const Element* x, int64_t count, float gamma, float scale, float unit) {
+static inline int64_t error_sumI(const Element* x, int64_t count, float gamma, float scale, float unit) {
   int64_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int64_t error = scaled_error(x[k], round_levelI(x[k] * std::fabs(gamma)), scale, unit);
-    sum += error * error;
+    sum += COUNTED;
   }
   return sum;
 }
 """
+
+#: What a difference counts for, by the error of a scale rule.
+_COUNTED = {"squared": "error * error", "absolute": "error < 0 ? -error : error"}
 
 # Whether the candidate's codes err less than those of the best one so far, whose scale and γ it then replaces.
 _CANDIDATE = r"""
@@ -105,13 +108,13 @@ _CANDIDATE = r"""
           if (error < least) { least = error; scale = other; reciprocals[s] = gamma; }
         }
 """
-# Its squared error in a block.
+# Its error in a block.
 _OF_BLOCK = r"""
         const auto of_blockI = [&](float gamma, float scale) {
-          if constexpr (ROTATION > 1) return squared_errorI(elements + s * segment, count, gamma, scale, unit);
+          if constexpr (ROTATION > 1) return error_sumI(elements + s * segment, count, gamma, scale, unit);
           int64_t sum = 0;
           for (int64_t row = first; row < last; ++row) {
-            sum += squared_errorI(x + row * size + s * segment, count, gamma, scale, unit);
+            sum += error_sumI(x + row * size + s * segment, count, gamma, scale, unit);
           }
           return sum;
         };
@@ -222,15 +225,36 @@ template <int codes_per_byte> static inline void pack(const uint8_t* codes, uint
 """
 
 _QUANTIZE = r"""
-extern "C" void run(const ELEMENT* x, const float* global_scale, uint8_t* codes, Stored* scales, int64_t matrices,
-                    int64_t rows, int64_t size, int64_t threads) {
+extern "C" void run(const ELEMENT* x, const float* global_scale, const int64_t* seed, uint8_t* codes, Stored* scales,
+                    int64_t matrices, int64_t rows, int64_t size, int64_t threads) {
   const int64_t packed_size = (size + CODES_PER_BYTE - 1) / CODES_PER_BYTE;
+  const int32_t key = seed ? int32_t(uint64_t(*seed)) : 0;
   for_each_row(x, scales, global_scale ? *global_scale : 1, matrices, rows, size, threads,
                [&](int64_t row, const auto* values, const float* reciprocals, uint8_t* buffer) {
     for_each_element(size, reciprocals, [&](int64_t k, float reciprocal) { buffer[k] = encode(SCALED); });
+CORRECTION
     pack<CODES_PER_BYTE>(buffer, codes + row * packed_size, size);
   });
 }
+"""
+#: The last argument of a formula that rounds by chance.
+_CHANCE = ", uniform(int32_t(uint64_t(row * size + k)), key)"
+_CORRECTION = r"""
+    const int64_t segments = (size + SEGMENT - 1) / SEGMENT;
+    for (int64_t begin = 0; begin < size; begin += CHUNK) {
+      const int64_t end = lesser(begin + CHUNK, size);
+      double squares = 0, products = 0;
+      for (int64_t k = begin; k < end; ++k) {
+        const float y = values[k] * reciprocals[k / SEGMENT];
+        squares += double(y) * y;
+        products += double(y) * decode(buffer[k]);
+      }
+      for (int64_t s = begin / SEGMENT; s * SEGMENT < end; ++s) {
+        const int64_t group = row * segments + s;
+        const float chance = uniform(int32_t(uint64_t(group)), key);
+        scales[group] = Stored(corrected_scale(scales[group], squares, products, chance));
+      }
+    }
 """
 
 # A row's scale times its few levels, in the output type, is a table of up to 16 products; 8-bit grids look
@@ -289,8 +313,8 @@ static inline int32_t encode(float y) {
 def supports_quantize(dtypes: tuple[torch.dtype, ...], quantizer: str, transform: str = "") -> Support:
     """Whether :func:`quantize` handles ``quantizer`` on these dtypes, and if not, why."""
     q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
-    if q.rounding == "stochastic":
-        return False, "stochastic rounding has no C++ kernel"
+    if q.rounding == "stochastic" and (reason := rounding.why_not_by_chance(q.format)):
+        return False, f"{reason} has no C++ kernel"
     if spec.sparsity:
         return False, "sparsity has no C++ kernel"
     if spec.rotation > 1 and q.granularity.kind not in ("row", "block"):
@@ -325,7 +349,7 @@ def _encode_source(q: Quantizer) -> str:
     """``int32_t encode(float)``: the formula, or a search where there is none."""
     fmt = q.format
     if not why_not_rounded(fmt):
-        return cpp_function(rounding.encode(fmt, q.rounding))
+        return cpp_function(rounding.encode(fmt, q.of_codes))
     size = 2 ** len(fmt.thresholds).bit_length()
     thresholds = [*fmt.thresholds, *[math.inf] * (size - len(fmt.ranked_codes))]
     codes = ", ".join(map(str, fmt.ranked_codes))
@@ -366,8 +390,8 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
         source += [cpp_function(scales.load_scale(q)), _LOAD_SCALE.replace("WHOLE", whole)]
         source += [cpp_function(scales.error_unit()), cpp_function(scales.scaled_error())]
         for number, candidate in enumerate(q.candidates):
-            source.append(cpp_function(rounding.round_level(candidate.grid, q.rounding), f"round_level{number}"))
-            source.append(_numbered(_SQUARED_ERROR, number))
+            source.append(cpp_function(rounding.round_level(candidate.grid, q.nearest), f"round_level{number}"))
+            source.append(_numbered(_ERROR.replace("COUNTED", _COUNTED[q.scale.error]), number))
             choice += _numbered(_OF_BLOCK, number) + (_numbered(_CANDIDATE, number) if number else _FIRST)
         choice = "        const float unit = error_unit(value);\n" + choice
     source.append(_ROWS.replace("REDUCTION", _REDUCTIONS[statistic]).replace("CHOICE", choice))
@@ -376,9 +400,7 @@ def scaled_rows_source(q: Quantizer, transform: str = "") -> str:
 
 def _numbered(source: str, number: int) -> str:
     """``source`` of a candidate, in whose names I stands for its number."""
-    return re.sub(
-        r"\b(scale_of|reciprocal|stored_scale|squared_error|round_level|of_block)I\b", rf"\g<1>{number}", source
-    )
+    return re.sub(r"\b(scale_of|reciprocal|stored_scale|error_sum|round_level|of_block)I\b", rf"\g<1>{number}", source)
 
 
 def scaled_element(fmt: Format) -> str:
@@ -396,10 +418,16 @@ def scaled_element(fmt: Format) -> str:
 @cache
 def _quantize_kernel(quantizer: str, transform: str, dtype: torch.dtype) -> Callable[..., None]:
     q = Quantizer.parse(quantizer)
-    source = (
-        scaled_rows_source(q, transform) + _encode_source(q) + _QUANTIZE.replace("SCALED", scaled_element(q.format))
-    )
-    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=4, integers=4)
+    source, element, correction = scaled_rows_source(q, transform) + _encode_source(q), scaled_element(q.format), ""
+    if q.draws:
+        source += cpp_function(random.uniform())
+    if q.rounding == "stochastic":
+        element += _CHANCE
+    if q.rounding == "eden":
+        source += cpp_function(rounding.decode(q.format)) + cpp_function(scales.corrected_scale(q))
+        correction = _CORRECTION.replace("CHUNK", str(EDEN_CHUNK))
+    source += _QUANTIZE.replace("SCALED", element).replace("CORRECTION", correction)
+    return load(source.replace("ELEMENT", ELEMENT_TYPES[dtype]), pointers=5, integers=4)
 
 
 def _levels_of_fields(fmt: Format, count: int) -> list[float]:
@@ -456,7 +484,8 @@ def quantize(
     codes = x.new_empty((*x.shape[:-1], q.packed_size(x.shape[-1])), dtype=torch.uint8)
     scales = x.new_empty(q.scale_shape(tuple(x.shape)), dtype=storage_dtype(q))
     kernel = _quantize_kernel(quantizer, transform, x.dtype)
-    pointers = x.data_ptr(), pointer_to(global_scale, q), codes.data_ptr(), scales.data_ptr()
+    key = seed.data_ptr() if q.draws and seed is not None else None
+    pointers = x.data_ptr(), pointer_to(global_scale, q), key, codes.data_ptr(), scales.data_ptr()
     kernel(*pointers, *matrix_count(x.shape), thread_count(x.numel()))
     return codes, scales
 

@@ -339,7 +339,7 @@ def unsupported(q: Quantizer, eight_bit: bool = True) -> str:
     fmt = q.format
     if q.granularity.kind != "row" or q.scale.store != "fp32" or q.scale.two_level:
         return f"scales other than float32 by rows, here {q.granularity} {q.scale.name}"
-    if q.rounding == "stochastic":
+    if q.draws:
         return "stochastic rounding"
     if eight_bit and fmt.tensor_core_type is None:
         return f"{fmt.name} has values that no 8-bit tensor-core type holds"

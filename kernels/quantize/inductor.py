@@ -34,10 +34,10 @@ from qcompile.compat import no_fake_mode
 from qcompile.ir.formats import Format
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, storage_dtype
-from qcompile.ir.quantizer import Quantizer
+from qcompile.ir.quantizer import EDEN_CHUNK, Granularity, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.kernels.extern import own_kernel
-from qcompile.kernels.formula import rounding, scales
+from qcompile.kernels.formula import random, rounding, scales
 from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import clamped, emit, rounded, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
@@ -65,7 +65,7 @@ __all__ = [
 Value = Any
 Index = Sequence[sympy.Expr]
 
-_FP32, _INT32 = torch.float32, torch.int32
+_FP32, _FP64, _INT32 = torch.float32, torch.float64, torch.int32
 #: Integers by size in bytes.
 _BITS = {1: torch.uint8, 2: torch.int16}
 
@@ -75,8 +75,8 @@ _BITS = {1: torch.uint8, 2: torch.int16}
 
 def supports_quantize(q: Quantizer, device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_quantize` generates code for ``q``, and if not, why."""
-    if q.rounding == "stochastic":
-        return False, "stochastic rounding is not generated"
+    if q.rounding == "stochastic" and (reason := rounding.why_not_by_chance(q.format)):
+        return False, f"{reason} is not generated"
     if reason := why_not_rounded(q.format) or why_not_scaled(q):
         return False, reason
     return supports_scales(q, device)
@@ -127,8 +127,12 @@ def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, f
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return own_kernel(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)
-    codes = packed_bytes(units, lambda index, byte: encode(q, *units.inputs(index, byte)))
-    return codes, units.stored_scale()
+    drawn = by_chance(seed, units.shape) if q.rounding == "stochastic" else nothing_drawn
+
+    def code(index: Index, byte: sympy.Expr) -> Value:
+        return encode(q, *units.inputs(index, byte), **drawn(index))
+
+    return packed_bytes(units, code), units.corrected_scale(seed) if q.rounding == "eden" else units.stored_scale()
 
 
 def lower_quantize_8bit(x, quantizer: str, packed: bool, fold=None):
@@ -355,6 +359,31 @@ class GridUnits:
         dtype, stored = storage_dtype(self.q), self._of_best(scales.stored_scale)
         return self._per_group(dtype, lambda index: as_stored(stored(index), dtype))
 
+    def corrected_scale(self, seed) -> ir.TensorBox:
+        """The same under ``eden``, whose correction follows from the codes of a chunk."""
+        nearest, per_chunk = replace(self.q, rounding=self.q.nearest), EDEN_CHUNK // self.q.granularity.size
+
+        def product_with(other: Callable[[Value], Value]) -> Callable[[Index, Index], Value]:
+            def product(index: Index, chunk: Index) -> Value:
+                y = self.load(index, product=uncontracted_product)
+                return ops.mul(ops.to_dtype(y, _FP64), ops.to_dtype(other(y), _FP64))
+
+            return product
+
+        of_chunks = replace(self.q, rounding=self.q.nearest, granularity=Granularity("block", EDEN_CHUNK))
+        sums = [
+            self._over_groups(product_with(other), ops.add, "sum", _FP64, of_chunks)
+            for other in (lambda y: y, lambda y: _rounded(y, nearest))
+        ]
+        dtype, stored, drawn = storage_dtype(self.q), self._of_best(scales.stored_scale), by_chance(seed, self.groups)
+
+        def element(index: Index) -> Value:
+            chunk = [*index[:-1], FloorDiv(index[-1], per_chunk)]
+            inputs = (stored(index), *(load(chunk) for load in sums), drawn(index)["chance"])
+            return as_stored(emit(scales.corrected_scale(self.q), *inputs), dtype)
+
+        return self._per_group(dtype, element)
+
     def _amax(self, index: Index) -> Value:
         # maximum passes NaN on
         return ops.maximum(self._load_amax(index), ops.constant(self.q.amax_floor, _FP32))
@@ -377,7 +406,7 @@ class GridUnits:
         return element
 
     def _errors(self) -> list[Callable[[Index], Value]]:
-        """Loaders of every candidate's squared error by group, int64."""
+        """Loaders of every candidate's error by group, int64."""
         load_unit = self._per_group(_FP32, lambda index: emit(scales.error_unit(), self._amax(index))).make_loader()
         loaders = []
         for number, candidate in enumerate(self.q.candidates):
@@ -389,16 +418,16 @@ class GridUnits:
 
             load_scale, load_reciprocal = (self._per_group(_FP32, f).make_loader() for f in (scale, reciprocal))
 
-            def squared(
+            def counted(
                 index: Index, group: Index, load_scale=load_scale, load_reciprocal=load_reciprocal, of=of
             ) -> Value:
                 x = self.load_x(index)
                 level = _rounded(ops.mul(x, ops.abs(load_reciprocal(group))), of)
                 error = emit(scales.scaled_error(), x, level, load_scale(group), load_unit(group))
                 error = ops.to_dtype(error, torch.int64)
-                return ops.mul(error, error)
+                return ops.mul(error, error) if self.q.scale.error == "squared" else ops.abs(error)
 
-            loaders.append(self._over_groups(squared, ops.add, "sum", torch.int64))
+            loaders.append(self._over_groups(counted, ops.add, "sum", torch.int64))
         return loaders
 
     def _per_group(self, dtype: torch.dtype, element: Callable[[Index], Value]) -> ir.TensorBox:
@@ -412,11 +441,15 @@ class GridUnits:
         combine: Callable[[Value, Value], Value],
         name: Literal["max", "sum"],
         dtype: torch.dtype,
+        grouped: Quantizer | None = None,
     ) -> Callable[[Index], Value]:
         """A loader of the reduction ``name`` of ``value(index, group)`` over the elements that share a scale; zeros do
-        not change it. ``combine``: of two values.
+        not change it. ``combine``: of two values. ``grouped``: whose granularity says which elements these are, if it
+        is not the quantizer itself.
         """
-        kind, n, size = self.q.granularity.kind, self.q.granularity.size, self.shape[-1]
+        granularity = (grouped or self.q).granularity
+        groups = self.groups if grouped is None else grouped.scale_shape(tuple(self.shape))
+        kind, n, size = granularity.kind, granularity.size, self.shape[-1]
         step = self.per_byte if kind in ("tensor", "row") or n % self.per_byte == 0 else 1
         along_k = CeilDiv(size, step) if kind in ("tensor", "row") else sympy.Integer(n // step)
         rows = {"tensor": self.shape[:-1], "square": [sympy.Integer(n)]}.get(kind, [])
@@ -448,13 +481,32 @@ class GridUnits:
                 dst_dtype=dtype,
                 src_dtype=dtype,
                 inner_fn=element,
-                ranges=self.groups,
+                ranges=[sympy.sympify(size) for size in groups],
                 reduction_ranges=[*rows, along_k],
                 reduction_type=name,
                 reduction_hint=hint,
             )
         reduced.realize()
         return reduced.make_loader()
+
+
+def by_chance(seed, shape: Sequence[sympy.Expr]) -> Callable[[Index], dict[str, Value]]:
+    """What formulas that round by chance are given of the element at an index of a tensor of ``shape``."""
+    load = seed.make_loader()
+
+    def drawn(index: Index) -> dict[str, Value]:
+        place = sympy.S.Zero
+        for at, size in zip(index, shape, strict=True):
+            place = place * size + at
+        key = ops.to_dtype(load([sympy.S.Zero]), _INT32)
+        counted = ops.to_dtype(ops.index_expr(place, torch.int64), _INT32)  # of more than 2³² elements, the low bits
+        return {"chance": emit(random.uniform(), counted, key)}
+
+    return drawn
+
+
+def nothing_drawn(index: Index) -> dict[str, Value]:
+    return {}
 
 
 def as_stored(stored: Value, dtype: torch.dtype) -> Value:
@@ -497,16 +549,19 @@ def _with_global(value: Value, load_global) -> tuple[Value, ...]:
 # --- codes --------------------------------------------------------------------------------------------------
 
 
-def encode(q: Quantizer, y: Value, marked: Value | None = None) -> Value:
+def encode(q: Quantizer, y: Value, marked: Value | None = None, chance: Value | None = None) -> Value:
     """Int32 code of float32 ``y`` in grid units; saturating, NaN takes the largest magnitude, positive.
 
-    ``marked``: of a pair of grids, whether the block has the second.
+    ``marked``: of a pair of grids, whether the block has the second. ``chance``: for stochastic rounding, a uniform
+    number.
     """
     if marked is not None:
-        first, second = (encode(replace(q, format=grid), y) for grid in q.format.choices)
+        first, second = (encode(replace(q, format=grid), y, chance=chance) for grid in q.format.choices)
         return ops.where(marked, second, first)
+    if chance is not None:
+        return emit(rounding.encode(q.format, "stochastic"), y, chance)
     if q.format.torch_dtype is None:
-        return emit(rounding.encode(q.format, q.rounding), y)
+        return emit(rounding.encode(q.format, q.nearest), y)
     # The conversion of the device is the rounding.
     dtype = getattr(torch, q.format.torch_dtype)
     cast = ops.to_dtype(emit(rounding.saturated(q.format), y), dtype, use_compute_types=False)
@@ -530,7 +585,7 @@ def _rounded(y: Value, q: Quantizer) -> Value:
     """Float32 level."""
     if q.format.torch_dtype:
         return decode(q.format, encode(q, y))
-    return emit(rounding.round_level(q.format, q.rounding), y)
+    return emit(rounding.round_level(q.format, q.nearest), y)
 
 
 def looked_up(fmt: Format, device: torch.device) -> Callable[[Value], Value]:

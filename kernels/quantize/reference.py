@@ -9,6 +9,8 @@ All arithmetic is float32. For the elements that share a scale, with M the forma
     y    = x · γ, or of x rotated; a rotation does not change the root mean square of a row
     code = nearest level of min(|y|, M), sign kept; of a code book, nearest of all levels
     x̂    = s · level
+    eden:  s · (Σ y² / Σ (y · level) over 128 neighbours), sums in float64, their quotient float32, the product rounded
+           stochastically to a number that is stored
 
 Shapes are written with the quantization axis moved last: x ``[..., R, K]``.
 """
@@ -28,11 +30,12 @@ from qcompile.ir.gaussian import clip_of
 from qcompile.ir.operand import Operand
 from qcompile.ir.ops import COMPENSATED, GROUP_ALIGNMENT, clamped_counts, padded_rows
 from qcompile.ir.outliers import OutlierClamp
-from qcompile.ir.quantizer import ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Candidate, Quantizer
+from qcompile.ir.quantizer import EDEN_CHUNK, ERROR_BITS, MOST_ERROR, RMS_FLOOR, SMALLEST_BNB_AMAX, Candidate, Quantizer
 from qcompile.ir.tensor_core_ops import tensor_core_dtype
 from qcompile.ir.transforms import Transform
 from qcompile.kernels.formula import scales as formulas
 from qcompile.kernels.formula.torch_target import evaluate
+from qcompile.kernels.producer import Producer
 from qcompile.kernels.transform.reference import kept, rotate
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "quantize_compensated",
     "quantize_groups",
     "quantize_groups_pair",
+    "quantize_produced",
     "recode",
     "scale_pair",
     "scaled_input",
@@ -87,6 +91,8 @@ def quantize(
     keep = kept(rotated, spec.sparsity) if spec.sparsity else None
     y, marked = rotated * spread(reciprocal, x.shape, q), marks(stored, x.shape, q)
     codes = by_grid(q, marked, lambda of: encode(y, of, seed, keep))
+    if q.rounding == "eden":
+        stored = _corrected(stored, y, decode(codes, q.format), q, seed)
     return pack(codes, q.format.bits), stored
 
 
@@ -130,6 +136,16 @@ def quantize_compensated(x: Tensor, operand: str, axis: int) -> tuple[Tensor, Te
     scale, _, reciprocal = scale_pair(amax, spec.quantizer)
     bounds = torch.cat([lower, upper, reciprocal], -1)
     return encode_compensated(x, bounds, operand, -1), scale, bounds
+
+
+def quantize_produced(
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, producer: str, operand: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize_compensated` along the last axis of what a producer makes of a, b, c and d.
+
+    Casts between its steps round here, as they do in eager torch; in generated code they do not.
+    """
+    return quantize_compensated(Producer.parse(producer).produced((a, b, c, d)), operand, -1)
 
 
 def encode_compensated(x: Tensor, bounds: Tensor, operand: str, axis: int) -> Tensor:
@@ -269,8 +285,7 @@ def scaled_input(
     0 where sparsity drops it. Of a pair of grids also whether each element is in a block that has the second.
     """
     q, spec = Quantizer.parse(quantizer), Transform.parse(transform)
-    if q.rounding == "stochastic":
-        q = replace(q, rounding="even")
+    q = replace(q, rounding=q.nearest)
     x = x.movedim(axis, -1).float().contiguous()
     rotated = rotate(x, spec.rotation)
     stored, reciprocal = group_scales(x, rotated, q, global_scale)
@@ -305,20 +320,38 @@ def by_grid(q: Quantizer, marked: Tensor | None, compute: Callable[[Quantizer], 
 
 
 def group_scales(x: Tensor, rotated: Tensor, q: Quantizer, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stored scales and float32 γ of every group; of a rule with candidates those whose codes err least."""
+    """Stored scales and float32 γ of every group; of a rule with candidates those whose codes, rounded to the nearest,
+    err least.
+    """
     statistic = group_statistic(x, rotated, q)
     stored, scale, reciprocal = _of_candidate(q.candidates[0], statistic, q, global_scale)
     if len(q.candidates) > 1 and x.numel():
-        least = _squared_error(rotated, statistic, scale, reciprocal, replace(q, format=q.candidates[0].grid))
+        q = replace(q, rounding=q.nearest)
+        least = _error(rotated, statistic, scale, reciprocal, replace(q, format=q.candidates[0].grid))
         for candidate in q.candidates[1:]:
             other, scale, other_reciprocal = _of_candidate(candidate, statistic, q, global_scale)
-            error = _squared_error(rotated, statistic, scale, other_reciprocal, replace(q, format=candidate.grid))
+            error = _error(rotated, statistic, scale, other_reciprocal, replace(q, format=candidate.grid))
             better = error < least
             bits = _BITS[stored.element_size()]
             stored = torch.where(better, other.view(bits), stored.view(bits)).view(stored.dtype)
             least = torch.where(better, error, least)
             reciprocal = torch.where(better, other_reciprocal, reciprocal)
     return stored, reciprocal
+
+
+def _corrected(stored: Tensor, y: Tensor, levels: Tensor, q: Quantizer, seed: Tensor | None) -> Tensor:
+    """The stored scales of ``eden``, from y and its levels ``[..., R, K]``."""
+    if y.numel() == 0:
+        return stored
+    n, size = q.granularity.size, y.shape[-1]
+    squares, products = (
+        _blocks(values, -1, EDEN_CHUNK).sum(-1) for values in (y.double().square(), y.double() * levels.double())
+    )
+    quotient = torch.where(products == 0, 1.0, squares / products).float()
+    quotient = quotient.repeat_interleave(EDEN_CHUNK // n, -1)[..., : -(-size // n)]
+    scale, magnitudes = stored.float() * quotient, formulas.stored_format(q.scale.store).magnitudes
+    index = _stochastic_index(scale.nan_to_num(0.0).clamp(max=magnitudes[-1]), magnitudes, seed).to(torch.uint8)
+    return torch.where(scale.isnan(), 0x7F, index).to(torch.uint8).view(stored.dtype)  # one of the two codes of NaN
 
 
 def _of_candidate(
@@ -333,16 +366,17 @@ def _of_candidate(
     return stored, scale, reciprocal
 
 
-def _squared_error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
-    """Int64 Σ n² of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at most 2²¹ of
-    them. All n of a group that is not finite are 0 or 2²¹.
+def _error(x: Tensor, amax: Tensor, scale: Tensor, reciprocal: Tensor, q: Quantizer) -> Tensor:
+    """Int64 Σ n², or Σ |n|, of every group, where n is s · level − x as a count of units of 2^(⌊log2 amax⌋ − 19), at
+    most 2²¹ of them. All n of a group that is not finite are 0 or 2²¹.
     """
     level = decode(encode(x * spread(reciprocal, x.shape, q), q), q.format)
     exponent = ERROR_BITS + 1 - torch.frexp(amax.clamp(min=2.0**-126)).exponent
     unit = torch.where(amax.isfinite(), _power_of_two(exponent), 0.0)
     count = (level * spread(scale, x.shape, q) - x) * spread(unit, x.shape, q)
     count = torch.where(count.abs() <= MOST_ERROR, count, MOST_ERROR).round().long()
-    return _over_groups(count.square(), q, Tensor.sum).reshape(scale.shape)
+    counted = count.square() if q.scale.error == "squared" else count.abs()
+    return _over_groups(counted, q, Tensor.sum).reshape(scale.shape)
 
 
 def group_statistic(x: Tensor, rotated: Tensor, q: Quantizer) -> Tensor:

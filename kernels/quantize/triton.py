@@ -23,7 +23,7 @@ from qcompile.kernels.triton import (
 from .grid import unsupported
 from .triton_columns import quantize_8bit_pair, quantize_8bit_transposed, quantize_columns
 from .triton_groups import quantize_groups, quantize_groups_pair
-from .triton_outliers import quantize_compensated
+from .triton_outliers import quantize_compensated, quantize_produced
 from .triton_recode import recode
 from .triton_rows import quantize_8bit
 
@@ -35,6 +35,7 @@ __all__ = [
     "quantize_compensated",
     "quantize_groups",
     "quantize_groups_pair",
+    "quantize_produced",
     "recode",
     "supports_columns",
     "supports_quantize_8bit",

@@ -1,4 +1,5 @@
-"""``qcompile demo | explain | sensitivity | bench``. A command imports torch when it runs: ``--help`` answers at once.
+"""``qcompile demo | explain | sensitivity | eval | bench``. A command imports torch when it runs, so that ``--help``
+answers at once.
 
 Exit status: 0 done, 2 something in the request cannot be used (one line says what), 130 interrupted.
 """
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_explain(commands)
     add_sensitivity(commands)
+    add_eval(commands)
     add_bench(commands)
     return parser
 
@@ -103,7 +105,7 @@ def add_demo(commands: Any) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="train on the first 64 MiB of this file (default: Shakespeare, included)",
+        help="train on the first 64 MiB of this file, plain or .xz (default: Shakespeare, included)",
     )
     parser.add_argument("--arms", default="bf16,fp4,direct", help="any of bf16,fp4,direct (default: all)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each arm")
@@ -396,6 +398,99 @@ def text_batches(tokenizer: Callable[[str], Any], arguments: argparse.Namespace)
         msg = f"{arguments.text} has {len(ids)} tokens, fewer than the {needed} of {count} × {batch} × {tokens}"
         raise ValueError(msg)
     return [{"input_ids": part, "labels": part} for part in torch.tensor(ids).reshape(count, batch, tokens)]
+
+
+# --- eval ---------------------------------------------------------------------------------------------------
+
+
+def add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="zero-shot scores of a compiled model, and paired differences between two recipes",
+        description="Import FACTORY from MODULE and call it. It returns (model, tokenizer). Scores the model, compiled "
+        "with --backend and --option, on local JSONL files with the prompts of lm_eval; with --against, prints paired "
+        "differences from an earlier result.",
+    )
+    parser.add_argument("factory", metavar="MODULE:FACTORY", help="for example my_package.models:build")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="[TASK=]FILE",
+        help="arc_easy.jsonl, boolq=dev.jsonl; tasks are arc_easy, arc_challenge, boolq, piqa, sciq, openbookqa, "
+        "hellaswag, logiqa, lambada_openai, and multiple_choice and cloze for files of your own",
+    )
+    add_backend_flags(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of every file")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a batch (default 8)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="most in a sequence (default: what the model's config says, or 2048)"
+    )
+    parser.add_argument(
+        "--scorer", default="lm_eval", choices=["lm_eval", "own"], help="own: the same numbers without lm_eval"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write scores after every task; those that it has are not run again"
+    )
+    parser.add_argument("--against", type=Path, metavar="FILE", help="what --json wrote for another recipe")
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    try:
+        from . import evaluation
+
+        for flag in ("limit", "tokens", "batch"):
+            value = getattr(arguments, flag)
+            if value is not None and value < 1:
+                msg = f"--{flag} {value} is to be positive"
+                raise ValueError(msg)
+        other = evaluation.Evaluation.from_file(arguments.against) if arguments.against else None
+        tasks = [evaluation.task_of(request) for request in arguments.files]
+        documents = {name: evaluation.read(task, path, arguments.limit) for name, task, path in tasks}
+        if len(documents) < len(tasks):
+            msg = f"two of {', '.join(arguments.files)} have the same name; a name stands for one file"
+            raise ValueError(msg)
+        options = parse_options(arguments.option)
+        settings = {key: getattr(arguments, key) for key in ("factory", "backend", "limit", "tokens", "scorer")}
+        found = evaluation.resumed(arguments.json, {**settings, "options": options})
+        likelihoods = compiled_likelihoods(arguments, options)
+        for name, task, _ in tasks:
+            evaluation.add(found, name, task, documents[name], likelihoods, evaluation.SCORERS[arguments.scorer])
+            if arguments.json:
+                arguments.json.write_text(found.to_json() + "\n", encoding="utf-8")
+        if other is not None:
+            evaluation.against(found, other)
+    except InputErrors as error:
+        return unusable("eval", error)
+    make_console().print(evaluation.table(found, other))
+    return 0
+
+
+def compiled_likelihoods(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """Raises ``ValueError`` for a factory that returns something else than a model and its tokenizer."""
+    import torch
+
+    from .evaluation import LogLikelihoods
+
+    made = call_factory(arguments.factory)
+    if not isinstance(made, tuple) or len(made) != 2:
+        msg = f"{arguments.factory} returned {type(made).__name__}; it is to return (model, tokenizer)"
+        raise ValueError(msg)
+    model, tokenizer = made
+    compiled = torch.compile(model.eval(), backend=arguments.backend, options=options or None)
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    return LogLikelihoods(
+        compiled,
+        tokenizer,
+        rows=arguments.batch,
+        most_tokens=arguments.tokens or getattr(getattr(model, "config", None), "max_position_embeddings", 2048),
+        device=device,
+        progress=show_progress if sys.stderr.isatty() else lambda done, total: None,
+    )
+
+
+def show_progress(done: int, total: int) -> None:
+    print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 # --- bench --------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class NestedScales:
         if q.granularity.kind != "block" or q.scale.two_level:
             msg = f"nested scales {q}: scales are one row with scales of their own by blocks; use block<n> and absmax"
             raise ValueError(msg)
-        if q.rounding == "stochastic":
+        if q.draws:
             msg = f"nested scales {q}: scales are rounded to the nearest; use even or half_up"
             raise ValueError(msg)
 

@@ -52,10 +52,10 @@ _SCHEMAS = (
     # x̂ = estimator-aware dequantize(quantize(x)); what `insert` places on a GEMM operand. Same shape and dtype as x.
     "fake_quantize(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # y. Its gradient goes on as it is; the `twins`, whose values are not read, get it quantized (quantize_along), or as
-    # it is without an `operand`.
-    "split_gradient(Tensor y, Tensor[] twins, str? operand, int[] rows, int[] contracted) -> Tensor",
+    # it is without an `operand`. `bits`: int64 [n], 1 where a drawn sign of the operand's rotation is −.
+    "split_gradient(Tensor y, Tensor[] twins, str? operand, int[] rows, int[] contracted, Tensor? bits=None) -> Tensor",
     # What a backward product reads in place of the operand x of the forward: quantize_along(x). Not differentiable.
-    "read_again(Tensor x, str operand, int[] rows, int[] contracted) -> Tensor",
+    "read_again(Tensor x, str operand, int[] rows, int[] contracted, Tensor? bits=None) -> Tensor",
     # Float32 [5], what quantizing an operand does to it: see kernels/statistics.py; a composite too.
     "operand_statistics(Tensor x, str operand, int axis, Tensor? seed=None) -> Tensor",
     # codes, scales. `global_scale`: float32 [] for two-level scale rules. `seed`: int64 [1] for stochastic rounding.
@@ -420,7 +420,9 @@ def _fake_quantize(x: Tensor, operand: str, axis: int, seed: Tensor | None = Non
 LIB.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
 
 
-def quantize_along(x: Tensor, operand: str, rows: Sequence[int], contracted: Sequence[int]) -> Tensor:
+def quantize_along(
+    x: Tensor, operand: str, rows: Sequence[int], contracted: Sequence[int], bits: Tensor | None = None
+) -> Tensor:
     """``x`` quantized and decoded again, as a product reads it that contracts the axes ``contracted`` of x and keeps
     ``rows``; the other axes count batches. Same shape and dtype as x.
 
@@ -428,11 +430,11 @@ def quantize_along(x: Tensor, operand: str, rows: Sequence[int], contracted: Seq
     for all elements the axes do not matter, and x is quantized as it is, so that two products can share its codes.
 
     A rotation of the operand is one of the contracted axes, merged, and is not undone: the other operand of the product
-    has to be rotated alike.
+    has to be rotated alike, with the same ``bits`` where signs are drawn.
     """
     spec = Operand.parse(operand)
     if spec.quantizer.granularity.kind == "tensor" and not spec.transform and x.dim():
-        return _rounded(x, spec, -1)
+        return _rounded(x, spec, -1, bits)
     natural = list(range(x.dim()))
     batch = [axis for axis in natural if axis not in rows and axis not in contracted]
     # Then x is read as it lies, along its last axis but one.
@@ -443,35 +445,37 @@ def quantize_along(x: Tensor, operand: str, rows: Sequence[int], contracted: Seq
     merged = any(len(group) != 1 for group in groups)
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     matrix = permuted.reshape([*(x.shape[axis] for axis in batch), *sizes]) if merged else permuted
-    y = _rounded(matrix, spec, -2 if crossed else -1)
+    y = _rounded(matrix, spec, -2 if crossed else -1, bits)
     y = y.reshape(permuted.shape) if merged else y
     return y if order == natural else y.permute([order.index(axis) for axis in natural])
 
 
-def _rounded(x: Tensor, spec: Operand, axis: int) -> Tensor:
+def _rounded(x: Tensor, spec: Operand, axis: int, bits: Tensor | None) -> Tensor:
     ops, q = torch.ops.qcompile, spec.quantizer
     if (transform := spec.transform.on(x.shape[axis])).rotation > 1:
-        x = ops.hadamard(with_signs(x, transform, axis), transform.rotation, axis)
-    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if q.rounding == "stochastic" else None
+        x = ops.hadamard(with_signs(x, transform, axis, bits), transform.rotation, axis)
+    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if q.draws else None
     global_scale = global_scale_of(x, q)
     codes, scales = ops.quantize(x, str(q), axis, global_scale, seed)
     return ops.dequantize(codes, scales, str(q), axis, x.shape[axis], x.dtype, global_scale)
 
 
-def with_signs(x: Tensor, transform: Transform, axis: int) -> Tensor:
-    """x · D: every block along ``axis`` (-1 or -2) times the signs of the rotation."""
+def with_signs(x: Tensor, transform: Transform, axis: int, bits: Tensor | None = None) -> Tensor:
+    """x · D: every block along ``axis`` (-1 or -2) times the signs of the rotation, drawn ones of ``bits``."""
     n = transform.rotation
     if not transform.signs:
         return x
-    place = torch.arange(n, device=x.device) % 16
-    signs = 1 - 2 * ((FIXED_SIGNS >> place) & 1)
+    if transform.signs == "fixed":
+        bits = (FIXED_SIGNS >> torch.arange(n, device=x.device) % 16) & 1
+    assert bits is not None, "signs are drawn by whoever rotates both operands"
+    signs = 1 - 2 * bits[:n]
     row = signs.to(x.dtype).expand(x.shape[axis] // n, n).reshape(-1)
     return x * (row if axis == -1 else row.unsqueeze(-1))
 
 
-def _read_again(x: Tensor, operand: str, rows: list[int], contracted: list[int]) -> Tensor:
+def _read_again(x: Tensor, operand: str, rows: list[int], contracted: list[int], bits: Tensor | None = None) -> Tensor:
     with without_autocast(x):
-        return quantize_along(x.detach(), operand, rows, contracted)
+        return quantize_along(x.detach(), operand, rows, contracted, bits)
 
 
 LIB.impl("read_again", _read_again, "CompositeImplicitAutograd")
@@ -481,25 +485,33 @@ class _SplitGradient(torch.autograd.Function):
     """y forward; dY to y and ``quantize_along(dY)`` to the twins backward."""
 
     @staticmethod
-    def forward(y: Tensor, operand: str | None, rows: list[int], contracted: list[int], *twins: Tensor) -> Tensor:
+    def forward(
+        y: Tensor, operand: str | None, rows: list[int], contracted: list[int], bits: Tensor | None, *twins: Tensor
+    ) -> Tensor:
         return y.detach()  # no view of y as autograd counts them: those cannot be changed in place
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *ctx.how = inputs[:4]
-        ctx.twins = len(inputs) - 4
+        _, *ctx.how, bits = inputs[:5]
+        ctx.twins = len(inputs) - 5
+        ctx.save_for_backward(*(() if bits is None else (bits,)))
 
     @staticmethod
     def backward(ctx, grad):
         with torch.autocast(grad.device.type, enabled=False):
-            rounded = grad if ctx.how[0] is None else quantize_along(grad, *ctx.how)
-            return grad, None, None, None, *[rounded] * ctx.twins
+            rounded = grad if ctx.how[0] is None else quantize_along(grad, *ctx.how, *ctx.saved_tensors)
+            return grad, None, None, None, None, *[rounded] * ctx.twins
 
 
 def _split_gradient(
-    y: Tensor, twins: list[Tensor], operand: str | None, rows: list[int], contracted: list[int]
+    y: Tensor,
+    twins: list[Tensor],
+    operand: str | None,
+    rows: list[int],
+    contracted: list[int],
+    bits: Tensor | None = None,
 ) -> Tensor:
-    return _SplitGradient.apply(y, operand, rows, contracted, *twins)
+    return _SplitGradient.apply(y, operand, rows, contracted, bits, *twins)
 
 
 LIB.impl("split_gradient", _split_gradient, "CompositeImplicitAutograd")

@@ -23,6 +23,8 @@ from .formulas import Scalar, floor_log2, power_of_two
 from .gaussian import clip_of
 
 __all__ = [
+    "DRAWING",
+    "EDEN_CHUNK",
     "ROUNDINGS",
     "SCALE_RULES",
     "SCALE_STORES",
@@ -49,6 +51,12 @@ SMALLEST_BNB_AMAX = 1e-38
 ERROR_BITS, MOST_ERROR = 19, 2.0**21
 #: Squares of as many errors may not fit int64.
 MOST_COMPARED = int(2**63 / MOST_ERROR**2)
+
+#: How many neighbours along K share the correction of their scales under ``eden``; a last chunk may be short.
+EDEN_CHUNK = 128
+#: What the absolute maximum of a block is divided by under ``e4m3_eden``, less than 1 times the largest level, so that
+#: the few that are cut off cost less than finer steps gain (17/16 of .93).
+EDEN_CLIP = 17 / 16 * 0.93
 
 #: What the ``rms`` rule adds to its clip α · rms, for rows of zeros.
 RMS_FLOOR = 1e-8
@@ -128,8 +136,9 @@ class ScaleRule:
         floor: smallest absolute maximum that the formulas are given; ``None``: one that suits any format
             (:attr:`Quantizer.amax_floor`).
         candidates: factors on the scale, of which every block keeps the one whose codes, rounded to the nearest, have
-            the least squared error (:data:`ERROR_BITS`); of equal errors the first.
-        largest: the stored scale that the tensor's absolute maximum gets under a two-level rule, before candidates.
+            the least error (:data:`ERROR_BITS`); of equal errors the first.
+        error: what is added up for that: the ``"squared"`` differences or the ``"absolute"`` ones.
+        largest: under a two-level rule the tensor's scale is its absolute maximum over this and the largest level.
         source: where it is defined.
     """
 
@@ -142,6 +151,7 @@ class ScaleRule:
     covers: bool = False
     floor: float | None = None
     candidates: tuple[float, ...] = (1.0,)
+    error: str = "squared"
     largest: float = 448.0
     source: str = ""
 
@@ -216,6 +226,14 @@ def _inverse_rms(rms: Scalar, fmt: Format) -> Scalar:
     return (fmt.max / _rms_clip(rms, fmt)).to(torch.float32)
 
 
+def _absmax_guard(amax: Scalar, fmt: Format) -> Scalar:
+    return amax / (fmt.max * (16 / 17))
+
+
+def _absmax_eden(amax: Scalar, fmt: Format) -> Scalar:
+    return amax / (fmt.max / EDEN_CLIP)
+
+
 def _inverse_absmax_bnb(amax: Scalar, fmt: Format) -> Scalar:
     return fmt.max / amax.clamp(min=SMALLEST_BNB_AMAX * max(fmt.max, 1.0))
 
@@ -264,6 +282,47 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             source="NVFP4 whose blocks end at 6 or at 4 (s · 1.5), whichever errs less; arXiv 2512.02010",
         ),
         ScaleRule(
+            "e4m3_46_mae",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            error="absolute",
+            largest=256.0,
+            source="e4m3_46 by the sum of absolute errors; TransformerEngine's nvfp4_4over6, err_mode MAE",
+        ),
+        ScaleRule(
+            "e4m3_46_448",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            source="e4m3_46 with all of E4M3's range, where s · 1.5 of the largest blocks is 448; TransformerEngine",
+        ),
+        ScaleRule(
+            "e5m3",
+            _absmax,
+            store="ue5m3",
+            two_level=True,
+            source="NVFP4 with scales of 5 exponent bits and no sign, 137 times the range above; arXiv 2609.02846",
+        ),
+        ScaleRule(
+            "e4m3_guard",
+            _absmax_guard,
+            store="e4m3",
+            two_level=True,
+            largest=448.0 * 16 / 17,
+            source="NVFP4 whose E4M3 scales cut nothing off when they are rounded down; arXiv 2601.22813",
+        ),
+        ScaleRule(
+            "e4m3_eden",
+            _absmax_eden,
+            store="e4m3",
+            two_level=True,
+            largest=255.99 / EDEN_CLIP,
+            source="NVFP4 whose scales leave room to be corrected upwards; arXiv 2601.22813, released code",
+        ),
+        ScaleRule(
             "absmax_bnb",
             _absmax,
             _inverse_absmax_bnb,
@@ -288,7 +347,12 @@ ROUNDINGS: dict[str, str] = {
     "even": "nearest; ties go to the even code (IEEE, ml_dtypes), of code books to the lower level (bitsandbytes)",
     "half_up": "nearest; ties go toward +∞ (the look-up kernel of arXiv 2501.17116; QuEST's floor on mid-rise grids)",
     "stochastic": "to either neighbour with probability by distance, from a seed tensor on the device",
+    "eden": "even; then the scales of 128 neighbours times ⟨y, y⟩ / ⟨y, level⟩, stochastically (MS-EDEN, Quartet II)",
 }
+#: What a correction is rounded to stochastically: stores of scales that are small floats.
+_CORRECTED_STORES = ("e4m3", "e5m2")
+#: Those that draw random numbers.
+DRAWING = ("stochastic", "eden")
 #: Former name -> what it is now.
 _RENAMED_ROUNDINGS = {"up": "half_up"}
 
@@ -366,7 +430,9 @@ class Quantizer:
             name = short_name(self.format.name)
             msg = f"{name} rounds to even or stochastically; ties toward +∞ exist for other grids only"
             raise ValueError(msg)
-        if self.rounding == "stochastic" and not (self.format.has_zero or self.format.codebook):
+        if self.rounding == "eden":
+            self._check_correction()
+        if self.rounding == "stochastic" and not all(grid.has_zero or grid.codebook for grid in self.format.choices):
             name = short_name(self.format.name)
             msg = f"stochastic rounding on {name}: its codes keep the sign, which biases values around zero"
             raise ValueError(msg)
@@ -375,6 +441,35 @@ class Quantizer:
         if self.scale.two_level and self.granularity.kind not in ("block", "square"):
             msg = f"scale rule {short_name(self.scale.name)} needs blocks, for example block16; got {self.granularity}"
             raise ValueError(msg)
+
+    def _check_correction(self) -> None:
+        """Raises ``ValueError`` where scales cannot be corrected after rounding."""
+        divides = self.granularity.kind == "block" and EDEN_CHUNK % self.granularity.size == 0
+        if not divides:
+            msg = f"eden corrects the blocks of {EDEN_CHUNK} elements, for example block16; got {self.granularity}"
+            raise ValueError(msg)
+        if self.scale.store not in _CORRECTED_STORES:
+            stores, name = ", ".join(_CORRECTED_STORES), short_name(self.scale.name)
+            msg = f"eden rounds scales stochastically: it takes a rule with {stores}, for example e4m3_eden; got {name}"
+            raise ValueError(msg)
+        if len(self.candidates) > 1:
+            msg = f"eden corrects the scale that a block has, and {self} lets blocks choose; use e4m3_eden"
+            raise ValueError(short_names(msg))
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers, for which it needs a seed."""
+        return self.rounding in DRAWING
+
+    @property
+    def of_codes(self) -> str:
+        """The rounding of codes alone."""
+        return "even" if self.rounding == "eden" else self.rounding
+
+    @property
+    def nearest(self) -> str:
+        """How codes are rounded where nothing is drawn: by estimators, and where candidates are compared."""
+        return "even" if self.draws else self.rounding
 
     def _check_choice(self) -> None:
         """Raises ``ValueError`` where blocks cannot choose among candidates."""
@@ -385,9 +480,6 @@ class Quantizer:
             raise ValueError(msg)
         if self.granularity.elements >= MOST_COMPARED:
             msg = f"{who} adds up errors of at most {MOST_COMPARED - 1} elements; got {self.granularity}"
-            raise ValueError(msg)
-        if self.rounding == "stochastic":
-            msg = f"{who} chooses by the error of nearest rounding, not of stochastic; use even"
             raise ValueError(msg)
         if pair and self.scale.statistic != "amax":
             msg = f"{who} is chosen by errors relative to the absolute maximum, which {self.scale.name} does not find"

@@ -80,6 +80,8 @@ class Recipe:
         dgrad_weight, wgrad_activation: what W is quantized to again in dgrad, and X in wgrad, from the originals and
             along the axis that these products contract; ``None``: they read the codes of the forward. A rotation is one
             of dY too, with the same signs. Only where dY is quantized (``gradient``).
+        again_from: what these are made from: ``"originals"``, or ``"codes"``, what the forward's codes stand for, so
+            that no original has to be kept for it.
         forward: ``"bf16"`` multiplies the originals in the forward, and the backward reads the codes of X and W all the
             same: what a run heals by in its last steps. ``"quantized"``: the forward multiplies what is quantized.
         backward: which backward GEMMs run on 8-bit tensor cores: ``"bf16"`` none, ``"dgrad_fp8"`` dX, ``"fp8"`` dX and
@@ -117,6 +119,7 @@ class Recipe:
     gradient: OperandField = OperandField()
     dgrad_weight: OperandField = OperandField()
     wgrad_activation: OperandField = OperandField()
+    again_from: str = "originals"
     forward: str = "quantized"
     backward: str = "bf16"
     skip: tuple[str, ...] = LEFT_WIDE
@@ -271,6 +274,7 @@ _SWITCH = ("True or False", lambda value: isinstance(value, bool))
 #: Field → what it takes, and the test.
 _ACCEPTED: dict[str, tuple[str, Any]] = {
     "backward": (f"one of {', '.join(BACKWARD_ROLES)}", lambda v: isinstance(v, str) and v in BACKWARD_ROLES),
+    "again_from": ("one of originals, codes", lambda v: v in ("originals", "codes")),
     "forward": ("one of quantized, bf16", lambda v: v in ("quantized", "bf16")),
     "monitor": ("True, False or a qcompile.Monitor", lambda v: isinstance(v, bool) or hasattr(v, "attach")),
     "min_side": ("an integer ≥ 0", lambda v: type(v) is int and v >= 0),

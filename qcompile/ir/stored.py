@@ -46,7 +46,7 @@ class Stored:
 
     def __post_init__(self) -> None:
         q = self.quantizer
-        if q.rounding == "stochastic":
+        if q.draws:
             msg = f"weights stored as {str(q)!r}: a stored weight is rounded once, to the nearest; use even"
             raise ValueError(msg)
         if self.nested and (q.scale.storage != "float32" or q.scale.two_level):

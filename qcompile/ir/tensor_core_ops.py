@@ -51,6 +51,10 @@ _SCHEMAS = (
     # Codes and scales of quantize_8bit, the codes transposed: [K, R] and [R, 1]; or those of a batch of matrices.
     # `transform`: as in quantize.
     "quantize_8bit_transposed(Tensor x, str quantizer, str transform='') -> (Tensor, Tensor)",
+    # quantize_compensated along the last axis of what a producer (kernels/producer.py) makes of up to four tensors. The
+    # first has the shape of the result, the others are broadcast to it.
+    "quantize_produced(Tensor a, Tensor? b, Tensor? c, Tensor? d, str producer, str operand) "
+    "-> (Tensor, Tensor, Tensor)",
     # Two quantizations of one x [M, N]: rows of x · fold, and columns of x · fold_rows (float32, M elements):
     # [M, N], [M, 1], [N, M], [N, 1].
     "quantize_8bit_pair(Tensor x, str quantizer, Tensor? fold, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -108,6 +112,13 @@ def tensor_core_dtype(fmt: Format) -> torch.dtype:
         msg = f"{fmt.name} has values that no 8-bit tensor-core type holds"
         raise ValueError(msg)
     return TENSOR_CORE_DTYPES[fmt.tensor_core_type]
+
+
+@register_meta("quantize_produced")
+def _(a, b, c, d, producer, operand):
+    *rows, size = a.shape
+    codes = a.new_empty([*rows, size], dtype=torch.uint8)
+    return codes, *(a.new_empty([*rows, n], dtype=torch.float32) for n in (1, 3))
 
 
 @register_meta("quantize_8bit")

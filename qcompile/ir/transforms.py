@@ -4,8 +4,9 @@
   order. It spreads outliers over their block, so that a row looks normal; and since H = Hᵀ = H⁻¹, a product of two
   operands that are rotated alike needs no rotation back. n is a power of two up to :data:`LARGEST_ROTATION`; where it
   does not divide the axis, the largest power of two that does takes its place (an odd axis is not rotated).
-  ``hadamard(n,signs=fixed)`` flips signs first, those of TransformerEngine, repeated: D·H in place of H. For operands
-  of the backward, which nothing rotates back.
+  ``hadamard(n,signs=fixed)`` flips signs first, those of TransformerEngine, repeated: D·H in place of H.
+  ``signs=drawn`` draws them on the device at every call, once for both operands of a product. For operands of the
+  backward, which nothing rotates back.
 * ``sparse(4:8)``: of four aligned pairs of neighbours, the two with the larger Euclidean norms are kept; INT4 sparse
   tensor cores want pairs. ``sparse(2:4)``: of four neighbours the two of larger magnitude. Ties go to the lower index.
   Chosen anew at every step, from the rotated values. The others become 0.
@@ -19,12 +20,15 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
-__all__ = ["FIXED_SIGNS", "LARGEST_ROTATION", "SPARSITIES", "Sparsity", "Transform"]
+__all__ = ["FIXED_SIGNS", "LARGEST_ROTATION", "SIGNS", "SPARSITIES", "Sparsity", "Transform"]
 
 LARGEST_ROTATION = 1024
 
 #: +1 where a bit is not set, −1 where it is, the lowest bit first: + + + − + − − − − − − + − + − −.
 FIXED_SIGNS = 0b1101_0111_1110_1000
+
+#: What ``signs=`` takes.
+SIGNS = ("fixed", "drawn")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Transform:
         if not (1 <= n <= LARGEST_ROTATION and n & (n - 1) == 0):
             msg = f"hadamard({n}): the size must be a power of two from 1 to {LARGEST_ROTATION}"
             raise ValueError(msg)
-        if self.signs and (n == 1 or self.signs != "fixed"):
-            msg = f"hadamard({n},signs={self.signs}): the only signs are fixed, those of a rotation"
+        if self.signs and (n == 1 or self.signs not in SIGNS):
+            msg = f"hadamard({n},signs={self.signs}): signs are those of a rotation, {' or '.join(SIGNS)}"
             raise ValueError(msg)
         if self.sparsity and self.sparsity not in SPARSITIES:
             msg = f"sparse({self.sparsity}): known patterns: {', '.join(SPARSITIES)}"
@@ -93,6 +97,6 @@ class Transform:
                 transform = replace(transform, sparsity=match[1])
             else:
                 sparse = "), sparse(".join(SPARSITIES)
-                msg = f"unknown transform {part!r}; known: hadamard(<size>[,signs=fixed]), sparse({sparse})"
+                msg = f"unknown transform {part!r}; known: hadamard(<size>[,signs=fixed|drawn]), sparse({sparse})"
                 raise ValueError(msg)
         return transform

@@ -11,33 +11,21 @@ from functools import cache
 import torch
 
 from qcompile.ir.formats import Format
-from qcompile.kernels.formula.expression import FLOAT, INT, Formula, Value, constant, where
-from qcompile.kernels.formula.layout import MANTISSA_BITS, bits_of, minifloat
+from qcompile.kernels.formula.expression import FLOAT, INT, Formula, Value, where
+from qcompile.kernels.formula.layout import minifloat
+from qcompile.kernels.formula.random import FACTORS, hash_of, shifted
+from qcompile.kernels.formula.rounding import index_of_count, unit_counts
 from qcompile.kernels.formula.scales import store_of, stored_format
 
 __all__ = ["SMALLEST_NORMAL", "advance", "decode", "draw", "encode", "hashed", "round_parameter", "scale"]
 
 SMALLEST_NORMAL = 2.0**-126
-_EXPONENT = 0xFF << MANTISSA_BITS
-#: Wellons' "lowbias32", as stochastic rounding elsewhere draws its numbers, with signs that int32 has.
-_HASH = ((16, 0x21F0AAAD), (15, 0x735A2D97))
-
-
-def _shifted(x: Value, places: int) -> Value:
-    """Logical: zeros are shifted in."""
-    return (x >> places) & (2 ** (32 - places) - 1)
-
-
-def _hash(x: Value) -> Value:
-    for shift, factor in _HASH:
-        x = (x ^ _shifted(x, shift)) * factor
-    return x ^ _shifted(x, 15)
 
 
 @cache
 def hashed() -> Formula:
     """``(x) → hash`` of int32."""
-    return Formula.record("hashed", _hash, x=INT)
+    return Formula.record("hashed", hash_of, x=INT)
 
 
 @cache
@@ -45,10 +33,10 @@ def draw() -> Formula:
     """``(index) → 16 random bits for the parameter, the first and the second moment``; index counts elements."""
 
     def bits(index: Value) -> tuple[Value, Value, Value]:
-        first = _hash(index)
+        first = hash_of(index)
         # One more round: the first and the second moment need not be as good as strangers.
-        second = (first ^ _shifted(first, 13)) * _HASH[0][1]
-        return _shifted(first, 16), _shifted(second, 16), _shifted(second ^ first, 16)
+        second = (first ^ shifted(first, 13)) * FACTORS[0][1]
+        return shifted(first, 16), shifted(second, 16), shifted(second ^ first, 16)
 
     return Formula.record("draw", bits, index=INT)
 
@@ -104,18 +92,11 @@ def _rounded(y: Value, fmt: Format, random: Value) -> tuple[Value, Value]:
     """
     layout = minifloat(fmt)
     assert layout is not None
-    mantissa_bits, factor = layout
-    size = abs(y)
-    smallest_normal = factor * SMALLEST_NORMAL
-    binade = size.at_least(smallest_normal).view(INT) & _EXPONENT
-    unit = binade.view(FLOAT).exact_product(2.0**-mantissa_bits)
-    per_unit = (constant(254 << MANTISSA_BITS, INT) - binade).view(FLOAT).exact_product(2.0**mantissa_bits)
+    count, unit, binade = unit_counts(abs(y), layout)
     dither = (random.float() + 0.5).exact_product(2.0**-16)
-    count = size.exact_product(per_unit)
     below = count.floor()  # apart from the rest of it, beside which all bits of the chance have their place
     count = below + (count - below + dither).floor()
-    index = count.int() + ((binade - bits_of(smallest_normal)) >> (MANTISSA_BITS - mantissa_bits))
-    return count.exact_product(unit), index
+    return count.exact_product(unit), index_of_count(count, binade, layout)
 
 
 @cache

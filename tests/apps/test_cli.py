@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_demo_refuses_a_text_too_short_to_hold_out_a_window(content, capsys, tmp
     path = tmp_path / "short.txt"
     path.write_bytes(content)
     assert f"{len(content)} bytes" in fail(capsys, "demo", "--text", path, "--out", tmp_path / "out")
+
+
+def test_a_text_may_be_compressed(tmp_path, capsys):
+    packed = tmp_path / "text.txt.xz"
+    packed.write_bytes(lzma.compress(TEXT))
+    assert demo.read_text(packed) == TEXT
+    packed.write_bytes(lzma.compress(TEXT)[:-40])
+    assert "text.txt.xz is no complete .xz file" in fail(capsys, "demo", "--text", packed, "--out", tmp_path / "out")
 
 
 def test_demo_keeps_former_files_when_the_folder_is_a_file(capsys, text_file, tmp_path):

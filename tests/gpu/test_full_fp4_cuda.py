@@ -1,7 +1,7 @@
 """Recipes of all three products on a CUDA card: run by hand (`pytest tests/gpu`), never in CI.
 
-What would break: kernels for scales of NVFP4, IF4 and ``e8m0_ceil`` that disagree with the CPU's, stochastic rounding
-that has no kernel on the card, a CUDA graph that replays one draw.
+What would break: kernels for scales of NVFP4, IF4 and ``e8m0_ceil`` that disagree with the CPU's, generated rounding by
+chance that draws other numbers, operands of one product with other signs, a CUDA graph that replays one draw.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile.recipes import IF4, MXFP4, MXFP8, NVFP4
+import qcompile
+from qcompile.ir.ops import global_scale_of
+from qcompile.ir.quantizer import Quantizer
+from qcompile.kernels.quantize import reference
+from qcompile.kernels.register import provider_of
+from qcompile.recipes import IF4, MXFP4, MXFP8, NVFP4, QUARTET2, TETRAJET2, UNIFORM4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
-RECIPES = [recipe.name for recipe in (NVFP4, IF4, MXFP4, MXFP8)]
+RECIPES = [recipe.name for recipe in (QUARTET2, NVFP4, TETRAJET2, UNIFORM4, IF4, MXFP4, MXFP8)]
 
 
 def blocks() -> nn.Module:
@@ -34,9 +39,13 @@ def gradients(name: str, device: str, **options: str) -> list[Tensor]:
 def test_gradients_are_those_of_a_cpu(name: str) -> None:
     """With rounding to the nearest. A sum in another order may move a few codes by one step, not a share of them."""
     options: dict = {"gradient": {"rounding": "even"}}
-    if name == "qcompile_mxfp4":
-        again = "e2m1 block32 e8m0_ceil even; hadamard(64,signs=fixed)"
-        options |= {"wgrad_activation": again, "dgrad_weight": again}
+    again = {
+        "qcompile_mxfp4": "e2m1 block32 e8m0_ceil even; hadamard(64,signs=fixed)",
+        "qcompile_quartet2": "e2m1 block16 e4m3_eden even; hadamard(128,signs=fixed)",
+        "qcompile_tetrajet2": "e2m1 block16 e4m3 even; hadamard(16,signs=fixed)",
+    }
+    if name in again:
+        options |= {"wgrad_activation": again[name], "dgrad_weight": again[name]}
     for found, expected in zip(gradients(name, "cuda", **options), gradients(name, "cpu", **options), strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
 
@@ -64,3 +73,82 @@ def test_a_bf16_model_learns(name: str, forward: str, mode: str) -> None:
             draws.append(model[0][0].weight.grad.clone())
             optimizer.zero_grad()
         assert not torch.equal(*draws)
+
+
+#: Of every kind of rounding by chance, and 4/6 by absolute errors.
+DRAWN = [
+    "e2m1 block16 e4m3 stochastic",
+    "e2m1 block16 e4m3_guard stochastic",
+    "e2m1/int4 block16 e4m3 stochastic",
+    "e2m1 block32 e8m0_ceil stochastic",
+    "int4 block16 e4m3 stochastic",
+    "e5m2 row stochastic",
+    "e2m1 block16 e4m3_eden eden",
+    "e2m1 block16 e4m3_46_mae",
+]
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("text", DRAWN)
+def test_generated_kernels_draw_as_the_reference(text: str, axis: int) -> None:
+    """Codes and scales bit for bit, fused with what makes x; short last blocks and chunks, 16-bit x."""
+    assert provider_of("quantize", "cuda", text, torch.bfloat16) == ("triton (inductor)", "")
+    q = Quantizer.parse(text)
+    x = torch.randn(300, 412, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seed = torch.tensor([2**31 - 2])
+    whole = global_scale_of(x.abs(), q)
+
+    def quantized(x: Tensor, seed: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.qcompile.quantize(x.abs(), text, axis, whole, seed if q.draws else None)
+
+    torch._dynamo.reset()
+    on_card = (None if t is None else t.cuda() for t in (x, seed, whole))
+    codes, scales = torch.compile(quantized, fullgraph=True)(*on_card)
+    expected = reference.quantize(x.abs(), text, axis, whole, seed if q.draws else None)
+    assert torch.equal(codes.cpu(), expected[0])
+    assert torch.equal(scales.cpu().view(torch.uint8), expected[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_both_operands_get_the_signs_of_one_draw(mode: str) -> None:
+    """In eight bits, so that a sign that differs shows: the gradients are near the exact ones at every replay."""
+    again = "e4m3 block16; hadamard(128,signs=drawn)"
+    options = {
+        "activation": "e4m3 block16", "weight": "e4m3 block16", "gradient": "e4m3 block16", "dgrad_weight": again,
+        "wgrad_activation": again, "mode": mode,
+    }  # fmt: skip
+    model = blocks().cuda()
+    x = torch.randn(256, 128, device="cuda", requires_grad=True)
+    exact = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    torch._dynamo.reset()
+    compiled, first = torch.compile(model, backend="qcompile_quartet2", options=options), []
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(x).square().sum(), [x, *model.parameters()])
+        for a, b in zip(found, exact, strict=True):
+            assert (a - b).norm() < 0.15 * b.norm()
+        first.append(found[1].clone())
+    assert not torch.equal(first[-1], first[-2])
+
+
+def test_a_schedule_switches_the_forward() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = blocks()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x)
+
+    model, x = Model().cuda(), torch.randn(256, 128, device="cuda")
+    schedule = qcompile.Schedule([(0, "qcompile_quartet2"), (2, "qcompile_quartet2", {"forward": "bf16"})])
+    schedule.compile(model)
+    errors = []
+    for _ in range(3):
+        y = model(x)
+        y.square().sum().backward()
+        errors.append(((y - model.forward(x)).norm() / y.norm()).item())
+        schedule.step()
+    assert errors[0] > 1e-2
+    assert errors[1] > 1e-2
+    assert errors[2] < 1e-4

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("triton")
@@ -270,6 +272,85 @@ def test_strided_inputs():
         assert_same(compensated(kernels, x, operand, -1), compensated(reference, x.contiguous(), operand, -1))
 
 
+def swiglu(gate, up, weight, factor):
+    return F.silu(gate) * up
+
+
+#: As the pass writes them, functions with the same ATen calls, and how many inputs they have.
+PRODUCERS = {
+    "round(a); neg(%0); exp(%1); add(%2, 1.0); div(%0, %3); round(%4) {0}; mul(%5, b) {0}": (swiglu, 2),
+    "round(a); mul(%0, 0.5); mul(%0, 0.7071067811865476); erf(%2); add(%3, 1.0); mul(%1, %4); round(%5) {0}": (
+        lambda gate, up, weight, factor: F.gelu(gate),
+        1,
+    ),
+    "sigmoid(a) {0}; mul(%0, c) {0}; mul(%1, d); round(%2) {0}": (
+        lambda gate, up, weight, factor: (gate.sigmoid() * weight * factor).to(gate.dtype),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("text", PRODUCERS, ids=["swiglu", "gelu", "broadcast"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("rows", "size"), [*SHAPES[1:-1], (9001, 640), (5000, 1792), (4099, 4096), (3001, 14336)])
+def test_producers(rows, size, dtype, text):
+    """Codes, scales and bounds are those of what Inductor's kernel writes, bit for bit; with more rows than all
+    programs take at once, and columns that nothing is aligned to.
+    """
+    function, count = PRODUCERS[text]
+    gate = (rows_of_everything(rows, size + 1, E2M1).clamp(-6e4, 6e4)).to(dtype)[:, 1:]
+    gate[::2] = torch.randn(gate[::2].shape, device="cuda").to(dtype)
+    inputs = [
+        gate,
+        torch.randn(rows, size, device="cuda").to(dtype),
+        torch.rand(size, device="cuda").to(dtype),
+        torch.rand(rows, 1, device="cuda") + 0.5,
+    ]
+    operand = f"{E2M1}; ste; occ(alpha=0.9,residual=e4m3)"
+    x = torch.compile(function, fullgraph=True, dynamic=False)(*inputs)
+    assert x.dtype == dtype
+    read = [*inputs[:count], *[None] * (4 - count)]
+    codes, scales, bounds = kernels.quantize_produced(*read, text.format(str(dtype).removeprefix("torch.")), operand)
+    assert_same((codes, scales, bounds.where(scales.isfinite(), 0.0)), compensated(kernels, x, operand, -1))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_model_computes_what_it_quantizes(dynamic):
+    """With the pass and without it a step has the same bits, for two batches, and compiles once for all of them if
+    sizes are dynamic.
+    """
+    results = []
+    for disabled in ([], ["fuse_producers"]):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = SwiGlu(256, 640).to("cuda", BF16)
+        options = {"disable_passes": disabled, "min_side": 0, "defaults": False}
+        compiled = torch.compile(model, backend="qcompile_fp4", dynamic=dynamic, options=options)
+        found = []
+        for batch in (96, 160):
+            y = compiled(torch.randn(batch, 256, device="cuda", dtype=BF16))
+            y.float().square().sum().backward()
+            found += [y.detach(), *(p.grad.clone() for p in model.parameters())]
+        results.append(found)
+    assert_same(*results)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="qcompile_fp4", options={"min_side": 0, "defaults": False})
+        compiled(torch.randn(96, 256, device="cuda", dtype=BF16))
+    assert "_quantize_produced_rows" in {event.name for event in trace.events()}
+
+
+class SwiGlu(torch.nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(width, inner, bias=False), torch.nn.Linear(width, inner)
+        self.down = torch.nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 def test_cuda_graph():
     """Captured launches read the data of the replay: no scalar of the data is baked in, and nothing synchronizes."""
     x = torch.randn(256, 4096, device="cuda", dtype=BF16)
@@ -284,6 +365,7 @@ def test_cuda_graph():
             *module.quantize_8bit_pair(x, E4M3, fold, fold_rows),
             module.recode(packed[2], E2M1, 4096, True),
             *module.quantize_compensated(x, operand, -1)[:2],
+            *module.quantize_produced(x, None, None, None, "mul(a, 0.5) bfloat16", operand)[:2],
             clamps.clamp_outliers(x, "occ(alpha=0.99)", -1)[0],
             clamps.clamp_outliers(x, "occ(alpha=0.99,per=tensor)", -1)[0],
         ]

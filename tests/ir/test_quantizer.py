@@ -150,7 +150,7 @@ def test_rounding_saturates(name):
     fmt = FORMATS[name]
     y = torch.tensor([fmt.max * 1.01, fmt.max * 1e9, math.inf])
     seed = torch.tensor([7])
-    excluded = {*(["half_up"] if fmt.torch_dtype else []), *([] if fmt.has_zero else ["stochastic"])}
+    excluded = {"eden", *(["half_up"] if fmt.torch_dtype else []), *([] if fmt.has_zero else ["stochastic"])}
     for rounding in set(ROUNDINGS) - excluded:
         q = Quantizer(fmt, rounding=rounding)
         lowest, highest = fmt.range
@@ -651,8 +651,10 @@ def quantizers(draw) -> Quantizer:
     kind = draw(st.sampled_from(["block", "square"] if scale.two_level else ["tensor", "row", "block", "square"]))
     most = 1448 if len(scale.candidates) > 1 else 4096  # beyond, the errors of a square may not fit int64
     size = draw(st.integers(1, most)) if kind in ("block", "square") else 0
-    drawn = (fmt.has_zero or bool(fmt.codebook)) and len(scale.candidates) == 1
+    drawn = fmt.has_zero or bool(fmt.codebook)
+    corrected = kind == "block" and 128 % size == 0 and scale.store in ("e4m3", "e5m2") and len(scale.candidates) == 1
     excluded = {*(["half_up"] if fmt.torch_dtype else []), *([] if drawn else ["stochastic"])}
+    excluded |= set() if corrected else {"eden"}
     rounding = draw(st.sampled_from(sorted(set(ROUNDINGS) - excluded)))
     return Quantizer(fmt, Granularity(kind, size), scale, rounding)
 
@@ -686,7 +688,7 @@ def test_parts_may_be_left_out_from_the_right():
         ("e2m1 block0", r"unknown granularity 'block0'"),
         ("e2m1 row16", r"unknown granularity 'row16'"),
         ("e2m1 row max", r"unknown scale rule 'max'; known: absmax, absmax_pow2, e8m0, e8m0_ceil, rms, e4m3"),
-        ("e2m1 row absmax down", r"unknown rounding 'down'; known: even, half_up, stochastic"),
+        ("e2m1 row absmax down", r"unknown rounding 'down'; known: even, half_up, stochastic, eden"),
         ("e2m1 row absmax up", r"unknown rounding 'up': up is now half_up$"),
         ("e4m3 row absmax half_up", r"e4m3 rounds to even or stochastically"),
         ("midrise4 row absmax stochastic", r"stochastic rounding on midrise4: its codes keep the sign"),

@@ -243,7 +243,7 @@ def test_rules_from_plain_data():
         ({"weight": {"scale": "max"}}, "option 'weight': unknown scale rule 'max'; known: absmax, "),
         (
             {"weight": {"rounding": "down"}},
-            "option 'weight': unknown rounding 'down'; known: even, half_up, stochastic",
+            "option 'weight': unknown rounding 'down'; known: even, half_up, stochastic, eden",
         ),
         (
             {"weight": {"estimator": "sto"}},

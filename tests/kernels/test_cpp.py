@@ -266,7 +266,7 @@ def test_restore_rejects_positions_outside():
 @pytest.mark.parametrize(
     ("op", "quantizer", "dtype", "estimator", "reason"),
     [
-        ("quantize", "e2m1 row absmax stochastic", torch.float32, "ste", "stochastic rounding"),
+        ("quantize", "nf4 row absmax stochastic", torch.float32, "ste", "stochastic rounding to nf4"),
         ("quantize", "e2m1 row absmax even", torch.float64, "ste", "the tensor is float64"),
         ("scale_gradient", "midrise8 row absmax even", torch.float32, "dge", "its slope takes 265 operations"),
         ("estimator_mask", "e2m1 row absmax even", torch.float32, "ste", "estimator ste has no mask"),

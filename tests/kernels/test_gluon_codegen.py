@@ -51,7 +51,7 @@ def _no_card(monkeypatch, cache):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
     monkeypatch.setattr(gluon, "_INTEGER_PTX", {})
-    gluon.kernel.device_caches.clear()
+    gluon.mm_8bit_kernel.device_caches.clear()
 
 
 def build(
@@ -71,7 +71,7 @@ def build(
     summands = [torch.zeros(rows, 1) if given else None for rows, given in zip((m, n), offsets, strict=True)]
     offs = torch.zeros(groups, dtype=torch.int32) if groups else None
     arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift, *summands, offs=offs)
-    return gluon.kernel.warmup(*arguments, grid=(1,), **options)
+    return gluon.mm_8bit_kernel.warmup(*arguments, grid=(1,), **options)
 
 
 def assembler_log(kernel: CompiledKernel, folder) -> str:

@@ -140,7 +140,7 @@ def test_what_the_monitor_counts_is_by_the_blocks_own_grid():
     {
         "e2m1/int4 row": "format e2m1/int4 chooses by blocks, for example block16; got row",
         "e2m1/int4 block32 e8m0": "is marked by the sign of its scale, which e8m0 has not; use a rule with fp32, bf16",
-        "e2m1/int4 block16 absmax stochastic": "chooses by the error of nearest rounding, not of stochastic; use even",
+        "midrise4/e2m1 block16 absmax stochastic": "its codes keep the sign, which biases values around zero",
         "e2m1/int4 block16 rms": "chosen by errors relative to the absolute maximum, which rms does not find",
         "e2m1/int8 block16": "format 'e2m1/int8': int8 has 8 bits; grids of a pair have magnitudes, and 4 bits both",
         "e2m1/nf4 block16": "format 'e2m1/nf4': nf4 has no magnitudes; grids of a pair have magnitudes",

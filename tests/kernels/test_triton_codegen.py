@@ -20,6 +20,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 import torch._inductor.config as inductor_config  # noqa: E402
+from torch._inductor.codegen.triton import TritonOverrides  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -31,7 +32,8 @@ from qcompile.ir.quantizer import Quantizer  # noqa: E402
 from qcompile.kernels.estimate import reference as estimate_reference  # noqa: E402
 from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_lowerings  # noqa: E402
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
-from qcompile.kernels.quantize import reference  # noqa: E402
+from qcompile.kernels.producer import INPUTS, OPERATIONS, Producer, device_producer  # noqa: E402
+from qcompile.kernels.quantize import reference, triton_outliers  # noqa: E402
 from qcompile.stored import PackedWeight  # noqa: E402
 
 from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
@@ -89,6 +91,14 @@ class InterpretedLibdevice:
     @staticmethod
     def floor(x):
         return triton.language.floor(x)
+
+    @staticmethod
+    def exp(x):
+        return triton.language.exp(x)
+
+    @staticmethod
+    def erf(x):
+        return triton.language.erf(x)
 
 
 @pytest.fixture
@@ -172,6 +182,16 @@ def test_one_kernel_for_other_scales(generate, text):
     scale = torch.ones(()) if "e4m3" in text else None
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, scale), torch.randn(37, 256))
     assert len(kernels) == 1
+
+
+@compiled
+@pytest.mark.parametrize(("text", "count"), [("e2m1 block16 e4m3 stochastic", 1), ("e2m1 block16 e4m3_eden eden", 3)])
+def test_rounding_by_chance_is_generated(generate, text, count):
+    """The hash is part of the kernel of the codes. A correction needs sums over eight blocks: two kernels more."""
+    seed, whole = torch.tensor([3]), torch.ones(())
+    _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, whole, seed), torch.randn(37, 256))
+    assert len(kernels) == count
+    assert "mul.lo.s32" in kernels[-1].ptx()
 
 
 @compiled
@@ -277,11 +297,12 @@ def test_a_dynamic_size_is_one_kernel(generate):
 @compiled
 def test_unsupported_arguments_call_the_ops_own_kernel(generate):
     """What has no lowering still compiles and still is right: no kernel is generated."""
-    text, seed, x = "e2m1 row absmax stochastic", torch.tensor([3]), torch.randn(5, 7)
+    text, seed, x = "nf4 row absmax stochastic", torch.tensor([3]), torch.randn(5, 7)
     outputs, kernels = generate(lambda x: quantize(x, text, -1, None, seed), x)
     assert not kernels
     torch.testing.assert_close(outputs, reference.quantize(x, text, -1, None, seed), rtol=0, atol=0)
-    assert cuda_provider("quantize", text) == ("reference", "stochastic rounding is not generated")
+    reason = "stochastic rounding to nf4, which is neither uniform nor a minifloat, is not generated"
+    assert cuda_provider("quantize", text) == ("reference", reason)
 
 
 def test_the_cpu_calls_the_ops_own_kernel():
@@ -444,6 +465,69 @@ def test_interpreted_codes_computed_again(generate, axis):
     assert torch.equal(again, codes)
 
 
+SWIGLU = "neg(a); exp(%0); add(%1, 1.0); div(a, %2); round(%3) float16; mul(%4, b) float16"
+GELU = "mul(a, 0.5); mul(a, 0.7071067811865476); erf(%1); add(%2, 1.0); mul(%0, %3) float16"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda a, b, c, d: F.silu(a) * b, SWIGLU),
+        (lambda a, b, c, d: F.gelu(a), GELU),
+        (lambda a, b, c, d: torch.sigmoid(a) / c, "sigmoid(a); div(%0, c) float16"),
+        (lambda a, b, c, d: (a * d).half() - b, "mul(a, d) float16; sub(%0, b) float16"),
+    ],
+    ids=["swiglu", "gelu", "a weight", "a factor of each row"],
+)
+def test_interpreted_producers_compute_what_inductor_does(generate, monkeypatch, function, text):
+    """Codes, scales and bounds are those of what Inductor's kernel would have written; and each program quantizes
+    several groups of rows, by way of one slot. (The interpreter truncates to bfloat16 in Inductor's kernel.)
+    """
+    a, b = (rows_of_everything(21, 150, Quantizer.parse(E2M1).format).half() for _ in range(2))
+    a, c, d = a[:, 1:140], (torch.rand(139) + 0.5).half(), torch.rand(21, 1) + 0.5
+    inputs = [a, b[:, :139] * 2.0**-8, c, d]
+    x, kernels = generate(function, *inputs)
+    assert kernels
+    for name, value in (("RESIDENT_WARPS", 1), ("processors", lambda device: 1)):
+        monkeypatch.setattr(triton_outliers, name, value)
+    read = [x if f"{name}," in text or f"{name})" in text else None for name, x in zip(INPUTS, inputs, strict=True)]
+    actual = triton_outliers.quantize_produced(*read, text, COMPENSATED_OPERAND)
+    expected = triton_outliers.quantize_compensated(x, COMPENSATED_OPERAND, -1)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - {"round"}))
+def test_producers_are_printed_as_inductor_prints_them(name):
+    """Another function of the same meaning would differ in the last bit."""
+    names = {"div": "truediv"}
+    operation, given = getattr(TritonOverrides, names.get(name, name)), ("x", "y")
+    printed = OPERATIONS[name].triton
+    assert operation(*given[: printed.count("{")]) == printed.format(*given)
+
+
+def test_what_producers_say():
+    producer = Producer.parse(SWIGLU)
+    assert str(producer) == SWIGLU
+    assert producer.dtype == torch.float16
+    assert not producer.contracted
+    assert Producer.parse("mul(a, b) float16; round(%0); neg(%1); add(2.0, %2)").contracted
+    assert not Producer.parse("mul(a, b); div(%0, 2.0); add(%1, 1.0)").contracted
+    gate, up = torch.randn(2, 5, 7).half()
+    assert torch.equal(producer.produced((gate, up)), F.silu(gate) * up)
+    for text in ("tan(a)", "mul(a, b", ""):
+        with pytest.raises(ValueError, match="is no step of a producer; operations are neg, add, "):
+            Producer.parse(text)
+
+
+def test_producers_have_kernels_of_their_own():
+    """Triton tells constants of kernels apart by their keys, in memory and on disk."""
+    first, second = device_producer(SWIGLU), device_producer(GELU)
+    assert first is device_producer(SWIGLU)
+    assert first.cache_key != second.cache_key
+
+
 @interpreted
 def test_interpreted_casts_are_rounded_before_they_are_quantized(generate):
     """Inductor drops the rounding of a cast inside a kernel; a weight under autocast would have other codes in the
@@ -530,7 +614,7 @@ def test_interpreted_estimators(generate):
 
 
 CHOOSING = {
-    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46 half_up", "e2m1 block4x4 e4m3_46"],
+    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46_mae half_up", "e2m1 block4x4 e4m3_46"],
     "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up"],
 }
 
@@ -572,6 +656,35 @@ def test_interpreted_choices_of_blocks(generate, kind, dtype):
     assert torch.equal(mask, estimate_reference.estimator_mask(xs[0], *arguments))
     expected = estimate_reference.scale_gradient(grad, finite[0], decoded[0][1], texts[0], "dge", -1, wholes[0])
     torch.testing.assert_close(slope, expected, rtol=7e-5, atol=0)  # as in test_interpreted_estimators
+
+
+DRAWN = [
+    "e2m1/int4 block16 e4m3 stochastic",
+    "e3m0 row stochastic",
+    "int4 row stochastic",
+    "e2m1 block16 e4m3_eden eden",
+]
+
+
+@interpreted
+@pytest.mark.parametrize("axis", [0, -1])
+def test_interpreted_rounding_by_chance(generate, axis):
+    """The same draws as everywhere, from a seed whose hash overflows int32; scales corrected by chunks, the last of
+    which is short.
+    """
+    x, seed, whole = torch.randn(4, 149), torch.tensor([2**31 - 2]), torch.tensor(0.003)
+    x = x if axis else x.T.contiguous()
+    wholes = [whole if Quantizer.parse(text).scale.two_level else None for text in DRAWN]
+
+    def all_of_them(x, seed):
+        return [quantize(x, text, axis, of, seed) for text, of in zip(DRAWN, wholes, strict=True)]
+
+    outputs, kernels = generate(all_of_them, x, seed)
+    assert kernels
+    for text, of, (codes, scales) in zip(DRAWN, wholes, outputs, strict=True):
+        expected, expected_scales = reference.quantize(x, text, axis, of, seed)
+        assert torch.equal(codes, expected), text
+        assert torch.equal(scales.view(torch.uint8), expected_scales.view(torch.uint8)), text
 
 
 @interpreted

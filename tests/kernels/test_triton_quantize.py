@@ -51,6 +51,8 @@ from .harness import SM90, compiled, interpreted, launching, run_interpreted  # 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), float("inf")
 E2M1, E4M3 = "e2m1 row absmax even", "e4m3 row absmax even"
+#: SwiGLU, times a factor of each column and row.
+PRODUCER = "neg(a); exp(%0); add(%1, 1.0); div(a, %2); mul(%3, b) bfloat16; mul(%4, c); mul(%5, d) bfloat16"
 #: The interpreter computes with NaN and converts arrays of one element, and says so every time.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
@@ -115,7 +117,7 @@ def test_grids_say_why_there_is_none(monkeypatch):
         assert reason in unsupported(Quantizer.parse(text))
         with pytest.raises(ValueError, match=reason):
             grid_of(text)
-    assert {text.rpartition(" ")[2] for text in quantizers()} | {"stochastic"} == set(ROUNDINGS)
+    assert {text.rpartition(" ")[2] for text in quantizers()} | {"stochastic", "eden"} == set(ROUNDINGS)
 
 
 def test_what_is_supported():
@@ -597,6 +599,7 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16) -> dict[str, Call
         "recode e2m1": lambda: kernels.recode(packed, E2M1, size, False),
         "recode e2m1 transposed": lambda: kernels.recode(packed, E2M1, size, True),
         "compensated": lambda: kernels.quantize_compensated(x, f"{E2M1}; ste; {occ}", -1),
+        "produced": lambda: kernels.quantize_produced(x, x, fold, fold_rows[:, None], PRODUCER, f"{E2M1}; ste; {occ}"),
         "clamp": lambda: outliers.clamp_outliers(x, "occ(alpha=0.99)", -1),
     }
 
@@ -617,8 +620,20 @@ def test_nothing_spills(name, size, tmp_path):
 def test_odd_shapes_compile(rows, size, dtype):
     """Sizes of 1 are constants to the compiler, odd ones leave nothing aligned, long rows take other kernels."""
     for name, call in all_calls(rows, size, dtype).items():
-        if size <= 16384 or name not in ("compensated", "clamp"):
+        if size <= 16384 or name not in ("compensated", "produced", "clamp"):
             assert launches_of(call), name
+
+
+@compiled
+@pytest.mark.nightly
+def test_producers_in_ptx():
+    """Approximations are those of Inductor's kernels; inputs go through L2 first, whole words at a time."""
+    (kernel,) = launches_of(all_calls(64, 1024)["produced"])
+    ptx = kernel.asm["ptx"]
+    assert "ex2.approx.ftz.f32" in ptx
+    assert "div.full.f32" in ptx
+    assert "st.global.v4.b32" in ptx
+    assert "L2::evict_first" in ptx
 
 
 @compiled

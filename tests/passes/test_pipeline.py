@@ -72,8 +72,8 @@ PASSES = imports(FOLDER / "pipeline.py") - {"graph", "names", "pass_base", "reco
 def test_what_the_passes_are() -> None:
     assert {
         "account", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand", "find_gemms",
-        "fold", "fuse", "gather_codes", "insert", "lower", "merge_quantize", "partition", "pin", "plan",
-        "probe", "quantize_gradients", "recompute_codes", "watch",
+        "fold", "fuse", "fuse_producers", "gather_codes", "insert", "lower", "merge_quantize", "partition", "pin",
+        "plan", "probe", "quantize_gradients", "recompute_codes", "watch",
     } == PASSES  # fmt: skip
 
 

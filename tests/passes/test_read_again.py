@@ -201,3 +201,86 @@ def _gradients(recipe: Recipe, layer: nn.Linear, x: Tensor, dy: Tensor) -> Any:
         return dw, dx
 
     return step
+
+
+# --- signs that are drawn ---------------------------------------------------------------------------------------------
+
+DRAWN = "e4m3 block16; hadamard(16,signs=drawn)"
+#: All operands of the backward in eight bits, rotated with drawn signs: any two that differ in a sign give noise.
+BOTH = {"gradient": "e4m3 block16", "wgrad_activation": DRAWN, "dgrad_weight": DRAWN}
+
+
+class Shared(nn.Module):
+    """Two layers of one input, and a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.down = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def inner(self, x: Tensor) -> Tensor:
+        return x + self.down(self.q(x).relu() * self.k(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Checkpointed(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+def near(found: list[Tensor], exact: list[Tensor]) -> bool:
+    return all((a - b).norm() < 0.12 * b.norm() for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("again_from", ["originals", "codes"])
+@pytest.mark.parametrize("model_class", [Shared, Checkpointed])
+def test_both_operands_of_a_product_get_the_signs_of_one_draw(model_class: type[nn.Module], again_from: str) -> None:
+    """New ones at every call. The forward draws none, so nothing rotated is among what it saves."""
+    model, x = model_class(), inputs()
+    options = {**BOTH, "activation": "e4m3 block16", "weight": "e4m3 block16", "again_from": again_from}
+    compiled, observations = compiler(model, RECIPE, **options)
+    wanted = [x, *model.parameters()]
+    exact = torch.autograd.grad(model(x).square().sum(), wanted)
+    draws = [torch.autograd.grad(compiled(x).square().sum(), wanted) for _ in range(2)]
+    assert all(near(list(found), list(exact)) for found in draws)
+    assert not torch.equal(draws[0][1], draws[1][1])
+    (observed,) = observations
+    reason = observed.plan.decisions[0].reason  # type: ignore[union-attr]
+    source = " from its codes" if again_from == "codes" else ""
+    assert f"wgrad reads activation again{source} as e4m3 block16 absmax even, and with dY in hadamard(16,sig" in reason
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_signs_through_inductor(budget: float) -> None:
+    """Whatever the partitioner may compute again."""
+    model, x = Shared(), inputs()
+    wanted = [x, *model.parameters()]
+    exact = torch.autograd.grad(model(x).square().sum(), wanted)
+    options = {**BOTH, "activation": "e4m3 block16", "weight": "e4m3 block16", "defaults": False}
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        compiled = torch.compile(model, backend="qcompile_mxfp8", options=options)
+        for _ in range(2):
+            assert near(list(torch.autograd.grad(compiled(x).square().sum(), wanted)), list(exact))
+
+
+def test_codes_that_are_read_again_are_all_that_is_saved() -> None:
+    """Of an activation that nobody else keeps: half a byte per element and its scales, not the original."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(x + self.up(x))
+
+    saved = {}
+    for again_from in ("originals", "codes"):
+        options = {"wgrad_activation": f"{X}; hadamard(16,signs=drawn)", "again_from": again_from}
+        (observed,) = compile_and_run(Residual(), inputs(), recipe=RECIPE, **options).observations
+        saved[again_from] = sorted(row["dtype"] for row in observed.saved if len(row["shape"]) > 1)
+    assert saved == {"originals": ["float32"], "codes": ["float8_e4m3fn", "float8_e4m3fn", "uint8", "uint8"]}

@@ -182,13 +182,19 @@ def pick_device(name: str) -> str:
 
 
 def read_text(path: Path | None) -> bytes:
-    """The first MOST_TEXT bytes of the user's file, or the works of Shakespeare shipped with the package (public
-    domain).
+    """The first MOST_TEXT bytes of the user's file, plain or compressed (.xz), or the works of Shakespeare shipped with
+    the package (public domain). Raises ``ValueError`` for a damaged .xz, ``OSError`` for what cannot be read.
     """
     if path is None:
         return lzma.decompress(files("qcompile.data").joinpath("tinyshakespeare.txt.xz").read_bytes())
     with path.open("rb") as file:
-        return file.read(MOST_TEXT)
+        if path.suffix != ".xz":
+            return file.read(MOST_TEXT)
+        try:
+            return lzma.open(file).read(MOST_TEXT)
+        except (lzma.LZMAError, EOFError) as error:
+            msg = f"{path} is no complete .xz file: {error}"
+            raise ValueError(msg) from None
 
 
 def check_writable(folder: Path) -> None:
