@@ -153,6 +153,11 @@ def without_options(backend: str, label: str, counterpart: str, **chosen: Any) -
     return Arm(label, compiled_by(backend, chosen), "ours", roles, counterpart=counterpart)
 
 
+def full_fp4(backend: str, label: str, **chosen: Any) -> Arm:
+    """A recipe of all three products, which cards of today decode: no product runs in 8 bits."""
+    return Arm(label, compiled_by(backend, chosen), "ours")
+
+
 def monitored(name: str) -> Arm:
     """An arm of :data:`OURS` with ``options={"monitor": …}``, whose every step is a row of the history."""
     monitor = Monitor()
@@ -259,11 +264,22 @@ ARMS: dict[str, Arm] = {
     "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
     "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "", **MASKED),
+    "ours_produced_masked": without_options(
+        "qcompile_fp4", "FP4, fuse_producers, no causal_masks", "", **MASKED, enable_passes=["fuse_producers"]
+    ),
     "quest_masked": without_options("qcompile_quest", "QuEST, no causal_masks", "", **MASKED),
     "ours_no_occ_masked": without_options(
         "qcompile_fp4", "FP4 without OCC, no causal_masks", "", **NO_OUTLIERS, **MASKED
     ),
     "ours_paper": without_options("qcompile_fp4", "FP4, as printed", "", variant="paper"),
+    "quartet2": full_fp4("qcompile_quartet2", "Quartet II, emulated"),
+    "quartet2_healed": full_fp4("qcompile_quartet2", "Quartet II, wide forward, emulated", forward="bf16"),
+    "nvfp4": full_fp4("qcompile_nvfp4", "NVIDIA, emulated"),
+    "tetrajet2": full_fp4("qcompile_tetrajet2", "TetraJet-v2's core, emulated"),
+    "uniform4": full_fp4("qcompile_uniform4", "uniform, emulated"),
+    "if4": full_fp4("qcompile_if4", "IF4, emulated"),
+    "mxfp4": full_fp4("qcompile_mxfp4", "MXFP4, forward too, emulated", variant="full"),
+    "mxfp8": full_fp4("qcompile_mxfp8", "MXFP8, emulated"),
     **{name: ours(_label(recipe), recipe) for name, recipe in OURS.items()},
     **{f"{name}_monitored": monitored(name) for name in ("ours_fp8", "ours_fp8_occ")},
     **{

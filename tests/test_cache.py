@@ -73,6 +73,7 @@ OTHER_VALUES = {
     "wgrad_activation": Operand.parse("e2m1 block16 e4m3"),
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
+    "again_from": "codes",
     "heads": True,
     "min_side": 8,
     "attention": True,
@@ -81,6 +82,7 @@ OTHER_VALUES = {
     "enabled": False,
     "fuel": 1,
     "disable_passes": ("fuse",),
+    "enable_passes": ("fuse_producers",),
     "strict": True,
     "debug": True,
 }

@@ -234,8 +234,15 @@ def near(found: list[Tensor], exact: list[Tensor]) -> bool:
     return all((a - b).norm() < 0.12 * b.norm() for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("again_from", ["originals", "codes"])
-@pytest.mark.parametrize("model_class", [Shared, Checkpointed])
+@pytest.mark.parametrize(
+    ("model_class", "again_from"),
+    [
+        (Shared, "codes"),
+        (Checkpointed, "originals"),
+        pytest.param(Shared, "originals", marks=pytest.mark.nightly),
+        pytest.param(Checkpointed, "codes", marks=pytest.mark.nightly),
+    ],
+)
 def test_both_operands_of_a_product_get_the_signs_of_one_draw(model_class: type[nn.Module], again_from: str) -> None:
     """New ones at every call. The forward draws none, so nothing rotated is among what it saves."""
     model, x = model_class(), inputs()

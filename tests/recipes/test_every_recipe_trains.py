@@ -77,7 +77,7 @@ def test_nothing_becomes_nan(name: str, steps: int, options: dict[str, Any], mod
     torch.manual_seed(0)
     make, inputs = MODELS[model_name]
     model = make(2 if steps == 50 else 1).train()
-    compiled, observations = compiler(model, RECIPES[name], fullgraph=False, **options)
+    compiled, observations = compiler(model, RECIPES[name], fullgraph=False, debug=steps == 50, **options)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
     for _ in range(steps):
         loss = compiled(**inputs()).loss
