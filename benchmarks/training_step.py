@@ -264,6 +264,9 @@ ARMS: dict[str, Arm] = {
     "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
     "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "", **MASKED),
+    "ours_produced_masked": without_options(
+        "qcompile_fp4", "FP4, fuse_producers, no causal_masks", "", **MASKED, enable_passes=["fuse_producers"]
+    ),
     "quest_masked": without_options("qcompile_quest", "QuEST, no causal_masks", "", **MASKED),
     "ours_no_occ_masked": without_options(
         "qcompile_fp4", "FP4 without OCC, no causal_masks", "", **NO_OUTLIERS, **MASKED

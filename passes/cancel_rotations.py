@@ -100,11 +100,19 @@ def _contract_unrotated(graph: Graph, product: Node) -> bool:
 
 def _contracted(product: Node) -> tuple[int, int] | None:
     """Positions of the two operands that a product contracts, along the last axis of the first one and the last but one
-    of the second; or of those whose gradients it computes.
+    of the second; or of those whose gradients it computes. Not where it contracts tokens in groups.
     """
     if is_call(product, *_PRODUCTS, *_PRODUCTS_WITH_BIAS):
-        return GEMMS[product.target]
+        in_groups = is_call(product, aten._grouped_mm.default) and product.meta["val"].dim() == 3
+        return None if in_groups else GEMMS[product.target]
     return (0, 1) if product.op == "call_function" and target_name(product) in (LOOP, LOOP_BACKWARD) else None
+
+
+def _keeps(product: Node, side: int) -> bool:
+    """Whether a product keeps the rows of its left operand (side 0) or the columns of its right one (1) in such a way
+    that either can be rotated before it or after it. Rows in groups meet other matrices, each group its own.
+    """
+    return side == 1 or not (is_call(product, aten._grouped_mm.default) and product.meta["val"].dim() == 2)
 
 
 def _rotate_result(graph: Graph, node: Node, block: int, axis: int) -> None:
@@ -130,14 +138,14 @@ def _rotate_afterwards(graph: Graph, product: Node) -> bool:
     """Move the rotation of an operand along an axis that a product keeps behind the product."""
     if not is_call(product, *_PRODUCTS):
         return False
-    for operand, kept, contracted in zip(gemm_operands(product), (-2, -1), (-1, -2), strict=True):
+    for side, operand in enumerate(gemm_operands(product)):
+        kept, contracted = (-2, -1) if side == 0 else (-1, -2)
         axis = operand.meta["val"].dim() + kept
-        block = _block_along(operand, axis)
+        block = _block_along(operand, axis) if _keeps(product, side) else None
         if block is None or _block_along(operand, operand.meta["val"].dim() + contracted) is not None:
             continue
         _rotate_result(graph, product, block, kept)
-        unrotated = _unrotated(graph, operand, Rotation(block, axis))
-        product.update_arg(0 if kept == -2 else 1, unrotated)
+        product.update_arg(side, _unrotated(graph, operand, Rotation(block, axis)))
         return True
     return False
 
@@ -175,7 +183,8 @@ def _parts(node: Any, rotation: Rotation) -> dict[int, tuple[Any, Rotation]]:
         behind = rotation.axis - node.meta["val"].dim()
         side = behind + 2  # rows come from the left operand, columns from the right
         operand = node.args[side]
-        return {side: (operand, Rotation(rotation.block, operand.meta["val"].dim() + behind))}
+        if _keeps(node, side):
+            return {side: (operand, Rotation(rotation.block, operand.meta["val"].dim() + behind))}
     return {}
 
 

@@ -214,7 +214,7 @@ class Partitioner(compat.CustomPartitionerFn):
             raise RuntimeError(msg)
         kept_outputs = kwargs["num_fwd_outputs"]
         for graph_pass in self.passes:
-            if graph_pass.name not in self.context.recipe.disable_passes:
+            if graph_pass.runs(self.context.recipe):
                 graph_pass.run(Split(forward, backward, kept_outputs), self.context)
         if self.context.observe is not None:
             # Bodies of nested regions are parted before the graph that calls them, whose rows include theirs.

@@ -130,6 +130,7 @@ class GraphPass(Generic[Work]):
     Attributes:
         changes: whether it may change a model's numbers, as the table of the pipeline says it.
         optional: whether ``disable_passes`` takes its name; nothing works without the others.
+        by_request: whether it runs only if ``enable_passes`` has its name.
         observes: it rewrites nothing, and runs where nothing is quantized, too.
         dumped: whether the program after it is worth a record.
     """
@@ -138,14 +139,19 @@ class GraphPass(Generic[Work]):
     run: Callable[Work, int]
     changes: str = "no"
     optional: bool = True
+    by_request: bool = False
     observes: bool = False
     dumped: bool = True
 
+    def runs(self, recipe: Recipe) -> bool:
+        """Whether a recipe lets it run."""
+        return self.name not in recipe.disable_passes and (not self.by_request or self.name in recipe.enable_passes)
+
 
 def run_passes(stage: str, passes: Iterable[GraphPass[Graph, Context]], graph: Graph, context: Context) -> None:
-    """Run ``passes`` in order, leaving out those the recipe disables."""
+    """Run ``passes`` in order, leaving out those that the recipe does."""
     for graph_pass in passes:
-        if graph_pass.name in context.recipe.disable_passes:
+        if not graph_pass.runs(context.recipe):
             continue
         debugging = log.isEnabledFor(logging.DEBUG)
         before, start = count_ops(graph) if debugging else Counter(), time.perf_counter()

@@ -180,7 +180,7 @@ POST_GRAD = PipelineStage(
     (
         GraphPass("lower", lower),
         GraphPass("merge_quantize", merge_quantize),
-        GraphPass("fuse_producers", fuse_producers),
+        GraphPass("fuse_producers", fuse_producers, by_request=True),
         GraphPass("audit_encoders", audit_encoders, changes="no (records what quantizes)", dumped=False),
     ),
 )
@@ -188,6 +188,8 @@ PIPELINE: tuple[PipelineStage[Any], ...] = (DYNAMO, JOINT, PARTITION, POST_GRAD)
 
 #: Names that ``disable_passes`` takes. Without `lower`, ``quantized_mm`` runs as its own reference.
 PASS_NAMES = tuple(p.name for stage in PIPELINE for p in stage.passes if p.optional)
+#: Names that ``enable_passes`` takes.
+PASSES_BY_REQUEST = tuple(p.name for stage in PIPELINE for p in stage.passes if p.by_request)
 
 
 def table() -> str:
@@ -206,7 +208,7 @@ def rewrite(
     """
     capture = Capture(gm, recipe, observe, call)
     for graph_pass in DYNAMO.passes:
-        if graph_pass.name not in recipe.disable_passes:
+        if graph_pass.runs(recipe):
             graph_pass.run(capture)
     return capture.context
 

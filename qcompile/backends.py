@@ -20,7 +20,7 @@ import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile.kernels.choices import quantize_choices
 from qcompile.kernels.lowerings import register_lowerings
 from qcompile.passes.pass_base import Observations, log
-from qcompile.passes.pipeline import PASS_NAMES, hooks, rewrite
+from qcompile.passes.pipeline import PASS_NAMES, PASSES_BY_REQUEST, hooks, rewrite
 
 from . import compat
 from .ir.recipe import Recipe
@@ -239,11 +239,12 @@ def plain_model(model: Any, caller: str) -> Any:
 
 
 def check_passes(recipe: Recipe) -> None:
-    """Raises ``ValueError`` for a pass to disable that does not exist."""
-    for name in recipe.disable_passes:
-        if name not in PASS_NAMES:
-            msg = f"option 'disable_passes': there is no pass {name!r}; passes: {', '.join(PASS_NAMES)}"
-            raise ValueError(msg)
+    """Raises ``ValueError`` for a pass to disable that does not exist, or one to enable that needs no request."""
+    for option, known in (("disable_passes", PASS_NAMES), ("enable_passes", PASSES_BY_REQUEST)):
+        for name in getattr(recipe, option):
+            if name not in known:
+                msg = f"option {option!r}: there is no pass {name!r}; passes: {', '.join(known)}"
+                raise ValueError(msg)
 
 
 def _raise_unknown(key: str, names: list[str]) -> None:

@@ -258,6 +258,10 @@ BAD: dict[str, tuple[Any, str]] = {
         {"disable_passes": ["fusee"]},
         r"option 'disable_passes': there is no pass 'fusee'; passes: expand, adopt, causal_masks, insert, .*",
     ),
+    "pass that needs no request": (
+        {"enable_passes": ["fuse"]},
+        r"option 'enable_passes': there is no pass 'fuse'; passes: fuse_producers",
+    ),
     "pass not in a list": ({"disable_passes": "fuse"}, r"option 'disable_passes' takes a list of names, got 'fuse'"),
     "layer not in a list": ({"skip": "lm_head"}, r"option 'skip' takes a list of names, got 'lm_head'"),
     "empty layer name": ({"skip": [""]}, r"option 'skip' takes a list of names, got \[''\]"),

@@ -74,6 +74,7 @@ OTHER_VALUES = {
     "again_from": "codes",
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
+    "again_from": "codes",
     "heads": True,
     "min_side": 8,
     "attention": True,
@@ -82,6 +83,7 @@ OTHER_VALUES = {
     "enabled": False,
     "fuel": 1,
     "disable_passes": ("fuse",),
+    "enable_passes": ("fuse_producers",),
     "strict": True,
     "debug": True,
 }

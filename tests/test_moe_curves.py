@@ -1,4 +1,4 @@
-"""The loss curves of a mixture of experts, on a CPU.
+"""The loss curves of a mixture of experts, on a CPU, and how much of one runs on kernels of 8-bit codes.
 
 What would break: an arm that trains on other batches or ends with another model than its optimizer's, an arm that is
 cut and counts as done, or that is lost with what others had, curves of other settings in one table.
@@ -19,6 +19,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("tests the source tree", allow_module_level=True)
 pytest.importorskip("transformers")
 sys.path.insert(0, str(BENCHMARKS))  # they are scripts, which import each other by name
+import moe_coverage  # noqa: E402
 import moe_curves  # noqa: E402
 from eight_bit_curves import Curve, Tokens  # noqa: E402
 from model import SIZES, build  # noqa: E402
@@ -94,3 +95,16 @@ def test_an_arm_that_was_cut_is_run_again(monkeypatch, tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 0
     assert moe_curves.main([*given[:-1], "--lr", "1", "--arms", "bf16"]) == 2
     assert "lr=0.001, not 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_coverage_is_of_all_that_runs():
+    """Experts and projections of Mixtral, by hand: per token two experts of three matrices, and attention's four; not
+    the router, the head, and attention over 128 tokens, four products in the backward beside the two of the forward.
+    """
+    row = moe_coverage.coverage("mixtral", "grouped_mm", torch.bfloat16)
+    width, codes = 256, 2 * 3 * 256 * 896 + 2 * 256 * 256 + 2 * 256 * 128
+    wide, attention = width * 8 + width * 256, 2 * 128 * width
+    assert row.forward == pytest.approx(100 * codes / (codes + wide + attention), abs=0.05)
+    assert row.backward == pytest.approx(100 * 2 * codes / (2 * (codes + wide) + 2.5 * attention), abs=0.05)
+    assert (row.graphs, row.warned) == (1, "")

@@ -158,12 +158,33 @@ def _sorted(tiles, pair: tl.constexpr):
 
 @triton.jit
 def _extreme_keys(pairs, instruction: tl.constexpr):
-    """Keys [R, 2 n] of the largest (or smallest, by ``instruction``) of a tuple of pairs [R, n]."""
+    """Keys of the largest (or smallest, by ``instruction``) of a tuple of pairs [R, n], as two [R, n].
+
+    To join them would give what follows another layout than the data has, and Triton may convert all data to it.
+    """
     extreme = pairs[0]
     for i in tl.static_range(1, len(pairs)):
         extreme = _on_pairs(instruction, extreme, pairs[i])
-    bits = tl.reshape(tl.join((extreme << 16) >> 16, extreme >> 16), [extreme.shape[0], 2 * extreme.shape[1]])
-    return bits ^ ((bits >> 31) & 0x7FFF)
+    low, high = (extreme << 16) >> 16, extreme >> 16
+    return low ^ ((low >> 31) & 0x7FFF), high ^ ((high >> 31) & 0x7FFF)
+
+
+@triton.jit
+def _opposite(keys):
+    """The keys of the opposites."""
+    found = no_tiles()
+    for i in tl.static_range(len(keys)):
+        found += (~keys[i],)
+    return found
+
+
+@triton.jit
+def _greatest(keys):
+    """Of a tuple of keys [R, n], the greatest of a row: [R]."""
+    greatest = keys[0]
+    for i in tl.static_range(1, len(keys)):
+        greatest = tl.maximum(greatest, keys[i])
+    return tl.max(greatest, 1)
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
@@ -213,16 +234,21 @@ def _steps(count, rank, slope):
 def _begun(keys, first, end, rank):
     """A search for the element of this rank from above, the greatest of the keys of elements equal to it.
 
-    It is between ``first`` and ``end``, inclusive; ``keys`` [R, n] are those of the largest elements of groups. A
-    search is a tuple of five [R]: the key is in [first, end); the pivot to be counted; how many keys double the count;
-    and the direction of the last step.
+    It is between ``first`` and ``end``, inclusive; ``keys``, a tuple of [R, n], are those of the largest elements of
+    groups. A search is a tuple of five [R]: the key is in [first, end); the pivot to be counted; how many keys double
+    the count; and the direction of the last step.
     """
     end = tl.where(end == -1, 1, end + 1)  # −0 and +0 are equal
-    coarse: tl.constexpr = 16 if keys.dtype == tl.int64 else 0  # so that their sum is an int32
-    groups: tl.constexpr = keys.shape[1]
-    keys = (keys >> coarse).to(tl.int32)
-    mean = tl.sum(keys, 1) // groups
-    spread = tl.sum(tl.abs(keys - mean[:, None]), 1).to(tl.float32) / groups
+    coarse: tl.constexpr = 16 if keys[0].dtype == tl.int64 else 0  # so that their sum is an int32
+    groups: tl.constexpr = len(keys) * keys[0].shape[1]
+    total = (keys[0] >> coarse).to(tl.int32)
+    for i in tl.static_range(1, len(keys)):
+        total += (keys[i] >> coarse).to(tl.int32)
+    mean = tl.sum(total, 1) // groups
+    distance = tl.abs((keys[0] >> coarse).to(tl.int32) - mean[:, None])
+    for i in tl.static_range(1, len(keys)):
+        distance += tl.abs((keys[i] >> coarse).to(tl.int32) - mean[:, None])
+    spread = tl.sum(distance, 1).to(tl.float32) / groups
     # The maxima of an exponential tail e^(−x/β) spread by about β (Gumbel), and it doubles every β ln 2. Their mean is
     # above the key that one element per group reaches, by 0.577 β: e^−0.577 elements reach it.
     slope = tl.maximum(spread * 0.7, 1.0)
@@ -272,8 +298,8 @@ def row_bounds(tiles, size, low, high, pair: tl.constexpr):
         larger, smaller = largest + second, third + smallest
         maxima = _extreme_keys(largest, "max.NaN." + pair)
         minima = _extreme_keys(smallest, "min." + pair)
-        upper_reach = tl.max(_extreme_keys(third, "max.NaN." + pair), 1)
-        lower_reach = ~tl.min(_extreme_keys(second, "min." + pair), 1)
+        upper_reach = _greatest(_extreme_keys(third, "max.NaN." + pair))
+        lower_reach = _greatest(_opposite(_extreme_keys(second, "min." + pair)))
     else:
         larger, smaller = no_tiles(), no_tiles()
         least = tl.full(tiles[0].shape, float("inf"), tl.float32)
@@ -283,8 +309,8 @@ def row_bounds(tiles, size, low, high, pair: tl.constexpr):
             larger += (value,)
             most, least = greater(most, value), tl.minimum(least, value)
         most = tl.where(most == most, most, float("nan"))  # a positive one
-        maxima, minima = _key(most, dtype), _key(least, dtype)
-    end, first = tl.max(maxima, 1), tl.min(minima, 1)
+        maxima, minima = (_key(most, dtype),), (_key(least, dtype),)
+    end, first = _greatest(maxima), ~_greatest(_opposite(minima))
     top, bottom = _number(end, dtype).to(tl.float32), _number(first, dtype).to(tl.float32)
     magnitude = greater(tl.abs(top), tl.abs(bottom))
     nans = tl.full(end.shape, 0, tl.int32)
@@ -297,7 +323,7 @@ def row_bounds(tiles, size, low, high, pair: tl.constexpr):
         nans = elements - tl.sum(numbers, 1)
     # The lower bound is minus the upper one of −x, and ~key is the key of the number's opposite.
     above, below = high - nans, low + nans * 0
-    upper, lower = _begun(maxima, first, end, above), _begun(~minima, ~end, ~first, below)
+    upper, lower = _begun(maxima, first, end, above), _begun(_opposite(minima), ~end, ~first, below)
     while _any((upper[1] - upper[0] > 1) | (lower[1] - lower[0] > 1)):
         if pair == "":
             counts = _counts(larger, larger, upper[2], lower[2], dtype, pair)

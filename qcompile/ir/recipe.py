@@ -105,6 +105,7 @@ class Recipe:
         enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.
         fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
         disable_passes: names of passes to leave out.
+        enable_passes: names of passes that run only if they are asked for.
         strict: unmatched rules raise instead of warning.
         monitor: ``True``, or a :class:`qcompile.Monitor`, to gather statistics of every operand; numbers do not change.
         debug: verify the graph after every pass.
@@ -132,6 +133,7 @@ class Recipe:
     enabled: bool = True
     fuel: int | None = None
     disable_passes: tuple[str, ...] = ()
+    enable_passes: tuple[str, ...] = ()
     strict: bool = False
     monitor: Any = field(default=False, repr=False, compare=False)
     debug: bool = False
@@ -142,7 +144,7 @@ class Recipe:
             msg = f"recipe {self.name!r}: its name is not text"
             raise ValueError(msg)
         where = f"recipe {self.name!r}"
-        for key in ("skip", "disable_passes", "user_patterns"):
+        for key in ("skip", "disable_passes", "enable_passes", "user_patterns"):
             object.__setattr__(self, key, names_of(key, getattr(self, key), where))
         for key in _ACCEPTED:
             _checked(key, getattr(self, key), where)
@@ -195,7 +197,7 @@ class Recipe:
                 except ValueError as error:
                     msg = f"option 'rules': {error}"
                     raise ValueError(msg) from None
-            elif key == "disable_passes":
+            elif key in ("disable_passes", "enable_passes"):
                 changes[key] = names_of(key, value)
             else:
                 changes[key] = _checked(key, value)

@@ -174,6 +174,7 @@ def test_overrides_compose():
         ("fuel", 0),
         ("fuel", None),
         ("disable_passes", ("fold",)),
+        ("enable_passes", ("fuse_producers",)),
         ("strict", True),
         ("debug", True),
     ],

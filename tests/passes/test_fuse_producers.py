@@ -24,6 +24,7 @@ from qcompile.recipes import FP4
 from .harness import Result, compile_and_run, compiler
 
 RECIPE = FP4.override({"min_side": 0, "defaults": False})
+ASKED = RECIPE.override({"enable_passes": ["fuse_producers"]})
 SWIGLU = "round(a); neg(%0); exp(%1); add(%2, 1.0); div(%0, %3); round(%4) bfloat16; mul(%5, b) bfloat16"
 GELU = "round(a); mul(%0, 0.5); mul(%0, 0.7071067811865476); erf(%2); add(%3, 1.0); mul(%1, %4); round(%5) bfloat16"
 
@@ -68,6 +69,7 @@ def run(*activations, dtype=torch.bfloat16, under=torch.no_grad, **options):
     """Without gradients unless asked for: that is one graph instead of two."""
     torch.manual_seed(0)
     x = torch.randn(2, 7, 34, dtype=dtype)
+    options = {"enable_passes": ["fuse_producers"], **options}
     return compile_and_run(Gated(*activations, dtype=dtype), x, recipe=RECIPE, under=under, **options)
 
 
@@ -82,7 +84,7 @@ COMPUTED = {
 
 def test_what_is_computed_where_it_is_quantized():
     """With weights, numbers and casts, in any order."""
-    on, off = (run(*COMPUTED.values(), disable_passes=names) for names in ([], ["fuse_producers"]))
+    on, off = (run(*COMPUTED.values(), enable_passes=names) for names in (["fuse_producers"], []))
     assert fused(on) == list(COMPUTED)
     assert not fused(off)
     assert torch.equal(on.outputs, off.outputs)
@@ -90,7 +92,7 @@ def test_what_is_computed_where_it_is_quantized():
 
 def test_gradients():
     """What the backward computes again is what the kernel quantized."""
-    on, off = (run(swiglu, under=contextlib.nullcontext, disable_passes=names) for names in ([], ["fuse_producers"]))
+    on, off = (run(swiglu, under=contextlib.nullcontext, enable_passes=names) for names in (["fuse_producers"], []))
     assert fused(on) == [SWIGLU]
     assert torch.equal(on.outputs, off.outputs)
     for name in ("gate.weight", "up.weight", "down.0.weight"):
@@ -139,7 +141,7 @@ def test_what_others_read_is_left_to_inductor():
             return self.down[0](activation), activation
 
     x = torch.randn(3, 34, dtype=torch.bfloat16)
-    result = compile_and_run(Returned(swiglu), x, recipe=RECIPE, under=torch.no_grad)
+    result = compile_and_run(Returned(swiglu), x, recipe=ASKED, under=torch.no_grad)
     assert len(result.quantized) == 3
     assert not fused(result)
 
@@ -147,7 +149,7 @@ def test_what_others_read_is_left_to_inductor():
 def test_what_inductor_keeps_in_float32_is_left_to_it():
     """The sum in front of a norm is rounded in memory, and not in the kernel that goes on with it."""
     x = torch.randn(3, 251, dtype=torch.bfloat16)
-    result = compile_and_run(Residual().bfloat16(), x, recipe=RECIPE, under=torch.no_grad)
+    result = compile_and_run(Residual().bfloat16(), x, recipe=ASKED, under=torch.no_grad)
     assert result.quantized
     assert not fused(result)
 
@@ -167,7 +169,7 @@ def test_off_the_tensor_cores():
 def test_a_dynamic_batch():
     """Rows are counted when it runs; no size makes it compile again."""
     model = Gated(swiglu)
-    compiled, observations = compiler(model, RECIPE, dynamic=True)
+    compiled, observations = compiler(model, ASKED, dynamic=True)
     with torch.no_grad():
         shapes = [compiled(torch.randn(n, 7, 34, dtype=torch.bfloat16)).shape for n in (2, 5)]
     assert shapes == [(1, 2, 7, 34), (1, 5, 7, 34)]

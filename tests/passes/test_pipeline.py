@@ -45,6 +45,7 @@ def test_programs_are_recorded_in_the_order_of_the_table() -> None:
         "dynamo_adopt", "dynamo_causal_masks", "dynamo_expand", "dynamo_find_gemms", "dynamo_plan", "dynamo_watch",
         "joint_account",
         "joint_choose_providers", "partition_share_codes", "partition_narrow_saved", "post_grad_audit_encoders",
+        "post_grad_fuse_producers",
     }  # fmt: skip
 
 
