@@ -74,7 +74,6 @@ OTHER_VALUES = {
     "again_from": "codes",
     "skip": (),
     "rules": (Rule(name="up", weight="off"),),
-    "again_from": "codes",
     "heads": True,
     "min_side": 8,
     "attention": True,
