@@ -62,6 +62,9 @@ ARMS: dict[str, Arm] = {
     "IF4": Arm("qcompile_if4"),
     "FP4, direct per tensor": Arm("qcompile_fp4", demo.ARMS["direct"].options or {}),
     "FP4": Arm("qcompile_fp4"),
+    "Quartet II": Arm("qcompile_quartet2"),
+    "uniform4": Arm("qcompile_uniform4"),
+    "TetraJet-v2": Arm("qcompile_tetrajet2"),
     "QuEST W8A8": Arm("qcompile_quest", {"bits": 8}),
 }
 
