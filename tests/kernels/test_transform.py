@@ -106,7 +106,7 @@ def test_the_largest_power_of_two_that_divides(size):
     [
         ("hadamard(100)", r"hadamard\(100\): the size must be a power of two from 1 to 1024"),
         ("hadamard(2048)", "must be a power of two from 1 to 1024"),
-        ("hadamard", r"unknown transform 'hadamard'; known: hadamard\(<size>\[,signs=fixed\]\), sparse"),
+        ("hadamard", r"unknown transform 'hadamard'; known: hadamard\(<size>\[,signs=fixed\|drawn\]\), sparse"),
         ("sparse(3:4)", r"sparse\(3:4\): known patterns: 2:4, 4:8"),
     ],
 )
