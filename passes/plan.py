@@ -51,8 +51,8 @@ def make_plan(sites: Iterable[Site], recipe: Recipe) -> Plan:
 
 
 def user_rules(recipe: Recipe) -> list[Rule]:
-    """The rules a user wrote, which are expected to match something; the default skips are not."""
-    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.user_patterns), *recipe.rules]
+    """The rules a user wrote, which are expected to match something; the recipe's own, and its skips, are not."""
+    return [*(Rule(name=pattern, quantize=False) for pattern in recipe.user_patterns), *recipe.user_rules]
 
 
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:

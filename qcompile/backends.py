@@ -243,7 +243,8 @@ def check_passes(recipe: Recipe) -> None:
     for option, known in (("disable_passes", PASS_NAMES), ("enable_passes", PASSES_BY_REQUEST)):
         for name in getattr(recipe, option):
             if name not in known:
-                msg = f"option {option!r}: there is no pass {name!r}; passes: {', '.join(known)}"
+                what = "there is no pass" if name not in PASS_NAMES else "runs unless it is disabled:"
+                msg = f"option {option!r}: {what} {name!r}; passes: {', '.join(known)}"
                 raise ValueError(msg)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import compat
 from .backends import check_passes, split_options
 from .recipes import RECIPES
 
-__all__ = ["Phase", "Schedule"]
+__all__ = ["Phase", "Schedule", "refused"]
 
 log = logging.getLogger("qcompile")
 
@@ -39,17 +40,24 @@ class Phase:
         if not isinstance(self.options, Mapping):
             msg = f"Schedule: options of the phase at step {self.start} are no dictionary, got {self.options!r}"
             raise ValueError(msg)
-        if callable(self.backend):
-            return
-        if self.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-            msg = f"Schedule: unknown backend {self.backend!r} at step {self.start}; known: {', '.join(known)}"
+        if not callable(self.backend) and (why := refused(self.backend, self.options)):
+            msg = f"Schedule: at step {self.start}: {why}"
             raise ValueError(msg)
-        if self.backend in RECIPES:
-            try:
-                check_passes(RECIPES[self.backend].override(split_options(None, self.options)[0]))
-            except ValueError as error:
-                msg = f"Schedule: at step {self.start}: {error}"
-                raise ValueError(msg) from None
+
+
+def refused(backend: str, options: Mapping[str, Any]) -> str:
+    """Why ``torch.compile`` would refuse a backend's name or its options, as far as names tell; empty if not."""
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        return f"unknown backend {backend!r}; known: {', '.join(torch.compiler.list_backends())}"
+    if backend == "inductor":
+        unknown = next((name for name in options if not compat.is_inductor_option(name)), None)
+        return f"inductor has no option {unknown!r}" if unknown is not None else ""
+    if backend in RECIPES:
+        try:
+            check_passes(RECIPES[backend].override(split_options(None, options)[0]))
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 class Schedule:
@@ -97,7 +105,8 @@ class Schedule:
         ``module.compile`` leaves as it is.
         """
         for name in {"backend", "options", "mode", "disable"} & arguments.keys():
-            msg = f"Schedule.compile: {name}= belongs to a phase; write it there, mode as an option"
+            hint = " as an option, which qcompile's backends take" if name == "mode" else ""
+            msg = f"Schedule.compile: {name}= belongs to a phase; write it there{hint}"
             raise ValueError(msg)
         for module in modules:
             if not isinstance(module, nn.Module) or hasattr(module, "_orig_mod"):

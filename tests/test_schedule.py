@@ -137,7 +137,8 @@ def test_a_resumed_run_is_in_the_phase_that_it_was_in(stop: int, late: bool) -> 
         ([(1, "qcompile_nvfp4")], "the first phase begins at step 0, got 1"),
         ([(0, "inductor"), (5, "inductor"), (5, "qcompile_nvfp4")], r"phases begin one after another, got \[0, 5, 5\]"),
         ([(0.5, "qcompile_nvfp4")], "a phase begins at a step ≥ 0, got 0.5"),
-        ([(0, "qcompile_fp5")], "unknown backend 'qcompile_fp5' at step 0; known: "),
+        ([(0, "qcompile_fp5")], "at step 0: unknown backend 'qcompile_fp5'; known: "),
+        ([(0, "inductor", {"max_autotun": True})], "at step 0: inductor has no option 'max_autotun'"),
         ([(0, "qcompile_nvfp4", "bf16")], "options of the phase at step 0 are no dictionary, got 'bf16'"),
         (["qcompile_nvfp4"], "takes phases such as"),
         (

@@ -437,6 +437,8 @@ def add_eval(commands: Any) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     try:
+        from qcompile.schedule import refused
+
         from . import evaluation
 
         for flag in ("limit", "tokens", "batch"):
@@ -451,7 +453,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
             msg = f"two of {', '.join(arguments.files)} have the same name; a name stands for one file"
             raise ValueError(msg)
         options = parse_options(arguments.option)
-        settings = {key: getattr(arguments, key) for key in ("factory", "backend", "limit", "tokens", "scorer")}
+        if why := refused(arguments.backend, options):
+            raise ValueError(why)
+        if arguments.json and not arguments.json.parent.is_dir():
+            msg = f"--json {arguments.json}: there is no folder {arguments.json.parent}"
+            raise ValueError(msg)
+        settings = {
+            key: getattr(arguments, key) for key in ("factory", "backend", "limit", "tokens", "batch", "scorer")
+        }
         found = evaluation.resumed(arguments.json, {**settings, "options": options})
         likelihoods = compiled_likelihoods(arguments, options)
         for name, task, _ in tasks:

@@ -52,12 +52,18 @@ def exchange_rows(
     Returns the rows that arrive, those of the first rank first, in the dtype of ``x``. A row with a NaN arrives as NaN,
     one with an infinity as none that is finite. Raises ``ValueError`` where counts or ``codes`` do not fit.
     """
+    if not dist.is_initialized():
+        msg = "exchange_rows: there are no ranks; call torch.distributed.init_process_group first"
+        raise ValueError(msg)
     group = group if group is not None else dist.group.WORLD
-    ranks = dist.get_world_size(group)
-    if x.dim() != 2 or len(sent) != ranks or len(received) != ranks or sum(sent) != len(x):
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    counts = all(type(count) is int and count >= 0 for count in (*sent, *received))
+    shaped = x.dim() == 2 and x.is_floating_point() and len(sent) == len(received) == ranks and sum(sent) == len(x)
+    if not (counts and shaped and sent[rank] == received[rank]):
         msg = (
-            f"exchange_rows: x is {list(x.shape)}, sent {list(sent)}, received {list(received)}; give a matrix, and one"
-            f" count for each of the {ranks} ranks, those of sent adding up to its rows"
+            f"exchange_rows: x is {x.dtype} {list(x.shape)}, sent {list(sent)}, received {list(received)}; give a"
+            f" floating-point matrix, and one count for each of the {ranks} ranks, ints ≥ 0, those of sent adding up to"
+            f" its rows, and both the same for rank {rank} itself"
         )
         raise ValueError(msg)
     known = (*get_args(Codes), None)

@@ -138,6 +138,7 @@ class Recipe:
     monitor: Any = field(default=False, repr=False, compare=False)
     debug: bool = False
     user_patterns: tuple[str, ...] = field(default=(), repr=False)
+    user_rules: tuple[Rule, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -193,7 +194,8 @@ class Recipe:
                     msg = f"option 'rules' takes a list of dictionaries, got {value!r}"
                     raise ValueError(msg)
                 try:
-                    changes[key] = (*changes.get(key, self.rules), *(Rule.from_data(rule) for rule in value))
+                    changes["user_rules"] = tuple(Rule.from_data(rule) for rule in value)
+                    changes[key] = (*changes.get(key, self.rules), *changes["user_rules"])
                 except ValueError as error:
                     msg = f"option 'rules': {error}"
                     raise ValueError(msg) from None
@@ -269,7 +271,7 @@ class Recipe:
 
 
 #: Fields that no option of their name sets.
-_NO_OPTIONS = ("name", "source", "widths", "variants", "user_patterns")
+_NO_OPTIONS = ("name", "source", "widths", "variants", "user_patterns", "user_rules")
 
 _SWITCH = ("True or False", lambda value: isinstance(value, bool))
 

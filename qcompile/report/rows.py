@@ -101,6 +101,9 @@ def rows_of(decision: Decision, observed: Observations) -> list[Row]:
                 else "; ".join(filter(None, (reason, product["reason"]))),
             )
         )
+    gradients = [f"{row.role} {row.formats}" for row in rows[1:] if row.decision == QUANTIZED]
+    if rows[0].decision == SKIPPED and gradients:
+        rows[0] = replace(rows[0], reason=f"the forward is in high precision; quantized: {', '.join(gradients)}")
     return rows
 
 

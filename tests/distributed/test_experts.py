@@ -61,13 +61,20 @@ def test_sharded_experts_are_the_whole_layer(ranks):
             assert (found["odd"][name] - expected).norm() < 0.03 * expected.norm(), name
 
 
+def test_rows_without_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"call torch.distributed.init_process_group first"):
+        exchange_rows(torch.ones(3, 8), (3,), (3,))
+
+
 def test_counts_that_do_not_fit_are_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
     try:
         x = torch.ones(3, 8)
-        for sent, received in (((2,), (3,)), ((3, 0), (3,))):
-            with pytest.raises(ValueError, match="one count for each of the 1 ranks"):
+        for sent, received in (((2,), (3,)), ((3, 0), (3,)), ((3,), (2,)), ((3,), (-3,)), ((3,), (3.0,))):
+            with pytest.raises(ValueError, match="one count for each of the 1 ranks, ints ≥ 0"):
                 exchange_rows(x, sent, received)
+        with pytest.raises(ValueError, match="give a floating-point matrix"):
+            exchange_rows(x.long(), (3,), (3,))
         with pytest.raises(ValueError, match="codes='e5m2'; known: 'e4m3', 'e4m3_odd', None"):
             exchange_rows(x, (3,), (3,), codes="e5m2")
         with pytest.raises(ValueError, match="give bfloat16 rows"):

@@ -453,5 +453,5 @@ def test_occ_and_dge_do_not_combine():
 
 
 def test_option_names_are_the_fields_users_may_set():
-    hidden = {"name", "source", "widths", "variants", "user_patterns"}
+    hidden = {"name", "source", "widths", "variants", "user_patterns", "user_rules"}
     assert set(Recipe.option_names()) == {"bits", "defaults", "variant", *(f.name for f in fields(Recipe))} - hidden

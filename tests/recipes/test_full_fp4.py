@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qcompile
 from qcompile.ir.ops import global_scale_of, quantize_along, with_signs
 from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.rules import Block, Rule
@@ -254,9 +255,19 @@ def test_blocks_that_are_frames_of_their_own_are_told_apart() -> None:
     assert {d.site.name: d.quantized for d in decisions} == {f"blocks.{i}": i < 3 for i in range(4)}
 
 
-def test_a_rule_for_blocks_without_blocks_says_so() -> None:
-    plan = compile_and_run(nn.Linear(32, 32), torch.randn(2, 32), recipe=NVFP4, enabled=False).observations[0].plan
-    assert dict(plan.matched) == {"rule '*' (last_blocks=0.15, quantize=False)": 0}  # type: ignore[union-attr]
+@pytest.mark.parametrize("rules", [[], [{"last_blocks": 0.15, "quantize": False}]], ids=["recipe's", "user's"])
+def test_a_rule_for_blocks_without_blocks(rules: list) -> None:
+    """A user's says so; the recipe's own is no mistake of the user's, for whom `explain` would be an error."""
+    result = compile_and_run(nn.Linear(32, 32), torch.randn(2, 32), recipe=NVFP4, enabled=False, rules=rules)
+    expected = {"rule '*' (last_blocks=0.15, quantize=False)": 0} if rules else {}
+    assert dict(result.observations[0].plan.matched) == expected  # type: ignore[union-attr]
+
+
+def test_the_report_says_what_a_wide_forward_leaves_quantized() -> None:
+    report = qcompile.explain(nn.Sequential(nn.Linear(64, 64)), torch.randn(32, 64), backend="qcompile_mxfp4")
+    (forward, _, wgrad) = report.rows
+    assert forward.decision == "skipped"
+    assert forward.reason == f"the forward is in high precision; quantized: wgrad {wgrad.formats}"
 
 
 @pytest.mark.parametrize(
