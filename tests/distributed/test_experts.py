@@ -17,8 +17,6 @@ from ..loops.ranks import WORLD, Ranks
 from . import experts_worker as worker
 from .test_gradients import GLOO
 
-pytestmark = pytest.mark.nightly
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Ranks:
@@ -31,6 +29,7 @@ def rounded(x: Tensor) -> Tensor:
     return reference.dequantize(codes, scales, quantizer, -1, x.shape[-1], x.dtype)
 
 
+@pytest.mark.nightly
 def test_rows_arrive_rounded_once_and_own_ones_as_they_are(ranks):
     """So do gradients, there and back. Zeros and NaN arrive as such."""
     for rank, found in enumerate(ranks("exchanged")):
@@ -46,6 +45,7 @@ def test_rows_arrive_rounded_once_and_own_ones_as_they_are(ranks):
         torch.testing.assert_close(gradient, worker.rows(rank) * 2, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.nightly
 def test_sharded_experts_are_the_whole_layer(ranks):
     """DTensors of experts beside a router under FSDP2. As they are, or rounded to odd, tokens give the same codes;
     rounded to nearest, other ones of some elements.
