@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from loss_curves import Text, loss_of, windows
+from loss_curves import Text, decay_groups, loss_of, windows
 from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process
 from model import SIZES, Size, build
 from torch import Tensor, nn
@@ -47,7 +47,23 @@ from training_step import names_from
 
 from qcompile.apps.demo import learning_rate_factor, smoothed
 
-__all__ = ["ARMS", "Arm", "Curve", "Tokens", "main", "plot", "read_json", "rows_of", "table", "train", "write_json"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Curve",
+    "Tokens",
+    "curve_of_process",
+    "gap",
+    "main",
+    "plot",
+    "read_json",
+    "rows_of",
+    "settings_of",
+    "table",
+    "title_of",
+    "train",
+    "write_json",
+]
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LAST = 100  # steps that the final training loss is the mean of
@@ -240,9 +256,7 @@ def train(
     traffic = None
     if arm.ranks > 1:
         traffic = _shard(model, device, arm)
-    decayed, other = ([p for p in model.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-    optimizer = arm.optimizer(groups, lr, (0.9, beta2))
+    optimizer = arm.optimizer(decay_groups(model.parameters()), lr, (0.9, beta2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     curve, fresh = Curve(), list[Tensor]()
 
@@ -332,11 +346,15 @@ def measured(name: str, card: int, given: argparse.Namespace, log: Path) -> Curv
     arguments = [
         f"--{key.replace('_', '-')}={value}" for key in (*SETTINGS, "device", "out") if (value := getattr(given, key))
     ]
+    return curve_of_process(Path(__file__), name, [*arguments, "--card", str(card)], given.limit, log)
+
+
+def curve_of_process(script: Path, name: str, arguments: list[str], limit: float, log: Path) -> Curve:
+    """What a worker of ``script`` returned, or what it had written to ``part.json`` when it failed or was stopped."""
     with tempfile.TemporaryDirectory() as scratch:
         part = Path(scratch) / "part.json"
         try:
-            arguments += ["--card", str(card)]
-            return Curve(**in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log))
+            return Curve(**in_fresh_process(script, name, arguments, limit, Path(scratch), log))
         except (RuntimeError, TimeoutError) as error:
             return Curve(**{**(json.loads(part.read_text()) if part.exists() else {}), "fault": brief(error)})
 
@@ -345,11 +363,17 @@ def measured(name: str, card: int, given: argparse.Namespace, log: Path) -> Curv
 
 
 def gap(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences, and its standard error as if they were independent, in percent of the base."""
+    """Mean of paired differences in nats, and its standard error as if they were independent."""
     differences = [a - b for a, b in zip(losses, base, strict=True)]
-    scale = 100 / statistics.fmean(base)
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return statistics.fmean(differences) * scale, error * scale
+    return statistics.fmean(differences), error
+
+
+def percent_gap(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """:func:`gap` in percent of the base."""
+    scale = 100 / statistics.fmean(base)
+    mean, error = gap(losses, base)
+    return mean * scale, error * scale
 
 
 def rows_of(curves: dict[str, Curve], baseline: str = BASELINE) -> list[dict[str, Any]]:
@@ -362,11 +386,11 @@ def rows_of(curves: dict[str, Curve], baseline: str = BASELINE) -> list[dict[str
             row["train"] = statistics.fmean(curve.losses[-LAST:])
         if both := min(len(curve.losses), len(base.losses)):
             last = slice(max(0, both - LAST), both)
-            row["train_gap"], row["train_error"] = gap(curve.losses[last], base.losses[last])
+            row["train_gap"], row["train_error"] = percent_gap(curve.losses[last], base.losses[last])
         if curve.validation:
             row["validation"] = statistics.fmean(curve.validation)
             if base.validation:
-                row["validation_gap"], row["validation_error"] = gap(curve.validation, base.validation)
+                row["validation_gap"], row["validation_error"] = percent_gap(curve.validation, base.validation)
         found.append(row)
     return found
 
@@ -424,8 +448,8 @@ def plot(path: Path, curves: dict[str, Curve], title: str, arms: Mapping[str, Dr
 SETTINGS = ("size", "steps", "lr", "beta2", "tokens")
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    found = {name: getattr(given, name) for name in SETTINGS}
+def settings_of(given: argparse.Namespace, names: Sequence[str] = SETTINGS) -> dict[str, Any]:
+    found = {name: getattr(given, name) for name in names}
     return {**found, "tokens": given.tokens.name if given.tokens else "tinyshakespeare as bytes"}
 
 
@@ -442,15 +466,24 @@ def read_json(path: Path, settings: dict[str, Any], complete: bool = True) -> di
     return {name: curve for name, curve in curves.items() if not (complete and curve.fault)}
 
 
-def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], baseline: str = BASELINE) -> None:
+def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], final: Sequence[dict[str, Any]]) -> None:
+    """``final``: rows of what the curves end in."""
     size = SIZES[settings["size"]]
     data = {
         "environment": environment(),
         "settings": {**settings, "tokens_per_step": size.tokens, "block_weights": size.block_weights},
-        "final": rows_of(curves, baseline),
+        "final": list(final),
         "arms": {name: asdict(curve) for name, curve in curves.items()},
     }
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def title_of(size: Size) -> str:
+    where = environment()
+    return (
+        f"Llama, {size.block_weights / 1e6:.1f} M parameters in blocks, {size.tokens} tokens per step;"
+        f" {where['card']}, torch {where['torch']}, {where['date']}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -497,7 +530,8 @@ def main(arguments: list[str] | None = None) -> int:
     def keep(name: str, curve: Curve) -> None:
         with one_writes:
             curves[name] = curve
-            write_json(given.out, settings, {name: curves[name] for name in ARMS if name in curves})
+            ordered = {name: curves[name] for name in ARMS if name in curves}
+            write_json(given.out, settings, ordered, rows_of(ordered))
         print(f"{name:12} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
 
     missing = [name for name in given.arms if name not in curves]
@@ -518,12 +552,7 @@ def main(arguments: list[str] | None = None) -> int:
             list(pool.map(run, names))
     curves = {name: curves[name] for name in ARMS if name in curves}
     if curves:
-        where, size = environment(), SIZES[given.size]
-        title = (
-            f"Llama, {size.block_weights / 1e6:.1f} M parameters in blocks, {size.tokens} tokens per step;"
-            f" {where['card']}, torch {where['torch']}, {where['date']}"
-        )
-        plot(given.out.with_suffix(".png"), curves, title)
+        plot(given.out.with_suffix(".png"), curves, title_of(SIZES[given.size]))
     print(f"\n{table(curves)}")
     return 0 if all(name in curves and not curves[name].fault for name in given.arms) else 1
 

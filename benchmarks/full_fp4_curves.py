@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from eight_bit_curves import Curve, Tokens
-from loss_curves import loss_of
-from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process
+from eight_bit_curves import Curve, Tokens, curve_of_process, gap, read_json, settings_of, title_of, write_json
+from loss_curves import decay_groups, loss_of
+from measure import add_worker_arguments, answer, fresh_log
 from model import SIZES, Size, build
 from torch import Tensor, nn
 from training_step import names_from
@@ -114,9 +112,7 @@ def train(
     model = build(size, tokens.train.device, torch.float32, arm.seed)
     phases = arm.schedule(steps, backend)
     phases.compile(*model.layers, dynamic=False)
-    decayed, other = ([p for p in model.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model.parameters()), lr=lr, betas=(0.9, 0.95), fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     curve, fresh = Curve(), list[Tensor]()
 
@@ -162,22 +158,10 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 def measured(name: str, given: argparse.Namespace, log: Path) -> Curve:
     """The curve of an arm, whole or as far as it came."""
     arguments = [f"--{key}={value}" for key in (*SETTINGS, "device", "out") if (value := getattr(given, key))]
-    with tempfile.TemporaryDirectory() as scratch:
-        part = Path(scratch) / "part.json"
-        try:
-            return Curve(**in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log))
-        except (RuntimeError, TimeoutError) as error:
-            return Curve(**{**(json.loads(part.read_text()) if part.exists() else {}), "fault": brief(error)})
+    return curve_of_process(Path(__file__), name, arguments, given.limit, log)
 
 
 # --- results --------------------------------------------------------------------------------------------------------
-
-
-def gap(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences in nats, and its standard error as if they were independent."""
-    differences = [a - b for a, b in zip(losses, base, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return statistics.fmean(differences), error
 
 
 def rows_of(curves: dict[str, Curve]) -> list[dict[str, Any]]:
@@ -249,35 +233,6 @@ def plot(path: Path, curves: dict[str, Curve], title: str) -> None:
 SETTINGS = ("size", "steps", "lr", "tokens")
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    found = {name: getattr(given, name) for name in SETTINGS}
-    return {**found, "tokens": given.tokens.name if given.tokens else "tinyshakespeare as bytes"}
-
-
-def read_json(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
-    """Curves of earlier calls, those of arms that were cut among them. Raises ``ValueError`` for other settings."""
-    if not path.exists():
-        return {}
-    data = json.loads(path.read_text())
-    for name, value in settings.items():
-        if data["settings"].get(name) != value:
-            msg = f"{path} was made with {name}={data['settings'].get(name)}, not {value}; give another --out"
-            raise ValueError(msg)
-    return {name: Curve(**curve) for name, curve in data["arms"].items()}
-
-
-def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve]) -> None:
-    size = SIZES[settings["size"]]
-    counts = {"tokens_per_step": size.tokens, "block_weights": size.block_weights}
-    data = {
-        "environment": environment(),
-        "settings": {**settings, **counts},
-        "final": rows_of(curves),
-        "arms": {name: asdict(curve) for name, curve in curves.items()},
-    }
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", type=lambda s: names_from(ARMS, s), default=list(ARMS), help=f"of {', '.join(ARMS)}")
@@ -297,9 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("full_fp4_curves: needs a CUDA card (or --device cpu)", file=sys.stderr)
         return 2
-    log, settings = fresh_log(given.out), settings_of(given)
+    log, settings = fresh_log(given.out), settings_of(given, SETTINGS)
     try:
-        curves = read_json(given.out, settings)
+        curves = read_json(given.out, settings, complete=False)
     except ValueError as error:
         print(f"full_fp4_curves: {error}", file=sys.stderr)
         return 2
@@ -317,15 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
         given.limit = limit
         curves[name] = curve
         curves = {name: curves[name] for name in ARMS if name in curves}
-        write_json(given.out, settings, curves)
+        write_json(given.out, settings, curves, rows_of(curves))
         print(f"{name:12} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
     if curves:
-        where, size = environment(), SIZES[given.size]
-        title = (
-            f"Llama, {size.block_weights / 1e6:.1f} M parameters in blocks, {size.tokens} tokens per step;"
-            f" {where['card']}, torch {where['torch']}, {where['date']}"
-        )
-        plot(given.out.with_suffix(".png"), curves, title)
+        plot(given.out.with_suffix(".png"), curves, title_of(SIZES[given.size]))
     print(f"\n{table(curves)}")
     return 0 if all(name in curves and not curves[name].fault for name in given.arms) else 1
 

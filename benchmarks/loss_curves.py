@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from training_step import OURS, names_from, release
 
 from qcompile.apps.demo import learning_rate_factor, read_text, smoothed
 
-__all__ = ["ARMS", "Arm", "Curve", "Text", "final_rows", "loss_of", "main", "train", "windows"]
+__all__ = ["ARMS", "Arm", "Curve", "Text", "decay_groups", "final_rows", "loss_of", "main", "train", "windows"]
 
 LAST = 20  # steps that the final training loss is the mean of
 ZOOM = 100  # steps in the inset
@@ -126,9 +126,7 @@ def train(name: str, arm: Arm, size: Size, text: Text, steps: int, learning_rate
     model = build(size, device, torch.float32, arm.seed)
     for block in model.layers:
         block.compile(backend=arm.backend, options=arm.options, dynamic=False)
-    decayed, other = ([p for p in model.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model.parameters()), lr=learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     losses = []
     for _, batch in zip(range(steps), text.batches(size, arm.seed), strict=False):
@@ -143,6 +141,13 @@ def train(name: str, arm: Arm, size: Size, text: Text, steps: int, learning_rate
     held_out = [loss_of(model, batch).detach() for batch in text.validation_batches(size)]
     validation = torch.stack(held_out).mean().item()
     return Curve(name, torch.stack(losses).tolist(), validation, time.perf_counter() - start)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, vectors do not."""
+    known = list(parameters)
+    decayed, other = ([p for p in known if (p.dim() >= 2) == matrix] for matrix in (True, False))
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
 
 
 def loss_of(model: Llama, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eight_bit_curves import Curve, Tokens, plot, read_json, table, write_json
+from eight_bit_curves import Curve, Tokens, plot, read_json, rows_of, settings_of, table, write_json
+from loss_curves import decay_groups
 from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process
 from model import SIZES, Size, build
 from torch import Tensor, nn
@@ -124,9 +125,7 @@ def train(
     balance, masters = Balance(model), Masters(model)
     for layer in model.model.layers:
         layer.compile(backend=backend or arm.backend, options=None if backend else arm.options, dynamic=False)
-    decayed, other = ([p for p in masters.wide if (p.dim() >= 2) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(masters.wide), lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     curve, fresh = Curve(), list[Tensor]()
     for step, batch in enumerate(tokens.batches(size, steps, 0, 1), 1):
@@ -161,16 +160,12 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 SETTINGS = ("size", "steps", "lr", "tokens")
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    found = {name: getattr(given, name) for name in SETTINGS}
-    return {**found, "tokens": given.tokens.name if given.tokens else "tinyshakespeare as bytes"}
-
-
 def keep(given: argparse.Namespace, name: str, curve: Curve) -> None:
     """Put the curve into the file. Others that are not complete stay in it until they are run again."""
-    settings = settings_of(given)
+    settings = settings_of(given, SETTINGS)
     curves = {**read_json(given.out, settings, complete=False), name: curve}
-    write_json(given.out, settings, {name: curves[name] for name in ARMS if name in curves}, BASELINE)
+    ordered = {name: curves[name] for name in ARMS if name in curves}
+    write_json(given.out, settings, ordered, rows_of(ordered, BASELINE))
 
 
 def work(given: argparse.Namespace) -> dict[str, Any]:
@@ -196,7 +191,7 @@ def finished(given: argparse.Namespace, name: str, log: Path) -> Curve:
             in_fresh_process(Path(__file__), name, arguments, given.limit, Path(scratch), log)
         except (RuntimeError, TimeoutError) as error:
             fault = brief(error)
-    curve = read_json(given.out, settings_of(given), complete=False).get(name, Curve())
+    curve = read_json(given.out, settings_of(given, SETTINGS), complete=False).get(name, Curve())
     if fault:
         curve.fault = fault
         keep(given, name, curve)
@@ -204,7 +199,7 @@ def finished(given: argparse.Namespace, name: str, log: Path) -> Curve:
 
 
 def missing(given: argparse.Namespace) -> Iterator[str]:
-    done = read_json(given.out, settings_of(given))
+    done = read_json(given.out, settings_of(given, SETTINGS))
     return (name for name in given.arms if name not in done)
 
 
@@ -238,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
             break
         curve = finished(given, name, log)
         print(f"{name:12} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
-    curves = read_json(given.out, settings_of(given), complete=False)
+    curves = read_json(given.out, settings_of(given, SETTINGS), complete=False)
     if any(curve.losses for curve in curves.values()):
         title = title_of(given)
         plot(given.out.with_suffix(".png"), curves, title, ARMS)
