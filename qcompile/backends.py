@@ -238,6 +238,13 @@ def plain_model(model: Any, caller: str) -> Any:
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
+def with_options(recipe: Recipe, options: Mapping[str, Any] | None) -> Recipe:
+    """A recipe with those of a call's ``options`` that are ours. Raises ``ValueError`` as compiling with them would."""
+    changed = recipe.override(split_options(None, options)[0])
+    check_passes(changed)
+    return changed
+
+
 def check_passes(recipe: Recipe) -> None:
     """Raises ``ValueError`` for a pass to disable that does not exist, or one to enable that needs no request."""
     for option, known in (("disable_passes", PASS_NAMES), ("enable_passes", PASSES_BY_REQUEST)):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import compat
-from .backends import check_passes, split_options
+from .backends import with_options
 from .recipes import RECIPES
 
 __all__ = ["Phase", "Schedule", "refused"]
@@ -54,7 +54,7 @@ def refused(backend: str, options: Mapping[str, Any]) -> str:
         return f"inductor has no option {unknown!r}" if unknown is not None else ""
     if backend in RECIPES:
         try:
-            check_passes(RECIPES[backend].override(split_options(None, options)[0]))
+            with_options(RECIPES[backend], options)
         except ValueError as error:
             return str(error)
     return ""

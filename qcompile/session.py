@@ -66,8 +66,8 @@ class Session:
 
     def see(self, gm: GraphModule, call: compat.CompiledCall | None) -> None:
         """Note the experts that a sub-graph reads."""
-        if call is not None:
-            given = {id(parameter) for parameter in given_parameters(gm)}
+        given = {id(parameter) for parameter in given_parameters(gm) if parameter.dim() == _EXPERTS_DIM}
+        if call is not None and given:  # other graphs need no walk through the whole model
             _read.update(kind for kind, _, parameter in _experts(call.target) if id(parameter) in given)
 
     def remark(self, plan: Plan) -> None:
@@ -91,7 +91,9 @@ class Session:
         warnings.warn(f"qcompile: {message}", UserWarning, stacklevel=2)
 
 
-#: Class of a module with experts in one parameter, and what it calls them.
+#: Experts in one parameter: a matrix for each.
+_EXPERTS_DIM = 3
+#: Class of a module with such experts, and what it calls them.
 _Experts = tuple[type[nn.Module], str]
 
 #: Those that any graph of the process has read. A second model of the same classes runs the code of the first, and
@@ -107,7 +109,7 @@ def _experts(model: Any) -> Iterator[tuple[_Experts, str, nn.Parameter]]:
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and parameter.requires_grad:
+            if parameter.dim() == _EXPERTS_DIM and parameter.requires_grad:
                 yield (type(module), name), f"{prefix}.{name}".lstrip("."), parameter
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile.backends import check_passes, plain_model, recipe_of, split_options
+from qcompile.backends import plain_model, recipe_of, with_options
 from qcompile.ir.definitions import named_definitions, short_name
 from qcompile.ir.estimators import ESTIMATORS
 from qcompile.ir.formats import FORMATS
@@ -114,8 +114,7 @@ def save_repro(
     """
     recipe = recipe_of(backend)
     given = {key: value for key, value in (options or {}).items() if key != "monitor"}
-    changed = recipe.override(split_options(None, given)[0])
-    check_passes(changed)
+    changed = with_options(recipe, given)
     from qcompile import __version__
 
     model = plain_model(model, "save_repro")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import compat
-from qcompile.backends import compile_with, plain_model, recipe_of, split_options
+from qcompile.backends import compile_with, plain_model, recipe_of, with_options
 from qcompile.ir.recipe import Recipe
 from qcompile.passes.account import remark as unaccounted
 from qcompile.passes.causal_masks import remark as masks
@@ -95,8 +95,7 @@ def explain(
         *_dropped(graphs, compat.recompile_limits()),
         *filter(None, [about([graph.observed for graph in graphs]) for about in (unaccounted, masks)]),
     ]
-    ours, _ = split_options(None, options)
-    session = Session(recipe.override(ours))
+    session = Session(with_options(recipe, options))
     for graph in graphs:
         if graph.observed.plan is not None:
             session.add(graph.observed.plan)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import qcompile.kernels  # noqa: F401  (registers the qcompile:: ops)
 from qcompile import compat
-from qcompile.backends import check_passes, plain_model, recipe_of, split_options
+from qcompile.backends import plain_model, recipe_of, with_options
 from qcompile.ir.recipe import Recipe
 from qcompile.passes.pipeline import rewrite_to_score
 from qcompile.passes.probe import Probes, why_not_probed
@@ -101,9 +101,7 @@ def sensitivity(
     model = plain_model(model, "sensitivity")
     recipe = recipe_of(backend)
     options = dict(options or {})
-    ours, _ = split_options(None, options)
-    base = recipe.override(ours)
-    check_passes(base)
+    base = with_options(recipe, options)
     check_budget(budget)
     function = _cost_of(cost)
     recipes = _recipes(base, candidates)
