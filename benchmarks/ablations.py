@@ -1,42 +1,32 @@
 """The ablations of *Optimizing Large Language Model Training Using FP4 Quantization* (arXiv 2501.17116, figure 6) in
-miniature: 30M parameters and 85M bytes of real text per arm, against two seeds of BF16.
+miniature: 30M parameters and 85M tokens of real text per arm, against two seeds of BF16.
 
-    python benchmarks/ablations.py --text novels.txt.xz --out benchmarks/h200/ablations.json --seconds 540
+    python benchmarks/ablations.py --tokens tokens.npz.xz --out benchmarks/h200/ablations.json --jobs 4
+    python benchmarks/ablations.py --tokens novels.txt.xz --out benchmarks/h200/ablations.json --jobs 4   # bytes
 
-Model, batches, schedule and precision are those of loss_curves.py; only the options of the blocks differ. The paper's
-panels (b) and (c) have one scale per tensor, by the commits of its authors (b: activations in 8 bits, c: weights in 8
-bits), and so have ours; dY is in BF16. What is compared is the gap to BF16, and its order within a panel.
-
-The file is read first: arms that it has are not run again, so a run is cut into as many sessions as it takes. An arm is
-the unit: one that is cut starts again, and none begins that would not end within ``--seconds``, by the longest so far.
-Writes the file after every arm, and at the end a figure (.png) and a table (.md) beside it.
+``study.py`` says what the model is, how arms run and how calls go on; ``tokens.npz.xz`` is what ``eight_bit_curves.py
+--write-tokens`` wrote. Only the options of the blocks differ. The paper's panels (b) and (c) have one scale per tensor,
+by the commits of its authors (b: activations in 8 bits, c: weights in 8 bits), and so have ours; dY is in BF16. What is
+compared is the gap to BF16, and its order within a panel.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from loss_curves import Arm, Curve, Text, train
-from measure import environment, failure, fresh_log, quiet_stderr
-from model import SIZES, Size
-from training_step import names_from, release
+from eight_bit_curves import Curve
+from study import Arm, Order, Study, orders, signed
 
 from qcompile.apps.demo import smoothed
 
-__all__ = ["ARMS", "BASELINES", "PANELS", "Ablation", "Finding", "findings", "gaps", "main", "noise", "table"]
+__all__ = ["ARMS", "BASELINES", "PANELS", "STUDY", "Ablation", "findings", "found", "gaps", "main", "noise", "table"]
 
-SIZE = replace(SIZES["d640"], name="30M", vocabulary=256)
 BASELINES = ("bf16", "bf16_seed1")
 PUBLISHED_BF16 = 2.74
 #: What a loss that was read off a figure may be wrong by, in nats.
@@ -57,7 +47,6 @@ class Ablation(Arm):
     """
 
     panels: str = ""
-    published: float | None = None
 
 
 def w4a4(
@@ -119,92 +108,102 @@ ARMS: dict[str, Ablation] = {
 
 
 def loss_of(curve: Curve) -> float:
-    """On held-out text; infinite if training diverged."""
-    return curve.validation if math.isfinite(curve.validation) else math.inf
+    """On held-out text; infinite if training diverged. Of complete arms only."""
+    loss = statistics.fmean(curve.validation)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def complete(curves: dict[str, Curve]) -> dict[str, Curve]:
+    return {name: curve for name, curve in curves.items() if curve.validation}
 
 
 def gaps(curves: dict[str, Curve]) -> dict[str, float]:
-    """Held-out loss above the mean of the seeds of BF16 that are there; NaN without one."""
-    base = [loss_of(curves[name]) for name in BASELINES if name in curves]
+    """Held-out loss of complete arms above the mean of the seeds of BF16 that are there; NaN without one."""
+    done = complete(curves)
+    base = [loss_of(done[name]) for name in BASELINES if name in done]
     mean = statistics.fmean(base) if base else math.nan
-    return {name: loss_of(curve) - mean for name, curve in curves.items()}
+    return {name: loss_of(curve) - mean for name, curve in done.items()}
 
 
 def noise(curves: dict[str, Curve]) -> float:
     """By how much two seeds of BF16 differ; NaN unless both are there."""
-    losses = [loss_of(curves[name]) for name in BASELINES if name in curves]
+    losses = [loss_of(curve) for name, curve in complete(curves).items() if name in BASELINES]
     return abs(losses[0] - losses[-1]) if len(losses) == len(BASELINES) else math.nan
 
 
-@dataclass(frozen=True)
-class Finding:
-    """That the paper has ``better`` below ``worse`` in a panel, and by how much each has it; ``verdict`` in words."""
+def findings(curves: dict[str, Curve]) -> list[tuple[str, Order]]:
+    """Panels, and pairs of theirs whose published losses differ by more than what was read off a figure may."""
+    own, within = gaps(curves), noise(curves)
+    return [
+        (panel, order)
+        for panel in PANELS
+        for order in orders(
+            {name: arm.published for name, arm in ARMS.items() if panel in arm.panels and arm.published},
+            own,
+            within,
+            READING,
+        )
+    ]
 
-    panel: str
-    better: str
-    worse: str
-    published: float
-    ours: float
-    verdict: str
 
-
-def findings(curves: dict[str, Curve]) -> list[Finding]:
-    """All pairs of a panel whose published losses differ by more than two readings of a figure may."""
-    own, found, within = gaps(curves), [], noise(curves)
-    for panel in PANELS:
-        known = [name for name, arm in ARMS.items() if panel in arm.panels and arm.published and name in curves]
-        for pair in combinations(known, 2):
-            better, worse = sorted(pair, key=lambda name: ARMS[name].published or 0.0)
-            published = (ARMS[worse].published or 0.0) - (ARMS[better].published or 0.0)
-            if published <= 2 * READING:
-                continue
-            ours = own[worse] - own[better] if own[worse] != own[better] else 0.0
-            verdict = "reproduced" if ours > within else "reversed" if ours < -within else "within the noise of seeds"
-            found.append(Finding(panel, better, worse, published, ours, verdict))
-    return found
+def found(curves: dict[str, Curve]) -> dict[str, Any]:
+    """For the file: losses and gaps, the noise that gaps are read against, and the paper's orders."""
+    own, within = gaps(curves), noise(curves)
+    return {
+        "final": [
+            {
+                "arm": name,
+                "panels": ARMS[name].panels,
+                "validation": loss_of(curves[name]),
+                "gap": gap,
+                "published": ARMS[name].published,
+            }
+            for name, gap in own.items()
+        ],
+        "noise": None if math.isnan(within) else within,
+        "orders": [{"panel": panel, **asdict(order)} for panel, order in findings(curves)],
+    }
 
 
 def table(curves: dict[str, Curve]) -> str:
     """Markdown: the arms of every panel, and the paper's order pair by pair."""
-    own = gaps(curves)
-    lines = [f"Two seeds of BF16 differ by {noise(curves):.4f} nats per byte of held-out text.", ""]
+    own, within = gaps(curves), noise(curves)
+    lines = [] if math.isnan(within) else [f"Two seeds of BF16 differ by {within:.4f} nats on held-out text.", ""]
     for panel, title in PANELS.items():
         lines += [f"**({panel}) {title}**", "", "| arm | loss | gap | published gap |", "|---|---:|---:|---:|"]
-        for name, arm in ARMS.items():
-            if name in curves and (panel in arm.panels or name in BASELINES):
+        for name, curve in curves.items():
+            arm = ARMS[name]
+            if panel in arm.panels or name in BASELINES:
                 published = "" if arm.published is None else signed(arm.published - PUBLISHED_BF16)
-                loss = f"{loss_of(curves[name]):.4f}" if math.isfinite(loss_of(curves[name])) else "diverged"
-                lines.append(f"| {arm.label} | {loss} | {signed(own[name])} | {published} |")
+                label = arm.label + (f" ({curve.fault})" if curve.fault else "")
+                loss = "" if name not in own else f"{loss_of(curve):.4f}" if own[name] < math.inf else "diverged"
+                lines.append(f"| {label} | {loss} | {signed(own[name]) if name in own else ''} | {published} |")
         lines.append("")
     lines += ["| panel | the paper has | below | by | here by | |", "|---|---|---|---:|---:|---|"]
-    for each in findings(curves):
-        better, worse = ARMS[each.better].label, ARMS[each.worse].label
+    for panel, order in findings(curves):
+        better, worse = ARMS[order.better].label, ARMS[order.worse].label
         lines.append(
-            f"| {each.panel} | {better} | {worse} | {signed(each.published)} | {signed(each.ours)} | {each.verdict} |"
+            f"| {panel} | {better} | {worse} | {signed(order.published)} | {signed(order.ours)} | {order.verdict} |"
         )
     return "\n".join(lines)
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}" if math.isfinite(value) else "diverged" if value == math.inf else "?"
-
-
 def plot(path: Path, curves: dict[str, Curve], title: str) -> None:
-    """A panel each: training loss above the smoothed one of BF16, over steps."""
+    """A panel each: training loss above the smoothed one of BF16, over steps, as far as both go."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    base = smoothed(curves[BASELINES[0]].losses, 64)
+    base = smoothed(curves.get(BASELINES[0], Curve()).losses, 64)
     for axes, (panel, heading) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for name, curve in curves.items():
             arm = ARMS[name]
             if name != BASELINES[0] and (panel in arm.panels or name in BASELINES):
-                above = [loss - wide for loss, wide in zip(smoothed(curve.losses, 64), base, strict=True)]
+                above = [loss - wide for loss, wide in zip(smoothed(curve.losses, 64), base, strict=False)]
                 axes.plot(range(1, len(above) + 1), above, arm.style, color=arm.color, linewidth=1.2, label=arm.label)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(f"({panel}) {heading}", fontsize=9, loc="left")
-        axes.set(xlabel="step", ylabel="training loss above BF16 (nats per byte)")
+        axes.set(xlabel="step", ylabel="training loss above BF16 (nats)")
         axes.set_yscale("symlog", linthresh=0.1)
         if axes.lines[1:]:
             axes.legend(frameon=False, fontsize=7)
@@ -213,93 +212,11 @@ def plot(path: Path, curves: dict[str, Curve], title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+STUDY = Study(Path(__file__), ARMS, 85e6, found, table, plot)
 
 
-def read(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
-    """What an earlier call has finished. Raises ``ValueError`` where it had other settings."""
-    if not path.exists():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in settings.items():
-        if data["settings"].get(key) != value:
-            msg = f"{path} was made with {key}={data['settings'].get(key)!r}, now {value!r}; take another file"
-            raise ValueError(msg)
-    return {name: Curve(**curve) for name, curve in data["arms"].items() if name in ARMS}
-
-
-def write(path: Path, settings: dict[str, Any], curves: dict[str, Curve]) -> None:
-    arms = {n: {**asdict(c), "losses": [round(loss, 5) for loss in c.losses]} for n, c in curves.items()}
-    data = {"environment": environment(), "settings": settings, "arms": arms}
-    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
-
-
-def settings_of(size: Size, given: argparse.Namespace) -> dict[str, Any]:
-    return {
-        **asdict(size),
-        "parameters": size.parameters,
-        "steps": given.steps,
-        "bytes": given.steps * size.tokens,
-        "learning_rate": given.learning_rate,
-        "text": given.text.name if given.text else "tinyshakespeare",
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--arms", type=lambda s: names_from(ARMS, s), default=list(ARMS), help=", ".join(ARMS))
-    parser.add_argument("--size", choices=SIZES, help="another model (default: 30M parameters)")
-    parser.add_argument("--steps", type=int, default=2600, help="of 32768 bytes: 85M")
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak; 5 %% warm-up, then a cosine")
-    parser.add_argument("--text", type=Path, help="plain or .xz (default: the Shakespeare of the package)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="in all; no arm begins that would end later")
-    parser.add_argument(
-        "--expected", type=float, default=180.0, metavar="SECONDS", help="of an arm, before one is known"
-    )
-    parser.add_argument("--out", type=Path, default=Path("ablations.json"))
-    given = parser.parse_args(arguments)
-    began = time.perf_counter()
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("ablations: needs a CUDA card (or --device cpu)", file=sys.stderr)
-        return 2
-    size = SIZES[given.size] if given.size else SIZE
-    settings = settings_of(size, given)
-    try:
-        curves = read(given.out, settings)
-        text = Text.read(given.text, torch.device(given.device))
-    except (ValueError, OSError) as error:
-        print(f"ablations: {error}", file=sys.stderr)
-        return 2
-    log = fresh_log(given.out)
-    failed, left = [], []
-    for name in given.arms:
-        if name in curves:
-            continue
-        longest = max((curve.seconds for curve in curves.values()), default=given.expected)
-        if time.perf_counter() - began + longest > given.seconds:
-            left.append(name)
-            continue
-        try:
-            with quiet_stderr(log):
-                curves[name] = train(name, ARMS[name], size, text, given.steps, given.learning_rate)
-            write(given.out, settings, curves)
-            print(f"{name:16} {loss_of(curves[name]):.4f} after {curves[name].seconds:.0f} s", flush=True)
-        except Exception as error:  # the others go on
-            failed.append(name)
-            print(f"{name:16} {failure(error, log, name)}", flush=True)
-        release()
-    curves = {name: curves[name] for name in ARMS if name in curves}
-    if BASELINES[0] in curves:
-        where = environment()
-        made = f"{where['card']}, torch {where['torch']}, Triton {where['triton']}, {where['date']}"
-        title = f"Llama of {size.parameters / 1e6:.0f}M parameters, {settings['bytes'] / 1e6:.0f}M bytes; {made}"
-        plot(given.out.with_suffix(".png"), curves, title)
-        given.out.with_suffix(".md").write_text(f"{title}.\n\n{table(curves)}\n", encoding="utf-8")
-        print(table(curves))
-    if left:
-        print(f"left for the next call: {','.join(left)}")
-    return 1 if failed or left else 0
+def main(arguments: list[str] | None = None) -> int:
+    return STUDY.main(__doc__, arguments)
 
 
 if __name__ == "__main__":

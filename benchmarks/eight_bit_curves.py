@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -40,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from loss_curves import Text, decay_groups, loss_of, windows
-from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process
+from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process, side_by_side
 from model import SIZES, Size, build
 from torch import Tensor, nn
 from training_step import names_from
@@ -54,10 +53,13 @@ __all__ = [
     "Tokens",
     "curve_of_process",
     "gap",
+    "in_order",
+    "longest",
     "main",
     "plot",
     "read_json",
     "rows_of",
+    "run_arms",
     "settings_of",
     "table",
     "title_of",
@@ -170,9 +172,11 @@ class Tokens:
 
     @staticmethod
     def read(path: Path | None, device: torch.device) -> Tokens:
-        """What :func:`write_tokens` wrote, or the package's Shakespeare as bytes, a tenth held out."""
-        if path is None:
-            text = Text.read(None, device)
+        """What :func:`write_tokens` wrote (.npz.xz); or a text as bytes, the package's Shakespeare if there is no path,
+        the last tenth held out.
+        """
+        if path is None or not path.name.endswith(".npz.xz"):
+            text = Text.read(path, device)
             return Tokens(text.train.int(), text.validation.int())
         with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as found:
             return Tokens(
@@ -224,14 +228,20 @@ def _text(path: Path) -> str:
 
 @dataclass
 class Curve:
-    """What one arm produced; losses in nats per token."""
+    """What one arm produced; losses in nats per token. ``jobs``: how many arms shared its card."""
 
     losses: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     seconds: float = 0.0
     step_ms: float = 0.0
     sent_mb: float = 0.0
+    jobs: int = 1
     fault: str = ""
+
+    @property
+    def pace(self) -> str:
+        """Milliseconds per step, where they mean anything."""
+        return f"{self.step_ms:.1f}" if self.jobs == 1 else "side by side"
 
 
 def train(
@@ -341,30 +351,82 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     return asdict(curve)
 
 
-def measured(name: str, card: int, given: argparse.Namespace, log: Path) -> Curve:
+def measured(name: str, card: int, limit: float, given: argparse.Namespace, log: Path) -> Curve:
     """The curve of an arm that runs in processes of its own, whole or as far as it came."""
     arguments = [
         f"--{key.replace('_', '-')}={value}" for key in (*SETTINGS, "device", "out") if (value := getattr(given, key))
     ]
-    return curve_of_process(Path(__file__), name, [*arguments, "--card", str(card)], given.limit, log)
+    return curve_of_process(Path(__file__), name, [*arguments, "--card", str(card)], limit, log)
 
 
-def curve_of_process(script: Path, name: str, arguments: list[str], limit: float, log: Path) -> Curve:
-    """What a worker of ``script`` returned, or what it had written to ``part.json`` when it failed or was stopped."""
+def curve_of_process(script: Path, name: str, arguments: list[str], limit: float, log: Path, jobs: int = 1) -> Curve:
+    """What a worker of ``script`` returned, or what it had written to ``part.json`` when it failed or was stopped; its
+    seconds are those of the process.
+    """
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         part = Path(scratch) / "part.json"
         try:
-            return Curve(**in_fresh_process(script, name, arguments, limit, Path(scratch), log))
+            found = in_fresh_process(script, name, arguments, limit, Path(scratch), log, jobs)
         except (RuntimeError, TimeoutError) as error:
-            return Curve(**{**(json.loads(part.read_text()) if part.exists() else {}), "fault": brief(error)})
+            found = {**(json.loads(part.read_text()) if part.exists() else {}), "fault": brief(error)}
+    return Curve(**{**found, "seconds": time.monotonic() - start, "jobs": jobs})
+
+
+def longest(curves: Mapping[str, Curve], jobs: int) -> float:
+    """Seconds of the longest complete arm that shared its card by as many, or of any if none did."""
+    done = [curve for curve in curves.values() if not curve.fault]
+    alike = [curve for curve in done if curve.jobs == jobs]
+    return max((curve.seconds for curve in alike or done), default=0.0)
+
+
+def in_order(curves: Mapping[str, Curve], arms: Mapping[str, Any]) -> dict[str, Curve]:
+    return {name: curves[name] for name in arms if name in curves}
+
+
+def run_arms(
+    names: Sequence[str],
+    curves: dict[str, Curve],
+    measured: Callable[[str, float], Curve],
+    keep: Callable[[], None],
+    *,
+    limit: float,
+    deadline: float,
+    at_once: int,
+    jobs: int,
+) -> None:
+    """Put the curves of arms into ``curves``, ``at_once`` at a time, and call ``keep`` after each.
+
+    ``measured(name, seconds)`` waits for a worker. An arm is stopped after ``limit`` seconds and at ``deadline`` of the
+    monotonic clock, and is not begun if the longest so far would not end by then (:func:`longest`, with ``jobs``).
+    """
+    one = Lock()
+
+    def run(name: str) -> None:
+        with one:
+            left, needed = deadline - time.monotonic(), longest(curves, jobs)
+        if left <= needed:
+            print(f"{name:16} not begun: {left:.0f} s are left, the longest arm took {needed:.0f}", flush=True)
+            return
+        curve = measured(name, min(limit, left))
+        with one:
+            curves[name] = curve
+            keep()
+        print(f"{name:16} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
+
+    side_by_side(run, names, at_once)
 
 
 # --- results --------------------------------------------------------------------------------------------------------
 
 
 def gap(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences in nats, and its standard error as if they were independent."""
+    """Mean of paired differences in nats, and its standard error as if they were independent; infinite and unknown if
+    one of them is not finite: training diverged.
+    """
     differences = [a - b for a, b in zip(losses, base, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return math.inf, math.nan
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return statistics.fmean(differences), error
 
@@ -413,7 +475,7 @@ def table(curves: dict[str, Curve], arms: Mapping[str, Drawn] = ARMS) -> str:
             )
         ]
         label = arms[row["arm"]].label + (f" ({row['fault']})" if row["fault"] else "")
-        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.step_ms:.1f} | {curve.seconds:.0f} |")
+        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.pace} | {curve.seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -466,16 +528,19 @@ def read_json(path: Path, settings: dict[str, Any], complete: bool = True) -> di
     return {name: curve for name, curve in curves.items() if not (complete and curve.fault)}
 
 
-def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], final: Sequence[dict[str, Any]]) -> None:
-    """``final``: rows of what the curves end in."""
+def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], **found: Any) -> None:
+    """``found``: what the curves say. A call that is killed leaves the file as it was or as it becomes."""
     size = SIZES[settings["size"]]
+    arms = {name: {**asdict(c), "losses": [round(loss, 5) for loss in c.losses]} for name, c in curves.items()}
     data = {
         "environment": environment(),
         "settings": {**settings, "tokens_per_step": size.tokens, "block_weights": size.block_weights},
-        "final": list(final),
-        "arms": {name: asdict(curve) for name, curve in curves.items()},
+        **found,
+        "arms": arms,
     }
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def title_of(size: Size) -> str:
@@ -497,7 +562,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--limit", type=float, default=120, help="seconds per arm")
-    parser.add_argument("--total", type=float, default=420, help="seconds after which no arm is started")
+    parser.add_argument("--total", type=float, default=420, help="seconds that this call may take")
     parser.add_argument("--out", type=Path, default=Path("eight_bit_curves.json"))
     parser.add_argument("--write-tokens", type=Path)
     parser.add_argument("--tokenizer", type=Path)
@@ -523,34 +588,25 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"eight_bit_curves: {error}", file=sys.stderr)
         return 2
-    start = time.monotonic()
+    deadline = time.monotonic() + given.total
 
-    one_writes = Lock()
-
-    def keep(name: str, curve: Curve) -> None:
-        with one_writes:
-            curves[name] = curve
-            ordered = {name: curves[name] for name in ARMS if name in curves}
-            write_json(given.out, settings, ordered, rows_of(ordered))
-        print(f"{name:12} {len(curve.losses)} steps in {curve.seconds:.0f} s {curve.fault}", flush=True)
+    def keep() -> None:
+        ordered = in_order(curves, ARMS)
+        write_json(given.out, settings, ordered, final=rows_of(ordered))
 
     missing = [name for name in given.arms if name not in curves]
-    by_ranks = [[name for name in missing if ARMS[name].ranks == ranks] for ranks in (1, 2)]
-    for names, at_once in zip(by_ranks, (cards, 1), strict=True):
+    for ranks, at_once in ((1, cards), (2, 1)):
         free = list(range(at_once))
 
-        def run(name: str, free: list[int] = free) -> None:
-            if time.monotonic() - start > given.total:
-                print(f"{name:12} no time", flush=True)
-                return
+        def on_a_card(name: str, limit: float, free: list[int] = free) -> Curve:
             card = free.pop()
-            curve = measured(name, card, given, log)
+            curve = measured(name, card, limit, given, log)
             free.append(card)
-            keep(name, curve)
+            return curve
 
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(run, names))
-    curves = {name: curves[name] for name in ARMS if name in curves}
+        names = [name for name in missing if ARMS[name].ranks == ranks]
+        run_arms(names, curves, on_a_card, keep, limit=given.limit, deadline=deadline, at_once=at_once, jobs=1)
+    curves = in_order(curves, ARMS)
     if curves:
         plot(given.out.with_suffix(".png"), curves, title_of(SIZES[given.size]))
     print(f"\n{table(curves)}")

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -44,6 +45,8 @@ __all__ = [
     "milliseconds",
     "quiet_stderr",
     "rotations",
+    "share_of_cores",
+    "side_by_side",
     "write_rows",
 ]
 
@@ -269,32 +272,76 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
 
 
-def in_fresh_process(
-    script: Path, name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path
-) -> dict[str, Any]:
-    """What ``script``, run once more with ``--worker name``, answers; what it prints goes to ``log``.
+#: Processes of workers that run now.
+_WORKERS: set[subprocess.Popen[bytes]] = set()
 
-    A fork would do in less time, but not after CUDA has been asked anything. Raises ``RuntimeError`` with what the
-    worker raised, and ``TimeoutError`` if it took longer than ``limit`` seconds.
+
+def share_of_cores(jobs: int) -> dict[str, str]:
+    """Environment of one of ``jobs`` workers: how many threads and compilers it may have, which else are one per core.
+
+    Inductor's cache is the same folder for all workers, so what one of them has compiled the later ones read.
     """
-    result = scratch / "answer.json"
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)
+    names = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+    return {name: str(min(share, int(os.environ.get(name) or share))) for name in names}
+
+
+def in_fresh_process(
+    script: Path, name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path, jobs: int = 1
+) -> dict[str, Any]:
+    """What ``script``, run once more with ``--worker name``, answers; what it prints becomes a section of ``log``.
+
+    A fork would do in less time, but not after CUDA has been asked anything. ``jobs``: how many workers share the
+    machine. Raises ``RuntimeError`` with what the worker raised, and ``TimeoutError`` if it took longer than ``limit``
+    seconds.
+    """
+    result, printed = scratch / "answer.json", scratch / "printed"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(script), *arguments, "--worker", name, "--scratch", str(scratch)]
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    variables = {**os.environ, **share_of_cores(jobs)}
+    with printed.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=variables)
+        _WORKERS.add(process)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            msg = f"took longer than {limit:g} s"
+            msg = f"took longer than {limit:.0f} s"
             raise TimeoutError(msg) from None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
-                process.wait()
+            _kill(process)
+            process.wait()
+            _WORKERS.discard(process)
+            with log.open("ab", buffering=0) as sections:  # one write, so that those of others do not get in between
+                sections.write(f"=== {name}\n".encode() + printed.read_bytes())
     found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({process.returncode})"}
     if "error" in found:
         raise RuntimeError(found["error"])
     return found["answer"]
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
+
+
+def side_by_side(run: Callable[[str], None], names: Sequence[str], at_once: int) -> None:
+    """``run`` for each name, in their order, ``at_once`` at a time in threads that wait for workers.
+
+    What interrupts this process, or what ``run`` raises, ends all workers: they have sessions of their own, so that
+    no terminal does.
+    """
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        waiting = [pool.submit(run, name) for name in names]
+        try:
+            for each in waiting:
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(each.done() for each in waiting):  # one may just be starting its worker
+                for process in list(_WORKERS):
+                    _kill(process)
+                time.sleep(0.05)
+            raise
 
 
 def answers(
@@ -316,6 +363,7 @@ def answer(given: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int
     try:
         found = {"answer": work()}
     except Exception as error:
-        found = {"error": failure(error, given.out.with_suffix(".log"), given.worker).removeprefix("FAILED: ")}
+        traceback.print_exception(error)
+        found = {"error": brief(error)}
     (given.scratch / "answer.json").write_text(json.dumps(found))
     return 0

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eight_bit_curves import Curve, Tokens, plot, read_json, rows_of, settings_of, table, write_json
+from eight_bit_curves import Curve, Tokens, in_order, plot, read_json, rows_of, settings_of, table, write_json
 from loss_curves import decay_groups
 from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process
 from model import SIZES, Size, build
@@ -164,8 +164,8 @@ def keep(given: argparse.Namespace, name: str, curve: Curve) -> None:
     """Put the curve into the file. Others that are not complete stay in it until they are run again."""
     settings = settings_of(given, SETTINGS)
     curves = {**read_json(given.out, settings, complete=False), name: curve}
-    ordered = {name: curves[name] for name in ARMS if name in curves}
-    write_json(given.out, settings, ordered, rows_of(ordered, BASELINE))
+    ordered = in_order(curves, ARMS)
+    write_json(given.out, settings, ordered, final=rows_of(ordered, BASELINE))
 
 
 def work(given: argparse.Namespace) -> dict[str, Any]:

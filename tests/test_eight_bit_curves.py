@@ -80,7 +80,7 @@ def test_gaps_are_paired():
 def test_done_arms_are_kept_and_others_run_again(monkeypatch, tmp_path, capsys):
     ran = []
 
-    def measured(name, card, given, log):
+    def measured(name, card, limit, given, log):
         ran.append(name)
         return Curve([2.0, 1.0], [1.5, 1.5], fault="died" if name == "states" else "")
 

@@ -1,7 +1,7 @@
-"""The loss curves of full FP4, on a CPU: what is compared with what, what is run again, when the forward is wide.
+"""The loss curves of full FP4, on a CPU: what is compared with what, when the forward is wide, what the file says.
 
-What would break: an arm that is lost because another one failed, one that is begun without time for it, gaps of other
-batches, a switch at the wrong step, curves of other settings in one table.
+What would break: gaps of other batches, a switch at the wrong step, an order that is called reproduced although two
+seeds differ by more.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("tests the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))  # they are scripts, which import each other by name
 import full_fp4_curves  # noqa: E402
+import study  # noqa: E402
 import unbiasedness  # noqa: E402
 from eight_bit_curves import Curve, Tokens  # noqa: E402
 from full_fp4_curves import ARMS, BASELINE  # noqa: E402
@@ -46,7 +47,7 @@ def test_an_arm_trains_and_switches_once() -> None:
     torch._dynamo.reset()
     backend = Recorder()
     tokens = Tokens.read(None, torch.device("cpu"))
-    curve = full_fp4_curves.train(ARMS["healed"], SMALL, tokens, 20, 1e-2, backend)
+    curve = study.train(ARMS["healed"], SMALL, tokens, 20, 1e-2, backend)
     assert len(curve.losses) == 20
     assert curve.losses[-1] < curve.losses[0]
     assert len(curve.validation) > 1
@@ -74,39 +75,49 @@ def test_gaps_are_paired() -> None:
     assert "NVIDIA (took longer than 1 s) | 250 |" in text
 
 
-def test_a_call_goes_on_where_the_last_one_stopped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Done arms are kept, one that was cut is run anew, and none is begun for which no time is left."""
-    ran = []
+def test_the_file_says_what_is_published_and_what_is_reproduced() -> None:
+    """Gaps on held-out text beside Quartet II's log; seeds that differ by 0.005."""
+    losses = {BASELINE: 3.0, "quartet2": 3.05, "nvidia": 3.051, "forward_46": 3.04, "bf16_seed1": 2.995, "if4": 3.03}
+    curves = {name: Curve([loss] * 3, [loss, loss + 1]) for name, loss in losses.items()}
+    said = full_fp4_curves.found(curves)
+    assert said["noise"] == pytest.approx(0.005)
+    verdicts = {(order["better"], order["worse"]): order["verdict"] for order in said["orders"]}
+    assert verdicts == {
+        ("forward_46", "quartet2"): "reproduced",
+        ("forward_46", "nvidia"): "reproduced",
+        ("quartet2", "nvidia"): "within the noise of seeds",
+    }
+    assert said["forward_share"] == pytest.approx(0.8)
+    assert said["published_forward_share"] == pytest.approx(0.88, abs=0.005)
+    text = full_fp4_curves.table(curves)
+    assert "| NVIDIA | 3 | 3.0510 |" in text
+    assert "± 0.0000 | 0.055 |" in text
+    assert "| Quartet II | NVIDIA | 0.012 | +0.0010 | within the noise of seeds |" in text
+    curves["nvidia"] = Curve([3.0, float("nan"), 3.0], [float("nan"), 3.0])
+    diverged = {(order["better"], order["worse"]): order["ours"] for order in full_fp4_curves.found(curves)["orders"]}
+    assert diverged["quartet2", "nvidia"] == float("inf")
+    assert "| Quartet II | NVIDIA | 0.012 | diverged | reproduced |" in full_fp4_curves.table(curves)
+    del curves["bf16_seed1"]
+    assert full_fp4_curves.found(curves)["noise"] is None
+    assert "reproduced" not in full_fp4_curves.table(curves)
 
-    def measured(name: str, given: Any, log: Path) -> Curve:
-        ran.append(name)
-        return Curve([2.0, 1.0], [1.5, 1.5], seconds=100.0, fault="cut" if ran == [BASELINE, name] else "")
 
-    monkeypatch.setattr(full_fp4_curves, "measured", measured)
-    monkeypatch.setitem(SIZES, "small", SMALL)
-    out = tmp_path / "curves.json"
-    given = ["--device", "cpu", "--size", "small", "--steps", "2", "--out", str(out)]
-    assert full_fp4_curves.main([*given, "--arms", "bf16,quartet2"]) == 1
-    assert full_fp4_curves.main([*given, "--arms", "bf16,quartet2"]) == 0
-    assert ran == ["bf16", "quartet2", "quartet2"]
-    assert full_fp4_curves.main([*given, "--arms", "bf16,nvidia", "--total", "99"]) == 1
-    assert "nvidia       not begun: 99 s are left, the longest arm took 100" in capsys.readouterr().out
-    assert list(json.loads(out.read_text())["arms"]) == ["bf16", "quartet2"]
-    assert out.with_suffix(".png").stat().st_size > 0
-    assert full_fp4_curves.main([*given, "--lr", "1"]) == 2
-    assert "lr=0.0012, not 1.0" in capsys.readouterr().err
+def test_the_model_and_its_text_are_what_the_comparison_asks() -> None:
+    assert SIZES[study.MODEL].block_weights == pytest.approx(30e6, rel=0.03)
+    assert full_fp4_curves.STUDY.tokens >= 100e6
 
 
 @pytest.mark.nightly
 def test_processes_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "curves.json"
     given = ["--device", "cpu", "--size", "tiny", "--steps", "20", "--arms", "bf16,quartet2,healed", "--out", str(out)]
+    given += ["--jobs", "2"]
     subprocess.run([sys.executable, str(BENCHMARKS / "full_fp4_curves.py"), *given], check=True, timeout=600)
     rows = {row["arm"]: row for row in json.loads(out.read_text())["final"]}
     assert 0 < abs(rows["quartet2"]["train_gap"]) < 0.2
     assert rows["healed"]["train_gap"] != rows["quartet2"]["train_gap"]
+    assert out.with_suffix(".md").read_text().count("side by side") == 3
+    assert all(f"=== {name}" in out.with_suffix(".log").read_text() for name in rows)
 
 
 # --- unbiasedness -----------------------------------------------------------------------------------------------------
