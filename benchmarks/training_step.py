@@ -4,12 +4,15 @@
     python benchmarks/training_step.py --arms ours_fp8,ours_fp8_occ --sizes d4096      # or --arms all
     python benchmarks/training_step.py --arms bf16,quest_fp8,quest_plain --sizes d4096 # QuEST, and its math unfused
     python benchmarks/training_step.py --arms bf16,torchao_experts,torchao_experts_padded,ours --sizes mixtral,qwen3_moe
+    python benchmarks/training_step.py --arms bf16,quartet2,nvfp4,mxfp8 --sizes d640 --cold    # what compiling takes
 
 A step is forward, loss, backward, fused AdamW and ``zero_grad(set_to_none=True)`` of a Llama in BF16 (model.py):
 transformers' own, by ``torch.compile(model.forward)``, or with ``--model plain`` one in plain torch. Arms run one after
 the other on the same seed and data, BF16 first and once more at the end: the difference of the two is the drift of the
-run, and ratios are against their mean. Compiling takes most of the time. BF16's second compilation is read from
-Inductor's cache. ``host_ms`` is the time that Python takes to queue a step; no step takes less.
+run, and ratios are against their mean. Compiling takes most of the time: ``compile_s`` is what the first forward and
+backward took beyond a later step. By default it is no measurement, since arms find in Inductor's and Triton's caches
+what others have compiled, and BF16's second time all of it; with ``--cold`` every arm begins with empty ones.
+``host_ms`` is the time that Python takes to queue a step; no step takes less.
 
 Nothing is timed before it is right. An arm's first loss must be within 2 % of BF16's, which says little: at
 initialization it is close to the logarithm of the vocabulary whatever the model computes. Gradients say more. Those of
@@ -33,6 +36,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +47,7 @@ import torch._logging
 from measure import environment, failure, fresh_log, milliseconds, quiet_stderr, write_rows
 from model import MODELS, SIZES, Size, build, random_batch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 from torchao_experts import swap_weights, use_padded_experts
 
 from qcompile import Monitor
@@ -317,6 +322,7 @@ class Result:
     host_ms: float = math.nan
     tokens_per_second: float = math.nan
     compile_s: float = math.nan
+    cold: bool = False
     first_loss: float = math.nan
     last_loss: float = math.nan
     gradient_cosine: float = math.nan
@@ -332,6 +338,7 @@ class Run:
     seed: int = 0
     cudagraphs: bool = False
     model: str = "plain"
+    cold: bool = False
 
     @property
     def options(self) -> Options:
@@ -484,7 +491,7 @@ def run_size(size: Size, arms: list[str], run: Run, log: Path) -> Iterator[Resul
     """Measure BF16, the arms, and BF16 again; a failing arm is one line, and the others go on."""
     references: dict[str, Reference] = {}
     for name in [BASELINE, *(arm for arm in arms if arm != BASELINE), AGAIN]:
-        result = Result(size.name, name)
+        result = Result(size.name, name, cold=run.cold)
         try:
             arm = ARMS[BASELINE if name == AGAIN else name]
             with quiet_stderr(log):
@@ -492,7 +499,8 @@ def run_size(size: Size, arms: list[str], run: Run, log: Path) -> Iterator[Resul
                     references[arm.counterpart] = first_step(ARMS[arm.counterpart], size, run)
                     release()
                 reference = references.get(arm.counterpart or BASELINE)
-                figures, references[name] = measure(arm, size, run, reference)
+                with fresh_cache() if run.cold else nullcontext():
+                    figures, references[name] = measure(arm, size, run, reference)
             result = replace(result, **figures)
         except Exception as error:
             result.status = failure(error, log, f"{size.name} {name}")
@@ -586,6 +594,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them, the first one not counted")
     parser.add_argument("--model", choices=MODELS, default="transformers")
     parser.add_argument("--cudagraphs", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="every arm compiles with empty caches")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("training_step.csv"))
     given = parser.parse_args(arguments)
@@ -593,7 +602,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("training_step: needs a CUDA card (or --device cpu)", file=sys.stderr)
         return 2
     torch._logging.set_logs(all=logging.CRITICAL)
-    run = Run(torch.device(given.device), given.steps, given.warm_up, cudagraphs=given.cudagraphs, model=given.model)
+    run = Run(
+        torch.device(given.device),
+        given.steps,
+        given.warm_up,
+        cudagraphs=given.cudagraphs,
+        model=given.model,
+        cold=given.cold,
+    )
     log = fresh_log(given.out)
     results: list[Result] = []
     for size in given.sizes:
@@ -603,6 +619,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(line(results[-1]), flush=True)
         plot(given.out.with_suffix(".png"), results)
     print(f"\n{HEAD}", *map(line, results), sep="\n")
+    caches = "empty" if given.cold else "as earlier arms and runs left them"
+    print(f"compile: seconds of the first step beyond a later one, with caches {caches}")
     return 0 if all(r.status == "ok" for r in results) else 1
 
 

@@ -26,7 +26,7 @@ from torch.autograd import DeviceType
 
 from qcompile import compat
 from qcompile.backends import compile_with
-from qcompile.recipes import FP4, QUEST
+from qcompile.recipes import FP4, QUEST, RECIPES
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -170,6 +170,66 @@ def test_a_counterpart_that_is_not_measured_is_run_for_its_gradients(arms, tmp_p
     arms["right"] = replace(arms["right"], counterpart="exact")
     rows = list(training_step.run_size(TINY, ["right"], CPU, tmp_path / "log"))
     assert [(row.arm, row.status) for row in rows] == [(BASELINE, "ok"), ("right", "ok"), ("bf16_again", "ok")]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_cold_arms_find_nothing_in_caches(cold, arms, monkeypatch, tmp_path):
+    """What one arm leaves there the next one finds, unless it is to begin with nothing."""
+    found = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+
+    def leaves_a_file(model, options):
+        folders = [Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])]
+        folders += [Path(folder)] if (folder := os.environ.get("TRITON_CACHE_DIR")) else []
+        assert len(folders) == 1 + cold
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            found.append((folder / "code").exists())
+            (folder / "code").touch()
+        return model
+
+    arms[BASELINE] = arms["right"] = Arm("leaves a file", leaves_a_file)
+    rows = list(training_step.run_size(TINY, ["right"], replace(CPU, cold=cold), tmp_path / "log"))
+    assert [(row.status, row.cold) for row in rows] == [("ok", cold)] * 3
+    assert found == ([False] * 6 if cold else [False, True, True])
+
+
+FULL_FP4 = ("quartet2", "quartet2_healed", "nvfp4", "tetrajet2", "uniform4", "if4", "mxfp4", "mxfp8")
+
+
+def recipe_of(name):
+    """What an arm hands to ``torch.compile``: its recipe and options."""
+    with mock.patch.object(torch, "compile") as compiled:
+        training_step.ARMS[name].compile(build(TINY, torch.device("cpu"), torch.bfloat16, 0), {})
+    return RECIPES[compiled.call_args.kwargs["backend"]], compiled.call_args.kwargs["options"] or {}
+
+
+def test_arms_of_full_fp4_quantize_all_products():
+    found = [recipe.override(options) for recipe, options in map(recipe_of, FULL_FP4)]
+    assert len(set(found)) == len(FULL_FP4)
+    assert all(each.gradient is not None and each.activation and each.weight for each in found)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FULL_FP4)
+def test_arms_of_full_fp4_pass_the_gate(name):
+    """All passes, eager inner compile: the loss and the gradients of every recipe of all three products are BF16's but
+    for rounding, and not BF16's.
+    """
+    recipe, options = recipe_of(name)
+
+    def compile_arm(model, _):
+        def backend(graph, inputs):
+            return compile_with(recipe, graph, inputs, options=options, inner_compile=compat.eager_inner_compile)
+
+        return torch.compile(model, dynamic=False, backend=backend)
+
+    _, reference = training_step.measure(EAGER, TINY, CPU, None)
+    figures, _ = training_step.measure(replace(EAGER, compile=compile_arm), TINY, CPU, reference)
+    assert training_step.MEDIAN_COSINE < figures["gradient_cosine"] < 0.99999
+    assert figures["last_loss"] < figures["first_loss"]
+    torch.compiler.reset()
 
 
 def test_the_step_trains():
