@@ -430,6 +430,16 @@ def test_interpreted_counts_of_bits(generate, size):
 
 
 @interpreted
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (37, 45), (16, 64)])
+def test_interpreted_codes_of_the_transpose(generate, rows, size):
+    """Rows and columns that leave half a byte, in one kernel; what lies beyond the last row is 0."""
+    codes = torch.randint(0, 256, (rows, (size + 1) // 2), dtype=torch.uint8)
+    got, kernels = generate(lambda codes: torch.ops.qcompile.transpose_codes(codes, size) + 0, codes)
+    assert len(kernels) == 1
+    assert torch.equal(got, reference.transpose_codes(codes, size))
+
+
+@interpreted
 @pytest.mark.parametrize("rounding", ["even", "half_up"])
 def test_interpreted_formats(generate, rounding):
     """Threshold, tie, sign, saturation or padding arithmetic that is off by one bit in any grid; odd K."""
