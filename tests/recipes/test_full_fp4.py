@@ -20,7 +20,7 @@ from qcompile.ir.transforms import Transform
 from qcompile.kernels.quantize import reference
 from qcompile.kernels.transform.reference import rotate
 from qcompile.recipes import IF4, MXFP4, MXFP8, NVFP4, QUARTET2, TETRAJET2, UNIFORM4
-from tests.passes.harness import compile_and_run, compiler
+from tests.passes.harness import assert_same, backward, compile_and_run, compiler, leaves_of
 
 RECIPES = {recipe.name: recipe for recipe in (QUARTET2, NVFP4, TETRAJET2, UNIFORM4, IF4, MXFP4, MXFP8)}
 
@@ -261,6 +261,25 @@ def test_a_rule_for_blocks_without_blocks(rules: list) -> None:
     result = compile_and_run(nn.Linear(32, 32), torch.randn(2, 32), recipe=NVFP4, enabled=False, rules=rules)
     expected = {"rule '*' (last_blocks=0.15, quantize=False)": 0} if rules else {}
     assert dict(result.observations[0].plan.matched) == expected  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["qcompile_quartet2", "qcompile_nvfp4"])
+def test_a_wide_backward_reads_the_codes_of_the_forward(name: str) -> None:
+    """dY is not quantized, and nothing is read again: gradients are those of the product of decoded operands."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(32, 64, requires_grad=True)
+    result = compile_and_run(layer, x, recipe=RECIPES[name].override({"backward": "bf16"}))
+    operands = {row["role"]: row["operands"] for row in result.gemms}
+    forward = operands["fprop"]
+    assert all(text.startswith("e2m1 block16") for text in forward)
+    assert {role: sorted(texts) for role, texts in operands.items() if role != "fprop"} == {
+        "dgrad": sorted(["dense", forward[1]]),
+        "wgrad": sorted(["dense", forward[0]]),
+    }
+    fake = (torch.ops.qcompile.fake_quantize(t, text, -1) for t, text in zip((x, layer.weight), forward, strict=True))
+    y = nn.functional.linear(*fake, layer.bias)
+    assert_same(result.outputs, y)
+    assert_same(result.gradients, backward(y, leaves_of(layer, (x,))))
 
 
 def test_the_report_says_what_a_wide_forward_leaves_quantized() -> None:
