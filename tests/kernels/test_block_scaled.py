@@ -175,7 +175,9 @@ def _blocks(config) -> tuple[tuple[str, int], tuple[str, int]]:
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("capability", [100, 103])
 def test_fp4_tensor_cores_read_codes_and_scales(capability, aligned, quantizer):
-    """Codes by TMA, scales by asynchronous copies and then on to tensor memory, none of them through registers."""
+    """Codes by TMA, scales by asynchronous copies and then on to tensor memory, none of them through registers. For all
+    three products: what dgrad and wgrad read is stored along the axis that they contract, or was transposed before.
+    """
     built = compile_kernel(quantizer, capability, aligned)
     ptx = built.asm["ptx"]
     # PTX has two names for the block size, of which Triton 3.8 writes the second.
