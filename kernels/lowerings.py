@@ -41,6 +41,7 @@ LOWERINGS: dict[str, Lowering] = {
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
     "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated, texts=0),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
+    "transpose_codes": Lowering(quantize.lower_transpose_codes, quantize.supports_transpose_codes, texts=0),
     "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
     "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),

@@ -47,6 +47,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_groups": quantize.quantize_groups,
     "quantize_groups_pair": quantize.quantize_groups_pair,
     "recode": quantize.recode,
+    "transpose_codes": quantize.transpose_codes,
     "dequantize": quantize.dequantize,
     "dequantize_groups": quantize.dequantize_groups,
     "clamp_outliers": outliers.clamp_outliers,

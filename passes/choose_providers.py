@@ -12,14 +12,13 @@ The choice is a mark of the node (:data:`~.record.PROVIDER_KEY`), which it takes
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
 from qcompile import compat
+from qcompile.ir.quantizer import Quantizer
 from qcompile.ir.stored import Stored
-from qcompile.ir.tensor_core_ops import BLOCK_SCALES, tensor_core_dtype
+from qcompile.ir.tensor_core_ops import block_scales, tensor_core_dtype
 from qcompile.kernels.matmul import providers
 
 from .batches import why_no_groups
@@ -39,8 +38,6 @@ _ALIGNED = 16
 _SIGNS = (0.5, -0.5)
 #: Providers that multiply codes as they are stored, which are not those of other extents.
 _AS_STORED = (providers.POPCOUNT[0].name, providers.BLOCK_SCALED[0].name)
-#: What FP4 tensor cores read as it is stored: format, granularity and scale rule.
-_BLOCK_SCALED = {(q.format, q.granularity, q.scale) for q in BLOCK_SCALES.values()}
 
 
 def choose_providers(graph: Graph, context: Context) -> int:
@@ -173,13 +170,14 @@ def _readings(a: ProductOperand, b: ProductOperand) -> tuple[list[tuple[torch.dt
     return [*[(providers.ONE_BIT, providers.ONE_BIT)] * signs, as_8bit], ""
 
 
-def _block_scales(operand: ProductOperand) -> tuple[Any, ...] | None:
-    """How codes are scaled, if FP4 tensor cores read them as they are stored, else ``None``."""
+def _block_scales(operand: ProductOperand) -> Quantizer | None:
+    """What FP4 tensor cores read codes and scales as, as they are stored or, of squares, transposed; else ``None``."""
     spec = operand.encoding.operand
-    if spec is None or spec.outliers or operand.contracts_rows:  # a residual beside the codes is read apart
+    if spec is None or spec.outliers:  # a residual beside the codes is read apart
         return None
-    scaled = spec.quantizer.format, spec.quantizer.granularity, spec.quantizer.scale
-    return scaled if scaled in _BLOCK_SCALED else None
+    if operand.contracts_rows and spec.quantizer.granularity.kind != "square":
+        return None
+    return block_scales(spec.quantizer)
 
 
 def _are_stored_signs(operand: ProductOperand) -> bool:

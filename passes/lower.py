@@ -7,7 +7,7 @@ Where 8-bit tensor cores hold both operands exactly, they read the codes::
 with sums of the codes where these lie beside the levels (:attr:`Format.tensor_core_offset`). Columns of X that are
 outliers are multiplied wide with the same columns of W, decoded, and added (``addmm``). `merge_quantize` then joins
 ``quantize`` and ``recode``. Signs are read as stored where tensor cores count bits, and MXFP4 and NVFP4 where
-they multiply FP4::
+they multiply FP4, of squares also transposed (``transpose_codes``), with their scales repeated for every row::
 
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_1bit(codes_x, codes_w, s_x, s_w, counts of bits)
     quantized_mm([codes_x, s_x], [codes_w, s_w])   ─►   mm_block_scaled(codes_x, codes_w, s_x, s_w)
@@ -47,7 +47,7 @@ from qcompile.kernels.matmul import providers
 
 from .batches import in_groups
 from .dialect import stored_weight
-from .graph import aten, emit, static_size, take_over
+from .graph import aten, emit, size_along, static_size, take_over
 from .pass_base import Context
 from .record import DECODED, PROVIDER_KEY, REFERENCE, mark_of
 from .views import (
@@ -63,6 +63,7 @@ from .views import (
     QuantizedMM,
     Recode,
     RestoreOutliers,
+    TransposeCodes,
 )  # fmt: skip
 
 __all__ = ["lower", "lower_frozen"]
@@ -246,9 +247,31 @@ def _count(graph: Graph, gemm: Node, operand: ProductOperand, beside: float, mad
 
 
 def _block_scaled_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:
-    a, b = (operand.parts for operand in product.operands)
-    tensors = a.codes, b.codes, a.scales, b.scales, a.global_scale, b.global_scale
-    return MmBlockScaled(*tensors, product.dtype, product.bias).emit(graph, near=node)
+    (a, scales_a), (b, scales_b) = (_with_block_scales(graph, node, operand, made) for operand in product.operands)
+    global_a, global_b = (operand.parts.global_scale for operand in product.operands)
+    scaled = MmBlockScaled(a, b, scales_a, scales_b, global_a, global_b, product.dtype, product.bias)
+    return scaled.emit(graph, near=node)
+
+
+def _with_block_scales(graph: Graph, gemm: Node, operand: ProductOperand, made: dict[Any, Node]) -> tuple[Node, Node]:
+    """Stored codes of one operand, contraction last, and scales of blocks along it; those of squares once per row."""
+    codes, scales = operand.parts[:2]
+    assert operand.encoding.operand is not None
+    granularity = operand.encoding.operand.quantizer.granularity
+    if granularity.kind == "block":
+        return codes, scales
+    keys = [(name, codes, operand.contracts_rows) for name in ("codes of blocks", "scales of blocks")]
+    if keys[1] not in made:
+        rows = operand.size if operand.contracts_rows else size_along(graph, gemm, codes, 0)
+        if operand.contracts_rows:
+            codes = TransposeCodes(codes, operand.size).emit(graph, near=gemm)
+            scales = emit(graph, gemm, aten.permute.default, scales, [1, 0])
+        lines = emit(graph, gemm, aten.unsqueeze.default, scales, 1)
+        squares = emit(graph, gemm, aten.expand.default, lines, [-1, granularity.size, -1])
+        copies = emit(graph, gemm, aten.clone.default, squares, memory_format=torch.contiguous_format)
+        flat = emit(graph, gemm, aten.view.default, copies, [-1, size_along(graph, gemm, scales, 1)])
+        made[keys[0]], made[keys[1]] = codes, emit(graph, gemm, aten.slice.Tensor, flat, 0, 0, rows)
+    return made[keys[0]], made[keys[1]]
 
 
 def _stored_product(graph: Graph, node: Node, product: QuantizedMM, made: dict[Any, Node]) -> Node:

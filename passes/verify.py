@@ -53,6 +53,7 @@ from .views import (
     Recode,
     RestoreOutliers,
     ScaleGradient,
+    TransposeCodes,
     View,
 )  # fmt: skip
 
@@ -101,8 +102,8 @@ _FUSED = _TRACED | {QuantizedMM}
 _FOLDED = _FUSED | {QuantizeGroups}
 _RECOMPUTED = _FOLDED | {EncodeCompensated}
 _LOWERED = _TRACED | {
-    EncodeCompensated, Recode, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups, Mm8BitGrouped,
-    DequantizeGroups,
+    EncodeCompensated, Recode, TransposeCodes, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups,
+    Mm8BitGrouped, DequantizeGroups,
 }  # fmt: skip
 _MERGED = _LOWERED | {
     Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
@@ -226,13 +227,10 @@ def _readers(node: Node) -> list[Node]:
 
 
 #: Ops that read codes; after `lower` those of tensor cores too.
-_CODE_READERS = (
-    *(
-        view.op
-        for view in (Dequantize, QuantizedMM, Recode, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled, MmStored)
-    ),
-    aten.view.dtype,
-)
+_READ_CODES: tuple[type[View], ...] = (
+    Dequantize, QuantizedMM, Recode, TransposeCodes, Mm8Bit, Mm8BitGrouped, Mm1Bit, CountBits, MmBlockScaled, MmStored,
+)  # fmt: skip
+_CODE_READERS = (*(view.op for view in _READ_CODES), aten.view.dtype)
 
 
 def _consumes_codes(node: Node) -> bool:

@@ -458,6 +458,13 @@ class Recode(View):
 
 
 @dataclass(frozen=True)
+class TransposeCodes(View):
+    op = ops.transpose_codes.default
+    codes: Node
+    size: Size
+
+
+@dataclass(frozen=True)
 class Mm8Bit(View):
     op = ops.mm_8bit.default
     a: Node

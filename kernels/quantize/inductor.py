@@ -52,12 +52,14 @@ __all__ = [
     "lower_encode_compensated",
     "lower_quantize",
     "lower_quantize_8bit",
+    "lower_transpose_codes",
     "mark_of",
     "packed_bytes",
     "supports_dequantize",
     "supports_encode_compensated",
     "supports_quantize",
     "supports_scales",
+    "supports_transpose_codes",
     "why_not_scaled",
 ]
 
@@ -109,6 +111,11 @@ def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, st
 def supports_encode_compensated(device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_encode_compensated` generates code, and if not, why."""
     return supports_scales(Quantizer.parse(COMPENSATED), device)
+
+
+def supports_transpose_codes() -> tuple[bool, str]:
+    """Code is always generated."""
+    return True, ""
 
 
 def is_empty(*tensors: ir.TensorBox) -> bool:
@@ -182,6 +189,22 @@ def lower_dequantize(codes, scales, quantizer: str, axis: int, size, dtype: torc
     order = list(range(len(shape) - 1))
     order.insert(axis % len(shape), len(shape) - 1)
     return lowerings[torch.ops.aten.permute.default](moved, order)
+
+
+def lower_transpose_codes(codes, size):
+    """``qcompile::transpose_codes``: a loop over bytes, each of two codes of one column."""
+    if not ir.is_triton(codes) or is_empty(codes):
+        return own_kernel(torch.ops.qcompile.transpose_codes.default, codes, size)
+    load, rows = codes.make_loader(), codes.get_size()[0]
+
+    def element(index: Index) -> Value:
+        column, byte = index
+        low, high = (partial(unpacked, load, [2 * byte + i, column], 2) for i in range(2))
+        above = guarded([] if _divides(2, rows) else [(2 * byte + 1, rows)], high)
+        return ops.to_dtype(ops.bitwise_or(low(), ops.bitwise_left_shift(above, _int(4))), torch.uint8)
+
+    ranges = [size, CeilDiv(rows, 2)]
+    return ir.Pointwise.create(device=codes.get_device(), dtype=torch.uint8, inner_fn=element, ranges=ranges)
 
 
 def lower_encode_compensated(x, bounds, operand: str, axis: int):

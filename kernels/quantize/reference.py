@@ -61,6 +61,7 @@ __all__ = [
     "scale_pair",
     "scaled_input",
     "swap_halves",
+    "transpose_codes",
     "unpack",
 ]
 
@@ -271,6 +272,11 @@ def recode(codes: Tensor, quantizer: str, size: int, transposed: bool, offs: Ten
     for own, place in group_slices(offs):
         padded[:, place] = values[own].t()
     return padded
+
+
+def transpose_codes(codes: Tensor, size: int) -> Tensor:
+    """Stored 4-bit codes ``[R, ⌈K/2⌉]`` of ``size`` columns as those of the transpose, ``[K, ⌈R/2⌉]``, contiguous."""
+    return pack(unpack(codes, 4, size).t().contiguous(), 4)
 
 
 def scaled_input(

@@ -300,6 +300,15 @@ SCALE_RULES: Registry[ScaleRule] = Registry(
             source="e4m3_46 with all of E4M3's range, where s · 1.5 of the largest blocks is 448; TransformerEngine",
         ),
         ScaleRule(
+            "e4m3_46_mae_448",
+            _absmax,
+            store="e4m3",
+            two_level=True,
+            candidates=(1.0, 1.5),
+            error="absolute",
+            source="e4m3_46_448 by the sum of absolute errors; TransformerEngine's nvfp4_4over6, err_mode MAE",
+        ),
+        ScaleRule(
             "e5m3",
             _absmax,
             store="ue5m3",

@@ -89,7 +89,8 @@ class Recipe:
             or to E4M3 with one scale per row; the codes themselves are exact. Where scales cannot be folded (the exact
             residual of outliers, batches, convolutions) dY is what ``gradient`` says: in high precision if that is not
             given. ``"auto"``: those of the two that the card is estimated to run faster so, layer by layer
-            (:mod:`qcompile.kernels.matmul.costs`), unless ``gradient`` says what dY is to be.
+            (:mod:`qcompile.kernels.matmul.costs`), unless ``gradient`` says what dY is to be. As an option, ``"bf16"``
+            drops a recipe's own ``gradient``, and with it what is read again.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``. As an option,
             adds to the recipe's own.
         rules: further rules, applied in order after ``skip``; added in the same way.
@@ -205,6 +206,8 @@ class Recipe:
                 changes[key] = _checked(key, value)
         if self.backward == "auto" and "backward" not in changes and changes.get("gradient", "") is None:
             changes["backward"] = "bf16"  # a wide dY was asked for
+        if changes.get("backward") == "bf16" and "gradient" not in changes:
+            changes["gradient"] = None  # a wide backward was asked for, of a recipe that quantizes dY by itself
         recipe = replace(self, **changes)
         recipe._refuse_wide_gradient(options)
         return recipe

@@ -22,7 +22,8 @@ bit, that lacks counts of the bits of each row, which are added as offsets in th
     Σ x y  =  Σ bit_x bit_y  −  ½ Σ bit_x  −  ½ Σ bit_y  +  K/4
 
 Tensor cores for FP4 take E2M1 codes as they are stored, two per byte, and a scale for every block along K
-(:data:`BLOCK_SCALES`) instead of one for a row.
+(:data:`BLOCK_SCALES`) instead of one for a row. Which rule a scale followed from is nothing to them. Scales of squares
+are scales of blocks along either axis, so such codes can be transposed, packed as they are.
 
 A weight that is stored as codes (:mod:`.stored`) beside activations in high precision is decoded where it is
 multiplied.
@@ -39,7 +40,7 @@ from .operand import Operand
 from .ops import LIB, padded_rows, register_meta
 from .quantizer import Quantizer
 
-__all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "tensor_core_dtype"]
+__all__ = ["BLOCK_SCALES", "TENSOR_CORE_DTYPES", "block_scales", "tensor_core_dtype"]
 
 _SCHEMAS = (
     # Row-wise quantization of x [R, K], optionally of x · fold (float32, K elements): 8-bit codes [R, K], scales
@@ -65,6 +66,8 @@ _SCHEMAS = (
     # Stored codes uint8 [R, packed(K)] as 8-bit codes [R, K], or transposed [K, R]; also of every matrix of a batch.
     # With `offs`, the ends of groups of rows, transposed [K, padded_rows(R, E)] as by quantize_groups.
     "recode(Tensor codes, str quantizer, SymInt size, bool transposed, Tensor? offs=None) -> Tensor",
+    # Stored 4-bit codes uint8 [R, ceil(K/2)] of K = `size` columns as those of the transpose, [K, ceil(R/2)].
+    "transpose_codes(Tensor codes, SymInt size) -> Tensor",
     # a [M, K] times b [N, K] transposed, plus offset_a [M, 1] and offset_b [N, 1] (float32), times both scales (M or 1,
     # N or 1), plus bias [N]: [M, N] in `dtype`.
     "mm_8bit(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, Tensor? bias=None, "
@@ -98,12 +101,26 @@ for _schema in _SCHEMAS:
 TENSOR_CORE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
-#: Dtype of stored scales → the quantizer (but for its rounding) whose codes and scales FP4 tensor cores read: MXFP4
-#: (OCP MX v1.0 §5.2) and NVFP4 (arXiv 2509.25149 App. B).
+#: Dtype of stored scales → a quantizer whose codes and scales FP4 tensor cores read: MXFP4 (OCP MX v1.0 §5.2) and NVFP4
+#: (arXiv 2509.25149 App. B). They read all of the same format, size of blocks and store (:func:`block_scales`).
 BLOCK_SCALES = {
     torch.uint8: Quantizer.parse("e2m1 block32 e8m0"),
     torch.float8_e4m3fn: Quantizer.parse("e2m1 block16 e4m3"),
 }
+
+
+def block_scales(quantizer: Quantizer) -> Quantizer | None:
+    """The entry of :data:`BLOCK_SCALES` that codes and scales are read as, those of squares with a scale for every row;
+    ``None`` if FP4 tensor cores do not read them.
+    """
+    granularity = quantizer.granularity
+    for read in BLOCK_SCALES.values():
+        alike = (quantizer.format, quantizer.scale.store, granularity.size) == (
+            read.format, read.scale.store, read.granularity.size
+        )  # fmt: skip
+        if alike and granularity.kind in ("block", "square"):
+            return read
+    return None
 
 
 def tensor_core_dtype(fmt: Format) -> torch.dtype:
@@ -178,6 +195,11 @@ def _(codes, quantizer, size, transposed, offs=None):
         rows = padded_rows(rows, offs.shape[0])
     shape = [*batch, size, rows] if transposed else [*batch, rows, size]
     return codes.new_empty(shape, dtype=tensor_core_dtype(Quantizer.parse(quantizer).format))
+
+
+@register_meta("transpose_codes")
+def _(codes, size):
+    return codes.new_empty([size, (codes.shape[0] + 1) // 2])
 
 
 @register_meta("count_bits")

@@ -17,7 +17,7 @@ from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import SCALE_RULES, Granularity, Quantizer
 from qcompile.ir.recipe import LEFT_WIDE, Recipe
 from qcompile.ir.rules import Rule, matches_name
-from qcompile.recipes import RECIPES
+from qcompile.recipes import QUARTET2, RECIPES
 from qcompile.recipes.fp4 import FP4
 
 
@@ -137,6 +137,17 @@ def test_operands_can_be_switched_off(operand, off):
     recipe = base.override({operand: off})
     assert getattr(recipe, operand) is None
     assert changed(base, recipe) == {operand}
+
+
+def test_a_wide_backward_drops_the_gradient_of_the_recipe():
+    """Else ``backward="bf16"`` of a recipe of all three products would change nothing; a gradient given beside it
+    stays, and so does one of a recipe whose backward nobody mentions.
+    """
+    recipe = QUARTET2.override({"backward": "bf16"})
+    assert changed(QUARTET2, recipe) == {"gradient"}
+    assert recipe.gradient is None
+    assert QUARTET2.override({"backward": "bf16", "gradient": "e4m3 row"}).gradient == Operand.parse("e4m3 row")
+    assert QUARTET2.override({"forward": "bf16"}).gradient == QUARTET2.gradient
 
 
 def test_gradient_aliases():

@@ -30,6 +30,7 @@ import qcompile.kernels  # noqa: E402, F401
 from qcompile import compat  # noqa: E402
 from qcompile.ir.ops import global_scale_of  # noqa: E402
 from qcompile.kernels.matmul import block_scaled, providers, reference  # noqa: E402
+from qcompile.recipes import RECIPES  # noqa: E402
 
 from ..passes.harness import assert_same, compile_and_run, fp4  # noqa: E402
 from .block_scaled_operands import MXFP4, NVFP4, arguments, exact, operand  # noqa: E402
@@ -174,7 +175,9 @@ def _blocks(config) -> tuple[tuple[str, int], tuple[str, int]]:
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("capability", [100, 103])
 def test_fp4_tensor_cores_read_codes_and_scales(capability, aligned, quantizer):
-    """Codes by TMA, scales by asynchronous copies and then on to tensor memory, none of them through registers."""
+    """Codes by TMA, scales by asynchronous copies and then on to tensor memory, none of them through registers. For all
+    three products: what dgrad and wgrad read is stored along the axis that they contract, or was transposed before.
+    """
     built = compile_kernel(quantizer, capability, aligned)
     ptx = built.asm["ptx"]
     # PTX has two names for the block size, of which Triton 3.8 writes the second.
@@ -251,13 +254,55 @@ def test_the_op_chooses_by_its_operands(monkeypatch):
     providers._chosen.cache_clear()
 
 
-def on_card(capability: tuple[int, int], **options):
-    """Results and report rows of a layer."""
+def on_card(capability: tuple[int, int], recipe=None, shape=(9, 80, 48), dynamic=None, **options):
+    """Results and report rows of a layer of ``shape`` (tokens, inputs, outputs)."""
     torch.manual_seed(0)
-    model, x = nn.Linear(80, 48), torch.randn(9, 80, requires_grad=True)
+    torch._dynamo.reset()
+    tokens, inputs, outputs = shape
+    model, x = nn.Linear(inputs, outputs), torch.randn(tokens, inputs, requires_grad=True)
+    recipe = fp4(**options) if recipe is None else recipe.override(options)
     with mock.patch.object(compat, "tensor_core_capability", return_value=capability):
-        result = compile_and_run(model, x, recipe=fp4(**options))
+        result = compile_and_run(model, x, recipe=recipe, dynamic=dynamic)
     return result, {row["role"]: (row["provider"], row["reason"]) for row in result.gemms}
+
+
+UNTESTED = ("dot_scaled", "dot_scaled is untested on compute capability 10.0")
+#: Recipes whose products are all of E2M1 with scales that FP4 tensor cores read.
+IN_FP4 = {
+    "qcompile_quartet2": {},
+    "qcompile_nvfp4": {},
+    "qcompile_tetrajet2": {},
+    "qcompile_mxfp4": {"variant": "full"},
+}
+
+
+@pytest.mark.parametrize("shape", [(32, 80, 48), (8, 37, 45)], ids=str)
+@pytest.mark.parametrize("name", IN_FP4)
+def test_all_three_products_of_a_recipe(name, shape):
+    """Scales by whichever rule, along the axis of each product; those of squares for every row, and squares that are
+    read transposed. Extents that fill neither blocks nor bytes. The report says what has never run.
+    """
+    result, rows = on_card((10, 0), RECIPES[name], shape, **IN_FP4[name])
+    assert rows == dict.fromkeys(("fprop", "dgrad", "wgrad"), UNTESTED)
+    assert result.count("transpose_codes", "post_grad_merge_quantize") == (1 if name == "qcompile_nvfp4" else 0)
+    decoded, rows = on_card((9, 0), RECIPES[name], shape, **IN_FP4[name])
+    assert {provider for provider, _ in rows.values()} == {"dequantize + aten"}
+    assert all("no FP4 tensor cores, which take scales of blocks" in reason for _, reason in rows.values())
+    assert_same(result.outputs, decoded.outputs)
+    assert_same(result.gradients, decoded.gradients)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("text", ["e2m1 block16x16 e4m3", "e2m1 block32x32 e8m0"])
+def test_squares_are_read_along_either_axis(text, dynamic):
+    """Of every operand, so that wgrad transposes X, whose number of tokens may not be fixed."""
+    options = {"activation": text, "weight": text, "gradient": text}
+    result, rows = on_card((10, 0), shape=(19, 37, 45), dynamic=dynamic, **options)
+    assert rows == dict.fromkeys(("fprop", "dgrad", "wgrad"), UNTESTED)
+    assert result.count("transpose_codes", "post_grad_merge_quantize") == 2
+    decoded, _ = on_card((9, 0), shape=(19, 37, 45), dynamic=dynamic, **options)
+    assert_same(result.outputs, decoded.outputs)
+    assert_same(result.gradients, decoded.gradients)
 
 
 @pytest.mark.parametrize("text", ["e2m1 block32 e8m0", "e2m1 block16 e4m3"])
@@ -289,6 +334,9 @@ def test_operands_that_would_have_to_be_transposed_decode(text):
     [
         ({"activation": "e2m1 block32 e8m0", "weight": "e2m1 block16 e4m3"}, "scales block32 e8m0 change along"),
         ({"activation": "e2m1 block16 e8m0", "weight": "e2m1 block16 e8m0"}, "scales block16 e8m0 change along"),
+        ({"activation": "e2m1 block16 e5m3", "weight": "e2m1 block16 e5m3"}, "scales block16 e5m3 change along"),
+        ({"activation": "e2m1 block32 e5m3", "weight": "e2m1 block32 e5m3"}, "scales block32 e5m3 change along"),
+        ({"activation": "e2m1 block16 e4m3", "weight": "e2m1 block32x32 e4m3"}, "scales block16 e4m3 change along"),
         ({"activation": "e2m1 block32 e8m0"}, "scales block32 e8m0 change along the contraction"),
         ({"activation": "e1m2 block32 e8m0", "weight": "e1m2 block32 e8m0"}, "scales block32 e8m0 change along"),
         ({"activation": "e2m1 block32 e8m0; ste; occ(alpha=0.9)", "weight": "e2m1 block32 e8m0"}, "scales block32"),
@@ -296,7 +344,7 @@ def test_operands_that_would_have_to_be_transposed_decode(text):
     ids=str,
 )
 def test_what_fp4_tensor_cores_do_not_take_decodes(operands, reason):
-    """Different scales, blocks of another size, other grids, an exact residual of outliers."""
+    """Different scales, blocks of another size, bytes that are no E8M0, other grids, an exact residual of outliers."""
     _, rows = on_card((10, 0), **operands)
     assert rows["fprop"][0] == "dequantize + aten"
     assert rows["fprop"][1].startswith(reason)

@@ -309,6 +309,19 @@ def test_products_of_8bit_codes_in_exact_integers(left, right, rng):
     assert torch.equal(got.double(), levels[0] @ levels[1].T)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 8), (6, 7), (9, 9)])
+def test_codes_of_the_transpose(shape, rng):
+    """Element by element, as packed along the rows as along the columns; half a byte that nothing fills is 0."""
+    codes = torch.from_numpy(rng.integers(0, 16, shape).astype(np.uint8))
+    got = torch.ops.qcompile.transpose_codes(pack(codes, 4), shape[1])
+    assert torch.equal(got, pack(codes.t().contiguous(), 4))
+    assert got.is_contiguous()
+    for row, column in np.ndindex(shape):
+        assert got[column, row // 2] >> 4 * (row % 2) & 15 == codes[row, column]
+    if shape[0] % 2:
+        assert not (got[:, -1] >> 4).any()
+
+
 def test_products_of_signs_in_exact_integers(rng):
     """Counts of common bits, less half of those of either row, are the product of levels ±½; a set bit is −½."""
     bits = [torch.from_numpy(rng.integers(0, 2, (rows, 128)).astype(np.uint8)) for rows in (5, 7)]

@@ -10,6 +10,7 @@ is imported, so the tests named ``test_interpreted_…`` run in a process of the
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ triton = pytest.importorskip("triton")
 import torch._inductor.config as inductor_config  # noqa: E402
 from torch._inductor.codegen.triton import TritonOverrides  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import qcompile.kernels  # noqa: E402, F401
@@ -72,9 +74,9 @@ class Kernel:
         grid = [triton.cdiv(values.get(f"{axis}numel", 1), 16) for axis in "xyz"]
         self.function[tuple(grid)](*args, **blocks)
 
-    def ptx(self) -> str:
+    def ptx(self, target: GPUTarget = SM90) -> str:
         blocks = {name: 16 for name in self.signature if name.endswith("BLOCK")}
-        return triton.compile(ASTSource(self.function, self.signature, blocks), target=SM90).asm["ptx"]
+        return triton.compile(ASTSource(self.function, self.signature, blocks), target=target).asm["ptx"]
 
 
 class InterpretedLibdevice:
@@ -192,6 +194,18 @@ def test_rounding_by_chance_is_generated(generate, text, count):
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, whole, seed), torch.randn(37, 256))
     assert len(kernels) == count
     assert "mul.lo.s32" in kernels[-1].ptx()
+
+
+@compiled
+def test_codes_are_transposed_by_one_kernel_on_cards_with_fp4(generate):
+    """Two bytes are read for each that is written, whose halves are put together; the machine code exists."""
+    codes = torch.randint(0, 256, (37, 23), dtype=torch.uint8)
+    _, (kernel,) = generate(lambda codes: torch.ops.qcompile.transpose_codes(codes, 45), codes)
+    for capability in (100, 103, 120):
+        ptx = kernel.ptx(GPUTarget("cuda", capability, 32))
+        assert f".target sm_{capability}" in ptx
+        assert re.search(r"ld\.global\S*\.b8", ptx)
+        assert re.search(r"st\.global\S*\.b8", ptx)
 
 
 @compiled
@@ -427,6 +441,16 @@ def test_interpreted_counts_of_bits(generate, size):
     assert len(kernels) == 1
     bits = codes[..., None] >> torch.arange(8) & 1
     assert torch.equal(got, bits.sum((1, 2))[:, None] * -0.5 + 4.0)
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (37, 45), (16, 64)])
+def test_interpreted_codes_of_the_transpose(generate, rows, size):
+    """Rows and columns that leave half a byte, in one kernel; what lies beyond the last row is 0."""
+    codes = torch.randint(0, 256, (rows, (size + 1) // 2), dtype=torch.uint8)
+    got, kernels = generate(lambda codes: torch.ops.qcompile.transpose_codes(codes, size) + 0, codes)
+    assert len(kernels) == 1
+    assert torch.equal(got, reference.transpose_codes(codes, size))
 
 
 @interpreted

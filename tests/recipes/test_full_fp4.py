@@ -20,7 +20,7 @@ from qcompile.ir.transforms import Transform
 from qcompile.kernels.quantize import reference
 from qcompile.kernels.transform.reference import rotate
 from qcompile.recipes import IF4, MXFP4, MXFP8, NVFP4, QUARTET2, TETRAJET2, UNIFORM4
-from tests.passes.harness import compile_and_run, compiler
+from tests.passes.harness import assert_same, backward, compile_and_run, compiler, leaves_of
 
 RECIPES = {recipe.name: recipe for recipe in (QUARTET2, NVFP4, TETRAJET2, UNIFORM4, IF4, MXFP4, MXFP8)}
 
@@ -76,11 +76,11 @@ def test_codes_and_scales_are_those_of_transformer_engine(case: str) -> None:
     assert (digest(codes), digest(scales)) == (codes_hash, scales_hash)
 
 
-def four_over_six(x: Tensor, power: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and scales of TransformerEngine's 4/6 in rows (cap 256; MSE, or MAE with power 1), in the order of its
-    operations; and both scales of every block before they are rounded.
+def four_over_six(x: Tensor, power: int, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of TransformerEngine's 4/6 in rows (MSE, or MAE with power 1), in the order of its operations;
+    and both scales of every block before they are rounded.
     """
-    blocks, encode = x.unflatten(-1, (-1, 16)), 256 * 6 / x.abs().max()
+    blocks, encode = x.unflatten(-1, (-1, 16)), cap * 6 / x.abs().max()
     levels, found, plain = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]), [], []
     for factor in (1.0, 1.5):
         plain.append(blocks.abs().amax(-1, keepdim=True) / 6 * encode * factor)
@@ -97,28 +97,31 @@ def four_over_six(x: Tensor, power: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "power", "hashes"),
+    ("rule", "power", "cap", "hashes"),
     [
-        ("e4m3_46", 2, ("2b3e63904aade55a", "238bbcfc386c1309")),
-        ("e4m3_46_mae", 1, ("819d5d81c08beba6", "8b30f205744cd954")),
+        ("e4m3_46", 2, 256, ("2b3e63904aade55a", "238bbcfc386c1309")),
+        ("e4m3_46_mae", 1, 256, ("819d5d81c08beba6", "8b30f205744cd954")),
+        ("e4m3_46_448", 2, 448, None),
+        ("e4m3_46_mae_448", 1, 448, None),
     ],
 )
 def test_four_over_six_in_rows_differs_from_transformer_engine_by_ties_of_scales_only(
-    rule: str, power: int, hashes: tuple[str, str]
+    rule: str, power: int, cap: int, hashes: tuple[str, str] | None
 ) -> None:
     """Both round amax/6 · (1536/amax of the tensor). Ours divides by the tensor's scale, which is rounded, theirs
-    multiplies by its exact inverse: where that is halfway between two E4M3 numbers, 6 blocks of 128 here, ours may go
-    to the other. Everything else is equal.
+    multiplies by its exact inverse: where that is halfway between two E4M3 numbers, 6 blocks of 128 here and with
+    the cap of 256, ours may go to the other. Everything else is equal.
     """
     x = golden_input()
-    codes, scales, plain = four_over_six(x, power)
-    assert (digest(codes), digest(scales)) == hashes
+    codes, scales, plain = four_over_six(x, power, cap)
+    assert hashes is None or (digest(codes), digest(scales)) == hashes  # of the other cap there are none
     our_codes, our_scales = quantized(x, f"e2m1 block16 {rule}")
     differs = scales != our_scales
     number = plain.clamp(max=448)
     mantissa = number / 2 ** torch.floor(torch.log2(number)) * 16  # halfway: an odd number of sixteenths
     halfway = ((mantissa - mantissa.round()).abs() < 1e-4) & (mantissa.round() % 2 == 1)
-    assert 0 < differs.sum() <= 6
+    assert differs.sum() <= 6
+    assert differs.any() == (cap == 256)
     assert halfway.any(0)[differs].all()
     assert torch.equal(*(c.unflatten(-1, (-1, 8))[~differs] for c in (codes, our_codes)))
 
@@ -261,6 +264,25 @@ def test_a_rule_for_blocks_without_blocks(rules: list) -> None:
     result = compile_and_run(nn.Linear(32, 32), torch.randn(2, 32), recipe=NVFP4, enabled=False, rules=rules)
     expected = {"rule '*' (last_blocks=0.15, quantize=False)": 0} if rules else {}
     assert dict(result.observations[0].plan.matched) == expected  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["qcompile_quartet2", "qcompile_nvfp4"])
+def test_a_wide_backward_reads_the_codes_of_the_forward(name: str) -> None:
+    """dY is not quantized, and nothing is read again: gradients are those of the product of decoded operands."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(32, 64, requires_grad=True)
+    result = compile_and_run(layer, x, recipe=RECIPES[name].override({"backward": "bf16"}))
+    operands = {row["role"]: row["operands"] for row in result.gemms}
+    forward = operands["fprop"]
+    assert all(text.startswith("e2m1 block16") for text in forward)
+    assert {role: sorted(texts) for role, texts in operands.items() if role != "fprop"} == {
+        "dgrad": sorted(["dense", forward[1]]),
+        "wgrad": sorted(["dense", forward[0]]),
+    }
+    fake = (torch.ops.qcompile.fake_quantize(t, text, -1) for t, text in zip((x, layer.weight), forward, strict=True))
+    y = nn.functional.linear(*fake, layer.bias)
+    assert_same(result.outputs, y)
+    assert_same(result.gradients, backward(y, leaves_of(layer, (x,))))
 
 
 def test_the_report_says_what_a_wide_forward_leaves_quantized() -> None:
