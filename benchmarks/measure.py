@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,12 +45,14 @@ __all__ = [
     "milliseconds",
     "quiet_stderr",
     "rotations",
+    "run_process",
     "share_of_cores",
     "side_by_side",
     "write_rows",
 ]
 
 Call = Callable[[], object]
+Item = TypeVar("Item")
 
 #: Second-level cache that buffers must outgrow; the H200's is 60 MB, and unknown caches are taken to be that large.
 L2_BYTES = 60 * 2**20
@@ -286,21 +288,14 @@ def share_of_cores(jobs: int) -> dict[str, str]:
     return {name: str(min(share, int(os.environ.get(name) or share))) for name in names}
 
 
-def in_fresh_process(
-    script: Path, name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path, jobs: int = 1
-) -> dict[str, Any]:
-    """What ``script``, run once more with ``--worker name``, answers; what it prints becomes a section of ``log``.
-
-    A fork would do in less time, but not after CUDA has been asked anything. ``jobs``: how many workers share the
-    machine. Raises ``RuntimeError`` with what the worker raised, and ``TimeoutError`` if it took longer than ``limit``
-    seconds.
+def run_process(command: Sequence[str], name: str, limit: float, log: Path, jobs: int = 1) -> tuple[int, str]:
+    """Run a command with what one of ``jobs`` may have of this machine; its exit status and what it printed, which
+    becomes a section of ``log``. Raises ``TimeoutError`` if it took longer than ``limit`` seconds, after ending it.
     """
-    result, printed = scratch / "answer.json", scratch / "printed"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, str(script), *arguments, "--worker", name, "--scratch", str(scratch)]
-    variables = {**os.environ, **share_of_cores(jobs)}
-    with printed.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=variables)
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=printed, start_new_session=True, env={**os.environ, **share_of_cores(jobs)}
+        )
         _WORKERS.add(process)
         try:
             process.wait(limit)
@@ -311,9 +306,26 @@ def in_fresh_process(
             _kill(process)
             process.wait()
             _WORKERS.discard(process)
+            printed.seek(0)
+            text = printed.read()
             with log.open("ab", buffering=0) as sections:  # one write, so that those of others do not get in between
-                sections.write(f"=== {name}\n".encode() + printed.read_bytes())
-    found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({process.returncode})"}
+                sections.write(f"=== {name}\n".encode() + text)
+    return process.returncode, text.decode(errors="replace")
+
+
+def in_fresh_process(
+    script: Path, name: str, arguments: Sequence[str], limit: float, scratch: Path, log: Path, jobs: int = 1
+) -> dict[str, Any]:
+    """What ``script``, run once more with ``--worker name``, answers.
+
+    A fork would do in less time, but not after CUDA has been asked anything. Raises ``RuntimeError`` with what the
+    worker raised, and what :func:`run_process` raises.
+    """
+    result = scratch / "answer.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(script), *arguments, "--worker", name, "--scratch", str(scratch)]
+    status, _ = run_process(command, name, limit, log, jobs)
+    found = json.loads(result.read_text()) if result.exists() else {"error": f"the process died ({status})"}
     if "error" in found:
         raise RuntimeError(found["error"])
     return found["answer"]
@@ -324,14 +336,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
 
 
-def side_by_side(run: Callable[[str], None], names: Sequence[str], at_once: int) -> None:
-    """``run`` for each name, in their order, ``at_once`` at a time in threads that wait for workers.
+def side_by_side(run: Callable[[Item], None], items: Sequence[Item], at_once: int) -> None:
+    """``run`` for each item, in their order, ``at_once`` at a time in threads that wait for workers.
 
     What interrupts this process, or what ``run`` raises, ends all workers: they have sessions of their own, so that
     no terminal does.
     """
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        waiting = [pool.submit(run, name) for name in names]
+        waiting = [pool.submit(run, item) for item in items]
         try:
             for each in waiting:
                 each.result()

@@ -1,7 +1,7 @@
 """A scaling law for low-precision training: what a parameter of P bits is worth, in parameters of 16 bits.
 
     python examples/scaling_law.py train --out runs.csv --text my_text.txt    # sizes × bits × tokens, resumable
-    python examples/scaling_law.py train --out runs.csv --bits 16 4 fp4 --tokens 40e6 85e6 --seconds 540  # 9 minutes
+    python examples/scaling_law.py train --out runs.csv --bits 16 4 fp4 --tokens 40e6 85e6 --seconds 540 --jobs 6
     python examples/scaling_law.py fit runs.csv                               # default: the runs QuEST published
 
 The law is L(N, D, P) = A / (N·eff(P))^a + B / D^b + E (QuEST, arXiv 2502.05003): N parameters outside embedding and
@@ -22,8 +22,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from itertools import product
 from pathlib import Path
+from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -300,7 +303,7 @@ def plot(problem: Problem, law: Law, replicates: list[Law], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def fit(given: argparse.Namespace) -> None:
+def fit(given: argparse.Namespace) -> int:
     demo.require("matplotlib")
     torch.set_num_threads(1)  # thousands of small operations: threads would only wait for each other
     problem = Problem(read_runs(given.csv))
@@ -312,6 +315,7 @@ def fit(given: argparse.Namespace) -> None:
     report(console, problem, problem.law(theta), replicates)
     plot(problem, problem.law(theta), replicates, given.out / "scaling_law.png")
     console.print(f"Written: {given.out / 'scaling_law.png'}")
+    return 0
 
 
 # --- the runs -------------------------------------------------------------------------------------------------------
@@ -347,38 +351,118 @@ ARMS: dict[str, tuple[str, float, str, dict[str, Any] | None]] = {
 }
 
 
-def train(given: argparse.Namespace) -> None:
-    """Every size, length and arm from one seed with one set of hyperparameters, except what the file has already."""
+@dataclass(frozen=True)
+class Missing:
+    """A run that the file does not have: names of its size and arm, and its length."""
+
+    size: str
+    arm: str
+    steps: int
+    tokens: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.size} {ARMS[self.arm][0]} {self.tokens:,}"
+
+
+def missing_runs(given: argparse.Namespace) -> list[Missing]:
+    """Every size, length and arm, except what the file has; the longest runs first, so that none outlasts all others
+    and what the longest so far took is more than what the rest will.
+    """
+    done = {(run.setting, run.parameters, run.tokens) for run in read_runs(given.out)}
+    found = []
+    for name, length, arm in product(given.sizes, given.tokens or given.tokens_per_parameter, given.bits):
+        parameters = SIZES[name].parameters
+        steps = max(1, round((length if given.tokens else parameters * length) / (given.batch * given.sequence)))
+        tokens = steps * given.batch * given.sequence
+        if (ARMS[arm][0], parameters, tokens) not in done:
+            found.append(Missing(name, arm, steps, tokens))
+    return sorted(found, key=lambda missing: -SIZES[missing.size].parameters * missing.tokens)
+
+
+#: What all runs of a file share.
+SHARED = ("text", "device", "batch", "sequence", "learning_rate", "seed")
+
+
+def train(given: argparse.Namespace) -> int:
+    """Every run from one seed with one set of hyperparameters, except what the file has already. Raises ``ValueError``
+    for a number of jobs that there cannot be.
+    """
+    if given.jobs < 1:
+        msg = f"--jobs must be at least 1, got {given.jobs}"
+        raise ValueError(msg)
     if not given.out.exists():
         given.out.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    done = {(run.setting, run.parameters, run.tokens) for run in read_runs(given.out)}
-    inductor = {"triton.cudagraphs": True} if given.cudagraphs else {}
-    began, longest, left = time.perf_counter(), 0.0, 0
-    for name, length, arm in product(given.sizes, given.tokens or given.tokens_per_parameter, given.bits):
-        size, (setting, bits, backend, options) = SIZES[name], ARMS[arm]
-        wanted = length if given.tokens else size.parameters * length
-        steps = max(1, round(wanted / (given.batch * given.sequence)))
-        tokens = steps * given.batch * given.sequence
-        if (setting, size.parameters, tokens) in done:
-            continue
-        start = time.perf_counter()
-        if start - began + longest > given.seconds:
-            left += 1
-            continue
-        same = {key: getattr(given, key) for key in ("text", "device", "batch", "sequence", "learning_rate", "seed")}
-        model = {**asdict(size), "heads": size.hidden // 128}
-        experiment = demo.prepare({**same, **model, "steps": steps, "out": given.out.parent})
-        if tokens > 4 * len(experiment.train):
-            print(f"{tokens / len(experiment.train):.0f} passes over the text; the law is about 1", file=sys.stderr)
-        loss = train_one(experiment, backend, {**(options or {}), **inductor} or None)
-        longest = max(longest, time.perf_counter() - start)
-        seconds = f"{time.perf_counter() - start:.0f} s"
-        print(f"{name} {setting}: {loss:.4f} nats per byte after {tokens:,} bytes, {seconds}", flush=True)
-        if math.isfinite(loss):  # a run that diverged is no run of the law
-            with given.out.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(asdict(Run(setting, bits, size.parameters, tokens, loss)).values())
+    missing = missing_runs(given)
+    began, took, left = time.perf_counter(), list[float](), list[Missing]()
+    lock, failed = Lock(), list[str]()
+
+    def run(each: Missing) -> None:
+        with lock:
+            start = time.perf_counter()
+            rest = given.seconds - (start - began)
+            if rest < max(took, default=0.0):
+                left.append(each)
+                return
+        said, fault = train_here(given, each) if given.jobs == 1 else train_apart(given, each, rest)
+        with lock:
+            took.append(time.perf_counter() - start)
+            failed.extend([each.label] if fault else [])
+            print(f"{said}{fault}, {took[-1]:.0f} s", flush=True)
+
+    if given.jobs == 1:
+        for each in missing:
+            run(each)
+    else:
+        workers().side_by_side(run, missing, given.jobs)
     if left:
-        print(f"{left} runs are left for the next call")
+        print(f"{len(left)} runs are left for the next call")
+    if failed:
+        print(f"failed, see {given.out.with_suffix('.log')}: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def train_here(given: argparse.Namespace, missing: Missing) -> tuple[str, str]:
+    """Train in this process and append the row; what there is to say, and no fault."""
+    size, (setting, bits, backend, options) = SIZES[missing.size], ARMS[missing.arm]
+    inductor = {"triton.cudagraphs": True} if given.cudagraphs else {}
+    same = {key: getattr(given, key) for key in SHARED}
+    model = {**asdict(size), "heads": size.hidden // 128}
+    experiment = demo.prepare({**same, **model, "steps": missing.steps, "out": given.out.parent})
+    tokens = missing.tokens
+    if tokens > 4 * len(experiment.train):
+        print(f"{tokens / len(experiment.train):.0f} passes over the text; the law is about 1", file=sys.stderr)
+    loss = train_one(experiment, backend, {**(options or {}), **inductor} or None)
+    if math.isfinite(loss):  # a run that diverged is no run of the law
+        with given.out.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(asdict(Run(setting, bits, size.parameters, tokens, loss)).values())
+    return f"{missing.size} {setting}: {loss:.4f} nats per byte after {tokens:,} bytes", ""
+
+
+def train_apart(given: argparse.Namespace, missing: Missing, limit: float) -> tuple[str, str]:
+    """Train by a call of this script for one run, which shares the machine; what it said last, and what went wrong."""
+    command = [sys.executable, __file__, "train", "--out", str(given.out), "--sizes", missing.size]
+    command += ["--bits", missing.arm, "--tokens", str(missing.tokens), *["--cudagraphs"] * given.cudagraphs]
+    for key in SHARED:
+        if (value := getattr(given, key)) is not None:
+            command.append(f"--{key.replace('_', '-')}={value}")
+    log = given.out.with_suffix(".log")
+    try:
+        status, text = workers().run_process(command, missing.label, limit, log, given.jobs)
+    except TimeoutError as error:
+        return missing.label, f": {error}"
+    if status:
+        return missing.label, f": failed ({status}): {(text.strip().splitlines() or [''])[-1]}"
+    said = [line for line in text.splitlines() if line.startswith(f"{missing.size} {ARMS[missing.arm][0]}: ")]
+    return said[-1].rpartition(", ")[0], ""
+
+
+def workers() -> ModuleType:
+    """What the benchmarks run their workers with; beside this folder in the source tree."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return import_module("measure")
 
 
 def train_one(
@@ -453,15 +537,18 @@ def main(arguments: list[str] | None = None) -> int:
         default=math.inf,
         help="begin no run that would end later, if the rest take as long as the longest so far",
     )
+    training.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs side by side, each a process of its own"
+    )
     add_training_arguments(training)
     training.set_defaults(command=train)
     given = parser.parse_args(arguments)
     try:
-        given.command(given)
+        status: int = given.command(given)
     except (ValueError, OSError, ImportError) as error:
         print(f"scaling_law: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def test_every_arm_is_a_recipe_that_there_is() -> None:
     assert all(len(arm.schedule(100).phases) == 1 + arm.healed for arm in ARMS.values())
 
 
+def test_full_arms_quantize_all_products_all_the_time() -> None:
+    full = {name for name, arm in ARMS.items() if full_fp4_curves.is_full(arm)}
+    assert full == {"quartet2", "nvidia", "tetrajet2", "if4", "uniform4", "mxfp4"}
+
+
 def test_gaps_are_paired() -> None:
     base = Curve([2.0 + 0.1 * i for i in range(300)], [3.0, 5.0])
     other = Curve([x + 0.01 for x in base.losses], [3.03, 5.05])
@@ -89,7 +94,9 @@ def test_the_file_says_what_is_published_and_what_is_reproduced() -> None:
     }
     assert said["forward_share"] == pytest.approx(0.8)
     assert said["published_forward_share"] == pytest.approx(0.88, abs=0.005)
+    assert said["best"] == {"arm": "if4", "gap": pytest.approx(0.03), "goal": 0.043, "met": True}
     text = full_fp4_curves.table(curves)
+    assert "in 4 bits is +0.0300, IF4's; the goal, 0.043, is met." in text
     assert "| NVIDIA | 3 | 3.0510 |" in text
     assert "± 0.0000 | 0.055 |" in text
     assert "| Quartet II | NVIDIA | 0.012 | +0.0010 | within the noise of seeds |" in text
@@ -97,7 +104,8 @@ def test_the_file_says_what_is_published_and_what_is_reproduced() -> None:
     diverged = {(order["better"], order["worse"]): order["ours"] for order in full_fp4_curves.found(curves)["orders"]}
     assert diverged["quartet2", "nvidia"] == float("inf")
     assert "| Quartet II | NVIDIA | 0.012 | diverged | reproduced |" in full_fp4_curves.table(curves)
-    del curves["bf16_seed1"]
+    del curves["bf16_seed1"], curves["if4"]
+    assert "in 4 bits is +0.0500, Quartet II's; the goal, 0.043, is missed." in full_fp4_curves.table(curves)
     assert full_fp4_curves.found(curves)["noise"] is None
     assert "reproduced" not in full_fp4_curves.table(curves)
 

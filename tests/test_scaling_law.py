@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -274,6 +275,55 @@ def test_lengths_may_be_those_of_all_sizes_and_a_call_has_its_time(eager, tmp_pa
     assert "1 runs are left for the next call" in capsys.readouterr().out
     assert scaling_law.main(command) == 0
     assert len(read_runs(table)) == 2
+
+
+class InThisProcess:
+    """Runs what would be a process of its own; one arm breaks there, another one takes too long."""
+
+    def __init__(self):
+        self.calls, self.lock = [], Lock()
+        self.side_by_side = scaling_law.workers().side_by_side
+
+    def run_process(self, command, name, limit, log, jobs):
+        assert command[:2] == [sys.executable, scaling_law.__file__]
+        assert jobs == 2
+        with self.lock:
+            self.calls.append(name)
+            if "FP4" in name:
+                return 1, "a warning\nRuntimeError: broken\n"
+            if "W1A1" in name:
+                msg = "took longer than 5 s"
+                raise TimeoutError(msg)
+            return scaling_law.main(command[2:]), f"a warning\n{name.split()[0]} BF16: it said, 3 s\nanother\n"
+
+
+def test_runs_side_by_side_are_calls_of_one_run(eager, tmp_path, monkeypatch, capsys):
+    """The same rows as one after the other, the largest first; what fails stops no other and is run again."""
+    table, alone = tmp_path / "runs.csv", tmp_path / "alone.csv"
+    monkeypatch.setitem(SIZES, "17M", Size(2, 128, 128))
+    command = ["train", "--sizes", "8.8M", "17M", "--device", "cpu", "--batch", "2", "--sequence", "16"]
+    command += ["--tokens", "64", "640", "--learning-rate", "0.002", "--seed", "3", "--bits"]
+    assert scaling_law.main([*command, "16", "--out", str(alone)]) == 0
+    processes = InThisProcess()
+    monkeypatch.setattr(scaling_law, "workers", lambda: processes)
+    assert scaling_law.main([*command, "16", "fp4", "1", "--jobs", "2", "--out", str(table)]) == 1
+    said = capsys.readouterr()
+    assert sorted(map(asdict, read_runs(table)), key=str) == sorted(map(asdict, read_runs(alone)), key=str)
+    assert len(set(processes.calls)) == len(processes.calls) == 12
+    assert {name.rpartition(" ")[0] for name in processes.calls[:2]} < {"17M BF16", "17M FP4", "17M W1A1"}
+    assert "17M FP4 640: failed (1): RuntimeError: broken" in said.out
+    assert "17M W1A1 640: took longer than 5 s" in said.out
+    assert "17M BF16: it said, 0 s" in said.out
+    assert "8.8M FP4 64" in said.err
+    del processes.calls[:]
+    assert scaling_law.main([*command, "16", "fp4", "--jobs", "2", "--out", str(table)]) == 1
+    assert len(processes.calls) == 4
+    assert all("FP4" in name for name in processes.calls)
+    del processes.calls[:]
+    assert scaling_law.main([*command, "2", "--jobs", "2", "--seconds", "-1", "--out", str(table)]) == 0
+    assert processes.calls == []
+    assert scaling_law.main([*command, "2", "--jobs", "0", "--out", str(table)]) == 2
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_diverged_run_is_no_row(eager, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_workers_run_side_by_side_and_a_failing_one_stops_no_other(worker, tmp_p
 def test_an_interrupt_ends_all_workers(worker, tmp_path):
     def interrupted(name: str, limit: float) -> Curve:
         if name == "interrupt":
-            while not (tmp_path / "meeting" / "sleeps").exists():
+            while not (process := tmp_path / "meeting" / "sleeps").exists() or not process.read_text():
                 time.sleep(0.01)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             while measure._WORKERS:
