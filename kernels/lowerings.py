@@ -42,6 +42,7 @@ LOWERINGS: dict[str, Lowering] = {
     "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated, texts=0),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
     "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
+    "mm_add": Lowering(matmul.lower_mm_add, matmul.supports_mm_add, texts=0),
     "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),
     "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient, texts=0),
