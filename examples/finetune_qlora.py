@@ -82,7 +82,8 @@ def run(name: str, folder: Path, tokens: torch.Tensor, seed: int, given: argpars
     windows = [held_out[start : start + given.context] for start in torch.linspace(0, last, given.validate).long()]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=given.rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.rate, total_steps=given.steps, pct_start=0.1)
+    warm_up = min(1.0, max(0.1, 2 / given.steps))  # of one step or more, or the schedule divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.rate, total_steps=given.steps, pct_start=warm_up)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:

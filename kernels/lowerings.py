@@ -43,6 +43,7 @@ LOWERINGS: dict[str, Lowering] = {
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
     "transpose_codes": Lowering(quantize.lower_transpose_codes, quantize.supports_transpose_codes, texts=0),
     "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
+    "mm_add": Lowering(matmul.lower_mm_add, matmul.supports_mm_add, texts=0),
     "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),
     "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient, texts=0),

@@ -63,6 +63,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "count_bits": matmul.count_bits,
     "mm_block_scaled": matmul.mm_block_scaled,
     "mm_stored": matmul.mm_stored,
+    "mm_add": torch.addmm,
 }
 
 

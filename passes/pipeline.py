@@ -22,6 +22,7 @@ from qcompile import compat
 from qcompile.ir.recipe import Recipe
 
 from .account import account
+from .accumulate import accumulate
 from .adopt import adopt
 from .audit import audit, audit_encoders
 from .cancel_rotations import cancel_rotations
@@ -37,6 +38,7 @@ from .graph import fake_values_read, unchanged
 from .insert import insert, stamp
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
+from .move_factors import move_factors
 from .names import Names
 from .partition import Partitioner, hints, narrow_saved, share_codes
 from .pass_base import Context, GraphPass, Observations, Work, dump, log, run_passes
@@ -153,6 +155,9 @@ JOINT = PipelineStage(
         GraphPass("gather_codes", gather_codes),
         GraphPass("fuse", fuse),
         GraphPass("fold", fold, changes="yes, if backward= is set"),
+        GraphPass(
+            "move_factors", move_factors, changes="no (where LoRA's product is rounded, unless by powers of two)"
+        ),
         GraphPass("hints", hints),
         GraphPass(
             "choose_providers",
@@ -179,6 +184,7 @@ POST_GRAD = PipelineStage(
     "forward, then backward",
     (
         GraphPass("lower", lower),
+        GraphPass("accumulate", accumulate, changes="no (where a sum of products is rounded)"),
         GraphPass("merge_quantize", merge_quantize),
         GraphPass("fuse_producers", fuse_producers, by_request=True),
         GraphPass("audit_encoders", audit_encoders, changes="no (records what quantizes)", dumped=False),

@@ -38,6 +38,7 @@ from .views import (
     Mm1Bit,
     Mm8Bit,
     Mm8BitGrouped,
+    MmAdd,
     MmBlockScaled,
     MmStored,
     Quantize,
@@ -105,7 +106,8 @@ _LOWERED = _TRACED | {
     EncodeCompensated, Recode, TransposeCodes, Mm8Bit, Mm1Bit, CountBits, MmBlockScaled, MmStored, QuantizeGroups,
     Mm8BitGrouped, DequantizeGroups,
 }  # fmt: skip
-_MERGED = _LOWERED | {
+_ACCUMULATED = _LOWERED | {MmAdd}
+_MERGED = _ACCUMULATED | {
     Quantize8Bit, Quantize8BitMasked, Quantize8BitTransposed, Quantize8BitPair, QuantizeGroupsPair,
 }  # fmt: skip
 _PRODUCED = _MERGED | {QuantizeProduced}
@@ -117,12 +119,14 @@ STAGES: dict[str, Stage] = {
     "gather_codes": Stage(_TRACED, (_has_no_fold,)),
     "fuse": Stage(_FUSED, (_has_no_fold,)),
     "fold": Stage(_FOLDED),
+    "move_factors": Stage(_FOLDED),
     "hints": Stage(_FOLDED),
     "choose_providers": Stage(_FOLDED, (_has_a_provider,)),
     "audit": Stage(_FOLDED),
     "lower_frozen": Stage(_FUSED | _LOWERED),
     "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
+    "accumulate": Stage(_ACCUMULATED),
     "merge_quantize": Stage(_MERGED),
     "fuse_producers": Stage(_PRODUCED),
     "audit_encoders": Stage(_PRODUCED),

@@ -35,7 +35,8 @@ from .graph import emit, is_call, item_of
 __all__ = [
     "ENCODERS", "TEXTS", "VIEW_OF", "ClampOutliers", "CountBits", "Dequantize", "DequantizeGroups",
     "EncodeCompensated", "EstimatorMask", "FakeQuantize", "Hadamard", "MaskGradient", "Mm1Bit", "Mm8Bit",
-    "Mm8BitGrouped", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize", "Quantize8Bit",
+    "Mm8BitGrouped", "MmAdd", "MmBlockScaled", "MmStored", "OperandStatistics", "ProductOperand", "Quantize",
+    "Quantize8Bit",
     "Quantize8BitMasked", "Quantize8BitPair", "Quantize8BitTransposed", "QuantizeCompensated", "QuantizeGroups",
     "QuantizeGroupsPair", "QuantizeProduced", "QuantizedMM", "ReadAgain", "Recode", "RestoreOutliers",
     "ScaleGradient", "SplitGradient", "View", "encoder_of",
@@ -535,6 +536,14 @@ class MmStored(View):
     second: Node | None = None
     offset: Node | None = None
     high_first: bool = False
+
+
+@dataclass(frozen=True)
+class MmAdd(View):
+    op = ops.mm_add.default
+    sum: Node
+    a: Node
+    b: Node
 
 
 #: Op → its view.

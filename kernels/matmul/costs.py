@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RATES", "Rates", "best_backward", "decodes_in_tile", "rates_of"]
+__all__ = ["RATES", "Rates", "best_backward", "decodes_in_tile", "hides_summand", "rates_of"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +123,11 @@ def decodes_in_tile(shape: tuple[int, int, int], rates: Rates) -> bool:
     operations = 2.0 * m * n * k
     before = rates.passes(_DECODED_BYTES * n * k, 1) + rates.product_decoded(operations, torch.bfloat16)
     return rates.launch + operations / rates.operations_in_tile <= before
+
+
+def hides_summand(length: int, dtype: torch.dtype, rates: Rates) -> bool:
+    """Whether a product with a contraction of ``length`` takes longer than to read and write a matrix like its result,
+    so that one it adds up with is read while it waits for tensor cores.
+    """
+    of_element = rates.product_decoded(2.0 * length, dtype) - rates.launch
+    return of_element >= rates.passes(2 * dtype.itemsize, 0)

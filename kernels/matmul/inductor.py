@@ -26,6 +26,7 @@ from torch._inductor.kernel.mm_common import persistent_mm_grid
 from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.select_algorithm import ExternKernelChoice, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
 
 from qcompile.kernels.extern import own_kernel
 from qcompile.kernels.quantize.inductor import is_empty
@@ -35,7 +36,9 @@ from .providers import Product, choose
 if TYPE_CHECKING:
     from . import triton as gemm
 
-__all__ = ["lower_count_bits", "lower_mm_8bit", "supports_count_bits", "supports_mm_8bit"]
+__all__ = [
+    "lower_count_bits", "lower_mm_8bit", "lower_mm_add", "supports_count_bits", "supports_mm_8bit", "supports_mm_add",
+]  # fmt: skip
 
 #: Most configs of the template that max-autotune measures, those that should be fastest.
 _MEASURED_CONFIGS = 6
@@ -170,6 +173,47 @@ def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_
         return choices[0].output_node()
     selected = autotune_select_algorithm("qcompile_mm_8bit", choices, inputs, layout)
     return selected[0] if isinstance(selected, tuple) else selected  # torch 2.13 names the choice as well
+
+
+class _AddProduct(ir.ExternKernel):
+    """``sum += a · b`` in a buffer that exists: of ``addmm`` with another output torch copies the summand first."""
+
+    def __init__(self, total, a, b) -> None:
+        operands = [self.realize_input(x) for x in (total, a, b)]
+        super().__init__(None, ir.NoneLayout(device=total.get_device()), self.unwrap_storage(operands))
+        V.graph.mark_buffer_mutated(self.input_name(0))
+        self.name = V.graph.register_buffer(self)
+        V.graph.register_operation(self)
+
+    def codegen(self, wrapper: Any) -> None:
+        total, a, b = (x.codegen_reference() for x in self.inputs)  # type: ignore[union-attr]
+        wrapper.writeline(f"extern_kernels.addmm({total}, {a}, {b}, out={total}){wrapper.ending}")
+
+    def should_allocate(self) -> bool:
+        return False
+
+    def get_mutation_names(self):
+        return [self.input_name(0)]
+
+    def get_unbacked_symbol_defs(self):
+        return OrderedSet()
+
+
+def supports_mm_add() -> tuple[bool, str]:
+    """Code is always generated."""
+    return True, ""
+
+
+def lower_mm_add(total, a, b):
+    """``qcompile::mm_add``: in place by cuBLAS, ``[M, N]``. Where Inductor measures what adds a matrix, as ``addmm``:
+    so under max-autotune, on CPUs, and in C++.
+    """
+    measure = inductor_config.max_autotune or inductor_config.max_autotune_gemm
+    if measure or V.graph.cpp_wrapper or not ir.is_triton(total) or is_empty(total, a, b):
+        return _call(aten.addmm.default, total, a, b)
+    total.realize()
+    _AddProduct(total, a, b)
+    return total
 
 
 def supports_count_bits() -> tuple[bool, str]:

@@ -93,6 +93,9 @@ _SCHEMAS = (
     # in its high half.
     "mm_stored(Tensor x, Tensor codes, Tensor scales, str stored, SymInt size, bool rows, ScalarType dtype, "
     "Tensor? bias=None, Tensor? second=None, Tensor? offset=None, bool high_first=False) -> Tensor",
+    # sum [M, N] plus a [M, K] times b [K, N], of one dtype: added before the product is rounded. Generated code writes
+    # over `sum`, so nothing else may read it.
+    "mm_add(Tensor sum, Tensor a, Tensor b) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -222,6 +225,11 @@ def _(a, b, offs, scale_a, scale_b, dtype, bias=None):
 @register_meta("mm_stored")
 def _(x, codes, scales, stored, size, rows, dtype, bias=None, second=None, offset=None, high_first=False):
     return x.new_empty([x.shape[0], size if rows else codes.shape[0]], dtype=dtype)
+
+
+@register_meta("mm_add")
+def _(sum, a, b):
+    return torch.empty_like(sum)
 
 
 @register_meta("mm_block_scaled")

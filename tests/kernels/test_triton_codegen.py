@@ -24,6 +24,7 @@ import torch._inductor.config as inductor_config  # noqa: E402
 from torch._inductor.codegen.triton import TritonOverrides  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import qcompile.kernels  # noqa: E402, F401
@@ -270,6 +271,35 @@ def test_zeros_of_a_stored_weight_are_added_where_it_is_decoded(generate):
     _, kernels = generate(lambda weight: weight.relu(), weight)
     (kernel,) = kernels
     assert [type_ for name, type_ in kernel.signature.items() if name.startswith("out_ptr")] == ["*bf16"]
+
+
+@compiled
+def test_a_product_is_added_in_place(generate):
+    """cuBLAS adds to the memory that the first product was written to; ``addmm`` with another output would copy it."""
+    x, a, y, b = (torch.randn(37, 41)[:m, :n] for m, n in ((37, 8), (8, 41), (37, 32), (32, 41)))
+    mm_add = torch.ops.qcompile.mm_add
+
+    def chain(x, a, y, b):
+        return mm_add(mm_add(x @ a, y, b), 2 * y, b)  # generated kernels do not run here, so 2 y is not 2 y
+
+    (_, kernels), (code,) = run_and_get_code(generate, chain, x, a, y, b)
+    assert len(kernels) == 1
+    calls = re.findall(r"extern_kernels.addmm\((\w+), \w+, \w+, out=(\w+)\)", code)
+    assert len(calls) == 2
+    assert len({name for call in calls for name in call}) == 1
+    (output,), _ = generate(lambda x, a, y, b: (mm_add(x @ a, y, b),), x, a, y, b)
+    torch.testing.assert_close(output, x @ a + y @ b)
+
+
+@compiled
+def test_what_measures_products_measures_those_that_add(generate):
+    x, a, y, b = (torch.randn(m, n) for m, n in ((37, 8), (8, 41), (37, 32), (32, 41)))
+    with inductor_config.patch(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"):
+        (outputs, _), (code,) = run_and_get_code(
+            generate, lambda x, a, y, b: (torch.ops.qcompile.mm_add(x @ a, y, b),), x, a, y, b
+        )
+    assert "alpha=1, beta=1, out=" in code
+    torch.testing.assert_close(outputs[0], x @ a + y @ b)
 
 
 @compiled

@@ -72,9 +72,9 @@ PASSES = imports(FOLDER / "pipeline.py") - {"graph", "names", "pass_base", "reco
 
 def test_what_the_passes_are() -> None:
     assert {
-        "account", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand", "find_gemms",
-        "fold", "fuse", "fuse_producers", "gather_codes", "insert", "lower", "merge_quantize", "partition", "pin",
-        "plan", "probe", "quantize_gradients", "recompute_codes", "watch",
+        "account", "accumulate", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand",
+        "find_gemms", "fold", "fuse", "fuse_producers", "gather_codes", "insert", "lower", "merge_quantize",
+        "move_factors", "partition", "pin", "plan", "probe", "quantize_gradients", "recompute_codes", "watch",
     } == PASSES  # fmt: skip
 
 
@@ -158,7 +158,7 @@ SIGNS = "midrise1 row absmax half_up"
 
 #: Provider → what stands for a product that it runs.
 EMITTED: dict[str, tuple[Any, ...]] = {
-    DECODED: (torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
+    DECODED: (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.qcompile.mm_add.default),
     REFERENCE: (QuantizedMM.op,),
     **dict.fromkeys(("cublaslt", "gluon", "triton"), (torch.ops.qcompile.mm_8bit.default,)),
     "popcount": (torch.ops.qcompile.mm_1bit.default,),

@@ -5,17 +5,20 @@ Both decode the same bytes to the same numbers, so results differ by the order o
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 
 import qcompile
+from qcompile import compat
 from qcompile.recipes import FP4, STORED
 from qcompile.stored import from_bitsandbytes_
 from qcompile.stored.pack import packed_weights
 from tests.passes.harness import compiler
-from tests.stored.adapters import adapted, in_4_bits, language_model, loss_and_gradients
+from tests.stored.adapters import adapted, in_4_bits, language_model, loss_and_gradients, with_numbers
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -23,6 +26,18 @@ pytest.importorskip("bitsandbytes")
 #: Linear layers: q, k, v, o, gate, up, down of two decoder layers or one. Mixtral's experts are no linear layers.
 LINEAR = {"llama": 14, "qwen3": 7, "gemma3": 7, "mixtral": 4}
 KINDS = [pytest.param(kind, marks=[] if kind == "llama" else pytest.mark.slow) for kind in LINEAR]
+
+
+@contextlib.contextmanager
+def tensor_cores():
+    """What is compiled within it is compiled as for a card."""
+    with mock.patch.object(compat, "tensor_core_capability", return_value=(9, 0)):
+        yield
+
+
+def program_of(observed) -> str:
+    """The forward graph of a card, before what quantizes."""
+    return observed.programs["post_grad_accumulate"]
 
 
 def worst(gradients, expected) -> float:
@@ -136,3 +151,63 @@ def test_generate():
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     model.forward, _ = compiler(model.forward, STORED, dynamic=True)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+#: What PEFT adds beside plain LoRA.
+VARIANTS = {
+    "lora": {},
+    "rank-stabilized": {"use_rslora": True},  # 8 / √4 = 4; below with rank 6, which is no power of two
+    "rank-stabilized, rank 6": {"use_rslora": True, "r": 6},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "biases": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_rank_products_beside_stored_weights(variant):
+    """As on a card, where products add up: what a layer computes, and every gradient, stays that of PEFT's own code.
+
+    Dropout draws the same numbers with the passes and without.
+    """
+    model = language_model(num_hidden_layers=1, intermediate_size=192)  # eager torch counts to 255 for DoRA's identity
+    qcompile.pack_(model, "nf4 block64 absmax_bnb")
+    model = adapted(model, **VARIANTS[variant]).train()
+    results = []
+    for disabled in (["move_factors", "accumulate"], []):
+        with tensor_cores():
+            compiled, observations = compiler(model, STORED, disable_passes=disabled)
+            torch.manual_seed(0)
+            results.append(loss_and_gradients(model, compiled))
+    expected = results[0] if variant == "dropout" else loss_and_gradients(model)
+    loss, gradients = results[1]
+    assert abs(loss - expected[0]) < 1e-6 * expected[0]
+    assert worst(gradients, expected[1]) < 2e-6
+    (observed,) = observations
+    # DoRA multiplies the base layer's result by a factor per column, and a bias is multiplied with its product: what is
+    # added then is no product.
+    assert ("mm_add" in program_of(observed)) == (variant not in ("dora", "biases"))
+    weights = {tuple(weight.shape) for _, weight in packed_weights(model)}
+    weights |= {shape[::-1] for shape in weights}
+    assert not weights & {tuple(row["shape"]) for row in observed.saved}
+
+
+def test_adapters_that_are_switched():
+    """Two at a time, the other one, none, and the first again."""
+    model = language_model(num_hidden_layers=1)
+    qcompile.pack_(model, "nf4 block64 absmax_bnb")
+    model = adapted(model)
+    model.add_adapter("second", __import__("peft").LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"]))
+    with_numbers(model)
+    compiled, observations = compiler(model, STORED)
+    ids, sums = torch.arange(3, 33).reshape(2, 15), []
+    for active in (["default", "second"], ["second"], [], ["default"]):
+        with model.disable_adapter() if not active else contextlib.nullcontext(), tensor_cores():
+            model.base_model.set_adapter(active or ["default"])
+            before = len(observations)
+            torch.testing.assert_close(
+                compiled(input_ids=ids).logits, model(input_ids=ids).logits, rtol=2e-5, atol=2e-5
+            )
+            sums += [program_of(observed).count("qcompile.mm_add.default(") for observed in observations[before:]]
+    # The second adapter's products with q and up, beside the first one's or alone.
+    assert sums == [7 + 2, 2, 0, 7]
