@@ -112,9 +112,9 @@ def _exchanged(x: Tensor, sent: _Counts, received: _Counts, group: dist.ProcessG
 
 
 def _all_to_all(x: Tensor, sent: _Counts, received: _Counts, group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(received), x.shape[1])
-    dist.all_to_all_single(out, x, list(received), list(sent), group=group)
-    return out
+    """Functional, since Dynamo loses the gradient of a result that is written in place (torch 2.11)."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_to_all_single(x, received, sent, group.group_name))
 
 
 def _encoded(x: Tensor, kind: Codes) -> Tensor:
