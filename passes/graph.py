@@ -17,8 +17,8 @@ from qcompile import compat
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read",
     "graph_modules", "input_of", "is_call", "is_cast", "is_gather", "is_read_by", "is_relayout", "is_view", "item_of",
-    "memory_of", "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over", "target_name",
-    "through_views", "unchanged", "value_of",
+    "memory_of", "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over",
+    "target_name", "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten

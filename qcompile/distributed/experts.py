@@ -13,7 +13,7 @@ odd, and are the same to whatever reads E2M1 codes by rows without outliers. Oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,9 +57,11 @@ def exchange_rows(
         raise ValueError(msg)
     group = group if group is not None else dist.group.WORLD
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts = all(type(count) is int and count >= 0 for count in (*sent, *received))
-    shaped = x.dim() == 2 and x.is_floating_point() and len(sent) == len(received) == ranks and sum(sent) == len(x)
-    if not (counts and shaped and sent[rank] == received[rank]):
+    conditions = _conditions(x, sent, received, ranks, rank)
+    if torch.compiler.is_compiling():  # counts may be data of the graph, which checks them when it runs
+        for condition in conditions:
+            torch._check(condition, lambda: "exchange_rows: counts of rows do not fit x or the ranks")
+    elif not all(conditions):
         msg = (
             f"exchange_rows: x is {x.dtype} {list(x.shape)}, sent {list(sent)}, received {list(received)}; give a"
             f" floating-point matrix, and one count for each of the {ranks} ranks, ints ≥ 0, those of sent adding up to"
@@ -74,6 +76,16 @@ def exchange_rows(
         msg = f"exchange_rows: codes='e4m3_odd' of {x.dtype}; give bfloat16 rows, or codes='e4m3'"
         raise ValueError(msg)
     return _Exchange.apply(x, tuple(sent), tuple(received), group, codes)
+
+
+def _conditions(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], ranks: int, rank: int
+) -> Iterator[bool | torch.SymBool]:
+    yield x.dim() == 2 and x.is_floating_point() and len(sent) == len(received) == ranks
+    for count in (*sent, *received):
+        yield type(count) is int and count >= 0
+    yield sum(sent) == len(x)
+    yield sent[rank] == received[rank]
 
 
 class _Exchange(torch.autograd.Function):
@@ -100,15 +112,13 @@ def _exchanged(x: Tensor, sent: _Counts, received: _Counts, group: dist.ProcessG
 
 
 def _all_to_all(x: Tensor, sent: _Counts, received: _Counts, group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(received), x.shape[1])
-    dist.all_to_all_single(out, x, list(received), list(sent), group=group)
-    return out
+    """Functional, since Dynamo loses the gradient of a result that is written in place (torch 2.11)."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_to_all_single(x, received, sent, group.group_name))
 
 
 def _encoded(x: Tensor, kind: Codes) -> Tensor:
     """Uint8 ``[rows, width + 4]``: codes, and the bytes of the scale, or of the row's maximum."""
-    if not len(x):
-        return x.new_empty(0, x.shape[1] + _SCALE.itemsize, dtype=torch.uint8)
     if kind == "e4m3_odd":
         codes, scales = weights.encode(x)
     else:

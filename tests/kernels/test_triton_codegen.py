@@ -552,6 +552,21 @@ def test_interpreted_producers_compute_what_inductor_does(generate, monkeypatch,
     torch.testing.assert_close(actual[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
 
 
+@interpreted
+@pytest.mark.parametrize("size", [112, 139])
+def test_interpreted_producers_read_halves_of_one_product(generate, size):
+    """Gate and up of experts, as Inductor hands them over: rows of twice the width, NaN and junk in some of them."""
+    both = torch.cat([rows_of_everything(21, size, Quantizer.parse(E2M1).format) for _ in range(2)], 1).half()
+    both[-3:] = torch.full((3, 2 * size), torch.nan)  # beyond the last group
+    x, kernels = generate(lambda both: F.silu(both[:, :size]) * both[:, size:], both)
+    assert kernels
+    actual = triton_outliers.quantize_produced(*both.chunk(2, -1), None, None, SWIGLU, COMPENSATED_OPERAND)
+    expected = triton_outliers.quantize_compensated(x, COMPENSATED_OPERAND, -1)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
+    assert actual[1][-3:].isnan().all()
+
+
 @pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - {"round"}))
 def test_producers_are_printed_as_inductor_prints_them(name):
     """Another function of the same meaning would differ in the last bit."""

@@ -600,6 +600,9 @@ def all_calls(rows: int, size: int, dtype: torch.dtype = BF16) -> dict[str, Call
         "recode e2m1 transposed": lambda: kernels.recode(packed, E2M1, size, True),
         "compensated": lambda: kernels.quantize_compensated(x, f"{E2M1}; ste; {occ}", -1),
         "produced": lambda: kernels.quantize_produced(x, x, None, None, PRODUCER, f"{E2M1}; ste; {occ}"),
+        "produced of halves": lambda: kernels.quantize_produced(
+            *on_meta(rows, 2 * size, dtype=dtype).chunk(2, -1), None, None, PRODUCER, f"{E2M1}; ste; {occ}"
+        ),
         "clamp": lambda: outliers.clamp_outliers(x, "occ(alpha=0.99)", -1),
     }
 
@@ -620,7 +623,7 @@ def test_nothing_spills(name, size, tmp_path):
 def test_odd_shapes_compile(rows, size, dtype):
     """Sizes of 1 are constants to the compiler, odd ones leave nothing aligned, long rows take other kernels."""
     for name, call in all_calls(rows, size, dtype).items():
-        if size <= 16384 or name not in ("compensated", "produced", "clamp"):
+        if size <= 16384 or name not in ("compensated", "produced", "produced of halves", "clamp"):
             assert launches_of(call), name
 
 

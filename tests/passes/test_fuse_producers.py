@@ -152,7 +152,7 @@ def test_elements_that_lie_apart_are_left_to_inductor():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_compute_swiglu_where_it_is_quantized(transposed):
-    """Groups of any size, rows that belong to none, and a token with NaN, which spoils what it does without the pass."""
+    """Groups of any size, rows that belong to none, and a token with NaN, which spoils what it does without."""
     sizes, results = (17, 0, 1, 30, 0), []
     x = torch.randn(56, 32, dtype=torch.bfloat16)  # eight rows more than groups have
     x[20, 3] = torch.nan
