@@ -23,8 +23,8 @@ triton = pytest.importorskip("triton")
 import torch._inductor.config as inductor_config  # noqa: E402
 from torch._inductor.codegen.triton import TritonOverrides  # noqa: E402
 from torch._inductor.runtime import triton_heuristics  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import qcompile.kernels  # noqa: E402, F401
