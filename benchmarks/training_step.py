@@ -271,6 +271,7 @@ ARMS: dict[str, Arm] = {
     "torchao_experts_padded": torchao_experts("torchao rowwise, experts rewritten to pad groups", use_padded_experts),
     "ours": without_options("qcompile_fp4", "FP4, no options", "ours_bf16_occ"),
     "quest": without_options("qcompile_quest", "QuEST, no options", "quest_bf16"),
+    "ours_produced": without_options("qcompile_fp4", "FP4, fuse_producers", "", enable_passes=["fuse_producers"]),
     "ours_masked": without_options("qcompile_fp4", "FP4, no causal_masks", "", **MASKED),
     "ours_produced_masked": without_options(
         "qcompile_fp4", "FP4, fuse_producers, no causal_masks", "", **MASKED, enable_passes=["fuse_producers"]

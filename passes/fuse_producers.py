@@ -6,6 +6,8 @@ the work::
 
     quantize_compensated(silu(gate) * up)   ─►   quantize_produced(gate, up, "neg(a); exp(%0); …; mul(%4, b)")
 
+Experts' gate and up are halves of one product, and are read there; the kernel's rows have any stride.
+
 Of each element two bytes are not written and two not read, and there is a launch less. The search waits for arithmetic,
 though, so operations that take longer than that saves (`erf`) stay where they are (:func:`saved_microseconds`).
 

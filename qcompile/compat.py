@@ -63,6 +63,7 @@ __all__ = [
     "cache_counters",
     "captures_recurrent_layers",
     "card_name",
+    "check_when_it_runs",
     "compile_fx",
     "compiled_call",
     "current_frame",
@@ -508,6 +509,11 @@ def make_wrapper_subclass(cls: Any, shape: Any, dtype: torch.dtype, device: torc
 def functional_collective(name: str) -> Any:
     """An op of torch's functional collectives; ``None`` if this torch has none of that name."""
     return getattr(getattr(torch.ops._c10d_functional, name, None), "default", None)
+
+
+def check_when_it_runs(condition: bool | torch.SymBool) -> None:
+    """Let a graph that is being traced take ``condition`` for granted, and check what of it depends on data."""
+    torch._check(condition)
 
 
 def is_argument(node: Node) -> bool:

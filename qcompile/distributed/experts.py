@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import qcompile.kernels.register  # noqa: F401  (the op below)
+from qcompile import compat
 
 from . import weights
 
@@ -50,7 +51,9 @@ def exchange_rows(
         codes: what rows, and in the backward their gradients, travel as; ``None``: as they are.
 
     Returns the rows that arrive, those of the first rank first, in the dtype of ``x``. A row with a NaN arrives as NaN,
-    one with an infinity as none that is finite. Raises ``ValueError`` where counts or ``codes`` do not fit.
+    one with an infinity as none that is finite. In a compiled graph counts may be data of it
+    (``torch._dynamo.config.capture_scalar_outputs``). Raises ``ValueError`` where counts or ``codes`` do not fit; a
+    graph whose counts do not, ``RuntimeError`` when it runs.
     """
     if not dist.is_initialized():
         msg = "exchange_rows: there are no ranks; call torch.distributed.init_process_group first"
@@ -58,9 +61,9 @@ def exchange_rows(
     group = group if group is not None else dist.group.WORLD
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     conditions = _conditions(x, sent, received, ranks, rank)
-    if torch.compiler.is_compiling():  # counts may be data of the graph, which checks them when it runs
+    if torch.compiler.is_compiling():
         for condition in conditions:
-            torch._check(condition, lambda: "exchange_rows: counts of rows do not fit x or the ranks")
+            compat.check_when_it_runs(condition)
     elif not all(conditions):
         msg = (
             f"exchange_rows: x is {x.dtype} {list(x.shape)}, sent {list(sent)}, received {list(received)}; give a"

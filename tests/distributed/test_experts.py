@@ -112,5 +112,13 @@ def test_counts_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match="give bfloat16 rows"):
             exchange_rows(x, (3,), (3,), codes="e4m3_odd")
         assert torch.equal(exchange_rows(x, (3,), (3,)), x)
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            counted = torch.compile(
+                lambda x, n: exchange_rows(x, n.tolist(), n.tolist()), backend="aot_eager", fullgraph=True
+            )
+            assert torch.equal(counted(x, torch.tensor([3])), x)
+            for count in (2, -1):  # data, which only the graph sees
+                with pytest.raises(RuntimeError):
+                    counted(x, torch.tensor([count]))
     finally:
         torch.distributed.destroy_process_group()

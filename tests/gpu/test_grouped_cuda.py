@@ -402,6 +402,29 @@ def test_nan_stays_in_its_expert():
         assert gradient.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False]
 
 
+def test_experts_compute_swiglu_where_it_is_quantized(monkeypatch):
+    """With `fuse_producers` and without a step has the same bits, for groups of any size and rows beyond the last."""
+    calls, kernel = [], register.DIRECT["quantize_produced"]
+    monkeypatch.setitem(register.DIRECT, "quantize_produced", lambda *given: calls.append(given) or kernel(*given))
+    sizes, results = (0, 1, 15, 17, 129, 300, 0, 554), []
+    for names in (["fuse_producers"], []):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        with torch.device("cuda"):
+            experts, x = Experts(8, 256, 384), torch.randn(1024, 256, dtype=BF16, requires_grad=True)
+        options = {"backward": "fp8", "enable_passes": names}
+        with torch._inductor.config.patch(force_disable_caches=True):
+            y = torch.compile(experts, backend="qcompile_fp4", options=options)(x, ends(sizes))[: sum(sizes)]
+        gradients = torch.autograd.grad(y.float().square().sum(), (x, *experts.parameters()))
+        results.append([y, gradients[0][: sum(sizes)], *gradients[1:]])
+        assert len(calls) == 1  # of the first compilation
+    (gate, up, *_), *_ = calls
+    assert (gate.stride(), up.stride()) == ((768, 1), (768, 1))
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def what_happened(step, options) -> str:
     """Where products of groups went: breaks of graphs, what the passes decided and why, what generated code calls."""
     breaks = dict(torch._dynamo.utils.counters["graph_break"])

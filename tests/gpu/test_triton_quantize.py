@@ -315,6 +315,19 @@ def test_producers(rows, size, dtype, text):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("rows", "size"), [(37, 129), (9001, 768), (5000, 1408), (3001, 7168)])
+def test_producers_read_halves_of_one_product(rows, size):
+    """Gate and up of experts: rows of twice the width, some of them junk beyond the last group."""
+    both = torch.randn(rows, 2 * size, device="cuda").to(BF16)
+    both[-5:] = float("nan")
+    text, operand = next(iter(PRODUCERS)).format("bfloat16"), f"{E2M1}; ste; occ(alpha=0.99,residual=e4m3)"
+    gate, up = both.chunk(2, -1)
+    x = torch.compile(swiglu, fullgraph=True, dynamic=False)(gate, up, None, None)
+    codes, scales, bounds = kernels.quantize_produced(gate, up, None, None, text, operand)
+    assert_same((codes, scales, bounds.where(scales.isfinite(), 0.0)), compensated(kernels, x, operand, -1))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_model_computes_what_it_quantizes(dynamic):
     """With the pass and without it a step has the same bits, for two batches, and compiles once for all of them if

@@ -19,22 +19,22 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.nightly
 
-EXPERTS = {"Mixtral": {"num_local_experts": 4}, "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 64}}
+EXPERTS = {"Mixtral": {"num_local_experts": 4}, "Qwen3Moe": {"num_experts": 4}}
 
 
-def report_of(kind: str, implementation: str) -> qcompile.Report:
-    """Of one training step of a tiny model."""
+def report_of(kind: str, implementation: str, hidden: int = 64, **options: Any) -> qcompile.Report:
+    """Of one training step of a tiny model, whose experts are ``hidden`` wide inside."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=32, use_cache=False, head_dim=32,
-        **EXPERTS[kind],
+        vocab_size=128, hidden_size=64, intermediate_size=hidden, moe_intermediate_size=hidden, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=32,
+        use_cache=False, head_dim=32, **EXPERTS[kind],
     )  # fmt: skip
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
     model.set_experts_implementation(implementation)
     ids = torch.randint(128, (2, 16))
     with mock.patch.object(compat, "tensor_core_capability", return_value=(9, 0)):
-        return qcompile.explain(model, input_ids=ids, labels=ids, options={"backward": "fp8"})
+        return qcompile.explain(model, input_ids=ids, labels=ids, options={"backward": "fp8", **options})
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
@@ -42,6 +42,14 @@ def test_grouped_experts_run_on_tensor_cores(kind: str) -> None:
     rows: list[Any] = [row for row in report_of(kind, "grouped_mm").rows if "experts" in row.layer]
     assert [(row.op, row.role) for row in rows] == 2 * [("grouped_mm", role) for role in ("fprop", "dgrad", "wgrad")]
     assert [row.provider.split()[-1] for row in rows] == 2 * ["grouped", "grouped", "grouped_gluon"]
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_swiglu_is_computed_where_it_is_quantized(kind: str) -> None:
+    """On request, from the halves of one product; rows are long enough to have outliers."""
+    with_pass, without = (report_of(kind, "grouped_mm", 256, enable_passes=names) for names in (["fuse_producers"], []))
+    assert "with its neg, exp, add, div, mul" in str(with_pass.to_json())
+    assert "with its" not in str(without.to_json())
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
