@@ -130,7 +130,7 @@ class Arm:
 
 
 #: What a LoRA step takes without the passes that are about low-rank products.
-SEPARATE = {"disable_passes": ["move_factors", "accumulate"]}
+SEPARATE = {"disable_passes": ["move_factors", "join_products", "accumulate"]}
 
 
 def w4a4(name: str, activation: str) -> dict[str, Arm]:

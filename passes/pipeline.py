@@ -36,6 +36,7 @@ from .fuse_producers import fuse_producers
 from .gather_codes import gather_codes
 from .graph import fake_values_read, unchanged
 from .insert import insert, stamp
+from .join_products import join_products
 from .lower import lower, lower_frozen
 from .merge_quantize import merge_quantize
 from .move_factors import move_factors
@@ -184,6 +185,7 @@ POST_GRAD = PipelineStage(
     "forward, then backward",
     (
         GraphPass("lower", lower),
+        GraphPass("join_products", join_products, changes="no (order of sums)"),
         GraphPass("accumulate", accumulate, changes="no (where a sum of products is rounded)"),
         GraphPass("merge_quantize", merge_quantize),
         GraphPass("fuse_producers", fuse_producers, by_request=True),

@@ -126,6 +126,7 @@ STAGES: dict[str, Stage] = {
     "lower_frozen": Stage(_FUSED | _LOWERED),
     "recompute_codes": Stage(_RECOMPUTED | _LOWERED),
     "lower": Stage(_LOWERED, takes_out=frozenset({QuantizedMM})),
+    "join_products": Stage(_LOWERED),
     "accumulate": Stage(_ACCUMULATED),
     "merge_quantize": Stage(_MERGED),
     "fuse_producers": Stage(_PRODUCED),

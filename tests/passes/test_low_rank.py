@@ -9,6 +9,7 @@ saved nowhere because a tensor is written twice instead.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -24,7 +25,7 @@ from qcompile.recipes import FP4, STORED
 from .harness import Result, assert_same, compile_and_run, run_eager
 from .test_pipeline import wrong_values
 
-OFF = ["move_factors", "accumulate"]
+OFF = ["move_factors", "join_products", "accumulate"]
 NF4 = "nf4 block64"
 
 
@@ -157,6 +158,31 @@ def test_factors_that_stay(case):
     if case != "a factor per column":  # that of the adapter does move
         assert scalings(on, "joint_hints", 2.0) == scalings(off, "joint_hints", 2.0)
     assert_same((on.outputs, on.gradients), run_eager(model, x))
+
+
+# --- products that read one tensor ----------------------------------------------------------------------------------
+
+
+def test_thin_products_of_one_tensor_become_one():
+    """Of gate and up, forward and for the gradients of their weights, which do not overlap."""
+    model, x = Block(), inputs()
+    with mock.patch("qcompile.passes.join_products.rates_of", return_value=(replace(RATES[0], launch=0.0), True)):
+        on = run(model, x)
+    joined = [len(lines(on, stage, "aten.mm")) for stage in ("post_grad_lower", "post_grad_join_products")]
+    assert joined[0] - joined[1] == 2
+    assert_same((on.outputs, on.gradients), run_eager(model, x))
+    gate, up = (on.gradients[f"{name}.lora_a"] for name in ("gate", "up"))
+    before = up.clone()
+    gate.zero_()
+    assert torch.equal(up, before)
+    assert gate.is_contiguous()
+    assert up.is_contiguous()
+
+
+def test_few_rows_are_read_as_often_as_before():
+    """Where another launch takes longer."""
+    result = run(Block(), inputs())
+    assert len(lines(result, "post_grad_lower", "aten.mm")) == len(lines(result, "post_grad_join_products", "aten.mm"))
 
 
 # --- sums -----------------------------------------------------------------------------------------------------------

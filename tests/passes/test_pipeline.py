@@ -73,8 +73,9 @@ PASSES = imports(FOLDER / "pipeline.py") - {"graph", "names", "pass_base", "reco
 def test_what_the_passes_are() -> None:
     assert {
         "account", "accumulate", "adopt", "audit", "cancel_rotations", "causal_masks", "choose_providers", "expand",
-        "find_gemms", "fold", "fuse", "fuse_producers", "gather_codes", "insert", "lower", "merge_quantize",
-        "move_factors", "partition", "pin", "plan", "probe", "quantize_gradients", "recompute_codes", "watch",
+        "find_gemms", "fold", "fuse", "fuse_producers", "gather_codes", "insert", "join_products", "lower",
+        "merge_quantize", "move_factors", "partition", "pin", "plan", "probe", "quantize_gradients", "recompute_codes",
+        "watch",
     } == PASSES  # fmt: skip
 
 

@@ -174,7 +174,7 @@ def test_low_rank_products_beside_stored_weights(variant):
     qcompile.pack_(model, "nf4 block64 absmax_bnb")
     model = adapted(model, **VARIANTS[variant]).train()
     results = []
-    for disabled in (["move_factors", "accumulate"], []):
+    for disabled in (["move_factors", "join_products", "accumulate"], []):
         with tensor_cores():
             compiled, observations = compiler(model, STORED, disable_passes=disabled)
             torch.manual_seed(0)
