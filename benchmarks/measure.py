@@ -300,7 +300,7 @@ def run_process(command: Sequence[str], name: str, limit: float, log: Path, jobs
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            msg = f"took longer than {limit:.0f} s"
+            msg = f"took longer than {limit:.3g} s"
             raise TimeoutError(msg) from None
         finally:
             _kill(process)

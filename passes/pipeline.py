@@ -157,7 +157,10 @@ JOINT = PipelineStage(
         GraphPass("fuse", fuse),
         GraphPass("fold", fold, changes="yes, if backward= is set"),
         GraphPass(
-            "move_factors", move_factors, changes="no (where LoRA's product is rounded, unless by powers of two)"
+            "move_factors",
+            move_factors,
+            changes="no (where LoRA's product is rounded, unless by powers of two)",
+            by_request=True,
         ),
         GraphPass("hints", hints),
         GraphPass(
@@ -185,8 +188,8 @@ POST_GRAD = PipelineStage(
     "forward, then backward",
     (
         GraphPass("lower", lower),
-        GraphPass("join_products", join_products, changes="no (order of sums)"),
-        GraphPass("accumulate", accumulate, changes="no (where a sum of products is rounded)"),
+        GraphPass("join_products", join_products, changes="no (order of sums)", by_request=True),
+        GraphPass("accumulate", accumulate, changes="no (where a sum of products is rounded)", by_request=True),
         GraphPass("merge_quantize", merge_quantize),
         GraphPass("fuse_producers", fuse_producers, by_request=True),
         GraphPass("audit_encoders", audit_encoders, changes="no (records what quantizes)", dumped=False),

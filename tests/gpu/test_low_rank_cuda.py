@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..passes.test_low_rank import OFF, Block
+from ..passes.test_low_rank import PASSES, Block
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA card")
@@ -51,7 +51,8 @@ def test_as_near_to_float64_as_eager_torch(options, rows, mode):
     exact = step(exact_model, exact_model, given(rows, torch.float64))
     x = given(rows, torch.bfloat16)
     eager = step(model, model, x)
-    compiled = torch.compile(model, backend="qcompile_stored", fullgraph=True, mode=mode)
+    chosen = {"enable_passes": PASSES, **({"mode": mode} if mode else {})}
+    compiled = torch.compile(model, backend="qcompile_stored", fullgraph=True, options=chosen)
     for _ in range(3):
         found = step(compiled, model, x)
         for name, value in exact.items():
@@ -62,10 +63,10 @@ def test_as_near_to_float64_as_eager_torch(options, rows, mode):
 def test_summands_are_not_copied_and_passes_are_saved():
     """By kernels that ran: no copy from device to device, and fewer bytes at the peak."""
     peaks = {}
-    for disabled in ([], OFF):
+    for enabled in (PASSES, []):
         torch.compiler.reset()
         model, x = block(torch.bfloat16), given(4096, torch.bfloat16)
-        compiled = torch.compile(model, backend="qcompile_stored", options={"disable_passes": disabled})
+        compiled = torch.compile(model, backend="qcompile_stored", options={"enable_passes": enabled})
         step(compiled, model, x)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -73,7 +74,7 @@ def test_summands_are_not_copied_and_passes_are_saved():
             y = compiled(x)
             y.sum().backward()
             torch.cuda.synchronize()
-        peaks[not disabled] = torch.cuda.max_memory_allocated()
+        peaks[bool(enabled)] = torch.cuda.max_memory_allocated()
         copies = [event.key for event in trace.key_averages() if "Memcpy DtoD" in event.key]
-        assert not copies or disabled, copies
+        assert not copies or not enabled, copies
     assert peaks[True] <= peaks[False]

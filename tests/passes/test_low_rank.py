@@ -25,7 +25,8 @@ from qcompile.recipes import FP4, STORED
 from .harness import Result, assert_same, compile_and_run, run_eager
 from .test_pipeline import wrong_values
 
-OFF = ["move_factors", "join_products", "accumulate"]
+#: What is tested here; runs only if asked for.
+PASSES = ["move_factors", "join_products", "accumulate"]
 NF4 = "nf4 block64"
 
 
@@ -76,8 +77,10 @@ def inputs(dtype: torch.dtype = torch.float32, rows: int = 21) -> torch.Tensor:
     return torch.randn(3, rows, 512, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
 
 
-def run(model: nn.Module, x: torch.Tensor, disabled: list[str] | None = None, **options) -> Result:
-    return compile_and_run(model, x, recipe=options.pop("recipe", STORED), disable_passes=disabled or [], **options)
+def run(model: nn.Module, x: torch.Tensor, without: list[str] | None = None, **options) -> Result:
+    """With all the passes, or ``without`` some."""
+    enabled = [name for name in PASSES if name not in (without or [])]
+    return compile_and_run(model, x, recipe=options.pop("recipe", STORED), enable_passes=enabled, **options)
 
 
 def lines(result: Result, stage: str, call: str) -> list[str]:
@@ -101,7 +104,7 @@ def scalings(result: Result, stage: str, factor: float) -> list[int]:
 def test_factors_multiply_rank_instead_of_columns(factor):
     """Once per layer and direction: dB reads what the forward multiplied."""
     x = inputs()
-    off, on = (run(Block(factor), x, disabled) for disabled in (OFF, ["accumulate"]))
+    off, on = (run(Block(factor), x, disabled) for disabled in (PASSES, ["accumulate"]))
     assert sorted(scalings(off, "joint_hints", factor)) == [512] * 2 + [576] * 4
     assert scalings(on, "joint_hints", factor) == [4] * 6
     assert_same((on.outputs, on.gradients), run_eager(Block(factor), x))
@@ -110,7 +113,7 @@ def test_factors_multiply_rank_instead_of_columns(factor):
 @pytest.mark.parametrize("factor", [2.0, 0.125])
 def test_powers_of_two_change_no_bit(factor):
     x = inputs(torch.bfloat16)
-    off, on = (run(Block(factor).to(torch.bfloat16), x, disabled) for disabled in (OFF, ["accumulate"]))
+    off, on = (run(Block(factor).to(torch.bfloat16), x, disabled) for disabled in (PASSES, ["accumulate"]))
     assert torch.equal(on.outputs, off.outputs)
     for name, gradient in off.gradients.items():
         assert torch.equal(on.gradients[name], gradient), name
@@ -154,7 +157,7 @@ def test_factors_that_stay(case):
     """And what is computed is right all the same."""
     function, rank = KEPT[case]
     model, x = Read(function, rank), inputs()
-    on, off = (run(model, x, disabled) for disabled in ([], OFF))
+    on, off = (run(model, x, disabled) for disabled in ([], PASSES))
     if case != "a factor per column":  # that of the adapter does move
         assert scalings(on, "joint_hints", 2.0) == scalings(off, "joint_hints", 2.0)
     assert_same((on.outputs, on.gradients), run_eager(model, x))
@@ -244,7 +247,7 @@ def test_products_on_8_bit_codes_come_first(rank):
         qcompile.unpack_(layer.base)
         qcompile.pack_(layer.base, "e2m1 row")
     recipe = FP4.override({"activation": "e2m1 row", "min_side": 0, "skip": ["*lora*"], "backward": "bf16"})
-    on, off = (run(model, x, disabled, recipe=recipe) for disabled in ([], OFF))
+    on, off = (run(model, x, disabled, recipe=recipe) for disabled in ([], PASSES))
     programs = [on.program(f"post_grad_accumulate{n}") for n in ("", "_2")]
     assert [text.count("qcompile.mm_add.default(") for text in programs] == [2, 1 + 3]
     assert on.count("mm_8bit", "post_grad_accumulate") == 3

@@ -397,10 +397,9 @@ def test_packed_weights_are_parameters_and_not_saved(compiled):
 def test_there_is_a_program_after_every_pass_for_both_directions(report):
     assert list(report.programs) == [
         "dynamo_captured", "dynamo_insert", "dynamo_quantize_gradients",
-        "joint_cancel_rotations", "joint_gather_codes", "joint_fuse", "joint_fold", "joint_move_factors",
-        "joint_hints", "joint_audit", "joint_lower_frozen", "joint_recompute_codes",
-        "post_grad_lower", "post_grad_join_products", "post_grad_accumulate", "post_grad_merge_quantize",
-        "post_grad_lower_2", "post_grad_join_products_2", "post_grad_accumulate_2", "post_grad_merge_quantize_2",
+        "joint_cancel_rotations", "joint_gather_codes", "joint_fuse", "joint_fold", "joint_hints", "joint_audit",
+        "joint_lower_frozen", "joint_recompute_codes",
+        "post_grad_lower", "post_grad_merge_quantize", "post_grad_lower_2", "post_grad_merge_quantize_2",
     ]  # fmt: skip
 
 
