@@ -35,6 +35,13 @@ def test_importing_the_package_loads_nothing_else():
     assert not {"torch", "numpy", "rich"} & loaded
 
 
+def test_python_m_is_the_command():
+    """Where the script's folder is not on the path."""
+    command = [sys.executable, "-m", "qcompile", "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+    assert help_text.startswith("usage: qcompile ")
+
+
 def test_the_backend_is_found_by_name_and_brings_only_what_a_compilation_needs():
     """Nobody has to import us: torch lists the entry point, and loads it when a model asks for it. The import budget,
     without a clock: nothing of the demo's, the report's or third parties' comes along.
