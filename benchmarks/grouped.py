@@ -244,15 +244,15 @@ def layer_of(tensors: Tensors, function: Callable[..., Tensor], compile_by: Call
 def sweep(tensors: Tensors) -> Iterator[ProductArm]:
     from qcompile.kernels.matmul import gluon, grouped
 
-    for gluon_config in gluon.CONFIGS:
-        contraction = partial(gluon.mm_8bit_contracted, *tensors.products["wgrad"], config=gluon_config)
-        yield "wgrad", f"ours in Gluon {gluon_config}", lambda call=contraction: call
-    for name in ("fprop", "wgrad"):
-        for config in grouped.CONFIGS:
-            if name == "wgrad" and config.flatten:
-                continue
-            call = partial(grouped.mm_8bit_grouped, *tensors.products[name], config=config)
-            yield name, f"ours {config}", lambda call=call: call
+    for name in PRODUCTS:
+        contraction = name == "wgrad"
+        kernels: list[tuple[str, Callable[..., Tensor], Any]] = [
+            *(("in Gluon ", gluon.mm_8bit_grouped, config) for config in gluon.CONFIGS),
+            *(("", grouped.mm_8bit_grouped, c) for c in grouped.CONFIGS if not (contraction and c.flatten)),
+        ]
+        for language, kernel, config in kernels:
+            call = partial(kernel, *tensors.products[name], config=config)
+            yield name, f"ours {language}{config}", lambda call=call: call
 
 
 def measured(make: Callable[[], Callable[[], Any]], cuda: bool, repeats: int) -> float:

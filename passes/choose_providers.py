@@ -109,17 +109,27 @@ def _of_groups(product: QuantizedMM, value: torch.Tensor, capability: tuple[int,
     if k is None:
         return Provision(DECODED, "K is known at run time only")
     formats = [operand.encoding.format for operand in product.operands]
+    rows = _rows_per_group(product, value)
     described = providers.Product(
         shape=(_ALIGNED, static_size(value.shape[-1]) or _ALIGNED, k),
         dtypes=(tensor_core_dtype(formats[0]), tensor_core_dtype(formats[1])),
         dtype=value.dtype,
         capability=capability,
         offsets=any(fmt.tensor_core_offset for fmt in formats),
-        grouped=True,
+        group_rows=rows or providers.GLUON_ROWS,
         contracted=product.contracts_groups,
     )
     provider, why = providers.choose(described)
+    if rows is None and not product.contracts_groups and provider.name == "grouped_gluon":
+        return Provision(providers.GROUPED_AT_RUN_TIME, "rows are known at run time only")
     return Provision(DECODED if provider.name == "reference" else provider.name, why)
+
+
+def _rows_per_group(product: QuantizedMM, value: torch.Tensor) -> float | None:
+    """On average; ``None`` where that is known at run time only. Batches are equal groups."""
+    rows = static_size(value.shape[-2])
+    groups = 1 if product.offs is None else static_size(product.offs.meta["val"].shape[0])
+    return None if rows is None or groups is None else max(1, rows) / max(1, groups)
 
 
 def _of_stored_weight(node: Node, product: QuantizedMM, stored: Stored) -> Provision:

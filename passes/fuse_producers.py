@@ -27,7 +27,7 @@ from qcompile.kernels.matmul.costs import Rates, rates_of
 from qcompile.kernels.producer import INPUTS, Producer, Step
 from qcompile.kernels.register import supports_produced
 
-from .graph import aten, is_call, is_cast, item_of, same_sizes, static_size, through_views
+from .graph import aten, is_call, is_cast, item_of, memory_of, same_sizes, static_size
 from .pass_base import Context
 from .views import (
     Mm1Bit,
@@ -151,8 +151,12 @@ def _inputs(chain: list[Node], value: torch.Tensor) -> Inputs | None:
 
 
 def _is_in_memory(node: Node) -> bool:
-    source = through_views(node)
-    return source.op == "placeholder" or is_call(source, *_PRODUCTS)
+    """Whether a kernel can read ``node`` where it is: rows of any stride (halves of a product), elements side by side
+    (not every other one).
+    """
+    value, source = node.meta["val"], memory_of(node)
+    apart = value.dim() and static_size(value.shape[-1]) != 1 and static_size(value.stride(-1)) not in (0, 1)
+    return not apart and (source.op == "placeholder" or is_call(source, *_PRODUCTS))
 
 
 def _written(chain: list[Node], inputs: Inputs) -> Producer:

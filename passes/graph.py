@@ -17,7 +17,7 @@ from qcompile import compat
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read",
     "graph_modules", "input_of", "is_call", "is_cast", "is_gather", "is_read_by", "is_relayout", "is_view", "item_of",
-    "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over", "target_name",
+    "memory_of", "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over", "target_name",
     "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
@@ -95,6 +95,13 @@ _VIEWS = frozenset(
         aten.alias.default, aten.detach.default, aten.expand.default,
     }
 )  # fmt: skip
+#: Views of a part of a tensor, or of several at once.
+_PARTS = frozenset(
+    {
+        aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+        operator.getitem,
+    }
+)  # fmt: skip
 
 
 def is_relayout(node: Any) -> bool:
@@ -105,6 +112,13 @@ def is_relayout(node: Any) -> bool:
 def through_views(node: Node) -> Node:
     """The node whose memory ``node`` looks at."""
     while is_call(node, *_VIEWS):
+        node = input_of(node)
+    return node
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory ``node`` looks at, or at a part of: gate and up are halves of one product."""
+    while is_call(node, *_VIEWS, *_PARTS):
         node = input_of(node)
     return node
 

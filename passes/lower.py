@@ -325,4 +325,5 @@ _LOWERINGS = {
     providers.BLOCK_SCALED[0].name: _block_scaled_product,
     providers.STORED: _stored_product,
     **{provider.name: _grouped_product for provider in providers.GROUPED[:-1]},
+    providers.GROUPED_AT_RUN_TIME: _grouped_product,
 }

@@ -7,10 +7,10 @@ One persistent program per processor, its warps specialized:
 * two warp groups that multiply: each owns the upper or the lower half of the tile's rows, and both read the same stage
   of ``b``. They meet at the stages' barriers only, and the loads of the next tile go on while they write this one.
 
-It is there for INT8, and for products whose contraction is in groups. Triton's compiler (3.6, 3.7) knows the widths of
-Hopper's integer instruction up to 224 columns, though they go up to 256 (PTX ISA, "wgmma.mma_async", shapes for .s8).
-It cuts a tile of 256 columns into two products of 128, each of which reads ``a`` from shared memory, whose bandwidth
-limits 8-bit products; and its pipeline waits for the products of a step before it begins the next.
+It is there for INT8, and for products of groups. Triton's compiler (3.6, 3.7) knows the widths of Hopper's integer
+instruction up to 224 columns, though they go up to 256 (PTX ISA, "wgmma.mma_async", shapes for .s8). It cuts a tile of
+256 columns into two products of 128, each of which reads ``a`` from shared memory, whose bandwidth limits 8-bit
+products; and its pipeline waits for the products of a step before it begins the next.
 
 Gluon ends in the same compiler and meets the same limit, but its layouts are given by hand and are the same for both
 types: the product of two e4m3 in float32 and that of two int8 in int32 differ in the name of one instruction. So INT8
@@ -21,8 +21,10 @@ The instruction for single bits reads as many bytes as the others, 256 bits for 
 and counts the bits that are set in both operands (PTX ISA, "wgmma.mma_async", ``.b1.and.popc``). It is another name in
 the same place: a product of signs takes an eighth of the time of one of 8-bit numbers.
 
-A contraction in groups (the gradient of experts' weights, ``grouped.py``) is short: 16 steps for 2048 tokens. What
-comes before and after the steps of a tile weighs as much, and here the loads of the next tile go on meanwhile.
+Products of groups (experts, ``grouped.py``) are short: 16 steps for 2048 tokens or features. What comes before and
+after the steps of a tile weighs as much, and here the loads of the next tile go on meanwhile. Where rows are in groups,
+a tile is of one group. What hangs over the group's last row belongs to the next group: a part of a tile that has such
+rows leaves by addresses, one by one, and all others by TMA.
 """
 
 from __future__ import annotations
@@ -51,8 +53,10 @@ from triton.runtime.cache import get_cache_manager
 
 from qcompile import compat
 from qcompile.ir.ops import GROUP_ALIGNMENT
+from qcompile.kernels.groups import most_tiles
 from qcompile.kernels.triton import launch
 
+from . import reference
 from .triton import TMA_ALIGNMENT, Problem, accumulator_of, card_of, fastest, first_element, predicted_cycles
 from .triton import Config as TritonConfig
 
@@ -66,7 +70,7 @@ __all__ = [
     "launch_arguments",
     "mm_1bit",
     "mm_8bit",
-    "mm_8bit_contracted",
+    "mm_8bit_grouped",
     "mm_8bit_kernel",
 ]
 
@@ -153,25 +157,62 @@ def _before(stage, stages: gl.constexpr):
 
 
 @gluon.jit
-def _extent(offs, group):
-    """How much of the contraction is a group's: its rows, rounded up to where the next group begins."""
+def _extent(offs, group, of_rows: gl.constexpr):
+    """Rows of a group; of a contraction, rounded up to where the next group begins."""
     before = gl.load(offs + gl.maximum(group, 1) - 1)
-    rows = gl.load(offs + group) - gl.where(group == 0, 0, before)
-    return gl.cdiv(gl.maximum(rows, 0), _ALIGNMENT) * _ALIGNMENT
+    rows = gl.maximum(gl.load(offs + group) - gl.where(group == 0, 0, before), 0)
+    if of_rows:
+        return rows
+    else:
+        return gl.cdiv(rows, _ALIGNMENT) * _ALIGNMENT
 
 
 @gluon.jit
-def _seek(target, group, begin, end, offs):
-    """``target``, and where its part of the contraction begins and ends; those of ``group``, before it, are given."""
-    while group < target:
+def _tiles(offs, groups, m, n, most: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr):
+    """Tiles of all groups together. ``most``: 0, or a power of two where rows are in as many groups at most."""
+    if most > 0:
+        # Every warp has all groups, so that nothing is exchanged among warps.
+        per_lane: gl.constexpr = most // 32 if most > 32 else 1
+        layout: gl.constexpr = gl.BlockedLayout([per_lane], [32], [gl.num_warps()], [0])
+        index = gl.arange(0, most, layout)
+        ends = gl.load(offs + index, mask=index < groups, other=0)
+        starts = gl.load(offs + index - 1, mask=(index > 0) & (index < groups), other=0)
+        down = gl.sum(gl.cdiv(gl.maximum(ends - starts, 0), block_m), 0)
+    else:
+        down = groups * gl.cdiv(m, block_m)
+    return down * gl.cdiv(n, block_n)
+
+
+@gluon.jit
+def _height(begin, end, m, of_rows: gl.constexpr):
+    """Rows of a group's result."""
+    if of_rows:
+        return end - begin
+    else:
+        return m
+
+
+@gluon.jit
+def _seek(
+    tile, group, first, begin, end, offs, m, n, of_rows: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr
+):
+    """The group of a tile, its first tile, and where its rows, or its part of the contraction, begin and end; those of
+    an earlier tile are given.
+    """
+    across = gl.cdiv(n, block_n)
+    after = first + gl.cdiv(_height(begin, end, m, of_rows), block_m) * across
+    while tile >= after:
         group += 1
+        first = after
         begin = end
-        end += _extent(offs, group)
-    return group, begin, end
+        end += _extent(offs, group, of_rows)
+        after += gl.cdiv(_height(begin, end, m, of_rows), block_m) * across
+    return group, first, begin, end
 
 
 @gluon.jit
 def _load(
+    of_rows: gl.constexpr,
     block_m: gl.constexpr,
     block_n: gl.constexpr,
     stages: gl.constexpr,
@@ -179,7 +220,7 @@ def _load(
     a,
     b,
     offs,
-    groups,
+    tiles,
     m,
     n,
     k,
@@ -192,21 +233,25 @@ def _load(
     part_m: gl.constexpr = block_m // CONSUMERS
     stage = 0
     phase = 1  # of a fresh barrier, the phase before counts as over: all stages are empty
-    tiles = gl.cdiv(m, block_m) * gl.cdiv(n, block_n)
-    group, begin, end = 0, 0, k
+    group, first, begin, end = 0, 0, 0, k
     if offs is not None:
-        end = _extent(offs, 0)
-    for tile in range(gl.program_id(0), groups * tiles, gl.num_programs(0)):
+        end = _extent(offs, 0, of_rows)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         if offs is not None:
-            group, begin, end = _seek(tile // tiles, group, begin, end, offs)
-        row, column = first_element(tile - group * tiles, m, n, block_m, block_n, group_m)
-        for depth in range(begin, end, BLOCK_K):
+            group, first, begin, end = _seek(tile, group, first, begin, end, offs, m, n, of_rows, block_m, block_n)
+        row, column = first_element(tile - first, _height(begin, end, m, of_rows), n, block_m, block_n, group_m)
+        depth_begin, depth_end = begin, end
+        if of_rows:  # whose matrices lie below each other
+            row += begin
+            column += group * n
+            depth_begin, depth_end = 0, k
+        for depth in range(depth_begin, depth_end, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             arrived = full.index(stage)
             mbarrier.expect(arrived, (block_m + block_n) * BLOCK_K)
             for part in gl.static_range(CONSUMERS):
-                place = left.index(stage * CONSUMERS + part)
-                async_load(a, [row + part * part_m, depth], arrived, place)
+                into = left.index(stage * CONSUMERS + part)
+                async_load(a, [row + part * part_m, depth], arrived, into)
             async_load(b, [column, depth], arrived, right.index(stage))
             stage, phase = _next(stage, phase, stages)
 
@@ -223,19 +268,36 @@ def _pieces(product, parts: gl.constexpr):
 
 
 @gluon.jit
+def _send(value, out, row, column, buffer, buffers: gl.constexpr):
+    """By TMA, once the piece that was in ``buffer`` has left."""
+    tma.store_wait(buffers - 1)
+    buffer.store(value.to(out.dtype))
+    fence_async_shared()
+    async_store(out, [row, column], buffer)
+
+
+@gluon.jit
+def _write(value, pointer, above, rows, height, column, n):
+    """By addresses: rows of a group's ``height``, ``above`` which others lie."""
+    layout: gl.constexpr = value.type.layout
+    columns = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, layout))
+    address = pointer + (above + rows).to(gl.int64)[:, None] * n + columns[None, :]  # m · n may exceed 2^31
+    mask = (rows < height)[:, None] & (columns < n)[None, :]
+    gl.store(address, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def _multiply(
     part: gl.constexpr,
-    summands,
-    offs,
+    of_rows: gl.constexpr,
     integer: gl.constexpr,
-    tma_store: gl.constexpr,
     block_m: gl.constexpr,
     block_n: gl.constexpr,
     stages: gl.constexpr,
     piece_n: gl.constexpr,
     buffers: gl.constexpr,
     group_m: gl.constexpr,
-    out,
+    optional,
     staged,
     columnwise,
     left,
@@ -244,7 +306,7 @@ def _multiply(
     empty,
     scale_a,
     scale_b,
-    groups,
+    tiles,
     m,
     n,
     k,
@@ -253,10 +315,11 @@ def _multiply(
 ):
     """One warp group: its rows of every tile of this program.
 
-    ``staged`` holds pieces of the output on their way out, ``columnwise`` the scales of the columns, then their bias,
-    then their offsets, as far as there are such.
+    ``out`` is a tensor descriptor where tiles leave by TMA, ``pointer`` an address where some do not. ``staged`` holds
+    pieces of the output on their way out, ``columnwise`` the scales of the columns, then their bias, then their
+    offsets, as far as there are such.
     """
-    bias, offset_a, offset_b = summands  # ``None`` where there are none
+    bias, offset_a, offset_b, offs, out, pointer = optional  # ``None`` where there are none
     part_m: gl.constexpr = block_m // CONSUMERS
     parts: gl.constexpr = block_n // piece_n
     gl.static_assert(parts % buffers == 0)  # a buffer is taken in turn
@@ -266,40 +329,44 @@ def _multiply(
     by_thread: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     stage = 0
     phase = 0
-    tiles = gl.cdiv(m, block_m) * gl.cdiv(n, block_n)
-    group, begin, end = 0, 0, k
+    group, first, begin, end = 0, 0, 0, k
     if offs is not None:
-        end = _extent(offs, 0)
-    for tile in range(gl.program_id(0), groups * tiles, gl.num_programs(0)):
+        end = _extent(offs, 0, of_rows)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         if offs is not None:
-            group, begin, end = _seek(tile // tiles, group, begin, end, offs)
-        row, column = first_element(tile - group * tiles, m, n, block_m, block_n, group_m)
+            group, first, begin, end = _seek(tile, group, first, begin, end, offs, m, n, of_rows, block_m, block_n)
+        height = _height(begin, end, m, of_rows)
+        row, column = first_element(tile - first, height, n, block_m, block_n, group_m)
         row += part * part_m
         # Groups lie below each other, in results as in scales.
         above = group * m
         before = group * n
+        depth_begin, depth_end = begin, end
+        if of_rows:
+            above = begin
+            depth_begin, depth_end = 0, k
         # Asked for now, so that they are there when the epilogue wants them.
         rows = row + gl.arange(0, part_m, gl.SliceLayout(1, layout))
-        by_row = gl.load(scale_a + (above + rows) * scale_a_stride, mask=rows < m, other=0.0)
+        by_row = gl.load(scale_a + (above + rows) * scale_a_stride, mask=rows < height, other=0.0)
         columns = column + gl.arange(0, block_n, by_thread)
         by_column = gl.load(scale_b + (before + columns) * scale_b_stride, mask=columns < n, other=0.0)
         if bias is not None:
-            shift = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
+            shift = gl.load(bias + before + columns, mask=columns < n, other=0.0).to(gl.float32)
         if offset_a is not None:
-            row_offset = gl.load(offset_a + rows, mask=rows < m, other=0.0)
+            row_offset = gl.load(offset_a + rows, mask=rows < height, other=0.0)
         if offset_b is not None:
             column_offset = gl.load(offset_b + columns, mask=columns < n, other=0.0)
 
         product = gl.zeros((part_m, block_n), gl.float32, whole_layout)
-        for depth in range(begin, end, BLOCK_K):
+        for depth in range(depth_begin, depth_end, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             transposed = right.index(stage).permute((1, 0))
             product = warpgroup_mma(left.index(stage * CONSUMERS + part), transposed, product, is_async=True)
             product = warpgroup_mma_wait(1, deps=[product])
-            mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth > begin)
+            mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth > depth_begin)
             stage, phase = _next(stage, phase, stages)
         product = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(empty.index(_before(stage, stages)), pred=begin < end)
+        mbarrier.arrive(empty.index(_before(stage, stages)), pred=depth_begin < depth_end)
 
         scales = columnwise.index(0)
         scales.store(by_column)
@@ -308,6 +375,7 @@ def _multiply(
         if offset_b is not None:
             offsets = columnwise.index(columnwise.shape[0] - 1)
             offsets.store(column_offset)
+        whole = row + part_m <= height  # nothing hangs over the last row
         pieces = _pieces(product, parts)
         for piece in gl.static_range(parts):
             value = gl.convert_layout(pieces[piece], layout, assert_trivial=True)
@@ -323,29 +391,28 @@ def _multiply(
                 summand = columnwise.index(1).slice(piece * piece_n, piece_n).load(gl.SliceLayout(0, layout))
                 value += summand[None, :]
             at = column + piece * piece_n
-            if tma_store:
-                buffer = staged.index(piece % buffers)
-                tma.store_wait(buffers - 1)
-                buffer.store(value.to(out.dtype))
-                fence_async_shared()
-                async_store(out, [above + row, at], buffer)
+            if pointer is None:
+                _send(value, out, above + row, at, staged.index(piece % buffers), buffers)
+            elif out is None:
+                _write(value, pointer, above, rows, height, at, n)
+            elif whole:
+                _send(value, out, above + row, at, staged.index(piece % buffers), buffers)
             else:
-                places = at + gl.arange(0, piece_n, gl.SliceLayout(0, layout))
-                address = out + (above + rows).to(gl.int64)[:, None] * n + places[None, :]  # m · n may exceed 2^31
-                gl.store(address, value.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (places < n)[None, :])
-    if tma_store:
+                _write(value, pointer, above, rows, height, at, n)
+    if out is not None:
         tma.store_wait(0)
 
 
 # One binary for all extents and addresses: that of INT8 is made once.
 @gluon.jit(
     do_not_specialize=["groups", "m", "n", "k", "scale_a_stride", "scale_b_stride"],
-    do_not_specialize_on_alignment=["out", "scale_a", "scale_b", "bias", "offset_a", "offset_b", "offs"],
+    do_not_specialize_on_alignment=["pointer", "scale_a", "scale_b", "bias", "offset_a", "offset_b", "offs"],
 )
 def mm_8bit_kernel(
     a,
     b,
     out,
+    pointer,
     scale_a,
     scale_b,
     bias,
@@ -358,8 +425,8 @@ def mm_8bit_kernel(
     k,
     scale_a_stride,
     scale_b_stride,
+    most: gl.constexpr,
     integer: gl.constexpr,
-    tma_store: gl.constexpr,
     block_m: gl.constexpr,
     block_n: gl.constexpr,
     stages: gl.constexpr,
@@ -367,9 +434,14 @@ def mm_8bit_kernel(
     buffers: gl.constexpr,
     group_m: gl.constexpr,
 ):
-    """``a``, ``b`` and, if ``tma_store``, ``out`` are tensor descriptors; the accelerator fills with zeros and drops
-    what lies outside. ``offs``: where groups of the contraction end, ``None`` if there are none.
+    """``a``, ``b`` and ``out`` are tensor descriptors; the accelerator fills with zeros and drops what lies outside.
+
+    ``pointer``: of the result, where tiles leave by addresses: all of them where ``out`` is ``None``. ``offs``: where
+    groups end, ``None`` if there are none. ``most``: a power of two, at least the number of groups, where these are
+    groups of rows, else 0.
     """
+    of_rows: gl.constexpr = most > 0
+    tiles = _tiles(offs, groups, m, n, most, block_m, block_n)
     part_m: gl.constexpr = block_m // CONSUMERS
     left = gl.allocate_shared_memory(a.dtype, [stages * CONSUMERS, part_m, BLOCK_K], a.layout)
     right = gl.allocate_shared_memory(b.dtype, [stages, block_n, BLOCK_K], b.layout)
@@ -382,34 +454,34 @@ def mm_8bit_kernel(
     kinds: gl.constexpr = 1 + (bias is not None) + (offset_b is not None)
     columns_0 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
     columns_1 = gl.allocate_shared_memory(gl.float32, [kinds, block_n], plain)
-    if tma_store:
+    if out is not None:
         staged_0 = gl.allocate_shared_memory(out.dtype, [buffers, part_m, piece_n], out.layout)
         staged_1 = gl.allocate_shared_memory(out.dtype, [buffers, part_m, piece_n], out.layout)
     else:
         staged_0 = columns_0
         staged_1 = columns_1
-    summands = (bias, offset_a, offset_b)
+    optional = (bias, offset_a, offset_b, offs, out, pointer)
     ring = (left, right, full, empty)
-    problem = (scale_a, scale_b, groups, m, n, k, scale_a_stride, scale_b_stride)
+    problem = (scale_a, scale_b, tiles, m, n, k, scale_a_stride, scale_b_stride)
     registers: gl.constexpr = _REGISTERS if offs is None else _REGISTERS_OF_GROUPS
     gl.warp_specialize(
         [
             (
                 _multiply,
                 # Triton adds tuples, but does not unpack them; of what is added on the right, only tensors survive.
-                (0, summands, offs, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
-                + (out, staged_0, columns_0)
+                (0, of_rows, integer, block_m, block_n, stages, piece_n, buffers, group_m, optional)  # noqa: RUF005
+                + (staged_0, columns_0)
                 + ring
                 + problem,
             ),
             (
                 _multiply,
-                (1, summands, offs, integer, tma_store, block_m, block_n, stages, piece_n, buffers, group_m)  # noqa: RUF005
-                + (out, staged_1, columns_1)
+                (1, of_rows, integer, block_m, block_n, stages, piece_n, buffers, group_m, optional)  # noqa: RUF005
+                + (staged_1, columns_1)
                 + ring
                 + problem,
             ),
-            (_load, (block_m, block_n, stages, group_m, a, b, offs, groups, m, n, k) + ring),  # noqa: RUF005
+            (_load, (of_rows, block_m, block_n, stages, group_m, a, b, offs, tiles, m, n, k) + ring),  # noqa: RUF005
         ],
         [4, 1],
         registers,
@@ -505,31 +577,31 @@ def mm_1bit(
     return _product(a, b, scale_a, scale_b, dtype, (bias, offset_a, offset_b), config, tune)
 
 
-def mm_8bit_contracted(
+def mm_8bit_grouped(
     a: Tensor,
     b: Tensor,
     offs: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """As :func:`qcompile.kernels.matmul.reference.mm_8bit_grouped` where the contraction is in groups: ``[E, M, N]`` of
-    a ``[M, P]`` and b ``[N, P]``.
+    """As :func:`qcompile.kernels.matmul.reference.mm_8bit_grouped`; rows beyond the last group are not written.
 
-    Both int8, or each float8_e4m3fn or float8_e5m2, P a multiple of 16; copied if they are not contiguous or not
-    aligned to 16 bytes. ``offs`` int32 ``[E]``, on their device, is never read by the host. scale_a ``[E, M, 1]`` and
-    scale_b ``[E, N, 1]`` float32, or of one element. Raises ``ValueError`` for other dtypes and other P.
+    Both int8, or each float8_e4m3fn or float8_e5m2, the contraction a multiple of 16; copied if they are not contiguous
+    or not aligned to 16 bytes. ``offs`` int32 ``[E]``, on their device, is never read by the host. ``config`` fixes how
+    the kernel is cut up. Raises ``ValueError`` for other dtypes and other contractions.
     """
     accumulator_of(a, b)
     if a.shape[1] % TMA_ALIGNMENT:
-        msg = f"mm_8bit_contracted needs P to be a multiple of {TMA_ALIGNMENT}, got {a.shape[1]}"
+        msg = f"mm_8bit_grouped in Gluon needs a contraction of a multiple of {TMA_ALIGNMENT}, got {a.shape[1]}"
         raise ValueError(msg)
-    if not offs.shape[0]:
-        return a.new_empty((0, a.shape[0], b.shape[0]), dtype=dtype)
-    scales = scale_a.reshape(-1, 1), scale_b.reshape(-1, 1)
-    return _product(a, b, *scales, dtype, (None, None, None), config, False, offs.contiguous())
+    if a.numel() * b.numel() * offs.shape[0] == 0:
+        return reference.mm_8bit_grouped(a, b, offs, scale_a, scale_b, dtype, bias)
+    scales, summands = (scale_a.reshape(-1, 1), scale_b.reshape(-1, 1)), (bias, None, None)
+    return _product(a, b, *scales, dtype, summands, config, False, offs.contiguous())
 
 
 def _product(
@@ -543,10 +615,10 @@ def _product(
     tune: bool,
     offs: Tensor | None = None,
 ) -> Tensor:
-    """``summands``: bias and offsets. Everything counts bytes along K."""
-    (m, k), n = a.shape, b.shape[0]
+    """``summands``: bias and offsets; everything counts bytes along K; b is ``[E, N, K]`` where rows are in groups."""
+    (m, k), n, of_rows = a.shape, b.shape[-2], b.dim() == 3
     groups = 1 if offs is None else offs.shape[0]
-    out = a.new_empty((m, n) if offs is None else (groups, m, n), dtype=dtype)
+    out = a.new_empty((m, n) if offs is None or of_rows else (groups, m, n), dtype=dtype)
     scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
     dense = [None if x is None else x.contiguous() for x in summands]
     of_columns = sum(x is not None for x in (dense[0], dense[2]))
@@ -556,10 +628,12 @@ def _product(
 
         def run(config: Config) -> None:
             arguments, options = launch_arguments(config, a, b, out, scale_a, scale_b, *dense, offs=offs)
-            tiles = groups * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+            down = most_tiles(m, groups, config.block_m) if of_rows else groups * triton.cdiv(m, config.block_m)
+            tiles = down * triton.cdiv(n, config.block_n)
             launch(mm_8bit_kernel, min(tiles, card.processors), *arguments, contract=True, **options)
 
-        problem = Problem(m, n, k // groups, a.dtype, b.dtype, dtype, card)
+        height, depth = (max(1, m // groups), k) if of_rows else (m, k // groups)
+        problem = Problem(height, n, depth, a.dtype, b.dtype, dtype, card)
         run(config or best_config(problem, run, tune, of_columns))
     return out
 
@@ -584,10 +658,11 @@ def launch_arguments(
     offs: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and options of the kernel, for which integers may have to be compiled; all tensors are contiguous."""
-    (m, k), n = a.shape, b.shape[0]
+    (m, k), n, of_rows = a.shape, b.shape[-2], b.dim() == 3
+    groups = 1 if offs is None else offs.shape[0]
     rows = config.block_m // CONSUMERS.value
-    # What hangs over a group's last row would be written into the next group.
-    fits_below = offs is None or m % config.block_m == 0
+    # What hangs over the last row of a group's result would be written into the next one.
+    fits_below = offs is None or of_rows or m % config.block_m == 0
     tma_store = fits_below and n * out.itemsize % TMA_ALIGNMENT == 0
     piece_n = (config.piece_bytes if tma_store else 128) // out.itemsize  # addresses take registers
     stored = a.dtype
@@ -596,22 +671,23 @@ def launch_arguments(
         a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
     arguments = (
         _descriptor(a, k, rows, BLOCK_K.value),
-        _descriptor(b, k, config.block_n, BLOCK_K.value),
-        _descriptor(out.view(-1, n), n, rows, piece_n) if tma_store else out,
+        _descriptor(b.view(-1, k), k, config.block_n, BLOCK_K.value),
+        _descriptor(out.view(-1, n), n, rows, piece_n) if tma_store else None,
+        out if of_rows or not tma_store else None,
         scale_a,
         scale_b,
         bias,
         offset_a,
         offset_b,
         offs,
-        1 if offs is None else offs.shape[0],
+        groups,
         m,
         n,
         k,
         int(scale_a.shape[0] > 1),
         int(scale_b.shape[0] > 1),
+        triton.next_power_of_2(groups) if of_rows else 0,
         integer,
-        tma_store,
         config.block_m,
         config.block_n,
         config.stages,
@@ -622,7 +698,8 @@ def launch_arguments(
     options: dict[str, Any] = {"num_warps": 4}  # of the first warp group; the others add theirs
     if integer:
         summands = (None if x is None else x.dtype for x in (bias, offset_a, offset_b))
-        key = (stored, config, a.device, tma_store, out.dtype, offs is None, *summands)
+        most = triton.next_power_of_2(groups) if of_rows else offs is None
+        key = (stored, config, a.device, tma_store, out.dtype, of_rows, most, *summands)
         if key not in _INTEGER_PTX:
             _INTEGER_PTX[key] = _integer_ptx(stored, arguments, options)
         options["ir_override"] = _INTEGER_PTX[key]

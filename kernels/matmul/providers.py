@@ -40,7 +40,8 @@ Of ``mm_8bit_grouped``, whose rows or contraction are in groups of any sizes:
 provider      operands                                    compute capability      output
 ============= =========================================== ======================= =========================
 grouped_gluon FP8, or both INT8; the contraction in       9.0                     bfloat16, float16, float32
-              groups
+              groups, or rows in groups of 128 and more
+              on average; K a multiple of 16
 grouped       FP8, or both INT8, without offsets; K a     9.0                     bfloat16, float16, float32
               multiple of 16
 reference     the same, any K                             any                     any
@@ -125,7 +126,7 @@ class Product:
         bias: dtype of the bias, ``None`` without one.
         tensor_scales: whether both scales are ``[1, 1]``.
         offsets: whether something is added before the scales.
-        grouped: whether it is one product for each group, ``mm_8bit_grouped``.
+        group_rows: of ``mm_8bit_grouped``, one product for each group: a's rows per group; 0 if there are no groups.
         contracted: whether these are groups of the contraction, not of a's rows.
     """
 
@@ -136,7 +137,7 @@ class Product:
     bias: torch.dtype | None = None
     tensor_scales: bool = False
     offsets: bool = False
-    grouped: bool = False
+    group_rows: float = 0.0
     contracted: bool = False
 
 
@@ -161,7 +162,7 @@ def choose(product: Product) -> tuple[Provider, str]:
     The reason also says if this was never tried on such a card. ``reference`` can always run.
     """
     reasons = []
-    for provider in GROUPED if product.grouped else _AS_STORED.get(product.dtypes[0], PROVIDERS):
+    for provider in GROUPED if product.group_rows else _AS_STORED.get(product.dtypes[0], PROVIDERS):
         obstacle = provider.obstacle(product)
         if not obstacle:
             break
@@ -218,7 +219,7 @@ def mm_8bit_grouped(
         dtype=dtype,
         capability=_capability(a.device),
         bias=None if bias is None else bias.dtype,
-        grouped=True,
+        group_rows=max(1, a.shape[0]) / max(1, offs.shape[0]),
         contracted=b.dim() == 2,
     )
     return _chosen(product).run(a, b, offs, scale_a, scale_b, dtype, bias)
@@ -410,16 +411,20 @@ def _run_grouped(*arguments: Any) -> Tensor:
     return grouped.mm_8bit_grouped(*arguments)
 
 
+#: Rows per group from which tiles of as many serve; the kernel in Triton has lower ones.
+GLUON_ROWS = 128
+
+
 def _obstacle_to_grouped_gluon(product: Product) -> str:
-    rows = "" if product.contracted else "it is used for groups of the contraction only"
-    return rows or _obstacle_to_grouped(product) or _obstacle_in_gluon(product, 16)
+    low = not product.contracted and product.group_rows < GLUON_ROWS
+    few = f"groups of {product.group_rows:.3g} rows on average are lower than its tiles of {GLUON_ROWS}" if low else ""
+    return few or _obstacle_to_grouped(product) or _obstacle_in_gluon(product, 16)
 
 
-def _run_grouped_gluon(a: Tensor, b: Tensor, offs: Tensor, *arguments: Any) -> Tensor:
+def _run_grouped_gluon(*arguments: Any) -> Tensor:
     from . import gluon
 
-    scale_a, scale_b, dtype, _ = arguments  # a contraction in groups has no bias
-    return gluon.mm_8bit_contracted(a, b, offs, scale_a, scale_b, dtype)
+    return gluon.mm_8bit_grouped(*arguments)
 
 
 #: Best first, for products of groups.
@@ -428,6 +433,8 @@ GROUPED = (
     Provider("grouped", _run_grouped, _obstacle_to_grouped),
     Provider("reference", reference.mm_8bit_grouped, lambda product: ""),
 )
+#: What the report calls the first two, where rows per group are known at run time only.
+GROUPED_AT_RUN_TIME = "grouped_gluon or grouped"
 
 
 # --- FP4 ------------------------------------------------------------------------------------------------------------

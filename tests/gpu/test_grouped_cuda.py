@@ -98,6 +98,38 @@ def test_groups_of_rows_are_dense_products(sizes, dtype):
             assert torch.equal(got[own], expected), (group, str(config))
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("n", [520, 512, 515], ids=["odd", "whole tiles", "pointers"])
+@pytest.mark.parametrize("dtype", [E4M3, INT8], ids=str)
+def test_groups_of_rows_in_gluon_are_dense_products(sizes, n, dtype):
+    """Bit for bit the dense kernel's, whether a part of a tile leaves whole or by rows; rows beyond are not written."""
+    groups, k, rows = len(sizes), 272, sum(sizes) + BEYOND
+    a, b = codes(rows, k, dtype), codes(groups * n, k, dtype).view(groups, n, k)
+    scale_a, scale_b, bias = torch.rand(rows, 1).cuda(), torch.rand(groups, n, 1).cuda(), torch.randn(groups, n).cuda()
+    every = gluon.CONFIGS if sizes is SIZES["ragged"] and dtype == E4M3 else ()
+    with_bias = [config for config in every if config.shared_memory(1) <= gluon.SHARED_MEMORY]
+    plain, shifted = ((config, BF16, None) for config in (None, *every)), ((c, FP32, bias) for c in (None, *with_bias))
+    for config, out, shift in (*plain, *shifted):
+        got = gluon.mm_8bit_grouped(a, b, ends(sizes), scale_a, scale_b, out, shift, config=config)
+        for group, own in enumerate(slices(sizes)):
+            if own.start < own.stop:
+                of_group = None if shift is None else shift[group]
+                expected = gemm.mm_8bit(a[own], b[group], scale_a[own], scale_b[group], out, of_group)
+                assert torch.equal(got[own], expected), (group, str(config))
+
+
+def test_rows_beyond_the_last_group_stay_as_they_were():
+    """Of results in Gluon, whose tiles leave whole where a group fills them: the next rows are nobody's."""
+    sizes, n, k = (128, 70, 0), 512, 256
+    a, b = codes(sum(sizes) + 200, k, E4M3), codes(len(sizes) * n, k, E4M3).view(len(sizes), n, k)
+    one = torch.ones(1, 1, device="cuda")
+    blocks = [torch.full((a.shape[0], n), float("nan"), dtype=BF16, device="cuda") for _ in range(4)]
+    del blocks  # the allocator hands one of them out
+    got = gluon.mm_8bit_grouped(a, b, ends(sizes), one, one, BF16)
+    assert got[sum(sizes) :].isnan().all()
+    assert not got[: sum(sizes)].isnan().any()
+
+
 def widest(config: gemm.Config) -> torch.dtype:
     """The widest dtype of results for which a config has room."""
     card = gemm.card_of(torch.device("cuda", 0))
@@ -139,7 +171,7 @@ def test_contractions_in_gluon_are_exact(sizes, n, k, dtype):
     for config, out in itertools.product(configs, (BF16, FP32)):
         for swapped in (False, True):
             operands = (right, left, offs, single, scale) if swapped else (left, right, offs, scale, single)
-            got = gluon.mm_8bit_contracted(*operands, out, config=config)
+            got = gluon.mm_8bit_grouped(*operands, out, config=config)
             for group, own in enumerate(slices(sizes)):
                 expected = (y[own].double().t() @ x[own].double()) * scale[group].double()
                 assert torch.equal(got[group], (expected.t() if swapped else expected).to(out)), (group, str(config))

@@ -63,11 +63,14 @@ def build(
     offsets: tuple[bool, bool] = (False, False),
     m: int = 300,
     groups: int = 0,
+    of_rows: bool = False,
 ) -> CompiledKernel:
-    """The kernel as it is launched; with ``groups``, for a contraction in as many."""
+    """The kernel as it is launched; with ``groups``, for a contraction in as many, or for rows."""
     a, b = (torch.zeros(rows, 256, dtype=torch.uint8).view(t) for rows, t in zip((m, n), dtypes, strict=True))
-    out, one = torch.empty(max(1, groups), m, n, dtype=dtype), torch.ones(1, 1)
-    shift = None if bias is None else torch.zeros(n, dtype=bias)
+    out, one = torch.empty(max(1, 0 if of_rows else groups), m, n, dtype=dtype), torch.ones(1, 1)
+    if of_rows:
+        b = b.view(torch.uint8).expand(groups, n, 256).contiguous().view(dtypes[1])
+    shift = None if bias is None else torch.zeros(max(1, groups), n, dtype=bias)
     summands = [torch.zeros(rows, 1) if given else None for rows, given in zip((m, n), offsets, strict=True)]
     offs = torch.zeros(groups, dtype=torch.int32) if groups else None
     arguments, options = gluon.launch_arguments(config, a, b, out, one, one, shift, *summands, offs=offs)
@@ -133,6 +136,23 @@ def test_every_output_leaves_without_spilling(tmp_path, dtype, n):
     assert "wgmma" not in log
     assert ("cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]) == (n == 512)
     assert kernel.metadata.shared <= config.shared_memory(1)
+
+
+@compiled
+@pytest.mark.parametrize("groups", [1, 5, 64])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_groups_of_rows_keep_their_products_in_flight(tmp_path, config, groups):
+    """Nothing spilled, with a bias and without; whole parts of tiles leave by TMA, others by addresses."""
+    for bias in (None, BF16):
+        if config.shared_memory(bias is not None) > gluon.SHARED_MEMORY:
+            continue
+        kernel = build(config, (E4M3, E4M3), bias=bias, groups=groups, of_rows=True)
+        log = assembler_log(kernel, tmp_path)
+        assert "0 bytes spill stores" in log
+        assert "wgmma" not in log
+        assert "cp.async.bulk.tensor.2d.global.shared::cta" in kernel.asm["ptx"]
+        assert "st.global" in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= config.shared_memory(bias is not None)
 
 
 @compiled
@@ -234,8 +254,8 @@ def test_why_another_provider_runs(monkeypatch, change, reason):
 
 def test_it_refuses_other_dtypes_and_k():
     one, offs = torch.ones(1, 1), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="needs P to be a multiple of 16, got 17"):
-        gluon.mm_8bit_contracted(*torch.zeros(2, 2, 17, dtype=INT8), offs, one, one, BF16)
+    with pytest.raises(ValueError, match="needs a contraction of a multiple of 16, got 17"):
+        gluon.mm_8bit_grouped(*torch.zeros(2, 2, 17, dtype=INT8), offs, one, one, BF16)
     with pytest.raises(ValueError, match=r"got torch\.int8 with torch\.float8_e4m3fn"):
         gluon.mm_8bit(torch.zeros(2, 16, dtype=INT8), torch.zeros(2, 16).to(E4M3), one, one, BF16)
     with pytest.raises(ValueError, match="multiple of 16, got 17"):

@@ -22,6 +22,7 @@ from qcompile.passes.fuse_producers import saved_microseconds
 from qcompile.recipes import FP4
 
 from .harness import Result, compile_and_run, compiler
+from .test_grouped import Experts, ends
 
 RECIPE = FP4.override({"min_side": 0, "defaults": False})
 ASKED = RECIPE.override({"enable_passes": ["fuse_producers"]})
@@ -100,6 +101,82 @@ def test_gradients():
     # And the report says what runs.
     reasons = [encoder.reason for o in on.observations for found in o.encoders.values() for encoder in found]
     assert any(reason.endswith("with its neg, exp, add, div, mul") for reason in reasons)
+
+
+class Halves(nn.Module):
+    """Gate and up as parts of one product, ``[..., 2 * 251]``."""
+
+    def __init__(self, parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.both, self.down = nn.Linear(34, 502), nn.Linear(251, 34)
+
+    def forward(self, x):
+        gate, up = self.parts(self.both(x))
+        return self.down(F.silu(gate) * up)
+
+
+HALVES = {
+    "chunk": lambda both: both.chunk(2, -1),
+    "split, up first": lambda both: both.split(251, -1)[::-1],
+    "slices": lambda both: (both[..., :251], both[..., 251:]),
+    "an axis of two": lambda both: both.unflatten(-1, (2, 251)).unbind(-2),
+}
+
+
+@pytest.mark.parametrize("parts", HALVES.values(), ids=HALVES)
+def test_halves_of_one_product(parts):
+    """They are read where they are, rows of twice the width; the same bits as without the pass, gradients too."""
+    x, results = torch.randn(2, 7, 34, dtype=torch.bfloat16), []
+    for names in (["fuse_producers"], []):
+        torch.manual_seed(0)
+        results.append(compile_and_run(Halves(parts).bfloat16(), x, recipe=RECIPE, enable_passes=names))
+    on, off = results
+    assert fused(on) == [SWIGLU]
+    assert not fused(off)
+    assert torch.equal(on.outputs, off.outputs)
+    assert all(torch.equal(gradient, off.gradients[name]) for name, gradient in on.gradients.items())
+
+
+def test_elements_that_lie_apart_are_left_to_inductor():
+    """Of interleaved gates a kernel would use half of what it reads."""
+    result = compile_and_run(
+        Halves(lambda both: (both[..., ::2], both[..., 1::2])).bfloat16(),
+        torch.randn(7, 34, dtype=torch.bfloat16),
+        recipe=ASKED,
+        under=torch.no_grad,
+    )
+    assert len(result.quantized) == 2
+    assert not fused(result)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_compute_swiglu_where_it_is_quantized(transposed):
+    """Groups of any size, rows that belong to none, and a token with NaN, which spoils what it does without the pass."""
+    sizes, results = (17, 0, 1, 30, 0), []
+    x = torch.randn(56, 32, dtype=torch.bfloat16)  # eight rows more than groups have
+    x[20, 3] = torch.nan
+    for names in (["fuse_producers"], []):
+        model = Experts(len(sizes), 32, 256, transposed)
+        options = {"backward": "fp8", "enable_passes": names}
+        results.append(compile_and_run(model, x.requires_grad_(), ends(*sizes), recipe=RECIPE, **options))
+    on, off = results
+    assert fused(on) == [SWIGLU]
+    assert not fused(off)
+    rows = sum(sizes)
+    assert on.outputs[:rows].isnan().any(1).nonzero().flatten().tolist() == [20]
+    assert same(on.outputs[:rows], off.outputs[:rows])
+    assert on.gradients["up"].isnan().flatten(1).any(1).tolist() == [False, False, False, True, False]
+    assert not on.gradients["down"][[1, 4]].any()
+    for name in ("up", "down"):
+        assert same(on.gradients[name], off.gradients[name]), name
+    reasons = [encoder.reason for o in on.observations for found in o.encoders.values() for encoder in found]
+    assert any(reason.endswith("with its neg, exp, add, div, mul") for reason in reasons)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, but for which NaN it is."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 LEFT_ALONE = {
