@@ -155,7 +155,7 @@ def _no_key(*arguments):
     return ()
 
 
-_ROWS, _TRANSFORMED = "quantize.triton", "quantize.triton_transformed"
+_ROWS, _TRANSFORMED, _BLOCKS = "quantize.triton", "quantize.triton_transformed", "quantize.triton_blocks"
 
 
 def _triton(module: str, name: str) -> Callable[..., Any]:
@@ -264,6 +264,13 @@ PROVIDERS: dict[str, dict[str, tuple[Provider, ...]]] = {
                 "triton",
                 _triton(_TRANSFORMED, "quantize"),
                 _triton(_TRANSFORMED, "supports_quantize"),
+                _key_of_quantize_on_cuda,
+                ("quantizer", "transform"),
+            ),
+            Provider(
+                "triton",
+                _triton(_BLOCKS, "quantize_blocks"),
+                _triton(_BLOCKS, "supports_blocks"),
                 _key_of_quantize_on_cuda,
                 ("quantizer", "transform"),
             ),

@@ -41,6 +41,7 @@ from qcompile.kernels.formula import random, rounding, scales
 from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import clamped, emit, rounded, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
+from qcompile.kernels.quantize.block_grid import why_not_in_blocks
 
 __all__ = [
     "GridUnits",
@@ -127,10 +128,15 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
 
 
 def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None, transform: str = ""):
-    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated."""
+    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated.
+
+    The op's own kernel runs where x lies in memory and is quantized in blocks: it reads x once, and the loops of such a
+    quantization, up to six for every site, take longer to print and compile than all else of a graph.
+    """
     q = Quantizer.parse(quantizer)
     supported = not transform and supports_quantize(q, x.get_device())[0]
-    if not ir.is_triton(x) or is_empty(x) or not supported:
+    in_blocks = is_in_memory(x) and fold is None and not why_not_in_blocks(q)
+    if not ir.is_triton(x) or is_empty(x) or in_blocks or not supported:
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return own_kernel(torch.ops.qcompile.quantize.default, *arguments)
     units = GridUnits(x, q, axis, q.format.codes_per_byte, global_scale, fold)

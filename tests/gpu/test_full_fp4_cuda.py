@@ -109,6 +109,27 @@ def test_generated_kernels_draw_as_the_reference(text: str, axis: int) -> None:
     assert torch.equal(scales.cpu().view(torch.uint8), expected[1].view(torch.uint8))
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((300, 412), -1), ((384, 412), 0), ((300, 412), 0)])
+@pytest.mark.parametrize("text", [*DRAWN, "e2m1 block16 e4m3", "int4 block16 e4m3", "e2m1 block32 e8m0"])
+def test_blocks_in_memory_draw_as_the_reference(text: str, shape: tuple[int, int], axis: int) -> None:
+    """The op's own kernel, eager and in a graph: nothing in front of it is fused."""
+    q = Quantizer.parse(text)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[7, :50], x[9, 11], x[10, 12] = 0.0, float("nan"), float("inf")
+    whole, seed = torch.tensor(0.013) if q.scale.two_level else None, torch.tensor([2**31 - 2]) if q.draws else None
+
+    def quantized(x: Tensor, seed: Tensor | None, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.qcompile.quantize(x, text, axis, whole, seed)
+
+    torch._dynamo.reset()
+    on_card = [None if t is None else t.cuda() for t in (x, seed, whole)]
+    expected = reference.quantize(x, text, axis, whole, seed)
+    for run in (quantized, torch.compile(quantized, fullgraph=True)):
+        codes, scales = run(*on_card)
+        assert torch.equal(codes.cpu(), expected[0])
+        assert torch.equal(scales.cpu().view(torch.uint8), expected[1].view(torch.uint8))
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_both_operands_get_the_signs_of_one_draw(mode: str) -> None:
     """In eight bits, so that a sign that differs shows: the gradients are near the exact ones at every replay."""

@@ -209,6 +209,19 @@ def test_codes_are_transposed_by_one_kernel_on_cards_with_fp4(generate):
         assert re.search(r"st\.global\S*\.b8", ptx)
 
 
+@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 stochastic", "e2m1 block16 e4m3_eden eden"])
+def test_blocks_of_what_lies_in_memory_are_quantized_by_the_ops_own_kernel(generate, text):
+    """A rotation writes x: no loop of ours is printed for maxima, codes, sums or scales."""
+
+    def rotated(x, whole, seed):
+        return quantize(torch.ops.qcompile.hadamard(x, 128, 0), text, 0, whole, seed)
+
+    arguments = torch.randn(256, 40), torch.ones(()), torch.tensor([3])
+    outputs, kernels = generate(rotated, *arguments)
+    assert not kernels
+    torch.testing.assert_close(outputs, rotated(*arguments), rtol=0, atol=0)
+
+
 @compiled
 def test_codes_computed_again_fuse_with_swiglu_and_its_backward(generate):
     """One kernel reads gate, up and dY once, for the codes that the next layer's wgrad reads and for both gradients."""
