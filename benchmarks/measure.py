@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -288,11 +289,31 @@ def share_of_cores(jobs: int) -> dict[str, str]:
     return {name: str(min(share, int(os.environ.get(name) or share))) for name in names}
 
 
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """SIGTERM, which ``timeout``, ``kill`` and schedulers send, and SIGHUP raise ``SystemExit`` in the main thread, so
+    that what ends workers runs: they have sessions of their own, and would keep the card.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signals = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    found = {number: signal.getsignal(number) for number in signals}
+    for number in found:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
+
+
 def run_process(command: Sequence[str], name: str, limit: float, log: Path, jobs: int = 1) -> tuple[int, str]:
     """Run a command with what one of ``jobs`` may have of this machine; its exit status and what it printed, which
     becomes a section of ``log``. Raises ``TimeoutError`` if it took longer than ``limit`` seconds, after ending it.
     """
-    with tempfile.TemporaryFile() as printed:
+    with tempfile.TemporaryFile() as printed, _asked_to_end():
         process = subprocess.Popen(
             command, stdout=printed, stderr=printed, start_new_session=True, env={**os.environ, **share_of_cores(jobs)}
         )
@@ -339,10 +360,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def side_by_side(run: Callable[[Item], None], items: Sequence[Item], at_once: int) -> None:
     """``run`` for each item, in their order, ``at_once`` at a time in threads that wait for workers.
 
-    What interrupts this process, or what ``run`` raises, ends all workers: they have sessions of their own, so that
-    no terminal does.
+    What interrupts this process, asks it to end, or is raised by ``run`` ends all workers: they have sessions of their
+    own, so that no terminal does.
     """
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
+    with _asked_to_end(), ThreadPoolExecutor(max(1, at_once)) as pool:
         waiting = [pool.submit(run, item) for item in items]
         try:
             for each in waiting:

@@ -257,5 +257,10 @@ class Study:
         given = parser.parse_args(arguments)
         if given.jobs < 1:
             parser.error(f"--jobs must be at least 1, got {given.jobs}")
-        given.steps = given.steps or math.ceil(self.tokens / SIZES[given.size].tokens)
+        if given.tokens and not given.tokens.is_file():
+            parser.error(f"--tokens: there is no file {given.tokens}")
+        if given.steps is None:
+            given.steps = math.ceil(self.tokens / SIZES[given.size].tokens)
+        if given.steps < 1:
+            parser.error(f"--steps must be at least 1, got {given.steps}")
         return given

@@ -65,7 +65,7 @@ def accumulate(graph: Graph, context: Context) -> int:
 
 def _accumulate(graph: Graph, root: Node) -> bool:
     value = root.meta["val"]
-    if not _is_sum(root) or _is_term(root) or compat.tensor_core_capability(value.device) is None:
+    if value.dim() < 2 or not _is_sum(root) or _is_term(root) or compat.tensor_core_capability(value.device) is None:
         return False
     rates, _ = rates_of(compat.card_name(value.device))
     terms = _sorted(root, rates)

@@ -10,12 +10,16 @@ and writes it once more, since dX of the base layer reads dY without it. With an
 So c multiplies rank instead of N numbers per token, and ``l · c`` is computed once for both directions. What is
 multiplied must be a quarter as large at most. If c is a power of two (2, PEFT's usual alpha / r), results have the same
 bits but for the ends of the range of numbers. Otherwise ``l · c`` is rounded in place of y, as often as in eager torch.
+FP16 is left alone: its range ends where activations are, and a factor in front of a product may be what keeps that
+below 65504.
 """
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from .graph import aten, emit, input_of, is_call, is_view, same_sizes, static_size
@@ -55,12 +59,13 @@ def move_factors(graph: Graph, context: Context) -> int:
 
 
 def _is_scaling(node: Node) -> bool:
-    """Whether a tensor is multiplied by a number, without another dtype or layout."""
+    """Whether a tensor is multiplied by a finite number, without another dtype or layout, and not FP16."""
     x, factor = node.args
     if not isinstance(x, Node) or not isinstance(factor, (int, float)) or isinstance(factor, bool):
         return False
     before, after = x.meta["val"], node.meta["val"]
-    return bool(before.dtype.is_floating_point) and before.dtype == after.dtype and _same_strides(before, after)
+    has_range = before.dtype.is_floating_point and before.dtype != torch.float16 and isfinite(factor)
+    return bool(has_range) and before.dtype == after.dtype and _same_strides(before, after)
 
 
 def _same_strides(a: Any, b: Any) -> bool:
@@ -82,6 +87,8 @@ def _to_operand(graph: Graph, node: Node, moved: dict[tuple[Node, Any], Node]) -
     if key not in moved:
         with graph.inserting_before(product):
             moved[key] = emit(graph, product, aten.mul.Tensor, operand, factor)
+    elif product < moved[key]:  # the result that is multiplied first may be of the later of two products
+        product.prepend(moved[key])
     product.update_arg(0, moved[key])
     _read_instead(graph, node, x)  # type: ignore[arg-type]
     return True

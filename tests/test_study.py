@@ -90,20 +90,28 @@ def test_workers_run_side_by_side_and_a_failing_one_stops_no_other(worker, tmp_p
     assert "=== fails\nI am fails\n" in log
 
 
-def test_an_interrupt_ends_all_workers(worker, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+)
+def test_an_interrupt_ends_all_workers(number, raised, worker, tmp_path):
+    """And what `timeout` or a scheduler sends; else workers train on, and the next call begins them once more."""
+    before = signal.getsignal(number)
+
     def interrupted(name: str, limit: float) -> Curve:
         if name == "interrupt":
             while not (process := tmp_path / "meeting" / "sleeps").exists() or not process.read_text():
                 time.sleep(0.01)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, number)
             while measure._WORKERS:
                 time.sleep(0.01)
             return Curve()
         return worker(name, limit)
 
     curves: dict[str, Curve] = {}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         run_arms(["interrupt", "sleeps", "never"], curves, interrupted, seconds=60)
+    assert signal.getsignal(number) == before
     assert sorted(curves) == ["interrupt", "sleeps"]
     assert "the process died" in curves["sleeps"].fault
     with pytest.raises(ProcessLookupError):
@@ -171,8 +179,14 @@ def test_a_call_goes_on_where_the_last_one_stopped(script, monkeypatch, tmp_path
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert script.main([*given, "--lr", "1"]) == 2
     assert "lr=0.0012, not 1.0" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        script.main([*given, "--jobs", "0"])
+    for option, value, said in (
+        ("--jobs", "0", "--jobs must be at least 1, got 0"),
+        ("--steps", "0", "--steps must be at least 1, got 0"),
+        ("--tokens", "no.txt", "--tokens: there is no file no.txt"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main([*given, option, value])
+        assert said in capsys.readouterr().err
 
 
 def test_a_worker_says_what_broke(monkeypatch, tmp_path, capfd):

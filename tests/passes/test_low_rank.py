@@ -140,6 +140,43 @@ class Read(nn.Module):
         return self.function(self.layer, x)
 
 
+def later_first(layer, x):
+    """Two products of one small operand; the result of the second is multiplied first."""
+    low = F.linear(x[0], layer.lora_a)
+    first, second = F.linear(low, layer.lora_b), F.linear(low, layer.lora_b.sin())
+    return (second * 2.0).sin() + first * 2.0 + layer.base(x[0])
+
+
+def test_products_of_one_operand_in_any_order():
+    model, x = Read(later_first), inputs()
+    result = run(model, x)
+    assert scalings(result, "joint_hints", 2.0) == [4] * 3  # dB of both reads what the forward multiplied
+    assert_same((result.outputs, result.gradients), run_eager(model, x))
+
+
+OUT_OF_RANGE = {
+    # A product of 512 numbers near 2000 by as many near 1 is above FP16's 65504 before it is multiplied by 2⁻¹⁰.
+    "down, in front of a product": (lambda layer, x: F.linear((x + 2000) * 2.0**-10, layer.lora_a + 1), torch.float16),
+    "up, behind one": (
+        lambda layer, x: F.linear(x + 64, layer.lora_a + 1) @ (layer.lora_b.T / 2**8) * 4.0,
+        torch.float16,
+    ),
+    "to infinity": (lambda layer, x: F.linear(F.linear(x, layer.lora_a), layer.lora_b) * float("inf"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_numbers_that_stay_in_range(case):
+    """What is finite in eager torch is finite, and nothing is NaN that is not NaN there."""
+    function, dtype = OUT_OF_RANGE[case]
+    model = Read(lambda layer, x: (function(layer, x), layer.base(x))).to(dtype)
+    with torch.no_grad():
+        expected = model(inputs(dtype))[0]
+        result = run(model, inputs(dtype)).outputs[0]
+    assert not expected.isnan().any()
+    torch.testing.assert_close(result, expected, rtol=2**-8, atol=0)
+
+
 def read_twice(layer, x):
     low = F.linear(F.linear(x, layer.lora_a), layer.lora_b)
     return low.sigmoid() + layer.base(x) + low * 2.0
@@ -273,6 +310,13 @@ def test_sums_that_stay(case):
     result = run(model, x)
     (forward, *_) = (o.programs["post_grad_accumulate"] for o in result.observations)
     assert "mm_add" not in forward
+    assert_same((result.outputs, result.gradients), run_eager(model, x))
+
+
+def test_sums_of_numbers_stay():
+    """Of losses, say, which have no columns."""
+    model, x = Read(lambda layer, x: layer(x).square().mean() + layer.low(x).abs().mean()), inputs()
+    result = run(model, x)
     assert_same((result.outputs, result.gradients), run_eager(model, x))
 
 
