@@ -153,31 +153,35 @@ def test_gate_refuses(loss, gradient, complaint):
     else:
         gradients["w"] = torch.tensor(gradient)
     with pytest.raises(training_step.GateError, match=complaint):
-        training_step.check(Reference(loss, gradients), reference, exact_forward=True)
+        training_step.check(Reference(loss, gradients), reference, EXACT)
+
+
+EXACT, OTHER = (training_step.bounds_of(exact, same_experts=True) for exact in (True, False))
 
 
 def test_gate_judges_the_worst_cosine_or_the_median():
     """One bad parameter of three fails an arm whose forward is its reference's, and none other."""
     reference = Reference(2.0, {name: torch.tensor([1.0, 0.0]) for name in "uvw"})
     own = Reference(2.02, {"u": torch.tensor([1.0, 0.0]), "v": torch.tensor([1.0, 1.0]), "w": torch.tensor([0.0, 1.0])})
-    assert training_step.check(own, reference, exact_forward=False)[0] == pytest.approx(2**-0.5)
+    assert training_step.check(own, reference, OTHER) == pytest.approx(2**-0.5)
     with pytest.raises(training_step.GateError, match="gradient of w"):
-        training_step.check(own, reference, exact_forward=True)
+        training_step.check(own, reference, EXACT)
 
 
-def test_gate_judges_routers_by_themselves():
-    """Rounding may move tokens to other experts; a gradient that has nothing to do with its reference's fails."""
-    router = "layers.0.mlp.gate.weight"
-    reference = Reference(2.0, {name: torch.tensor([1.0, 0.0]) for name in ("w", router)})
+def test_where_tokens_go_to_other_experts_the_median_is_judged():
+    """Some gradients then are of other tokens; one that has nothing to do with its reference's fails all the same."""
+    bounds = training_step.bounds_of(exact_forward=True, same_experts=False)
+    reference = Reference(2.0, {name: torch.tensor([1.0, 0.0]) for name in "uvw"})
 
-    def judged(of_router: list[float]) -> tuple[float, float]:
-        return training_step.check(
-            Reference(2.0, {"w": torch.tensor([1.0, 0.0]), router: torch.tensor(of_router)}), reference, True
-        )
+    def judged(*gradients: list[float]) -> float:
+        named = dict(zip("uvw", map(torch.tensor, gradients), strict=True))
+        return training_step.check(Reference(2.0, named), reference, bounds)
 
-    assert judged([1.0, 1.0]) == pytest.approx((1.0, 2**-0.5))
-    with pytest.raises(training_step.GateError, match=f"gradient of {router} has a cosine of 0.100"):
-        judged([0.1, (1 - 0.01) ** 0.5])
+    assert judged([1.0, 0.0], [1.0, 0.1], [1.0, 1.0]) == pytest.approx(1.01**-0.5)
+    with pytest.raises(training_step.GateError, match=r"gradient of w has a cosine of 0\.100 with"):
+        judged([1.0, 0.0], [1.0, 0.0], [0.1, (1 - 0.01) ** 0.5])
+    with pytest.raises(training_step.GateError, match="the median"):
+        judged([1.0, 0.0], [1.0, 1.0], [1.0, 1.0])
 
 
 def test_a_counterpart_that_is_not_measured_is_run_for_its_gradients(arms, tmp_path):
