@@ -43,6 +43,7 @@ from training_step import names_from
 
 from qcompile import Schedule
 from qcompile.apps.demo import learning_rate_factor
+from qcompile.recipes import RECIPES
 
 __all__ = ["MODEL", "Arm", "Order", "Study", "orders", "signed", "train"]
 
@@ -63,6 +64,12 @@ class Arm:
     healed: bool = False
     published: float | None = None
     style: str = "-"
+
+    def wide_blocks(self, blocks: int) -> int:
+        """How many of the last ones the recipe leaves wide: compiled one by one, no block knows its place."""
+        recipe = RECIPES.get(self.backend)
+        shares = [rule.last_blocks for rule in recipe.rules if rule.quantize is False] if recipe else []
+        return round(max(shares, default=0.0) * blocks)
 
     def schedule(self, steps: int, backend: Callable[..., Any] | None = None) -> Schedule:
         """``backend``: in place of the arm's, for tests."""
@@ -85,7 +92,10 @@ def train(
     start = time.perf_counter()
     model = build(size, tokens.train.device, torch.float32, arm.seed)
     phases = arm.schedule(steps, backend)
-    phases.compile(*model.layers, dynamic=False)
+    narrow = len(model.layers) - arm.wide_blocks(len(model.layers))
+    phases.compile(*model.layers[:narrow], dynamic=False)
+    for block in model.layers[narrow:]:
+        block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(decay_groups(model.parameters()), lr=lr, betas=(0.9, 0.95), fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     curve, fresh = Curve(), list[Tensor]()

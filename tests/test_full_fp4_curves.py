@@ -157,3 +157,10 @@ def test_errors_of_means() -> None:
     assert list(noisy) == [1, 2, 4, 8, 16, 32, 64]
     assert noisy[1] / noisy[64] == pytest.approx(64, rel=0.1)
     assert biased[1] == pytest.approx(biased[64]) == pytest.approx(0.01)
+
+
+def test_recipes_leave_their_last_blocks_wide():
+    """Blocks are compiled one by one, so the recipe's own rule finds none: the study has to do it."""
+    wide = {name: arm.wide_blocks(6) for name, arm in full_fp4_curves.ARMS.items()}
+    assert {name for name, count in wide.items() if count} == {"nvidia", "if4"}
+    assert wide["nvidia"] == wide["if4"] == 1
