@@ -151,6 +151,7 @@ ROOMS = (
     "report",
     "search",
     "apps",
+    "__main__",
 )
 #: ``options={"monitor": True}`` makes a monitor, which itself reads a backend's options.
 EXCEPTIONS = {("backends", "numerics")}
