@@ -94,8 +94,11 @@ def test_workers_run_side_by_side_and_a_failing_one_stops_no_other(worker, tmp_p
     ("number", "raised"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
 )
-def test_an_interrupt_ends_all_workers(number, raised, worker, tmp_path):
+def test_an_interrupt_ends_all_workers(number, raised, worker, tmp_path, request):
     """And what `timeout` or a scheduler sends; else workers train on, and the next call begins them once more."""
+    # What an interactive shell leaves it: children of others ignore SIGINT.
+    outside = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, outside))
     before = signal.getsignal(number)
 
     def interrupted(name: str, limit: float) -> Curve:
