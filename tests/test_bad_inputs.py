@@ -260,7 +260,8 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "pass that needs no request": (
         {"enable_passes": ["fuse"]},
-        r"option 'enable_passes': runs unless it is disabled: 'fuse'; passes: move_factors, .*, fuse_producers",
+        r"option 'enable_passes': runs unless it is disabled: 'fuse'; "
+        r"passes: move_factors, join_products, accumulate, fuse_producers",
     ),
     "pass not in a list": ({"disable_passes": "fuse"}, r"option 'disable_passes' takes a list of names, got 'fuse'"),
     "layer not in a list": ({"skip": "lm_head"}, r"option 'skip' takes a list of names, got 'lm_head'"),
