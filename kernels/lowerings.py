@@ -27,29 +27,34 @@ from .register import DIRECT
 __all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
 
 
+def _always() -> tuple[bool, str]:
+    """Of an op that is lowered whatever its texts say; what runs it may still depend on layout and extents."""
+    return True, ""
+
+
 @dataclass(frozen=True)
 class Lowering:
     """How an op is lowered, and ``supports(*the first texts of its node, parsed) -> (ok, reason)``."""
 
     lower: Callable
-    supports: Callable[..., tuple[bool, str]]
-    texts: int = 1
+    supports: Callable[..., tuple[bool, str]] = _always
+    texts: int = 0
 
 
 LOWERINGS: dict[str, Lowering] = {
-    "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize),
-    "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize),
-    "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated, texts=0),
-    "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize),
-    "transpose_codes": Lowering(quantize.lower_transpose_codes, quantize.supports_transpose_codes, texts=0),
-    "mm_8bit": Lowering(matmul.lower_mm_8bit, matmul.supports_mm_8bit, texts=0),
-    "mm_add": Lowering(matmul.lower_mm_add, matmul.supports_mm_add, texts=0),
-    "count_bits": Lowering(matmul.lower_count_bits, matmul.supports_count_bits, texts=0),
+    "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize, texts=1),
+    "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize, texts=1),
+    "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated),
+    "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize, texts=1),
+    "transpose_codes": Lowering(quantize.lower_transpose_codes),
+    "mm_8bit": Lowering(matmul.lower_mm_8bit),
+    "mm_add": Lowering(matmul.lower_mm_add),
+    "count_bits": Lowering(matmul.lower_count_bits),
     "estimator_mask": Lowering(estimate.lower_estimator_mask, estimate.supports_estimator_mask, texts=2),
-    "mask_gradient": Lowering(estimate.lower_mask_gradient, estimate.supports_mask_gradient, texts=0),
+    "mask_gradient": Lowering(estimate.lower_mask_gradient),
     "scale_gradient": Lowering(estimate.lower_scale_gradient, estimate.supports_scale_gradient, texts=2),
-    "clamp_outliers": Lowering(outliers.lower_clamp_outliers, outliers.supports_clamp_outliers, texts=0),
-    "restore_outliers": Lowering(outliers.lower_restore_outliers, outliers.supports_restore_outliers, texts=0),
+    "clamp_outliers": Lowering(outliers.lower_clamp_outliers),
+    "restore_outliers": Lowering(outliers.lower_restore_outliers),
 }
 
 

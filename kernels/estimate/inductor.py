@@ -36,7 +36,6 @@ __all__ = [
     "lower_mask_gradient",
     "lower_scale_gradient",
     "supports_estimator_mask",
-    "supports_mask_gradient",
     "supports_scale_gradient",
 ]
 
@@ -64,11 +63,6 @@ def supports_scale_gradient(
     if not estimator.kind.continuous and (reason := why_not_scaled(q)):
         return False, reason
     return supports_scales(q, device)  # rounding takes no part in it
-
-
-def supports_mask_gradient() -> tuple[bool, str]:
-    """Code is always generated."""
-    return True, ""
 
 
 # --- the ops ------------------------------------------------------------------------------------------------

@@ -36,9 +36,7 @@ from .providers import Product, choose
 if TYPE_CHECKING:
     from . import triton as gemm
 
-__all__ = [
-    "lower_count_bits", "lower_mm_8bit", "lower_mm_add", "supports_count_bits", "supports_mm_8bit", "supports_mm_add",
-]  # fmt: skip
+__all__ = ["lower_count_bits", "lower_mm_8bit", "lower_mm_add"]
 
 #: Most configs of the template that max-autotune measures, those that should be fastest.
 _MEASURED_CONFIGS = 6
@@ -119,11 +117,6 @@ def mm_8bit_in_gluon(a, b, scale_a, scale_b, *summands, dtype: torch.dtype, name
 _GLUON = ExternKernelChoice(mm_8bit_in_gluon, name="qcompile_mm_8bit_in_gluon", has_out_variant=False)
 
 
-def supports_mm_8bit() -> tuple[bool, str]:
-    """``(True, "")``: every product has a lowering; which provider serves it depends on the shape."""
-    return True, ""
-
-
 def lower_mm_8bit(a, b, scale_a, scale_b, dtype: torch.dtype, bias=None, offset_a=None, offset_b=None):
     """``qcompile::mm_8bit``: ``[M, N]`` in ``dtype``; M may be symbolic."""
     summands = {"bias": bias, "offset_a": offset_a, "offset_b": offset_b}
@@ -199,11 +192,6 @@ class _AddProduct(ir.ExternKernel):
         return OrderedSet()
 
 
-def supports_mm_add() -> tuple[bool, str]:
-    """Code is always generated."""
-    return True, ""
-
-
 def lower_mm_add(total, a, b):
     """``qcompile::mm_add``: in place by cuBLAS, ``[M, N]``. Where Inductor measures what adds a matrix, as ``addmm``:
     so under max-autotune, on CPUs, and in C++.
@@ -214,11 +202,6 @@ def lower_mm_add(total, a, b):
     total.realize()
     _AddProduct(total, a, b)
     return total
-
-
-def supports_count_bits() -> tuple[bool, str]:
-    """Code is always generated."""
-    return True, ""
 
 
 def lower_count_bits(codes):

@@ -19,21 +19,9 @@ from qcompile.kernels.quantize.inductor import axis_last, is_empty
 __all__ = [
     "lower_clamp_outliers",
     "lower_restore_outliers",
-    "supports_clamp_outliers",
-    "supports_restore_outliers",
 ]
 
 aten = torch.ops.aten
-
-
-def supports_clamp_outliers() -> tuple[bool, str]:
-    """``(True, "")``: every clamp has a lowering; its layout and extents, which no text tells, decide what that is."""
-    return True, ""
-
-
-def supports_restore_outliers() -> tuple[bool, str]:
-    """Code is always generated."""
-    return True, ""
 
 
 def lower_clamp_outliers(x, clamp: str, axis: int):

@@ -60,7 +60,6 @@ __all__ = [
     "supports_encode_compensated",
     "supports_quantize",
     "supports_scales",
-    "supports_transpose_codes",
     "why_not_scaled",
 ]
 
@@ -112,11 +111,6 @@ def supports_scales(q: Quantizer, device: torch.device | None) -> tuple[bool, st
 def supports_encode_compensated(device: torch.device | None = None) -> tuple[bool, str]:
     """Whether :func:`lower_encode_compensated` generates code, and if not, why."""
     return supports_scales(Quantizer.parse(COMPENSATED), device)
-
-
-def supports_transpose_codes() -> tuple[bool, str]:
-    """Code is always generated."""
-    return True, ""
 
 
 def is_empty(*tensors: ir.TensorBox) -> bool:
