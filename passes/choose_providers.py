@@ -126,7 +126,7 @@ def _rows_per_group(product: QuantizedMM, value: torch.Tensor) -> float | None:
     """On average; ``None`` where that is known at run time only. Batches are equal groups."""
     rows = static_size(value.shape[-2])
     groups = 1 if product.offs is None else static_size(product.offs.meta["val"].shape[0])
-    return None if rows is None or groups is None else max(1, rows) / max(1, groups)
+    return None if rows is None or groups is None else providers.rows_per_group(rows, groups)
 
 
 def _of_stored_weight(node: Node, product: QuantizedMM, stored: Stored) -> Provision:

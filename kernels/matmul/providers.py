@@ -97,6 +97,7 @@ __all__ = [
     "mm_8bit_grouped",
     "mm_block_scaled",
     "multiplies_groups",
+    "rows_per_group",
     "supports_stored",
 ]
 
@@ -219,7 +220,7 @@ def mm_8bit_grouped(
         dtype=dtype,
         capability=_capability(a.device),
         bias=None if bias is None else bias.dtype,
-        group_rows=max(1, a.shape[0]) / max(1, offs.shape[0]),
+        group_rows=rows_per_group(a.shape[0], offs.shape[0]),
         contracted=b.dim() == 2,
     )
     return _chosen(product).run(a, b, offs, scale_a, scale_b, dtype, bias)
@@ -413,6 +414,11 @@ def _run_grouped(*arguments: Any) -> Tensor:
 
 #: Rows per group from which tiles of as many serve; the kernel in Triton has lower ones.
 GLUON_ROWS = 128
+
+
+def rows_per_group(rows: int, groups: int) -> float:
+    """On average, as :attr:`Product.group_rows` counts them: never 0, which stands for no groups."""
+    return max(1, rows) / max(1, groups)
 
 
 def _obstacle_to_grouped_gluon(product: Product) -> str:
