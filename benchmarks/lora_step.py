@@ -2,7 +2,7 @@
 
     python benchmarks/lora_step.py --layers 8 --out lora_8.csv                      # six arms, some minutes
     python benchmarks/lora_step.py --arms bf16 ours_nf4 --limit 200 --out lora_32.csv
-    python benchmarks/lora_step.py --regional --arms bf16 ours_nf4 ours_nf4_joined --out both.csv   # what passes save
+    python benchmarks/lora_step.py --regional --arms bf16 ours_nf4 ours_nf4_apart --out both.csv    # what passes save
     python benchmarks/lora_step.py --tiny --device cpu --out lora_cpu.csv           # tries every arm out
 
 The model is transformers' Llama with random weights, made on the meta device and filled and packed layer by layer, so
@@ -129,20 +129,22 @@ class Arm:
     worst: bool = True
 
 
-#: Passes that are about low-rank products; by request.
-JOINED = {"enable_passes": ["move_factors", "join_products", "accumulate"]}
+#: Without the passes that are about low-rank products.
+APART = {"disable_passes": ["move_factors", "join_products", "accumulate"]}
 
 
 def w4a4(name: str, activation: str) -> dict[str, Arm]:
-    """FP4 activations beside FP4 weights: with dX on 8-bit tensor cores, and, to compare that with, in BF16; the latter
-    also with the passes that join low-rank products.
+    """FP4 activations beside FP4 weights: with dX on 8-bit tensor cores, and, to compare that with, in BF16; both also
+    without the passes that join low-rank products.
     """
     store, wide = packed("e2m1 row"), f"{name}_wide_dx"
     options = {"activation": activation}
+    bf16 = options | {"backward": "bf16"}
     return {
-        wide: Arm(store, "qcompile_stored", options, reference="eager", worst=False),
-        f"{wide}_joined": Arm(store, "qcompile_stored", {**options, **JOINED}, reference="eager", worst=False),
-        name: Arm(store, "qcompile_stored", {**options, "backward": "auto"}, reference=wide),
+        wide: Arm(store, "qcompile_stored", bf16, reference="eager", worst=False),
+        f"{wide}_apart": Arm(store, "qcompile_stored", bf16 | APART, reference="eager", worst=False),
+        name: Arm(store, "qcompile_stored", options, reference=wide),
+        f"{name}_apart": Arm(store, "qcompile_stored", options | APART, reference=wide),
     }
 
 
@@ -153,12 +155,12 @@ ARMS = {
     "bnb_inductor": Arm(by_bitsandbytes),
     "torchao_inductor": Arm(by_torchao),
     "ours_nf4": Arm(packed(NF4), "qcompile_stored"),
-    "ours_nf4_joined": Arm(packed(NF4), "qcompile_stored", JOINED),
+    "ours_nf4_apart": Arm(packed(NF4), "qcompile_stored", APART),
     **w4a4("ours_w4a4", "e2m1 row"),
     **w4a4("ours_w4a4_occ", "e2m1 row absmax even; ste; occ(residual=e4m3)"),  # as pretrained models need it
     "ours_on_bnb": Arm(by_bitsandbytes, "qcompile_stored"),  # bitsandbytes' layers, compiled as they are
 }
-DEFAULT = [n for n in ARMS if not n.startswith(("ours_w4a4_occ", "ours_on_bnb")) and not n.endswith("_joined")]
+DEFAULT = [n for n in ARMS if not n.startswith(("ours_w4a4_occ", "ours_on_bnb")) and not n.endswith("_apart")]
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,9 @@ class Recipe:
             or to E4M3 with one scale per row; the codes themselves are exact. Where scales cannot be folded (the exact
             residual of outliers, batches, convolutions) dY is what ``gradient`` says: in high precision if that is not
             given. ``"auto"``: those of the two that the card is estimated to run faster so, layer by layer
-            (:mod:`qcompile.kernels.matmul.costs`), unless ``gradient`` says what dY is to be. As an option, ``"bf16"``
-            drops a recipe's own ``gradient``, and with it what is read again.
+            (:mod:`qcompile.kernels.matmul.costs`), unless ``gradient`` says what dY is to be; none beside a stored
+            weight and a wide activation. As an option, ``"bf16"`` drops a recipe's own ``gradient``, and with it what
+            is read again.
         skip: layer-name patterns to leave in high precision; shorthand for rules with ``quantize=False``. As an option,
             adds to the recipe's own.
         rules: further rules, applied in order after ``skip``; added in the same way.
@@ -105,8 +106,9 @@ class Recipe:
             a row) or ``"4bit"`` (E2M1, one scale per 32 elements). Lossy; off by default.
         enabled: ``False`` leaves every site alone: the result is bit-identical to ``backend="inductor"``.
         fuel: quantize only the first n sites of each graph (bisection), ``None`` for all.
-        disable_passes: names of passes to leave out.
-        enable_passes: names of passes that run only if they are asked for.
+        disable_passes: names of passes to leave out. As an option, adds to the recipe's own.
+        enable_passes: names of passes that run only if they are asked for, unless ``disable_passes`` has them. As an
+            option, adds to the recipe's own.
         strict: unmatched rules raise instead of warning.
         monitor: ``True``, or a :class:`qcompile.Monitor`, to gather statistics of every operand; numbers do not change.
         debug: verify the graph after every pass.
@@ -201,7 +203,7 @@ class Recipe:
                     msg = f"option 'rules': {error}"
                     raise ValueError(msg) from None
             elif key in ("disable_passes", "enable_passes"):
-                changes[key] = names_of(key, value)
+                changes[key] = tuple(dict.fromkeys((*getattr(self, key), *names_of(key, value))))
             else:
                 changes[key] = _checked(key, value)
         if self.backward == "auto" and "backward" not in changes and changes.get("gradient", "") is None:

@@ -127,7 +127,8 @@ def test_blocks_in_memory_draw_as_the_reference(text: str, shape: tuple[int, int
     for run in (quantized, torch.compile(quantized, fullgraph=True)):
         codes, scales = run(*on_card)
         assert torch.equal(codes.cpu(), expected[0])
-        assert torch.equal(scales.cpu().view(torch.uint8), expected[1].view(torch.uint8))
+        # By value: a NaN of float32 has other bits on the card.
+        torch.testing.assert_close(scales.cpu().float(), expected[1].float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

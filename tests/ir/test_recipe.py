@@ -17,7 +17,7 @@ from qcompile.ir.outliers import OutlierClamp
 from qcompile.ir.quantizer import SCALE_RULES, Granularity, Quantizer
 from qcompile.ir.recipe import LEFT_WIDE, Recipe
 from qcompile.ir.rules import Rule, matches_name
-from qcompile.recipes import QUARTET2, RECIPES
+from qcompile.recipes import QUARTET2, RECIPES, STORED
 from qcompile.recipes.fp4 import FP4
 
 
@@ -194,6 +194,13 @@ def test_plain_options(key, value):
     recipe = FP4.override({key: value})
     assert getattr(recipe, key) == value
     assert changed(FP4, recipe) <= {key}
+
+
+def test_passes_that_are_named_add_to_the_recipes_own():
+    """One more pass must not turn off those that a recipe has."""
+    recipe = STORED.override({"enable_passes": ["fuse_producers", "accumulate"]})
+    assert recipe.enable_passes == (*STORED.enable_passes, "fuse_producers")
+    assert recipe.override({"disable_passes": ["fold"]}).disable_passes == ("fold",)
 
 
 def test_skip_adds_and_is_remembered_as_the_users():

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import qcompile
 from qcompile import compat
 from qcompile.kernels.matmul.costs import RATES, best_backward, rates_of
-from qcompile.recipes import FP4, QUEST
+from qcompile.recipes import FP4, QUEST, STORED
 
 from .harness import assert_same, compile_and_run
 
@@ -131,6 +132,23 @@ def test_a_gradient_that_is_given_is_that_on_every_card(hopper: Any, options: di
     with mock.patch.object(compat, "tensor_core_capability", return_value=None):
         on_cpu = compile_and_run(_model(), x, recipe=FP4, **options)
     assert_same(on_hopper.gradients, on_cpu.gradients)
+
+
+@pytest.mark.parametrize("activation", [None, "e2m1 row"])
+def test_beside_stored_weights_dy_is_as_wide_as_x(hopper: Any, activation: str | None) -> None:
+    """QLoRA's gradients must not be rounded because the codes of its weights happen to be exact in 8 bits."""
+
+    def run(**options: Any) -> Any:
+        model = _model()
+        qcompile.pack_(model, "e2m1 row")
+        return compile_and_run(model, x, recipe=STORED, activation=activation, **options).gradients
+
+    x = torch.randn(9, 96, requires_grad=True)
+    with mock.patch("qcompile.passes.fold.costs.best_backward", lambda shape, roles, *rest: (roles, {roles: 1.0})):
+        auto = run()
+    wide, folded = run(backward="bf16"), run(backward="fp8")
+    assert_same(auto, folded, tolerance=0)
+    assert torch.equal(wide[0], folded[0]) == (activation is None)
 
 
 def test_variants_apply_before_the_options_beside_them() -> None:

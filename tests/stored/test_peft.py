@@ -178,9 +178,9 @@ def test_low_rank_products_beside_stored_weights(variant):
     qcompile.pack_(model, "nf4 block64 absmax_bnb")
     model = adapted(model, **VARIANTS[variant]).train()
     results = []
-    for enabled in ([], LOW_RANK):
+    for disabled in (LOW_RANK, []):
         with tensor_cores():
-            compiled, observations = compiler(model, STORED, enable_passes=enabled)
+            compiled, observations = compiler(model, STORED, disable_passes=disabled)
             torch.manual_seed(0)
             results.append(loss_and_gradients(model, compiled))
     expected = results[0] if variant == "dropout" else loss_and_gradients(model)
@@ -203,7 +203,7 @@ def test_adapters_that_are_switched():
     model = adapted(model)
     model.add_adapter("second", __import__("peft").LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"]))
     with_numbers(model)
-    compiled, observations = compiler(model, STORED, enable_passes=LOW_RANK)
+    compiled, observations = compiler(model, STORED)
     ids, sums = torch.arange(3, 33).reshape(2, 15), []
     for active in (["default", "second"], ["second"], [], ["default"]):
         with model.disable_adapter() if not active else contextlib.nullcontext(), tensor_cores():
