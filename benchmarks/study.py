@@ -68,8 +68,8 @@ class Arm:
     def wide_blocks(self, blocks: int) -> int:
         """How many of the last ones the recipe leaves wide: compiled one by one, no block knows its place."""
         recipe = RECIPES.get(self.backend)
-        shares = [rule.last_blocks for rule in recipe.rules if rule.quantize is False] if recipe else []
-        return round(max(shares, default=0.0) * blocks)
+        rules = [rule for rule in recipe.rules if rule.quantize is False] if recipe else []
+        return max((rule.last_of(blocks) for rule in rules), default=0)
 
     def schedule(self, steps: int, backend: Callable[..., Any] | None = None) -> Schedule:
         """``backend``: in place of the arm's, for tests."""
