@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eight_bit_curves import Curve
+from eight_bit_curves import COSTS, Curve
 from study import Arm, Order, Study, orders, signed
 
 from qcompile.apps.demo import smoothed
@@ -170,14 +170,16 @@ def table(curves: dict[str, Curve]) -> str:
     own, within = gaps(curves), noise(curves)
     lines = [] if math.isnan(within) else [f"Two seeds of BF16 differ by {within:.4f} nats on held-out text.", ""]
     for panel, title in PANELS.items():
-        lines += [f"**({panel}) {title}**", "", "| arm | loss | gap | published gap |", "|---|---:|---:|---:|"]
+        headers = ["loss", "gap", "published gap", *COSTS]
+        lines += [f"**({panel}) {title}**", "", f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
         for name, curve in curves.items():
             arm = ARMS[name]
             if panel in arm.panels or name in BASELINES:
                 published = "" if arm.published is None else signed(arm.published - PUBLISHED_BF16)
                 label = arm.label + (f" ({curve.fault})" if curve.fault else "")
                 loss = "" if name not in own else f"{loss_of(curve):.4f}" if own[name] < math.inf else "diverged"
-                lines.append(f"| {label} | {loss} | {signed(own[name]) if name in own else ''} | {published} |")
+                cells = [label, loss, signed(own[name]) if name in own else "", published, *curve.costs]
+                lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines += ["| panel | the paper has | below | by | here by | |", "|---|---|---|---:|---:|---|"]
     for panel, order in findings(curves):

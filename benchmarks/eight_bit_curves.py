@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -39,7 +40,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from loss_curves import Text, decay_groups, loss_of, windows
-from measure import add_worker_arguments, answer, brief, environment, fresh_log, in_fresh_process, side_by_side
+from measure import (
+    add_worker_arguments,
+    answer,
+    brief,
+    environment,
+    fresh_log,
+    in_fresh_process,
+    mark,
+    milliseconds_between,
+    side_by_side,
+)
 from model import SIZES, Size, build
 from torch import Tensor, nn
 from training_step import names_from
@@ -48,7 +59,9 @@ from qcompile.apps.demo import learning_rate_factor, smoothed
 
 __all__ = [
     "ARMS",
+    "COSTS",
     "Arm",
+    "Batch",
     "Curve",
     "Tokens",
     "curve_of_process",
@@ -60,7 +73,9 @@ __all__ = [
     "read_json",
     "rows_of",
     "run_arms",
+    "run_steps",
     "settings_of",
+    "step_of",
     "table",
     "title_of",
     "train",
@@ -71,12 +86,15 @@ FP32, BF16 = torch.float32, torch.bfloat16
 LAST = 100  # steps that the final training loss is the mean of
 HELD_OUT = 64  # batches at most
 REPORT = 200  # steps after which a worker writes down what it has
+WARM_UP = 20  # steps that the time per step leaves out
 MODEL = "d640"
 TOKENS = 85e6
 
 Optimizer = Callable[[list[dict[str, Any]], float, tuple[float, float]], torch.optim.Optimizer]
 #: A state's name, or "parameter", and what its numbers become when they are stored.
 Storage = dict[str, Callable[[Tensor], Tensor]]
+#: Tokens and those that follow them, int32 ``[windows, sequence]`` each.
+Batch = tuple[Tensor, Tensor]
 
 
 def in_bf16(x: Tensor) -> Tensor:
@@ -188,14 +206,14 @@ class Tokens:
         """One more than the largest token, up to a multiple of 128."""
         return -(-(int(self.train.max()) + 1) // 128) * 128
 
-    def batches(self, size: Size, steps: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: Size, steps: int, rank: int, ranks: int) -> Iterator[Batch]:
         """This rank's part of random windows, the same for everybody."""
         generator = torch.Generator().manual_seed(0)
         starts = torch.randint(len(self.train) - size.sequence, (steps, size.batch), generator=generator)
         for of_step in starts.to(self.train.device):
             yield windows(self.train, of_step[rank::ranks], size)
 
-    def held_out(self, size: Size, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def held_out(self, size: Size, rank: int, ranks: int) -> Iterator[Batch]:
         """The same evenly spread windows for everybody, at most HELD_OUT batches; none overlaps another."""
         count = min(len(self.validation) // (size.sequence + 1) // size.batch, HELD_OUT) * size.batch
         starts = torch.linspace(0, len(self.validation) - size.sequence - 1, count).long()
@@ -226,22 +244,105 @@ def _text(path: Path) -> str:
 # --- an arm ---------------------------------------------------------------------------------------------------------
 
 
+#: Headers of :attr:`Curve.costs`.
+COSTS = ("ms per step", "first step, s", "peak GiB")
+
+
 @dataclass
 class Curve:
-    """What one arm produced; losses in nats per token. ``jobs``: how many arms shared its card."""
+    """What one arm produced; losses in nats per token. What was not measured is ``None``.
+
+    Attributes:
+        seconds: of the arm, from beginning to end.
+        step_ms: median of the steps after the first WARM_UP.
+        first_step_s: of the first step, which compiles, or reads what another process has compiled.
+        memory_gib: the most that tensors took of the card in any later step.
+        jobs: how many arms shared its card.
+    """
 
     losses: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    step_ms: float = 0.0
+    step_ms: float | None = None
     sent_mb: float = 0.0
     jobs: int = 1
     fault: str = ""
+    first_step_s: float | None = None
+    memory_gib: float | None = None
 
     @property
-    def pace(self) -> str:
-        """Milliseconds per step, where they mean anything."""
-        return f"{self.step_ms:.1f}" if self.jobs == 1 else "side by side"
+    def costs(self) -> list[str]:
+        """What the arm took, for a table. Times say nothing of an arm that shared the card and the processor."""
+        times = [(self.step_ms, ".1f"), (self.first_step_s, ".1f")]
+        texts = ["" if value is None else f"{value:{form}}" for value, form in (*times, (self.memory_gib, ".2f"))]
+        return ["side by side"] * len(times) + texts[len(times) :] if self.jobs > 1 else texts
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Curve:
+        """Raises ``TypeError`` for what is not in the data of a curve, or is no list of numbers where there is one."""
+        curve = Curve(**data)
+        for losses in (curve.losses, curve.validation):
+            if not isinstance(losses, list) or not all(isinstance(loss, (int, float)) for loss in losses):
+                msg = f"losses are a list of numbers, got {losses!r:.40}"
+                raise TypeError(msg)
+        return curve
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Callable[[Batch], Tensor]:
+    """What trains ``model`` on a batch and returns its loss: clipped gradients, the rates of ``steps`` steps."""
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+    def step(batch: Batch) -> Tensor:
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rates.step()
+        return loss
+
+    return step
+
+
+def run_steps(
+    step: Callable[[Batch], Tensor],
+    held_out: Callable[[Batch], Tensor],
+    tokens: Tokens,
+    size: Size,
+    steps: int,
+    report: Callable[[Curve], None] = lambda curve: None,
+    rank: int = 0,
+    ranks: int = 1,
+    every: int = REPORT,
+) -> Curve:
+    """Losses of ``step``, which trains on a batch, and then of ``held_out``, each of this rank's part of the batches.
+
+    They are fetched, and the curve so far reported, after ``every`` so many steps: the other steps do not wait for the
+    host.
+    """
+    start = time.perf_counter()
+    cuda = tokens.train.is_cuda
+    curve, fresh, marks = Curve(), list[Tensor](), [mark(cuda)]
+    for number, batch in enumerate(tokens.batches(size, steps, rank, ranks), 1):
+        fresh.append(step(batch).detach())
+        marks.append(mark(cuda))
+        if number == 1:
+            curve.first_step_s = 1e-3 * milliseconds_between(marks, cuda)[0]
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        if number % every == 0 or number == steps:
+            curve.losses += _mean_of_ranks(fresh, ranks)
+            fresh.clear()
+            curve.seconds = time.perf_counter() - start
+            if late := milliseconds_between(marks, cuda)[WARM_UP:]:
+                curve.step_ms = statistics.median(late)
+            if cuda:
+                curve.memory_gib = torch.cuda.max_memory_allocated() / 2**30
+            report(curve)
+    # With gradients enabled, like the steps: nothing is compiled again.
+    curve.validation = _mean_of_ranks([held_out(batch).detach() for batch in tokens.held_out(size, rank, ranks)], ranks)
+    curve.seconds = time.perf_counter() - start
+    return curve
 
 
 def train(
@@ -255,8 +356,7 @@ def train(
     backend: str = "inductor",
     report: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Train one arm. Losses are fetched every REPORT steps, so that others do not wait for the host."""
-    start = time.perf_counter()
+    """Train one arm."""
     device = tokens.train.device
     model = build(size, device, arm.parameters, seed=0)
     # Residuals are float32 whatever the parameters are, so that arms differ in what they are about.
@@ -267,33 +367,8 @@ def train(
     if arm.ranks > 1:
         traffic = _shard(model, device, arm)
     optimizer = arm.optimizer(decay_groups(model.parameters()), lr, (0.9, beta2))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    curve, fresh = Curve(), list[Tensor]()
-
-    def fetch() -> None:
-        curve.losses += _mean_of_ranks(fresh, arm.ranks)
-        fresh.clear()
-        curve.seconds = time.perf_counter() - start
-
-    for step, batch in enumerate(tokens.batches(size, steps, rank, arm.ranks), 1):
-        loss = loss_of(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        fresh.append(loss.detach())
-        if step % REPORT == 0 and step < steps:
-            before = curve.seconds
-            fetch()
-            curve.step_ms = 1e3 * (curve.seconds - before) / REPORT  # of the last ones: the first ones compile
-            report(curve)
-    fetch()
-    # With gradients enabled, like the steps: nothing is compiled again.
-    curve.validation = _mean_of_ranks(
-        [loss_of(model, batch).detach() for batch in tokens.held_out(size, rank, arm.ranks)], arm.ranks
-    )
-    curve.seconds = time.perf_counter() - start
+    step = step_of(model, optimizer, steps)
+    curve = run_steps(step, partial(loss_of, model), tokens, size, steps, report, rank, arm.ranks)
     curve.sent_mb = traffic.bytes / steps / 1e6 if traffic else 0.0
     return curve
 
@@ -459,10 +534,8 @@ def rows_of(curves: dict[str, Curve], baseline: str = BASELINE) -> list[dict[str
 
 def table(curves: dict[str, Curve], arms: Mapping[str, Drawn] = ARMS) -> str:
     """Markdown; the first of ``arms`` is the baseline."""
-    lines = [
-        f"| arm | steps | train, last {LAST} | gap, % | validation | gap, % | ms per step | s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    headers = ["steps", f"train, last {LAST}", "gap, %", "validation", "gap, %", *COSTS, "s"]
+    lines = [f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
     for row in rows_of(curves, next(iter(arms))):
         curve = curves[row["arm"]]
         cells = [
@@ -475,7 +548,8 @@ def table(curves: dict[str, Curve], arms: Mapping[str, Drawn] = ARMS) -> str:
             )
         ]
         label = arms[row["arm"]].label + (f" ({row['fault']})" if row["fault"] else "")
-        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.pace} | {curve.seconds:.0f} |")
+        cells += curve.costs
+        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -516,22 +590,29 @@ def settings_of(given: argparse.Namespace, names: Sequence[str] = SETTINGS) -> d
 
 
 def read_json(path: Path, settings: dict[str, Any], complete: bool = True) -> dict[str, Curve]:
-    """Curves of an earlier call, the complete ones or all. Raises ``ValueError`` if it had other settings."""
+    """Curves of an earlier call, the complete ones or all. Raises ``ValueError`` if it had other settings, and for what
+    is no file of curves.
+    """
     if not path.exists():
         return {}
-    data = json.loads(path.read_text())
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        made_with = dict(data["settings"])
+        curves = {name: Curve.from_data(curve) for name, curve in data["arms"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"{path} is damaged, or no file of curves ({brief(error)}); restore it, or give another --out"
+        raise ValueError(msg) from None
     for name, value in settings.items():
-        if data["settings"].get(name) != value:
-            msg = f"{path} was made with {name}={data['settings'].get(name)}, not {value}; give another --out"
+        if made_with.get(name) != value:
+            msg = f"{path} was made with {name}={made_with.get(name)}, not {value}; give another --out"
             raise ValueError(msg)
-    curves = {name: Curve(**curve) for name, curve in data["arms"].items()}
     return {name: curve for name, curve in curves.items() if not (complete and curve.fault)}
 
 
 def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], **found: Any) -> None:
     """``found``: what the curves say. A call that is killed leaves the file as it was or as it becomes."""
     size = SIZES[settings["size"]]
-    arms = {name: {**asdict(c), "losses": [round(loss, 5) for loss in c.losses]} for name, c in curves.items()}
+    arms = {name: _data_of(curve) for name, curve in curves.items()}
     data = {
         "environment": environment(),
         "settings": {**settings, "tokens_per_step": size.tokens, "block_weights": size.block_weights},
@@ -541,6 +622,12 @@ def write_json(path: Path, settings: dict[str, Any], curves: dict[str, Curve], *
     new = path.with_suffix(".new")
     new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+def _data_of(curve: Curve) -> dict[str, Any]:
+    """What is known of a curve: nothing about what was not measured."""
+    data = {**asdict(curve), "losses": [round(loss, 5) for loss in curve.losses]}
+    return {key: value for key, value in data.items() if value is not None}
 
 
 def title_of(size: Size) -> str:
@@ -572,7 +659,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--card", type=int, default=0, help=argparse.SUPPRESS)
     add_worker_arguments(parser)
     given = parser.parse_args(arguments)
-    given.steps = given.steps or round(TOKENS / SIZES[given.size].tokens)
+    if given.steps is None:
+        given.steps = round(TOKENS / SIZES[given.size].tokens)
+    if given.steps < 1:
+        parser.error(f"--steps must be at least 1, got {given.steps}")
     if given.write_tokens:
         write_tokens(given.write_tokens, given.tokenizer, given.train, given.validation)
         return 0
@@ -582,12 +672,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not cards:
         print("eight_bit_curves: needs a CUDA card (or --device cpu)", file=sys.stderr)
         return 2
-    log, settings = fresh_log(given.out), settings_of(given)
+    settings = settings_of(given)
     try:
         curves = read_json(given.out, settings)
     except ValueError as error:
         print(f"eight_bit_curves: {error}", file=sys.stderr)
         return 2
+    log = fresh_log(given.out)
     deadline = time.monotonic() + given.total
 
     def keep() -> None:

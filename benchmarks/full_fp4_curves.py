@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eight_bit_curves import Curve, gap
+from eight_bit_curves import COSTS, Curve, gap
 from study import Arm, Study, orders, signed
 
 from qcompile import RECIPES
@@ -110,10 +110,8 @@ def found(curves: dict[str, Curve]) -> dict[str, Any]:
 def table(curves: dict[str, Curve]) -> str:
     """Markdown: losses and gaps, the noise that they are read against, and the published order pair by pair."""
     said = found(curves)
-    lines = [
-        f"| arm | steps | train, last {LAST} | gap, nats | held out | gap, nats | published | ms per step | s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    headers = ["steps", f"train, last {LAST}", "gap, nats", "held out", "gap, nats", "published", *COSTS, "s"]
+    lines = [f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
     for row in said["final"]:
         curve, cells = curves[row["arm"]], []
         for key, form, error in (
@@ -126,7 +124,8 @@ def table(curves: dict[str, Curve]) -> str:
             known = row.get(key) is not None
             cells.append(f"{row[key]:{form}}" + (f" ± {row[error]:.4f}" if error else "") if known else "")
         label = ARMS[row["arm"]].label + (f" ({row['fault']})" if row["fault"] else "")
-        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.pace} | {curve.seconds:.0f} |")
+        cells += curve.costs
+        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {curve.seconds:.0f} |")
     lines.append("")
     if said["noise"] is not None:
         lines += [f"Two seeds of BF16 differ by {said['noise']:.4f} nats on held-out text.", ""]

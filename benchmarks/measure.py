@@ -42,8 +42,10 @@ __all__ = [
     "fresh_log",
     "in_fresh_process",
     "in_own_process",
+    "mark",
     "microseconds",
     "milliseconds",
+    "milliseconds_between",
     "quiet_stderr",
     "rotations",
     "run_process",
@@ -185,16 +187,22 @@ def _device_microseconds(run: Call, repeats: int) -> float:
 
 def milliseconds(run: Call, repeats: int, cuda: bool) -> list[float]:
     """Times of ``repeats`` runs, one queued after the other: by CUDA events, or by the clock."""
-    marks = [_mark(cuda)]
+    marks = [mark(cuda)]
     for _ in range(repeats):
         run()
-        marks.append(_mark(cuda))
+        marks.append(mark(cuda))
+    return milliseconds_between(marks, cuda)
+
+
+def milliseconds_between(marks: Sequence[Any], cuda: bool) -> list[float]:
+    """Times from each of :func:`mark` to the next one, after waiting for the last."""
     if cuda:
         torch.cuda.synchronize()
     return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)]
 
 
-def _mark(cuda: bool) -> Any:
+def mark(cuda: bool) -> Any:
+    """This moment on the current stream, or of the clock."""
     if not cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -24,11 +24,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from eight_bit_curves import Curve, Tokens, in_order, plot, read_json, rows_of, settings_of, table, write_json
+from eight_bit_curves import (
+    Batch,
+    Curve,
+    Tokens,
+    in_order,
+    plot,
+    read_json,
+    rows_of,
+    run_steps,
+    settings_of,
+    table,
+    write_json,
+)
 from loss_curves import decay_groups
 from measure import add_worker_arguments, answer, brief, fresh_log, in_fresh_process
 from model import SIZES, Size, build
@@ -117,18 +130,15 @@ def train(
     backend: str | None = None,
     report: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Train one arm, by another backend if one is given. Losses are fetched every REPORT steps, so that others do not
-    wait for the host.
-    """
-    start = time.perf_counter()
+    """Train one arm, by another backend if one is given."""
     model = build(size, tokens.train.device, torch.bfloat16, arm.seed, "transformers")
     balance, masters = Balance(model), Masters(model)
     for layer in model.model.layers:
         layer.compile(backend=backend or arm.backend, options=None if backend else arm.options, dynamic=False)
     optimizer = torch.optim.AdamW(decay_groups(masters.wide), lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    curve, fresh = Curve(), list[Tensor]()
-    for step, batch in enumerate(tokens.batches(size, steps, 0, 1), 1):
+
+    def step(batch: Batch) -> Tensor:
         loss = loss_of(model, batch)
         (loss + BALANCE * balance.loss()).backward()
         masters.take_gradients()
@@ -136,18 +146,9 @@ def train(
         optimizer.step()
         masters.give_back()
         schedule.step()
-        fresh.append(loss.detach())
-        if step % REPORT == 0 or step == steps:
-            curve.losses += torch.stack(fresh).tolist()
-            before, curve.seconds = curve.seconds, time.perf_counter() - start
-            curve.step_ms = 1e3 * (curve.seconds - before) / len(fresh)  # of the last ones: the first ones compile
-            fresh.clear()
-            report(curve)
-    # With gradients enabled, like the steps: nothing is compiled again.
-    held_out = [loss_of(model, batch).detach() for batch in tokens.held_out(size, 0, 1)]
-    curve.validation = torch.stack(held_out).tolist()
-    curve.seconds = time.perf_counter() - start
-    return curve
+        return loss
+
+    return run_steps(step, partial(loss_of, model), tokens, size, steps, report, every=REPORT)
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -221,12 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("moe_curves: needs a CUDA card (or --device cpu)", file=sys.stderr)
         return 2
-    log, start = fresh_log(given.out), time.monotonic()
+    start = time.monotonic()
     try:
         names = list(missing(given))
     except ValueError as error:
         print(f"moe_curves: {error}", file=sys.stderr)
         return 2
+    log = fresh_log(given.out)
     for name in names:
         if time.monotonic() - start > given.total:
             print(f"{name:12} no time", flush=True)

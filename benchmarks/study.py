@@ -8,6 +8,9 @@ The JSON file is written after each, arms that it has are not run again, and non
 for: call the script again, in another session, until all are there. An arm that is stopped or fails keeps its losses in
 the file, says why, and is run anew by the next call. The figure (.png), the table (.md) and a section for what each arm
 printed (.log) are beside the file.
+
+The table has the median time of the steps after the first 20, the time of the first step, which compiles, and the peak
+of the card's memory in later ones. Times of arms that ran side by side are none, and it says so.
 """
 
 from __future__ import annotations
@@ -19,35 +22,37 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from eight_bit_curves import (
+    Batch,
     Curve,
     Tokens,
     curve_of_process,
     in_order,
     read_json,
     run_arms,
+    run_steps,
     settings_of,
+    step_of,
     title_of,
     write_json,
 )
 from loss_curves import decay_groups, loss_of
 from measure import add_worker_arguments, answer, fresh_log
 from model import SIZES, Size, build
-from torch import Tensor, nn
+from torch import Tensor
 from training_step import names_from
 
 from qcompile import Schedule
-from qcompile.apps.demo import learning_rate_factor
 from qcompile.recipes import RECIPES
 
 __all__ = ["MODEL", "Arm", "Order", "Study", "orders", "signed", "train"]
 
-REPORT = 200  # steps after which a worker writes down what it has
 MODEL = "d640"
 HEALED = 0.1  # share of the steps whose forward is wide
 
@@ -68,8 +73,8 @@ class Arm:
     def wide_blocks(self, blocks: int) -> int:
         """How many of the last ones the recipe leaves wide: compiled one by one, no block knows its place."""
         recipe = RECIPES.get(self.backend)
-        shares = [rule.last_blocks for rule in recipe.rules if rule.quantize is False] if recipe else []
-        return round(max(shares, default=0.0) * blocks)
+        rules = [rule for rule in recipe.rules if rule.quantize is False] if recipe else []
+        return max((rule.last_of(blocks) for rule in rules), default=0)
 
     def schedule(self, steps: int, backend: Callable[..., Any] | None = None) -> Schedule:
         """``backend``: in place of the arm's, for tests."""
@@ -88,8 +93,7 @@ def train(
     backend: Callable[..., Any] | None = None,
     report: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Train one arm. Losses are fetched every REPORT steps, so that others do not wait for the host."""
-    start = time.perf_counter()
+    """Train one arm."""
     model = build(size, tokens.train.device, torch.float32, arm.seed)
     phases = arm.schedule(steps, backend)
     narrow = len(model.layers) - arm.wide_blocks(len(model.layers))
@@ -97,34 +101,14 @@ def train(
     for block in model.layers[narrow:]:
         block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(decay_groups(model.parameters()), lr=lr, betas=(0.9, 0.95), fused=True)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    curve, fresh = Curve(), list[Tensor]()
+    train_on = step_of(model, optimizer, steps)
 
-    def fetch() -> None:
-        curve.losses += torch.stack(fresh).tolist()
-        fresh.clear()
-        before, curve.seconds = curve.seconds, time.perf_counter() - start
-        # Of the steps since: the first ones compile.
-        curve.step_ms = 1e3 * (curve.seconds - before) / (len(curve.losses) % REPORT or REPORT)
-
-    for batch in tokens.batches(size, steps, 0, 1):
-        loss = loss_of(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rates.step()
+    def step(batch: Batch) -> Tensor:
+        loss = train_on(batch)
         phases.step()
-        fresh.append(loss.detach())
-        if phases.count % REPORT == 0 and phases.count < steps:
-            fetch()
-            report(curve)
-    fetch()
-    # With gradients enabled, like the steps: nothing is compiled again.
-    held_out = [loss_of(model, batch).detach() for batch in tokens.held_out(size, 0, 1)]
-    curve.validation = torch.stack(held_out).tolist()
-    curve.seconds = time.perf_counter() - start
-    return curve
+        return loss
+
+    return run_steps(step, partial(loss_of, model), tokens, size, steps, report)
 
 
 # --- the order of arms ----------------------------------------------------------------------------------------------
@@ -204,12 +188,13 @@ class Study:
         if given.device == "cuda" and not torch.cuda.is_available():
             print(f"{name}: needs a CUDA card (or --device cpu)", file=sys.stderr)
             return 2
-        log, settings = fresh_log(given.out), settings_of(given, SETTINGS)
+        settings = settings_of(given, SETTINGS)
         try:
             curves = read_json(given.out, settings, complete=False)
         except ValueError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 2
+        log = fresh_log(given.out)
         deadline = time.monotonic() + given.total
         missing = [each for each in dict.fromkeys(given.arms) if each not in curves or curves[each].fault]
         jobs = max(1, min(given.jobs, len(missing)))

@@ -22,12 +22,17 @@ _LEAST_ROWS, _LEAST_COLUMNS, _MOST_GROUPS = 128, 64, 256
 def why_no_groups(product: QuantizedMM, rows: Any, columns: Any) -> str:
     """Why a product of batches, ``rows`` tokens times ``columns`` features each, is none of groups; "" if it is."""
     shapes = [operand.first.meta["val"].shape for operand in product.operands]
-    sizes = [static_size(size) for size in (shapes[0][0], rows, columns)]
-    if any(len(shape) != 3 for shape in shapes) or None in sizes:
-        return "a product of batches"
-    batch, height, width = sizes
-    large = batch <= _MOST_GROUPS and height >= _LEAST_ROWS and width >= _LEAST_COLUMNS  # type: ignore[operator]
-    return "" if large else "a product of batches"
+    if any(len(shape) != 3 for shape in shapes):
+        return "a product of batches: not both operands are stacks of matrices"
+    batch, height, width = (static_size(size) for size in (shapes[0][0], rows, columns))
+    if batch is None or height is None or width is None:
+        return "a product of batches: sizes are known at run time only"
+    limits = {
+        f"{batch} matrices, more than the {_MOST_GROUPS} that the kernel for groups takes": batch > _MOST_GROUPS,
+        f"{height} rows each, fewer than the {_LEAST_ROWS} that fill a tile": height < _LEAST_ROWS,
+        f"{width} columns each, fewer than the {_LEAST_COLUMNS} that fill a tile": width < _LEAST_COLUMNS,
+    }
+    return next((f"a product of batches: {reason}" for reason, passed in limits.items() if passed), "")
 
 
 def in_groups(graph: Graph, near: Node, product: QuantizedMM, contraction: bool = False) -> QuantizedMM:

@@ -180,14 +180,18 @@ def _why_no_groups(candidate: _Backward) -> str:
     """Why a product of batches is not one of equal groups, as the kernel for these has it; "" if it is."""
     gradient = candidate.product_gradient
     capability = compat.tensor_core_capability(candidate.node.meta["val"].device)
-    if not providers.multiplies_groups(capability) or not gradient.encoding.is_dense:
-        return "a product of batches"
+    if not providers.multiplies_groups(capability):
+        return "a product of batches: the kernel for groups needs compute capability 9.0"
+    if not gradient.encoding.is_dense:
+        return "a product of batches: its gradient is quantized before"
     rows, columns = gradient.first.meta["val"].shape[-2:]
     if candidate.role == "wgrad":
         if candidate.gradient == "a":  # dYᵀ
             rows, columns = columns, rows
-    elif candidate.gradient == "b" or static_size(columns) is None or columns % 16:
-        return "a product of batches"
+    elif candidate.gradient == "b":
+        return "a product of batches: its gradient is the right operand"
+    elif static_size(columns) is None or columns % 16:
+        return f"a product of batches: it contracts {columns}, no multiple of 16"
     return why_no_groups(candidate.product, rows, columns)
 
 

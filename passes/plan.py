@@ -57,11 +57,10 @@ def user_rules(recipe: Recipe) -> list[Rule]:
 
 def _decide(site: Site, recipe: Recipe, matched: Counter[str]) -> Decision:
     rules = recipe.all_rules
-    places = [(name, site.op, site.weight_size, block) for name, block in zip(site.names, site.blocks, strict=True)]
-    applicable = [rule for rule in rules if any(rule.matches(*place) for place in places)]
+    applicable = [rule for rule in rules if any(rule.matches(*place) for place in site.places)]
     for rule in rules:
         if (text := describe(rule)) in matched:
-            matched[text] += any(rule.may_match(*place) for place in places)
+            matched[text] += any(rule.may_match(*place) for place in site.places)
     if site.obstacle:
         return Decision(site, False, site.obstacle)
     if not recipe.enabled:

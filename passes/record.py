@@ -126,6 +126,12 @@ class Site:
         """All names that rules can match."""
         return (self.name, *self.aliases)
 
+    @property
+    def places(self) -> list[tuple[str, str, Any, Block | None]]:
+        """What a rule is asked about, once for each name."""
+        pairs = zip(self.names, self.blocks, strict=True)
+        return [(name, self.op, self.weight_size, block) for name, block in pairs]
+
 
 class Again(NamedTuple):
     """An operand as the backward reads it, and the draw of its signs and dY's, if they are drawn."""

@@ -197,7 +197,7 @@ def compile_with(
         session = session_of(call, recipe)
         session.add(context.plan)
         session.see(gm, call)
-        session.remark(context.plan)
+        session.remark(context.plan, call)
         log.info("%s", context.plan.summary(recipe.name))
         watched = context.watched
         if context.plan.quantized or observe is not None:

@@ -7,6 +7,7 @@ lists these modules, and fails for any other.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 import warnings
@@ -59,6 +60,8 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "all_gather_single",
+    "backend_of",
+    "backends_below",
     "before_next_call",
     "cache_counters",
     "captures_recurrent_layers",
@@ -673,6 +676,7 @@ class CompiledCall:
             ``torch.compile(model.forward)``.
         args, kwargs: arguments of the call.
         enclosing: modules whose forward was running when Dynamo came to the frame it compiles, innermost first.
+        callers: modules whose forward called what was compiled, outermost first.
         variables: local variables of that frame.
     """
 
@@ -681,6 +685,7 @@ class CompiledCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     enclosing: tuple[torch.nn.Module, ...]
+    callers: tuple[torch.nn.Module, ...]
     variables: Mapping[str, Any]
 
 
@@ -702,7 +707,7 @@ def compiled_call() -> CompiledCall | None:
                 if isinstance(target, torch.nn.Module):
                     enclosing.append(target)
                 arguments = found.get("args", ()), found.get("kwargs", {})
-                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), variables)
+                return CompiledCall(found["self"], target, *arguments, tuple(enclosing), _callers(frame), variables)
         elif "self" in code.co_varnames or "self" in code.co_cellvars:
             owner = frame.f_locals.get("self")
             if isinstance(owner, torch.nn.Module):
@@ -711,6 +716,35 @@ def compiled_call() -> CompiledCall | None:
                 variables = owner.local_scope
         frame = frame.f_back
     return None
+
+
+def _callers(frame: FrameType) -> tuple[torch.nn.Module, ...]:
+    """The modules whose methods are running outside of ``frame``, outermost first."""
+    found: list[torch.nn.Module] = []
+    outer = frame.f_back
+    while outer is not None:
+        if "self" in outer.f_code.co_varnames or "self" in outer.f_code.co_cellvars:
+            owner = outer.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module) and all(owner is not module for module in found):
+                found.append(owner)
+        outer = outer.f_back
+    return tuple(reversed(found))
+
+
+def backend_of(context: Any) -> Any:
+    """What one ``torch.compile`` call (:attr:`CompiledCall.context`) compiles with; equal where its options are."""
+    return torch._dynamo.eval_frame.innermost_backend(context.callback)
+
+
+def backends_below(module: torch.nn.Module) -> list[Any]:
+    """:func:`backend_of` the modules in ``module``, itself among them, that are compiled, in place or not."""
+    contexts: list[Any] = []
+    for inner in module.modules():
+        if isinstance(inner, torch._dynamo.eval_frame.OptimizedModule):
+            contexts.append(inner.dynamo_ctx)
+        elif inspect.isfunction(call := inner._compiled_call_impl):
+            contexts.append(inspect.getclosurevars(call).nonlocals.get("self"))
+    return [backend_of(c) for c in contexts if isinstance(c, torch._dynamo.eval_frame.OptimizeContext)]
 
 
 def _compiled_target(function: Any) -> Any:

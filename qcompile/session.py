@@ -24,7 +24,7 @@ from qcompile.passes.names import given_parameters
 from qcompile.passes.plan import user_rules
 from qcompile.passes.record import Plan
 
-from . import compat
+from . import compat, regional
 from .ir.definitions import short_names
 from .ir.recipe import Recipe
 
@@ -57,6 +57,7 @@ class Session:
         self.matched: Counter[str] = Counter()
         self.layers: list[str] = []
         self.warned = False
+        self.explained: set[str] = set()
 
     def add(self, plan: Plan) -> None:
         """Count a sub-graph's matches."""
@@ -70,8 +71,12 @@ class Session:
         if call is not None and given:  # other graphs need no walk through the whole model
             _read.update(kind for kind, _, parameter in _experts(call.target) if id(parameter) in given)
 
-    def remark(self, plan: Plan) -> None:
-        """Warn of the first layer that stays wide for want of a name."""
+    def remark(self, plan: Plan, call: compat.CompiledCall | None) -> None:
+        """Warn of rules that do not reach the last blocks, and of the first layer that is wide for want of a name."""
+        for rule, message, new in regional.out_of_reach(self.recipe, plan, call):
+            self.explained.add(rule)
+            if new:
+                warnings.warn(f"qcompile: {message}", UserWarning, stacklevel=2)
         nameless = plan.nameless
         if nameless and not self.warned:
             self.warned = True
@@ -81,8 +86,8 @@ class Session:
         return [rule for rule, count in self.matched.items() if count == 0]
 
     def settle(self) -> None:
-        """Judge. Raises :class:`UnmatchedRuleError` under ``strict``, else warns."""
-        rules = self.unmatched()
+        """Judge. Raises :class:`UnmatchedRuleError` under ``strict``, else warns of what is not explained yet."""
+        rules = [rule for rule in self.unmatched() if self.recipe.strict or rule not in self.explained]
         if not rules:
             return
         message = unmatched_message(rules, self.layers)

@@ -95,6 +95,9 @@ def test_done_arms_are_kept_and_others_run_again(monkeypatch, tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 0
     assert eight_bit_curves.main([*given[:-1], "--lr", "1", "--arms", "fp32"]) == 2
     assert "lr=0.001, not 1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        eight_bit_curves.main(["--device", "cpu", "--steps", "0", "--out", str(out)])
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

@@ -124,7 +124,7 @@ def test_processes_of_their_own(tmp_path: Path) -> None:
     rows = {row["arm"]: row for row in json.loads(out.read_text())["final"]}
     assert 0 < abs(rows["quartet2"]["train_gap"]) < 0.2
     assert rows["healed"]["train_gap"] != rows["quartet2"]["train_gap"]
-    assert out.with_suffix(".md").read_text().count("side by side") == 3
+    assert out.with_suffix(".md").read_text().count("side by side") == 6
     assert all(f"=== {name}" in out.with_suffix(".log").read_text() for name in rows)
 
 

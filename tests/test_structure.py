@@ -144,6 +144,7 @@ ROOMS = (
     "optim",
     "distributed",
     "passes",
+    "regional",
     "session",
     "backends",
     "schedule",

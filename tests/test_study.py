@@ -6,6 +6,7 @@ nobody knows who wrote it, workers that go on after an interrupt, a time per ste
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -82,8 +84,7 @@ def test_workers_run_side_by_side_and_a_failing_one_stops_no_other(worker, tmp_p
     run_arms(["fails", "three"], curves, worker, seconds=60)
     assert [curves[name].losses for name in ("one", "two", "three")] == [[8.0]] * 3
     assert curves["fails"].fault == "RuntimeError: the process died (3)"
-    assert all(curve.jobs == 2 and curve.seconds > 0 and curve.pace == "side by side" for curve in curves.values())
-    assert Curve(step_ms=1.25).pace == "1.2"
+    assert all(curve.jobs == 2 and curve.seconds > 0 for curve in curves.values())
     log = (tmp_path / "log").read_text()
     for name in ("one", "two", "three"):
         assert f"=== {name}\nI am {name}\nstill {name}\n" in log
@@ -192,6 +193,87 @@ def test_a_call_goes_on_where_the_last_one_stopped(script, monkeypatch, tmp_path
         assert said in capsys.readouterr().err
 
 
+def test_what_an_arm_took():
+    """Times of arms that shared the card are none; what was not measured, on a CPU or by an earlier version, is left
+    out.
+    """
+    curve = Curve(step_ms=1.25, first_step_s=41.04, memory_gib=2.5)
+    assert curve.costs == ["1.2", "41.0", "2.50"]
+    assert dataclasses.replace(curve, jobs=2).costs == ["side by side", "side by side", "2.50"]
+    assert Curve(jobs=1).costs == ["", "", ""]
+    table = full_fp4_curves.table({"bf16": curve, "quartet2": dataclasses.replace(curve, jobs=3)})
+    assert "| published | ms per step | first step, s | peak GiB | s |" in table
+    assert "| 1.2 | 41.0 | 2.50 | 0 |" in table
+    assert "| side by side | side by side | 2.50 | 0 |" in table
+    assert len({line.count("|") for line in table.splitlines()[:4]}) == 1
+    assert "| BF16 |  |  | +0.0000 | 1.2 | 41.0 | 2.50 |" in ablations.table({"bf16": curve})
+
+
+def test_a_step_takes_the_median_of_those_after_the_first_twenty(monkeypatch):
+    """By a clock that the steps themselves advance: 100 s the first, 5 s each to the 20th, then 1, 2, 3, 1, 2 … s."""
+    now, made, reported = [0.0], [0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def step(batch: Any) -> torch.Tensor:
+        made[0] += 1
+        late = made[0] - 21
+        now[0] += 100 if made[0] == 1 else 5 if late < 0 else 1 + late % 3
+        return torch.tensor(float(made[0]))
+
+    def run(steps: int) -> Curve:
+        made[0] = 0
+        tokens = eight_bit_curves.Tokens.read(None, torch.device("cpu"))
+        report = lambda curve: reported.append((len(curve.losses), curve.step_ms))  # noqa: E731
+        return eight_bit_curves.run_steps(step, lambda _: torch.tensor(7.0), tokens, SMALL, steps, report, every=10)
+
+    curve = run(27)
+    assert curve.losses == [float(i) for i in range(1, 28)]
+    assert set(curve.validation) == {7.0}
+    assert (curve.first_step_s, curve.step_ms, curve.memory_gib) == (pytest.approx(100), pytest.approx(2000), None)
+    assert reported == [(10, None), (20, None), (27, pytest.approx(2000))]
+    assert run(20).step_ms is None
+
+
+RESULTS = BENCHMARKS / "h200" / "full_fp4_curves.json"
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with(tmp_path):
+    """Nothing is added to its arms, in which less was measured, and nothing of them is lost."""
+    data = json.loads(RESULTS.read_text())
+    settings = {name: data["settings"][name] for name in study.SETTINGS}
+    curves = eight_bit_curves.read_json(RESULTS, settings, complete=False)
+    out = tmp_path / "curves.json"
+    eight_bit_curves.write_json(out, settings, curves, **full_fp4_curves.found(curves))
+    again = json.loads(out.read_text())
+    assert again["arms"] == data["arms"]
+    assert again["settings"] == data["settings"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"settings": {"steps": 2}, "arms": {"bf16": {"lo', "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"arms": {}}', "KeyError: 'settings'"),
+        ('{"settings": {}, "arms": []}', "AttributeError"),
+        ('{"settings": {}, "arms": {"bf16": {"loss": 1}}}', "unexpected keyword argument 'loss'"),
+        ('{"settings": {}, "arms": {"bf16": {"losses": [1, "two"]}}}', "losses are a list of numbers"),
+    ],
+)
+@pytest.mark.parametrize("script", [full_fp4_curves, eight_bit_curves])
+def test_a_damaged_file_is_left_as_it_is(script, text, said, tmp_path, capsys):
+    out = tmp_path / "curves.json"
+    out.write_text(text)
+    out.with_suffix(".log").write_text("what happened")
+    assert script.main(["--device", "cpu", "--size", "tiny", "--steps", "2", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{Path(script.__file__).stem}: {out} is damaged, or no file of curves (")
+    assert said in line
+    assert line.endswith("); restore it, or give another --out")
+    assert out.read_text() == text
+    assert out.with_suffix(".log").read_text() == "what happened"
+
+
 def test_a_worker_says_what_broke(monkeypatch, tmp_path, capfd):
     """One line for the file, the traceback where its section is."""
     monkeypatch.setitem(SIZES, "small", SMALL)
@@ -203,8 +285,6 @@ def test_a_worker_says_what_broke(monkeypatch, tmp_path, capfd):
 
 
 def test_texts_are_bytes_and_tokens_are_tokens(tmp_path):
-    import torch
-
     path = tmp_path / "text.txt"
     path.write_text("0123456789" * 10)
     tokens = eight_bit_curves.Tokens.read(path, torch.device("cpu"))

@@ -462,13 +462,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
             key: getattr(arguments, key) for key in ("factory", "backend", "limit", "tokens", "batch", "scorer")
         }
         found = evaluation.resumed(arguments.json, {**settings, "options": options})
+        if other is not None:
+            evaluation.check_comparable(found, {name: (task, documents[name]) for name, task, _ in tasks}, other)
         likelihoods = compiled_likelihoods(arguments, options)
         for name, task, _ in tasks:
             evaluation.add(found, name, task, documents[name], likelihoods, evaluation.SCORERS[arguments.scorer])
             if arguments.json:
                 arguments.json.write_text(found.to_json() + "\n", encoding="utf-8")
-        if other is not None:
-            evaluation.against(found, other)
     except InputErrors as error:
         return unusable("eval", error)
     make_console().print(evaluation.table(found, other))

@@ -94,8 +94,12 @@ class Rule:
         """
         return self.may_match(name, op, size, block) and (not self.last_blocks or self._is_late(block))
 
+    def last_of(self, count: int) -> int:
+        """How many of ``count`` blocks the last ones are."""
+        return round(self.last_blocks * count)
+
     def _is_late(self, block: Block | None) -> bool:
-        return block is not None and block.index >= block.count - round(self.last_blocks * block.count)
+        return block is not None and block.index >= block.count - self.last_of(block.count)
 
     def may_match(self, name: str, op: str, size: int | None, block: Block | None) -> bool:
         """Whether a site would fall under the rule in one of the blocks of its model."""

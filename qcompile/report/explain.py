@@ -18,6 +18,7 @@ from qcompile.ir.recipe import Recipe
 from qcompile.passes.account import remark as unaccounted
 from qcompile.passes.causal_masks import remark as masks
 from qcompile.passes.pass_base import Observations
+from qcompile.regional import remarks as regional
 from qcompile.session import Session, UnmatchedRuleError, unmatched_message
 
 from .model import Report
@@ -96,9 +97,10 @@ def explain(
         *filter(None, [about([graph.observed for graph in graphs]) for about in (unaccounted, masks)]),
     ]
     session = Session(with_options(recipe, options))
-    for graph in graphs:
-        if graph.observed.plan is not None:
-            session.add(graph.observed.plan)
+    plans = [graph.observed.plan for graph in graphs if graph.observed.plan is not None]
+    for plan in plans:
+        session.add(plan)
+    report.remarks += regional(session.recipe, plans, model)
     if unmatched := session.unmatched():
         raise UnmatchedRuleError(unmatched_message(unmatched, session.layers))
     return report

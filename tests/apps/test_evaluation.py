@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from functools import cache
@@ -165,6 +166,25 @@ def test_other_layouts_read_alike():
     assert lambada == DOCUMENTS["lambada_openai"][1]
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "choices"),
+    [
+        ("multiple_choice", {**THREE[0], "choices": "ab"}, "'ab'"),
+        ("multiple_choice", {**THREE[0], "choices": {"a": 0}}, "{'a': 0}"),
+        ("arc_easy", {**THREE[0], "choices": "ab"}, "'ab'"),
+        ("arc_easy", {**DOCUMENTS["arc_easy"][0], "choices": {"text": "ab", "label": ["A", "B"]}}, "'ab'"),
+        ("openbookqa", {**DOCUMENTS["openbookqa"][0], "choices": {"text": ["a", "b"], "label": "AB"}}, "'AB'"),
+        ("hellaswag", {**DOCUMENTS["hellaswag"][0], "endings": "ab"}, "'ab'"),
+        ("logiqa", {**DOCUMENTS["logiqa"][0], "options": "abcd"}, "'abcd'"),
+    ],
+)
+def test_a_text_is_no_list_of_choices(name, fields, choices, tmp_path):
+    """It would be one choice per character."""
+    path = write(tmp_path / "rows.jsonl", [fields])
+    with pytest.raises(ValueError, match=re.escape(f"rows.jsonl, line 1: choices {choices} are no list of texts")):
+        read(TASKS[name], path)
+
+
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +300,41 @@ def test_two_recipes_are_compared_and_files_resumed(user_module, tmp_path, capsy
     assert cli.main(quantized) == 0
     assert cli.main([*wide, "--limit", "1"]) == 2
     assert "wide.json was made with limit=None, now 1" in capsys.readouterr().err
+
+
+SCORED = {"task": "piqa", "documents": "0", "scores": {"acc": [1.0, 0.0], "acc_norm": [1.0, 0.0]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tasks": {}}, "the other result has no task 'piqa'; it has none"),
+        ({"tasks": {"piqa": SCORED}}, "piqa: the other result is of other documents (2, here 2)"),
+        ({"scores": {"acc": [1.0, 0.0]}}, "piqa: the other result has no acc_norm; run it again"),
+        ({"scores": {"acc": [1.0], "acc_norm": [1.0]}}, "piqa: the other result is of other documents (1, here 2)"),
+        ({"scores": {}}, "other.json is no result of qcompile eval --json"),
+        ({"scores": {"acc": [1.0, 0.0], "acc_norm": [1.0]}}, "other.json is no result of qcompile eval --json"),
+        ({"scores": {"acc": "10", "acc_norm": "10"}}, "other.json is no result of qcompile eval --json"),
+        ({"settings": None}, "other.json is no result of qcompile eval --json"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_scored(
+    change, expected, user_module, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda model, **given: model)
+    request = ["eval", f"{user_module}:build", "piqa.jsonl", "--scorer", "own", "--backend", "eager"]
+    assert cli.main([*request, "--json", "other.json"]) == 0
+    written = json.loads((tmp_path / "other.json").read_text())
+    changed = dict(change)
+    if "scores" in changed:
+        written["tasks"]["piqa"]["scores"] = changed.pop("scores")
+    (tmp_path / "other.json").write_text(json.dumps({**written, **changed}))
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "compiled_likelihoods", None)  # would fail
+    assert cli.main([*request, "--against", "other.json"]) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert expected in complaint
+    assert "\n" not in complaint
 
 
 @pytest.mark.parametrize(

@@ -472,13 +472,35 @@ def test_batched_experts_are_products_of_equal_groups(spelling: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 32), (300, 128, 32)])
-def test_small_and_many_batches_stay_decoded(shape: tuple[int, int, int]) -> None:
-    """A tile per group would be half empty, or a group hard to find."""
-    w = nn.Parameter(torch.randn(shape[0], 32, 64).to(BF16))
+@pytest.mark.parametrize(
+    ("shape", "columns", "limit"),
+    [
+        ((3, 127, 32), 64, "127 rows each, fewer than the 128 that fill a tile"),
+        ((3, 64, 32), 64, "64 rows each, fewer than the 128 that fill a tile"),
+        ((3, 128, 32), 48, "48 columns each, fewer than the 64 that fill a tile"),
+        ((300, 128, 32), 64, "300 matrices, more than the 256 that the kernel for groups takes"),
+    ],
+)
+def test_small_and_many_batches_stay_decoded(shape: tuple[int, int, int], columns: int, limit: str) -> None:
+    """A tile per group would be half empty, or a group hard to find. The report says which limit it is, of all three
+    products.
+    """
+    w = nn.Parameter(torch.randn(shape[0], 32, columns).to(BF16))
     x = torch.randn(shape).to(BF16).requires_grad_()
     result = compile_and_run(lambda x, w: torch.bmm(x, w), x, w, recipe=PLAIN, backward="fp8")
-    assert {row["provider"] for row in result.gemms} <= {"dequantize + aten", ""}
+    assert {row["provider"] for row in result.gemms} == {"dequantize + aten"}
+    assert {row["role"]: row["reason"] for row in result.gemms} == dict.fromkeys(
+        ("fprop", "dgrad", "wgrad"), f"a product of batches: {limit}"
+    )
+
+
+def test_batches_of_sizes_known_at_run_time_stay_decoded() -> None:
+    w = nn.Parameter(torch.randn(3, 32, 64).to(BF16))
+    x = torch.randn(3, 130, 32).to(BF16).requires_grad_()
+    torch._dynamo.mark_dynamic(x, 1)
+    result = compile_and_run(lambda x, w: torch.bmm(x, w), x, w, recipe=PLAIN, backward="fp8")
+    reasons = {row["reason"] for row in result.gemms if row["role"] == "fprop"}
+    assert reasons == {"a product of batches: sizes are known at run time only"}
 
 
 class Looped(Experts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .harness import SCORERS, score_by_lm_eval, score_here
 from .likelihood import LogLikelihoods
-from .results import Evaluation, TaskScores, add, against, difference, mean, resumed, rows, table
+from .results import Evaluation, TaskScores, add, check_comparable, difference, mean, resumed, rows, table
 from .tasks import TASKS, Document, Task, read, task_of
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Task",
     "TaskScores",
     "add",
-    "against",
+    "check_comparable",
     "difference",
     "mean",
     "read",

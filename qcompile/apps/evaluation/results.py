@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ from rich.table import Table
 from .harness import Likelihoods, Scorer
 from .tasks import Document, Task
 
-__all__ = ["Evaluation", "TaskScores", "add", "against", "difference", "digest", "mean", "resumed", "rows", "table"]
+__all__ = [
+    "Evaluation",
+    "TaskScores",
+    "add",
+    "check_comparable",
+    "difference",
+    "digest",
+    "mean",
+    "resumed",
+    "rows",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,22 @@ class TaskScores:
     task: str
     documents: str
     scores: dict[str, list[float]]
+
+    @property
+    def count(self) -> int:
+        """How many documents there are."""
+        return len(next(iter(self.scores.values())))
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> TaskScores:
+        """Raises ``TypeError`` or ``AttributeError`` for anything else than a number per metric and document."""
+        found = TaskScores(**data)
+        lists = list(found.scores.values())
+        numbers = all(isinstance(value, (int, float)) for values in lists for value in values)
+        if not (numbers and len({len(values) for values in lists} - {0}) == 1):
+            msg = "scores are lists of numbers, of one length"
+            raise TypeError(msg)
+        return found
 
 
 @dataclass
@@ -44,7 +71,8 @@ class Evaluation:
         """Raises ``ValueError`` for what :meth:`to_json` did not write, ``OSError`` for what cannot be read."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return Evaluation(data["settings"], {name: TaskScores(**task) for name, task in data["tasks"].items()})
+            tasks = {name: TaskScores.from_data(task) for name, task in data["tasks"].items()}
+            return Evaluation(dict(data["settings"]), tasks)
         except (ValueError, KeyError, TypeError, AttributeError):
             msg = f"{path} is no result of qcompile eval --json"
             raise ValueError(msg) from None
@@ -95,19 +123,27 @@ def difference(ours: TaskScores, theirs: TaskScores, metric: str) -> tuple[float
     return mean([mine - other for mine, other in pairs])
 
 
-def against(ours: Evaluation, theirs: Evaluation) -> None:
-    """Raises ``ValueError`` where the two do not have the same documents."""
-    for name, task in ours.tasks.items():
+def check_comparable(
+    ours: Evaluation, to_score: Mapping[str, tuple[Task, Sequence[Document]]], theirs: Evaluation
+) -> None:
+    """Raises ``ValueError`` where ``theirs`` does not have the documents of ``ours``, once those in ``to_score`` are in
+    it, with the same metrics.
+    """
+    scored = {name: (task.documents, task.count, tuple(task.scores)) for name, task in ours.tasks.items()}
+    planned = {name: (digest(each), len(each), task.metrics) for name, (task, each) in to_score.items()}
+    for name, (documents, count, metrics) in {**scored, **planned}.items():
         other = theirs.tasks.get(name)
         if other is None:
             msg = f"the other result has no task {name!r}; it has {', '.join(theirs.tasks) or 'none'}"
             raise ValueError(msg)
-        if other.documents != task.documents:
-            counts = [len(next(iter(each.scores.values()))) for each in (task, other)]
+        if (other.documents, other.count) != (documents, count):
             msg = (
-                f"{name}: the other result is of other documents ({counts[1]}, here {counts[0]}); "
+                f"{name}: the other result is of other documents ({other.count}, here {count}); "
                 "give both runs the same file and --limit"
             )
+            raise ValueError(msg)
+        if missing := [metric for metric in metrics if metric not in other.scores]:
+            msg = f"{name}: the other result has no {missing[0]}; run it again, as the same task"
             raise ValueError(msg)
 
 

@@ -82,13 +82,21 @@ def checked(document: Document) -> Document:
 # --- layouts --------------------------------------------------------------------------------------------------
 
 
+def listed(choices: Sequence[str]) -> tuple[str, ...]:
+    """Raises ``ValueError`` for a text, which is a sequence of texts as well: of its characters."""
+    if not isinstance(choices, (list, tuple)):
+        msg = f"choices {choices!r} are no list of texts"
+        raise ValueError(msg)
+    return tuple(choices)
+
+
 def plain(query: str, choices: Sequence[str], gold: int) -> Document:
-    return Document(query, tuple(choices), gold)
+    return Document(query, listed(choices), gold)
 
 
 def stated(query: str, choices: Sequence[str], gold: int) -> Document:
     """llm-foundry: ``query`` begins with "Question: "."""
-    return Document(f"{query.strip()}\nAnswer:", tuple(choices), gold)
+    return Document(f"{query.strip()}\nAnswer:", listed(choices), gold)
 
 
 def stated_passage(query: str, choices: Sequence[str], gold: int) -> Document:
@@ -98,7 +106,7 @@ def stated_passage(query: str, choices: Sequence[str], gold: int) -> Document:
 
 def labelled(choices: Mapping[str, Sequence[str]], answer: str, question: str) -> Document:
     """``choices`` as ARC and OpenBookQA have them: ``{"text": [...], "label": ["A", ...]}``."""
-    return Document(question, tuple(choices["text"]), choices["label"].index(answer.strip()))
+    return Document(question, listed(choices["text"]), listed(choices["label"]).index(answer.strip()))
 
 
 def arc(question: str, choices: Mapping[str, Sequence[str]], answerKey: str) -> Document:  # noqa: N803
@@ -136,7 +144,7 @@ def sciq(
 
 def hellaswag(activity_label: str, ctx_a: str, ctx_b: str, endings: Sequence[str], label: str | int) -> Document:
     context = f"{activity_label}: {ctx_a} {ctx_b.capitalize()}"
-    return Document(without_brackets(context), tuple(map(without_brackets, endings)), int(label))
+    return Document(without_brackets(context), tuple(map(without_brackets, listed(endings))), int(label))
 
 
 def without_brackets(text: str) -> str:
@@ -146,9 +154,10 @@ def without_brackets(text: str) -> str:
 
 
 def logiqa(context: str, question: str, options: Sequence[str], label: str) -> Document:
-    listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=False))
-    prompt = f"Passage: {context}\nQuestion: {question}\nChoices:\n{listed}Answer:"
-    return Document(prompt, tuple(options), "abcd".index(label.strip().lower()))
+    choices = listed(options)
+    lines = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=False))
+    prompt = f"Passage: {context}\nQuestion: {question}\nChoices:\n{lines}Answer:"
+    return Document(prompt, choices, "abcd".index(label.strip().lower()))
 
 
 def lambada(text: str) -> Document:
