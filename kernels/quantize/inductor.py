@@ -124,12 +124,13 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
 def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None, transform: str = ""):
     """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated.
 
-    The op's own kernel runs where x lies in memory and is quantized in blocks: it reads x once, and the loops of such a
-    quantization, up to six for every site, take longer to print and compile than all else of a graph.
+    The op's own kernel quantizes in blocks what lies in memory: it reads x once, and the loops of such a quantization,
+    up to six for every site, take longer to print and compile than all else of a graph. Under a scale of the tensor
+    whatever x is lies in memory then: its absolute maximum takes a pass of its own, so x would be computed twice.
     """
     q = Quantizer.parse(quantizer)
     supported = not transform and supports_quantize(q, x.get_device())[0]
-    in_blocks = is_in_memory(x) and fold is None and not why_not_in_blocks(q)
+    in_blocks = fold is None and not why_not_in_blocks(q) and (q.scale.two_level or is_in_memory(x))
     if not ir.is_triton(x) or is_empty(x) or in_blocks or not supported:
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return own_kernel(torch.ops.qcompile.quantize.default, *arguments)
