@@ -88,7 +88,7 @@ def why_not_in_blocks(q: Quantizer) -> str:
         return f"{q.granularity} scales, not those of blocks that divide {SPAN} or of squares that divide {ROWS}"
     if storage_dtype(q).itemsize != 1 or q.scale.statistic != "amax":
         return f"{q.scale.name} scales, which are no absolute maxima in one byte"
-    if not fmt.has_zero or any(grid.zero_code for grid in fmt.choices) or fmt.codes_per_byte > 2:
+    if not fmt.has_zero or fmt.zero_code or fmt.codes_per_byte > 2:
         return f"{fmt.name}, whose code 0 is not the level 0, or of which more than two share a byte"
     return rounding.why_not_by_chance(fmt) if q.rounding == "stochastic" else why_not_rounded(fmt)
 

@@ -134,7 +134,7 @@ def _scale_of_groups(values, whole, fmt: tl.constexpr):
     return stored, gamma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks_of_row"])  # neither says how elements and codes are aligned
 def _quantize(
     x,
     whole,
@@ -245,7 +245,7 @@ def _scale_of_columns(x, stride, inside, whole, count: tl.constexpr, tile: tl.co
     return stored, gamma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_of_row"])
 def _quantize_by_columns(
     x,
     whole,
