@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
+
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import EDEN_CHUNK, Candidate, Quantizer
 from qcompile.kernels.formula import random, rounding, scales
@@ -15,7 +17,7 @@ from qcompile.kernels.formula.triton_target import device_function
 
 from .grid import Constants
 
-__all__ = ["ROWS", "SPAN", "BlockGrid", "block_grid_of", "why_not_in_blocks"]
+__all__ = ["ROWS", "SPAN", "BlockGrid", "block_grid_of", "in_place_of_loops", "why_not_in_blocks"]
 
 #: How many neighbours along K a program has of each row: blocks divide it, and ``eden`` corrects as many at once.
 SPAN = EDEN_CHUNK
@@ -91,6 +93,16 @@ def why_not_in_blocks(q: Quantizer) -> str:
     if not fmt.has_zero or fmt.zero_code or fmt.codes_per_byte > 2:
         return f"{fmt.name}, whose code 0 is not the level 0, or of which more than two share a byte"
     return rounding.why_not_by_chance(fmt) if q.rounding == "stochastic" else why_not_rounded(fmt)
+
+
+def in_place_of_loops(q: Quantizer, dtype: torch.dtype, in_memory: bool) -> bool:
+    """Whether generated code calls the kernel for x of ``dtype``, and no loops are printed that fuse with what makes x.
+
+    It reads x once, where loops do up to six times, and a site's take longer to print and compile than all else of it.
+    Under a scale of the tensor whatever x is lies in memory then: its absolute maximum takes a pass of its own, behind
+    which loops would compute x again.
+    """
+    return not why_not_in_blocks(q) and dtype != torch.float64 and (q.scale.two_level or in_memory)
 
 
 @cache
