@@ -22,6 +22,7 @@ from .extern import own_kernel
 from .matmul import inductor as matmul
 from .outliers import inductor as outliers
 from .quantize import inductor as quantize
+from .quantize.block_grid import in_place_of_loops
 from .register import DIRECT
 
 __all__ = ["LOWERINGS", "Lowering", "cuda_provider", "register_lowerings"]
@@ -34,15 +35,18 @@ def _always() -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class Lowering:
-    """How an op is lowered, and ``supports(*the first texts of its node, parsed) -> (ok, reason)``."""
+    """How an op is lowered, and ``supports(*the first texts of its node, parsed) -> (ok, reason)``; and whether the
+    op's own kernel takes the place of what is generated, by the quantizer, the dtype, and whether x lies in memory.
+    """
 
     lower: Callable
     supports: Callable[..., tuple[bool, str]] = _always
     texts: int = 0
+    in_place: Callable[[Quantizer, torch.dtype, bool], bool] | None = None
 
 
 LOWERINGS: dict[str, Lowering] = {
-    "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize, texts=1),
+    "quantize": Lowering(quantize.lower_quantize, quantize.supports_quantize, texts=1, in_place=in_place_of_loops),
     "quantize_8bit": Lowering(quantize.lower_quantize_8bit, quantize.supports_quantize, texts=1),
     "encode_compensated": Lowering(quantize.lower_encode_compensated, quantize.supports_encode_compensated),
     "dequantize": Lowering(quantize.lower_dequantize, quantize.supports_dequantize, texts=1),
@@ -72,12 +76,18 @@ def register_lowerings() -> None:
 
 
 def cuda_provider(
-    op: str, quantizer: str | None = None, estimator: str | None = None, transform: str = ""
+    op: str,
+    quantizer: str | None = None,
+    estimator: str | None = None,
+    transform: str = "",
+    dtype: torch.dtype = torch.float32,
+    in_memory: bool = False,
 ) -> tuple[str, str]:
     """What runs ``qcompile::<op>`` on CUDA, for the report: provider and, where it is the reference, the
     reason.
 
-    ``quantizer`` and ``estimator`` are the texts the node carries, ``None`` for an op that has none.
+    ``quantizer`` and ``estimator`` are the texts the node carries, ``None`` for an op that has none; ``dtype`` is that
+    of its x, and ``in_memory`` whether Inductor generates nothing that makes x.
     """
     if op not in LOWERINGS:
         return "reference", f"{op} has no lowering"
@@ -88,5 +98,8 @@ def cuda_provider(
         texts.append(Quantizer.parse(quantizer))
     if estimator is not None:
         texts.append(EstimatorSpec.parse(estimator))
-    supported, reason = LOWERINGS[op].supports(*texts[: LOWERINGS[op].texts])
+    entry = LOWERINGS[op]
+    if quantizer is not None and entry.in_place and entry.in_place(Quantizer.parse(quantizer), dtype, in_memory):
+        return "triton", ""
+    supported, reason = entry.supports(*texts[: entry.texts])
     return ("triton (inductor)", "") if supported else ("reference", reason)

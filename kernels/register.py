@@ -340,11 +340,12 @@ def provider_of(
     dtype: torch.dtype,
     estimator: str = "ste",
     transform: str = "",
+    in_memory: bool = False,
 ) -> tuple[str, str]:
     """Name of the provider that runs an op, and why not a faster one (empty for the first choice).
 
-    ``dtype`` is that of the floating-point tensors, inputs or outputs, of the op. Raises ``KeyError`` for an
-    unknown op.
+    ``dtype`` is that of the floating-point tensors, inputs or outputs, of the op; ``in_memory``: whether Inductor
+    generates nothing that makes its x. Raises ``KeyError`` for an unknown op.
     """
     if op_name not in REFERENCES:
         msg = f"unknown op {op_name!r}; known: {', '.join(REFERENCES)}"
@@ -355,7 +356,7 @@ def provider_of(
         from .lowerings import LOWERINGS, cuda_provider  # imports Inductor, which registering kernels must not
 
         if op_name in LOWERINGS or not providers:
-            name, generated = cuda_provider(op_name, quantizer_text, estimator, transform)
+            name, generated = cuda_provider(op_name, quantizer_text, estimator, transform, dtype, in_memory)
             if name != "reference":
                 return name, generated
         by_extents = bool(providers) and providers[0].texts is None  # which a report does not know

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from qcompile.ir.operand import STE
 from qcompile.kernels.register import provider_of
 
-from .dialect import GEMMS, decode_root, gemm_operands, stored_operand
+from .dialect import GEMMS, decode_root, gemm_operands, lies_in_memory, stored_operand
 from .gradient_axes import ROLE_OF_OPERAND
 from .graph import aten, input_of, is_call, is_gather, through_views
 from .pass_base import Context, EncoderKey
@@ -135,7 +135,8 @@ def _record(encoder: Any, encoders: dict[EncoderKey, list[Provision]]) -> None:
     transform = str(operand.transform if operand is not None else getattr(encoder, "transform", ""))
     estimator = str(operand.estimator if operand is not None else STE)
     name = encoder.op.name().removeprefix("qcompile::").partition(".")[0]
-    found = Provision(*provider_of(name, value.device.type, str(quantizer), dtype, estimator, transform))
+    there = producer is None and lies_in_memory(encoder.x)
+    found = Provision(*provider_of(name, value.device.type, str(quantizer), dtype, estimator, transform, there))
     if producer is not None:
         found = found._replace(reason="; ".join(filter(None, (found.reason, f"with its {producer.operations}"))))
     known = encoders.setdefault(EncoderKey(str(quantizer), transform, dtype), [])

@@ -11,9 +11,19 @@ from qcompile.ir.nested import NestedScales
 from qcompile.ir.operand import Operand
 from qcompile.ir.stored import Stored
 
-from .graph import aten, emit, input_of, is_call, is_cast, same_size, same_sizes, static_size, through_views
+from .graph import aten, emit, input_of, is_call, is_cast, memory_of, same_size, same_sizes, static_size, through_views
 from .record import operand_kind
-from .views import Dequantize, Hadamard, ProductOperand, RestoreOutliers
+from .views import (
+    Dequantize,
+    Hadamard,
+    Mm1Bit,
+    Mm8Bit,
+    Mm8BitGrouped,
+    MmBlockScaled,
+    MmStored,
+    ProductOperand,
+    RestoreOutliers,
+)  # fmt: skip
 
 __all__ = [
     "GEMMS",
@@ -25,6 +35,7 @@ __all__ = [
     "gemm_operands",
     "given_part",
     "kind_of",
+    "lies_in_memory",
     "matrix_form",
     "stored_operand",
     "stored_view",
@@ -40,6 +51,14 @@ GEMMS: dict[Any, tuple[int, int]] = {
     aten.convolution.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
 }
+#: What is no loop of Inductor's: its results are in memory.
+_WRITING = (
+    *(view.op for view in (Hadamard, Mm8Bit, Mm8BitGrouped, Mm1Bit, MmBlockScaled, MmStored)),
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._grouped_mm.default,
+)
 
 #: transformers' products of groups in other dtypes than bfloat16, and both gradients of one: opaque ops.
 LOOP, LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward"
@@ -48,6 +67,12 @@ LOOP, LOOP_BACKWARD = "transformers::grouped_mm_fallback", "transformers::groupe
 def gemm_operands(node: Node) -> tuple[Node, Node]:
     left, right = GEMMS[node.target]
     return node.args[left], node.args[right]  # type: ignore[return-value]
+
+
+def lies_in_memory(node: Node) -> bool:
+    """Whether ``node`` is an input of a post-grad graph, what a kernel that is not printed writes, or a part of it."""
+    source = memory_of(node)
+    return source.op == "placeholder" or is_call(source, *_WRITING)
 
 
 def decode_root(node: Node, changed: bool = False) -> Node | None:

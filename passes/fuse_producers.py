@@ -29,17 +29,10 @@ from qcompile.kernels.matmul.costs import Rates, rates_of
 from qcompile.kernels.producer import INPUTS, Producer, Step
 from qcompile.kernels.register import supports_produced
 
-from .graph import aten, is_call, is_cast, item_of, memory_of, same_sizes, static_size
+from .dialect import lies_in_memory
+from .graph import aten, is_call, is_cast, item_of, same_sizes, static_size
 from .pass_base import Context
-from .views import (
-    Mm1Bit,
-    Mm8Bit,
-    Mm8BitGrouped,
-    MmBlockScaled,
-    MmStored,
-    QuantizeCompensated,
-    QuantizeProduced,
-)  # fmt: skip
+from .views import QuantizeCompensated, QuantizeProduced
 
 __all__ = ["fuse_producers", "saved_microseconds"]
 
@@ -59,14 +52,6 @@ _OPERATIONS: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     torch.ops.prims.convert_element_type.default: "round",
 }
-#: Products that are no loops of Inductor's: their results are in memory.
-_PRODUCTS = (
-    *(view.op for view in (Mm8Bit, Mm8BitGrouped, Mm1Bit, MmBlockScaled, MmStored)),
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._grouped_mm.default,
-)
 Inputs = tuple[Node, Node | None, Node | None, Node | None]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,9 +141,9 @@ def _is_in_memory(node: Node) -> bool:
     """Whether a kernel can read ``node`` where it is: rows of any stride (halves of a product), elements side by side
     (not every other one).
     """
-    value, source = node.meta["val"], memory_of(node)
+    value = node.meta["val"]
     apart = value.dim() and static_size(value.shape[-1]) != 1 and static_size(value.stride(-1)) not in (0, 1)
-    return not apart and (source.op == "placeholder" or is_call(source, *_PRODUCTS))
+    return not apart and lies_in_memory(node)
 
 
 def _written(chain: list[Node], inputs: Inputs) -> Producer:

@@ -22,6 +22,7 @@ from .rounding import ROUNDER, SIGN, by_chance, decode_code, nearest_level, satu
 
 __all__ = [
     "Store",
+    "candidate",
     "corrected_scale",
     "error_unit",
     "is_marked",
@@ -178,6 +179,19 @@ def scale_and_reciprocal(q: Quantizer) -> Formula:
     """Both of the above at once, of the first candidate, which share what they compute."""
     inputs = _inputs(q, statistic=_statistic_dtype(q.scale))
     return Formula.record("scale_pair", lambda *values: (_stored(q, *values), _reciprocal(q, *values)), **inputs)
+
+
+@cache
+def candidate(q: Quantizer, number: int) -> Formula:
+    """``(statistic[, global scale]) → stored, γ, s`` of a candidate: the first two as above, and what its stored scale
+    is loaded as.
+    """
+
+    def scale(*values: Value) -> tuple[Value, ...]:
+        stored = _stored(q, *values, number=number)
+        return stored, _reciprocal(q, *values, number=number), _loaded(q, stored, *values[1:])
+
+    return Formula.record("candidate", scale, **_inputs(q, statistic=_statistic_dtype(q.scale)))
 
 
 @cache

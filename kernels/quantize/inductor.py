@@ -41,7 +41,7 @@ from qcompile.kernels.formula import random, rounding, scales
 from qcompile.kernels.formula.expression import Formula
 from qcompile.kernels.formula.inductor_target import clamped, emit, rounded, uncontracted_product
 from qcompile.kernels.formula.layout import why_not_rounded
-from qcompile.kernels.quantize.block_grid import why_not_in_blocks
+from qcompile.kernels.quantize.block_grid import in_place_of_loops
 
 __all__ = [
     "GridUnits",
@@ -122,14 +122,12 @@ def is_empty(*tensors: ir.TensorBox) -> bool:
 
 
 def lower_quantize(x, quantizer: str, axis: int, global_scale=None, seed=None, fold=None, transform: str = ""):
-    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated.
-
-    The op's own kernel runs where x lies in memory and is quantized in blocks: it reads x once, and the loops of such a
-    quantization, up to six for every site, take longer to print and compile than all else of a graph.
+    """``qcompile::quantize``: codes ``[..., R, packed(K)]`` and scales; loops where Triton is generated, unless the
+    kernel in blocks takes their place.
     """
     q = Quantizer.parse(quantizer)
     supported = not transform and supports_quantize(q, x.get_device())[0]
-    in_blocks = is_in_memory(x) and fold is None and not why_not_in_blocks(q)
+    in_blocks = fold is None and in_place_of_loops(q, x.get_dtype(), is_in_memory(x))
     if not ir.is_triton(x) or is_empty(x) or in_blocks or not supported:
         arguments = (x, quantizer, axis, global_scale, seed, fold, transform)
         return own_kernel(torch.ops.qcompile.quantize.default, *arguments)

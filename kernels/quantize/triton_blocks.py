@@ -1,16 +1,19 @@
-"""Quantize in blocks with a scale of one byte each (NVFP4, MXFP4), in Triton: one read of x, equal to the reference bit
-for bit.
+"""Quantize in blocks or squares with a scale of one byte each (NVFP4, MXFP4), in Triton: one read of x, equal to the
+reference bit for bit.
 
-A program has 128 neighbours along K of a few rows: the blocks that they make up, and the chunk over which ``eden``
+A program has 128 neighbours along K of 64 rows: the blocks that they make up, and the chunk over which ``eden``
 corrects its scales. How elements are assigned to threads, by what lies beside them in memory:
 
 * **neighbours along K**: a thread has a part of a block, and exchanges maxima and sums with those beside it.
 * **neighbours along rows** (K is the first axis of a matrix): a thread has whole blocks of a few rows, so that no scale
   is computed twice, and puts the codes of eight elements together before it writes them.
 
+Where blocks choose among candidates (4/6, IF4), each candidate's errors are added up as integers, whose sum is the same
+in any order.
+
 Per element of a 16-bit x, in bytes of device memory: 2 in, ½ out, and a scale for every block. The loops that Inductor
-generates read x once for absolute maxima, once for codes and once for sums, and every site has loops of its own, which
-have to be printed and compiled: of a block of Quartet II two hundred, where this is one kernel.
+generates read x once for absolute maxima, once for codes and once for sums or errors, and every site has loops of its
+own, which have to be printed and compiled: of a block of Quartet II two hundred, where this is one kernel.
 """
 
 from __future__ import annotations
@@ -25,38 +28,59 @@ from torch import Tensor
 from qcompile.ir.ops import storage_dtype
 from qcompile.ir.quantizer import Quantizer
 from qcompile.kernels.quantize import reference
-from qcompile.kernels.triton import absolute_maximum, greater, launch, supports_dtypes
+from qcompile.kernels.triton import absolute_maximum, as_bits, greater, launch, maximum, supports_dtypes
 
-from .block_grid import SPAN, block_grid_of, why_not_in_blocks
+from .block_grid import ROWS, SPAN, block_grid_of, why_not_in_blocks
 
 __all__ = ["quantize_blocks", "supports_blocks"]
 
-#: Rows of a program: where they are neighbours in memory, 64 of 16 bits are a line of it.
-ROWS = 64
 WARPS = 8
 WARPS_BY_COLUMNS = 4
 #: Codes of a word, where whole blocks are in a thread.
 WORD = tl.constexpr(8)
+#: Elements of a block whose errors are computed side by side there: all of them take ten seconds to compile, and of
+#: four 4/6 spills a register.
+UNROLLED = tl.constexpr(2)
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _scale_pair(amax, whole, fmt: tl.constexpr):
-    """Stored scales and γ of absolute maxima."""
-    amax = greater(amax, fmt.amax_floor)
+def _scale(amax, whole, number: tl.constexpr, fmt: tl.constexpr):
+    """Stored scale, γ and s of a candidate, from absolute maxima that are no less than the floor."""
     if fmt.two_level:
-        stored, gamma = fmt.scale_pair(amax, tl.load(whole))
+        stored, gamma, scale = fmt.choices[number].scale(amax, tl.load(whole))
     else:
-        stored, gamma = fmt.scale_pair(amax)
-    return stored, gamma
+        stored, gamma, scale = fmt.choices[number].scale(amax)
+    return stored, gamma, scale
 
 
 @triton.jit
-def _encoded(y, row, k, size, seed, fmt: tl.constexpr):
-    """Int32 codes of y, the elements at ``row`` and ``k``; of more than 2³² the low bits of an index count."""
-    if fmt.by_chance:  # noqa: SIM108
-        code = fmt.encode(y, fmt.uniform(row * size + k, tl.load(seed).to(tl.int32)))
+def _error(x, gamma, scale, unit, number: tl.constexpr, fmt: tl.constexpr):
+    """Int64 errors of the levels that a candidate rounds x to; all of them broadcast."""
+    count = fmt.scaled_error(x, fmt.choices[number].round_level(x * tl.abs(gamma)), scale, unit).to(tl.int64)
+    return count * count if fmt.squared else tl.abs(count)
+
+
+@triton.jit
+def _less(error, least, candidate, best):
+    """The error and, as a pair, stored scale and γ of what errs less; of equal ones of the best so far."""
+    better = error < least
+    stored, gamma = tl.where(better, candidate[0], best[0]), tl.where(better, candidate[1], best[1])
+    return tl.where(better, error, least), (stored, gamma)
+
+
+@triton.jit
+def _code(y, gamma, row, k, size, seed, fmt: tl.constexpr):
+    """Int32 codes of y, the elements at ``row`` and ``k`` of blocks with ``gamma``; of more than 2³² the low bits of an
+    index count.
+    """
+    if fmt.by_chance:
+        chance = fmt.uniform(row * size + k, tl.load(seed).to(tl.int32))
+        code = fmt.encode(y, as_bits(gamma) < 0, chance) if fmt.paired else fmt.encode(y, chance)
     else:
-        code = fmt.encode(y)
+        code = fmt.encode(y, as_bits(gamma) < 0) if fmt.paired else fmt.encode(y)
     return code
 
 
@@ -67,7 +91,50 @@ def _corrected(stored, squares, products, row, block, blocks, seed, fmt: tl.cons
     return fmt.corrected_scale(stored, squares, products, chance)
 
 
+# --- neighbours along K ---------------------------------------------------------------------------------------------
+
+
 @triton.jit
+def _by_groups(values, fmt: tl.constexpr):
+    """[rows, span] as [rows / height, span / block, elements that share a scale]."""
+    rows: tl.constexpr = values.shape[0] // fmt.height
+    count: tl.constexpr = values.shape[1] // fmt.block
+    if fmt.height > 1:
+        values = tl.permute(tl.reshape(values, (rows, fmt.height, count, fmt.block)), (0, 2, 1, 3))
+    return tl.reshape(values, (rows, count, fmt.height * fmt.block))
+
+
+@triton.jit
+def _spread(of_groups, fmt: tl.constexpr):
+    """[rows, blocks] for every element of its block: [rows · height, blocks · block]."""
+    rows: tl.constexpr = of_groups.shape[0]
+    count: tl.constexpr = of_groups.shape[1]
+    if fmt.height > 1:
+        spread = tl.broadcast_to(of_groups[:, None, :, None], (rows, fmt.height, count, fmt.block))
+    else:
+        spread = tl.broadcast_to(of_groups[:, :, None], (rows, count, fmt.block))
+    return tl.reshape(spread, (rows * fmt.height, count * fmt.block))
+
+
+@triton.jit
+def _scale_of_groups(values, whole, fmt: tl.constexpr):
+    """Stored scales and γ of ``values`` by groups: of the candidate that errs least, of equal ones the first."""
+    amax = greater(absolute_maximum(values, 2), fmt.amax_floor)
+    stored, gamma, scale = _scale(amax, whole, 0, fmt)
+    if fmt.candidates > 1:
+        unit = fmt.error_unit(amax)[:, :, None]
+        best = stored, gamma
+        least = tl.sum(_error(values, gamma[:, :, None], scale[:, :, None], unit, 0, fmt), 2)
+        candidates: tl.constexpr = fmt.candidates
+        for i in tl.static_range(1, candidates):
+            stored, gamma, scale = _scale(amax, whole, i, fmt)
+            error = tl.sum(_error(values, gamma[:, :, None], scale[:, :, None], unit, i, fmt), 2)
+            least, best = _less(error, least, (stored, gamma), best)
+        stored, gamma = best
+    return stored, gamma
+
+
+@triton.jit(do_not_specialize=["rows", "blocks_of_row"])  # neither says how elements and codes are aligned
 def _quantize(
     x,
     whole,
@@ -78,44 +145,107 @@ def _quantize(
     size,
     bytes_of_row,
     blocks_of_row,
+    batch_stride,
     row_stride,
     stride,
     fmt: tl.constexpr,
     tile: tl.constexpr,
     span: tl.constexpr,
 ):
-    """x [rows, size], of any strides; a last block may be short."""
+    """x [batch, rows, size], of any strides; a last block may be short, and a last square."""
     spans = tl.cdiv(size, span)
-    row = ((tl.program_id(0) // spans) * tile + tl.arange(0, tile))[:, None]
+    tiles = tl.cdiv(rows, tile)
+    batch = tl.program_id(0) // (tiles * spans)
+    first_row = (tl.program_id(0) // spans) % tiles * tile
     first = (tl.program_id(0) % spans) * span
+    row = (first_row + tl.arange(0, tile))[:, None]
     k = (first + tl.arange(0, span))[None, :]
-    at = row.to(tl.int64) * row_stride + k.to(tl.int64) * stride
+    at = batch.to(tl.int64) * batch_stride + row.to(tl.int64) * row_stride + k.to(tl.int64) * stride
     values = tl.load(x + at, mask=(row < rows) & (k < size), other=0.0).to(tl.float32)
 
-    count: tl.constexpr = span // fmt.block
-    blocks = tl.reshape(values, (tile, count, fmt.block))
-    stored, gamma = _scale_pair(absolute_maximum(blocks, 2), whole, fmt)
-    y = tl.reshape(blocks * gamma[:, :, None], (tile, span))
-    code = _encoded(y, row, k, size, seed, fmt)
+    stored, gamma = _scale_of_groups(_by_groups(values, fmt), whole, fmt)
+    gamma = _spread(gamma, fmt)
+    y = values * tl.abs(gamma)
+    code = _code(y, gamma, batch * rows + row, k, size, seed, fmt)
 
-    block = (first // fmt.block + tl.arange(0, count))[None, :]
+    height: tl.constexpr = fmt.height
+    scale_row = (first_row // height + tl.arange(0, tile // height))[:, None]
+    scale_rows = tl.cdiv(rows, height)
+    block = (first // fmt.block + tl.arange(0, span // fmt.block))[None, :]
     if fmt.corrects:
         exact, level = y.to(tl.float64), fmt.decode(code).to(tl.float64)
         squares, products = tl.sum(exact * exact, 1)[:, None], tl.sum(exact * level, 1)[:, None]
-        stored = _corrected(stored, squares, products, row, block, blocks_of_row, seed, fmt)
-    at = row.to(tl.int64) * blocks_of_row + block
-    tl.store(scales + at, stored.to(tl.uint8), mask=(row < rows) & (block < blocks_of_row))
+        stored = _corrected(stored, squares, products, batch * rows + row, block, blocks_of_row, seed, fmt)
+    at = (batch.to(tl.int64) * scale_rows + scale_row) * blocks_of_row + block
+    tl.store(scales + at, stored.to(tl.uint8), mask=(scale_row < scale_rows) & (block < blocks_of_row))
 
     # Elements past the end are zeros, whose code is 0.
     if fmt.codes_per_byte == 2:
         low, high = tl.split(tl.reshape(code, (tile, span // 2, 2)))
         code = low | high << 4
     byte = (first // fmt.codes_per_byte + tl.arange(0, span // fmt.codes_per_byte))[None, :]
-    at = row.to(tl.int64) * bytes_of_row + byte
+    at = (batch.to(tl.int64) * rows + row) * bytes_of_row + byte
     tl.store(codes + at, code.to(tl.uint8), mask=(row < rows) & (byte < bytes_of_row))
 
 
+# --- neighbours along rows ------------------------------------------------------------------------------------------
+
+
 @triton.jit
+def _rows_by_groups(values, fmt: tl.constexpr):
+    """[blocks, rows] as [blocks, rows / height, height]."""
+    return tl.reshape(values, (values.shape[0], values.shape[1] // fmt.height, fmt.height))
+
+
+@triton.jit
+def _spread_rows(of_groups, fmt: tl.constexpr):
+    """[blocks, groups] for every row of its group: [blocks, groups · height]."""
+    if fmt.height > 1:
+        shape: tl.constexpr = (of_groups.shape[0], of_groups.shape[1], fmt.height)
+        of_groups = tl.reshape(
+            tl.broadcast_to(of_groups[:, :, None], shape), (of_groups.shape[0], of_groups.shape[1] * fmt.height)
+        )
+    return of_groups
+
+
+@triton.jit
+def _error_of_columns(x, stride, inside, gamma, scale, unit, number: tl.constexpr, fmt: tl.constexpr):
+    """Errors of a candidate by groups; ``gamma``, ``scale`` and ``unit`` by groups."""
+    gamma, scale, unit = _spread_rows(gamma, fmt), _spread_rows(scale, fmt), _spread_rows(unit, fmt)
+    error = tl.zeros(gamma.shape, tl.int64)
+    for i in tl.range(0, fmt.block, loop_unroll_factor=UNROLLED):
+        value = tl.load(x + i * stride, mask=inside, other=0.0).to(tl.float32)
+        error += _error(value, gamma, scale, unit, number, fmt)
+    if fmt.height > 1:
+        error = tl.sum(_rows_by_groups(error, fmt), 2)
+    return error
+
+
+@triton.jit
+def _scale_of_columns(x, stride, inside, whole, count: tl.constexpr, tile: tl.constexpr, fmt: tl.constexpr):
+    """As :func:`_scale_of_groups`, of blocks below each other: [count, tile / height]."""
+    amax = tl.zeros((count, tile), tl.float32)
+    block: tl.constexpr = fmt.block
+    for i in tl.static_range(block):
+        amax = greater(amax, tl.abs(tl.load(x + i * stride, mask=inside, other=0.0).to(tl.float32)))
+    if fmt.height > 1:
+        amax = maximum(_rows_by_groups(amax, fmt), 2)
+    amax = greater(amax, fmt.amax_floor)
+    stored, gamma, scale = _scale(amax, whole, 0, fmt)
+    if fmt.candidates > 1:
+        unit = fmt.error_unit(amax)
+        best = stored, gamma
+        least = _error_of_columns(x, stride, inside, gamma, scale, unit, 0, fmt)
+        candidates: tl.constexpr = fmt.candidates
+        for i in tl.static_range(1, candidates):
+            stored, gamma, scale = _scale(amax, whole, i, fmt)
+            error = _error_of_columns(x, stride, inside, gamma, scale, unit, i, fmt)
+            least, best = _less(error, least, (stored, gamma), best)
+        stored, gamma = best
+    return stored, gamma
+
+
+@triton.jit(do_not_specialize=["blocks_of_row"])
 def _quantize_by_columns(
     x,
     whole,
@@ -126,36 +256,38 @@ def _quantize_by_columns(
     size,
     bytes_of_row,
     blocks_of_row,
+    batch_stride,
     stride,
     fmt: tl.constexpr,
     tile: tl.constexpr,
     span: tl.constexpr,
 ):
-    """x [rows, size] whose rows are neighbours, of whole blocks; ``codes`` in words of 4 bytes."""
+    """x [batch, rows, size] whose rows are neighbours, of whole blocks; ``codes`` in words of 4 bytes."""
     block_size: tl.constexpr = fmt.block
+    height: tl.constexpr = fmt.height
     count: tl.constexpr = span // block_size
     spans = tl.cdiv(size, span)
-    row = ((tl.program_id(0) // spans) * tile + tl.arange(0, tile))[None, :]
+    tiles = tl.cdiv(rows, tile)
+    batch = tl.program_id(0) // (tiles * spans)
+    first_row = (tl.program_id(0) // spans) % tiles * tile
+    row = (first_row + tl.arange(0, tile))[None, :]
     block = ((tl.program_id(0) % spans) * count + tl.arange(0, count))[:, None]
     inside = (row < rows) & (block < blocks_of_row)
     k = block * block_size
-    x += row + k.to(tl.int64) * stride
+    x += batch.to(tl.int64) * batch_stride + row + k.to(tl.int64) * stride
 
-    # x is read twice, the second time from the cache beside the registers.
-    amax = tl.zeros((count, tile), tl.float32)
-    for i in tl.static_range(block_size):
-        amax = greater(amax, tl.abs(tl.load(x + i * stride, mask=inside, other=0.0).to(tl.float32)))
-    stored, gamma = _scale_pair(amax, whole, fmt)
-
+    # x is read again for errors and for codes, from the cache beside the registers.
+    stored, gamma = _scale_of_columns(x, stride, inside, whole, count, tile, fmt)
+    gamma = _spread_rows(gamma, fmt)
     if fmt.corrects:
         squares, products = tl.zeros((count, tile), tl.float64), tl.zeros((count, tile), tl.float64)
-    at = row.to(tl.int64) * (bytes_of_row // 4) + block * (block_size // WORD)
-    for first in tl.static_range(0, block_size, WORD):
+    at = (batch.to(tl.int64) * rows + row) * (bytes_of_row // 4) + block * (block_size // WORD)
+    for first in tl.range(0, block_size, WORD):
         word = tl.zeros((count, tile), tl.int32)
         for i in tl.static_range(WORD):
             value = tl.load(x + (first + i) * stride, mask=inside, other=0.0).to(tl.float32)
-            y = value * gamma
-            code = _encoded(y, row, k + first + i, size, seed, fmt)
+            y = value * tl.abs(gamma)
+            code = _code(y, gamma, batch * rows + row, k + first + i, size, seed, fmt)
             word |= code << 4 * i
             if fmt.corrects:
                 exact = y.to(tl.float64)
@@ -164,8 +296,15 @@ def _quantize_by_columns(
         tl.store(codes + at + first // WORD, word, mask=inside)
     if fmt.corrects:
         of_chunks = tl.sum(squares, 0)[None, :], tl.sum(products, 0)[None, :]
-        stored = _corrected(stored, of_chunks[0], of_chunks[1], row, block, blocks_of_row, seed, fmt)
-    tl.store(scales + row.to(tl.int64) * blocks_of_row + block, stored.to(tl.uint8), mask=inside)
+        at_row = batch * rows + row
+        stored = _corrected(stored, of_chunks[0], of_chunks[1], at_row, block, blocks_of_row, seed, fmt)
+    scale_row = (first_row // height + tl.arange(0, tile // height))[None, :]
+    scale_rows = tl.cdiv(rows, height)
+    at = (batch.to(tl.int64) * scale_rows + scale_row) * blocks_of_row + block
+    tl.store(scales + at, stored.to(tl.uint8), mask=(scale_row < scale_rows) & (block < blocks_of_row))
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
 
 
 def quantize_blocks(
@@ -180,27 +319,36 @@ def quantize_blocks(
     """``qcompile::quantize`` of what :func:`supports_blocks` takes."""
     if fold is not None or x.numel() == 0:
         return reference.quantize(x, quantizer, axis, global_scale, seed, fold, transform)
-    q = Quantizer.parse(quantizer)
+    q, fmt = Quantizer.parse(quantizer), block_grid_of(quantizer)
     moved = x.movedim(axis, -1)
-    matrix = moved.reshape(-1, moved.shape[-1])
-    rows, size = matrix.shape
+    matrices = _matrices(moved, fmt.height)
+    batches, rows, size = matrices.shape
     codes = x.new_empty([*moved.shape[:-1], q.packed_size(size)], dtype=torch.uint8)
     scales = x.new_empty(q.scale_shape(tuple(moved.shape)), dtype=torch.uint8)
-    fmt, programs = block_grid_of(quantizer), triton.cdiv(rows, ROWS) * triton.cdiv(size, SPAN)
+    programs = batches * triton.cdiv(rows, ROWS) * triton.cdiv(size, SPAN)
     sizes = rows, size, codes.shape[-1], scales.shape[-1]
-    by_columns = matrix.stride(0) == 1 and fmt.codes_per_byte == 2 and size % fmt.block == 0
-    if by_columns and matrix.stride(1) != 1:
-        words = codes.view(torch.int32)
+    whole_words = fmt.codes_per_byte == 2 and fmt.block % WORD.value == 0 and size % fmt.block == 0
+    if whole_words and matrices.stride(1) == 1 and matrices.stride(2) != 1:
+        words, strides = codes.view(torch.int32), (matrices.stride(0), matrices.stride(2))
         launch(
-            _quantize_by_columns, programs, matrix, global_scale, seed, words, scales, *sizes, matrix.stride(1),
+            _quantize_by_columns, programs, matrices, global_scale, seed, words, scales, *sizes, *strides,
             fmt=fmt, tile=ROWS, span=SPAN, num_warps=WARPS_BY_COLUMNS,
         )  # fmt: skip
     else:
         launch(
-            _quantize, programs, matrix, global_scale, seed, codes, scales, *sizes, *matrix.stride(),
+            _quantize, programs, matrices, global_scale, seed, codes, scales, *sizes, *matrices.stride(),
             fmt=fmt, tile=ROWS, span=SPAN, num_warps=WARPS,
         )  # fmt: skip
     return codes, scales.view(storage_dtype(q))
+
+
+def _matrices(moved: Tensor, height: int) -> Tensor:
+    """[batch, rows, K] from x with K moved last. Rows of a batch are those of one matrix where scales are not shared
+    between rows and K is its last axis already, so that no program has few of them.
+    """
+    if height == 1 and moved.stride(-1) == 1:
+        return moved.reshape(1, -1, moved.shape[-1])
+    return moved.reshape(-1, *moved.shape[-2:]) if moved.dim() > 1 else moved.reshape(1, 1, -1)
 
 
 @cache

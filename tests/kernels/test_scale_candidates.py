@@ -159,7 +159,7 @@ def test_who_chooses():
     q = Quantizer.parse(RULE)
     assert inductor.supports_quantize(q) == inductor.supports_dequantize(q) == (True, "")
     assert estimate_inductor.supports_estimator_mask(q, EstimatorSpec.parse("clip")) == (True, "")
-    assert provider_of("quantize", "cuda", RULE, torch.bfloat16) == ("triton (inductor)", "")
+    assert provider_of("quantize", "cuda", RULE, torch.bfloat16) == ("triton", "")
     many, reason = "dynamic8 block16 e4m3_46", (False, "dynamic8 is a code book of more than 16 levels")
     assert inductor.supports_quantize(Quantizer.parse(many)) == reason
     assert cpp.supports_quantize((torch.float32,), many) == reason

@@ -37,6 +37,7 @@ from qcompile.kernels.lowerings import LOWERINGS, cuda_provider, register_loweri
 from qcompile.kernels.outliers import reference as outliers_reference  # noqa: E402
 from qcompile.kernels.producer import INPUTS, OPERATIONS, Producer, device_producer  # noqa: E402
 from qcompile.kernels.quantize import reference, triton_outliers  # noqa: E402
+from qcompile.kernels.register import provider_of  # noqa: E402
 from qcompile.stored import PackedWeight  # noqa: E402
 
 from .harness import INTERPRETED, SM90, ClaimedDriver, compiled, interpreted, run_interpreted  # noqa: E402
@@ -174,9 +175,10 @@ def test_at_most_two_kernels_for_rmsnorm_and_quantize(generate):
 @pytest.mark.parametrize(
     "text",
     [
-        "e2m1 block16 e4m3 even",
-        "e2m1 block16 e4m3_46 even",
+        "midrise4 block16 e4m3 even",
+        "midrise4 block16 e4m3_46 even",
         "midrise4 block32 absmax even",
+        "e2m1 block32 e8m0 even",
         "e2m1 row absmax_pow2 half_up",
     ],
 )
@@ -185,13 +187,14 @@ def test_one_kernel_for_other_scales(generate, text):
     scale = torch.ones(()) if "e4m3" in text else None
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, scale), torch.randn(37, 256))
     assert len(kernels) == 1
+    assert "quantize" in kernels[0].name
 
 
 @compiled
-@pytest.mark.parametrize(("text", "count"), [("e2m1 block16 e4m3 stochastic", 1), ("e2m1 block16 e4m3_eden eden", 3)])
+@pytest.mark.parametrize(("text", "count"), [("e2m1 row stochastic", 1), ("midrise4 block16 e4m3_eden eden", 3)])
 def test_rounding_by_chance_is_generated(generate, text, count):
     """The hash is part of the kernel of the codes. A correction needs sums over eight blocks: two kernels more."""
-    seed, whole = torch.tensor([3]), torch.ones(())
+    seed, whole = torch.tensor([3]), torch.ones(()) if "e4m3" in text else None
     _, kernels = generate(lambda x: quantize(F.gelu(x), text, -1, whole, seed), torch.randn(37, 256))
     assert len(kernels) == count
     assert "mul.lo.s32" in kernels[-1].ptx()
@@ -209,7 +212,16 @@ def test_codes_are_transposed_by_one_kernel_on_cards_with_fp4(generate):
         assert re.search(r"st\.global\S*\.b8", ptx)
 
 
-@pytest.mark.parametrize("text", ["e2m1 block16 e4m3 stochastic", "e2m1 block16 e4m3_eden eden"])
+BLOCKS = [
+    "e2m1 block16 e4m3 stochastic",
+    "e2m1 block16 e4m3_eden eden",
+    "e2m1 block16 e4m3_46",
+    "e2m1/int4 block16 e4m3 stochastic",
+    "e2m1 block16x16 e4m3",
+]
+
+
+@pytest.mark.parametrize("text", BLOCKS)
 def test_blocks_of_what_lies_in_memory_are_quantized_by_the_ops_own_kernel(generate, text):
     """A rotation writes x: no loop of ours is printed for maxima, codes, sums or scales."""
 
@@ -220,6 +232,25 @@ def test_blocks_of_what_lies_in_memory_are_quantized_by_the_ops_own_kernel(gener
     outputs, kernels = generate(rotated, *arguments)
     assert not kernels
     torch.testing.assert_close(outputs, rotated(*arguments), rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("text", BLOCKS)
+def test_blocks_under_a_scale_of_the_tensor_are_never_printed(generate, text):
+    """What computes x is one kernel, whose name says that it quantizes nothing: its maximum needs it written anyway."""
+    whole, seed = torch.ones(()), torch.tensor([3])
+    _, (kernel,) = generate(lambda x: quantize(F.gelu(x), text, 0, whole, seed), torch.randn(256, 40))
+    assert "quantize" not in kernel.name
+    assert provider_of("quantize", "cuda", text, torch.bfloat16) == ("triton", "")
+    assert provider_of("quantize", "cuda", text, torch.float64)[0] == "triton (inductor)"
+
+
+def test_blocks_without_one_are_printed_behind_what_makes_x():
+    """The report's answer depends on where x lies."""
+    text = "e2m1 block32 e8m0"
+    assert provider_of("quantize", "cuda", text, torch.bfloat16) == ("triton (inductor)", "")
+    assert provider_of("quantize", "cuda", text, torch.bfloat16, in_memory=True) == ("triton", "")
+    assert provider_of("quantize", "cuda", E2M1, torch.bfloat16, in_memory=True) == ("triton (inductor)", "")
 
 
 @compiled
@@ -696,8 +727,8 @@ def test_interpreted_estimators(generate):
 
 
 CHOOSING = {
-    "scales": ["e2m1 block16 e4m3_46", "e2m1 block5 e4m3_46_mae half_up", "e2m1 block4x4 e4m3_46"],
-    "grids": ["e2m1/int4 block16 e4m3", "int4/e3m0 block5 absmax half_up"],
+    "scales": ["e2m1 block12 e4m3_46", "e2m1 block5 e4m3_46_mae half_up", "e2m1 block3x3 e4m3_46"],
+    "grids": ["e2m1/int4 block12 e4m3", "int4/e3m0 block5 absmax half_up"],
 }
 
 
@@ -741,10 +772,10 @@ def test_interpreted_choices_of_blocks(generate, kind, dtype):
 
 
 DRAWN = [
-    "e2m1/int4 block16 e4m3 stochastic",
+    "e2m1/int4 block12 e4m3 stochastic",
     "e3m0 row stochastic",
     "int4 row stochastic",
-    "e2m1 block16 e4m3_eden eden",
+    "midrise4 block16 e4m3_eden eden",
 ]
 
 
