@@ -43,7 +43,9 @@ def check(config: Config, rows: bool, spec: str, m: int, n: int, size: int, dtyp
     x = torch.randn(m, n if rows else size, device="cuda", dtype=dtype)
     got = kernels.mm_stored(x, *arguments(parts, spec, size, rows, dtype, bias, high_first), config=config)
     dense = as_multiplied(config.kernel, parts, spec, size, dtype)
-    assert_product(got, x, dense.t() if rows else dense, bias, rounded=config.kernel not in ("gemv", "fragments"))
+    assert_product(
+        got, x, dense.t() if rows else dense, bias, rounded=config.kernel not in ("gemv", *kernels.LEVELS_TIMES_SUMS)
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -70,7 +72,7 @@ def test_the_op_for_any_number_of_rows(m, rows):
         config = kernels.config_for((m, n, size), rows, BF16, kernels._rates(x.device))
         kernel = "" if config is None else config.kernel
         dense = as_multiplied(kernel, parts, NESTED, size, BF16)
-        assert_product(got, x, dense.t() if rows else dense, rounded=kernel != "fragments")
+        assert_product(got, x, dense.t() if rows else dense, rounded=kernel not in kernels.LEVELS_TIMES_SUMS)
 
 
 #: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor.
@@ -93,7 +95,31 @@ def test_fragments_however_they_are_cut(m, spec):
     check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
+#: Warps side by side and in turn, tiles of 16 rows of W, steps, turns on their way, programs per processor.
+RINGS = ((1, 1, 1, 1, 2, 1), (4, 2, 1, 2, 2, 1), (1, 8, 1, 2, 3, 2), (2, 4, 2, 1, 2, 1), (1, 16, 1, 4, 2, 1))
+
+
+@pytest.mark.parametrize("spec", FRAGMENTS)
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16])
+def test_rings_however_they_are_cut(m, spec):
+    """As of fragments; N of several tiles per program; more of x than there is room for."""
+    across, along, tiles, stages, depth, programs = RINGS[(m + FRAGMENTS.index(spec)) % len(RINGS)]
+    block_m, block_n, warps = 1 << (m - 1).bit_length(), 16 * across * tiles, across * along
+    config = Config("ring", 0, block_n, 16 * along, block_m, warps, stages, programs, depth=depth)
+    block = Stored.parse(spec).quantizer.granularity.size or 32
+    short = next(size for size in range(7 * block, 64 * block, block) if size % 32 == 0)
+    bias = torch.randn(37, device="cuda", dtype=FP16)
+    check(config, False, spec, m, 37, short, FP16, bias=bias)
+    check(config, False, spec, m, 37, 4096 // block * block // 32 * 32, BF16, high_first=True)
+    check(config, False, spec, m, 8200, 16 * short, BF16)
+    if Stored.parse(spec).quantizer.granularity.size in (None, 0, 32, 64, 128):
+        check(config, False, spec, m, 40, 28672, BF16)
+
+
 OVERLAPPING = (
+    Config("ring", 1, 16, 256, 1, warps=16, stages=4, programs=1, depth=2),
+    Config("ring", 1, 16, 128, 1, warps=8, stages=2, programs=1, depth=3),
+    Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2),
     Config("fragments", 1, 32, 64, 1, warps=8, stages=4, programs=2),
     Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1),
 )

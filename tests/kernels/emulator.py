@@ -2,7 +2,8 @@
 
 It knows the instructions that the kernels under test have, and raises ``NotImplementedError`` at any other. Branches
 must be taken by all threads of a program alike. Every access to memory must lie in a tensor that the kernel was given,
-or in shared memory. Threads run in step, so a barrier that is missing does not show. ``mma`` sums in float64 and rounds
+or in shared memory. Threads run in step, so a barrier that is missing does not show; bulk copies arrive when their
+barrier is waited for, so one that is not does. ``mma`` sums in float64 and rounds
 to float32.
 """
 
@@ -18,6 +19,7 @@ __all__ = ["emulate"]
 
 _SHARED = 1 << 40
 _STATIC = 1024  # where variables in shared memory begin, which is nowhere round
+_DYNAMIC = 1 << 17  # likewise what is allocated at a launch
 _SPACING = 1 << 24
 _VECTOR = re.compile(r"\{([^}]*)\}")
 
@@ -33,7 +35,7 @@ class _Memory:
                 address = (len(self.spaces) + 1) * _SPACING
                 self.address[id(tensor)] = address
                 self.spaces.append((address, tensor.view(-1).view(torch.uint8).numpy()))
-        self.shared = np.full(1 << 18, 0xFF, np.uint8)
+        self.shared = np.full(_DYNAMIC + (1 << 18), 0xFF, np.uint8)
 
     def bytes_of(self, space: str, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if space == "shared":
@@ -92,13 +94,46 @@ _BINARY: dict[str, Callable] = {
 }  # fmt: skip
 
 
+class _Barrier:
+    """Of ``mbarrier``: a phase is over when all have arrived and all bytes have, which come when it is waited for."""
+
+    def __init__(self, arrivals: int) -> None:
+        self.arrivals = self.missing = arrivals
+        self.phase, self.expected = 0, 0
+        self.copies: list[tuple[int, Callable[[], None]]] = []
+
+    def arrive(self, expected: int) -> None:
+        assert self.missing > 0, "more arrive than the barrier waits for, before anyone has waited"
+        self.missing -= 1
+        self.expected += expected
+        self._end_phase()
+
+    def wait(self, parity: int) -> None:
+        """Raises ``AssertionError`` where a card would wait for ever."""
+        if self.phase % 2 == parity:
+            for _, copy in self.copies:
+                copy()
+            self.expected -= sum(length for length, _ in self.copies)
+            self.copies.clear()
+            self._end_phase()
+        assert self.phase % 2 != parity, "waits for ever"
+
+    def _end_phase(self) -> None:
+        if self.missing == 0 and self.expected == 0 and not self.copies:
+            self.phase, self.missing = self.phase + 1, self.arrivals
+
+
 class _Program:
-    def __init__(self, statements, labels, memory, parameters, threads: int, place: tuple[int, int]) -> None:
+    def __init__(
+        self, statements, labels, memory, parameters, threads: int, place: tuple[int, int], programs: int
+    ) -> None:
         self.statements, self.labels, self.memory, self.parameters = statements, labels, memory, parameters
+        self.barriers: dict[int, _Barrier] = {}
         self.threads = threads
         lane = np.arange(threads, dtype=np.uint64)
         self.registers = {"%tid.x": lane, "%laneid": lane % np.uint64(32), "%ctaid.x": self.all(place[0]),
-                          "%ctaid.y": self.all(place[1]), "global_smem": self.all(1 << 17)}  # fmt: skip
+                          "%ctaid.y": self.all(place[1]), "%nctaid.x": self.all(programs),
+                          "global_smem": self.all(_DYNAMIC)}  # fmt: skip
 
     def all(self, value: int) -> np.ndarray:
         return np.full(self.threads, value % (1 << 64), np.uint64)
@@ -142,9 +177,15 @@ class _Program:
 
     def step(self, base: str, modifiers: list[str], operands: list[str], where: np.ndarray, op: str) -> None:
         kind = modifiers[-1] if modifiers else ""
-        if base in ("bar", "createpolicy", "griddepcontrol"):
+        if base in ("bar", "createpolicy", "griddepcontrol", "fence"):
             return
         get, target = self.get, operands[0]
+        if base == "mbarrier":
+            self.barrier(modifiers[0], operands, where)
+            return
+        if base == "cp":
+            self.bulk_copy(modifiers, operands, where)
+            return
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
@@ -252,6 +293,45 @@ class _Program:
             msg = f"{op} {operands}"
             raise NotImplementedError(msg)
 
+    def barrier(self, what: str, operands: list[str], where: np.ndarray) -> None:
+        """All threads arrive before any waits, so a barrier that is waited for has all that it will ever get."""
+        at = self.address(operands[1 if what in ("arrive", "try_wait") else 0])
+        for thread in np.flatnonzero(where):
+            key = int(at[thread])
+            if what == "init":
+                assert key not in self.barriers, "a barrier made twice"
+                self.barriers[key] = _Barrier(int(self.get(operands[1], "u32")[thread]))
+            elif what == "arrive":
+                expected = int(self.get(operands[2], "u32")[thread]) if len(operands) == 3 else 0
+                self.barriers[key].arrive(expected)
+            else:
+                assert what == "try_wait"
+                self.barriers[key].wait(int(self.get(operands[2], "u32")[thread]))
+        if what == "try_wait":
+            self.set(operands[0], np.ones(self.threads, bool), where)
+
+    def bulk_copy(self, modifiers: list[str], operands: list[str], where: np.ndarray) -> None:
+        """To shared memory, where nothing has changed before its barrier is waited for."""
+        assert modifiers[:5] == ["async", "bulk", "shared_cluster", "global", "mbarrier_complete_tx_bytes"]
+        into, source, barrier = (self.address(operands[i]) for i in (0, 1, 3))
+        size = self.get(operands[2], "s32")
+        for thread in np.flatnonzero(where):
+            length = int(size[thread])
+            assert length > 0
+            assert all(int(at[thread]) % 16 == 0 for at in (into, source)), "misaligned"
+            assert length % 16 == 0, "not whole pieces"
+            data, first = self.memory.bytes_of("global", source[thread : thread + 1])
+            start, end = int(first[0]), int(first[0]) + length
+            assert end <= data.size, "global memory beyond its end"
+            target = int(into[thread])
+            assert target >= _DYNAMIC
+            assert target + length <= self.memory.shared.size
+
+            def arrive(target=target, length=length, data=data, start=start, end=end) -> None:
+                self.memory.shared[target : target + length] = data[start:end]
+
+            self.barriers[int(barrier[thread])].copies.append((length, arrive))
+
     def shuffle(self, mode: str, operands: list[str], where: np.ndarray) -> None:
         lane = np.arange(self.threads)
         by, control = int(operands[2], 0), int(operands[3], 0)
@@ -319,6 +399,6 @@ def emulate(ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, 
     for x in range(grid[0]):
         for y in range(grid[1] if len(grid) > 1 else 1):
             memory.shared.fill(0xFF)
-            program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y))
+            program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y), grid[0])
             program.registers |= {name: program.all(at) for name, at in variables.items()}
             program.run()

@@ -81,7 +81,7 @@ def as_multiplied(
     kernel: str, parts: dict[str, torch.Tensor], spec: str, size: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """W ``[N, size]`` as a kernel sees it beside x of ``dtype``."""
-    if kernel not in ("gemv", "fragments"):
+    if kernel not in ("gemv", *kernels.LEVELS_TIMES_SUMS):
         return decoded(parts, spec, size, dtype)
     dense = decoded(parts, spec, size, FP32)
     if kernel == "gemv":
