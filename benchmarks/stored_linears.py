@@ -267,7 +267,7 @@ def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
         rows, block_n, width, warps, stages, programs, depth = (int(number or 0) for number in numbers)
         if rows == block_m:
             table, early = "formula" not in how, "early" in how
-            cut = rows, warps, stages, programs, table, early, depth
+            cut = rows, warps, stages, programs, table, early, depth, "joined" in how
             configs.append(Config(kernel, batch, block_n, width // 8, *cut))
     return configs
 

@@ -482,6 +482,7 @@ class Config:
             ``ring``, ``block_w`` / 16 warps share rows of W and take turns along them, the others have rows of their
             own, and a turn has ``stages`` steps.
         depth: turns of a warp that ``ring`` has on their way.
+        joined: whether the splits of ``ring`` are a cluster, 8 at most, that adds their sums; else another kernel does.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
         early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
@@ -498,10 +499,12 @@ class Config:
     table: bool = True
     early: bool = True
     depth: int = 0
+    joined: bool = False
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
         how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel in LEVELS_TIMES_SUMS)
+        how += " joined" * self.joined
         depth = f" d{self.depth}" if self.depth else ""
         return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs}{depth} {how}"
 
@@ -548,6 +551,8 @@ _X_AHEAD = 128
 _RESERVED = 1024
 #: Of which the table takes, in both kernels that look levels up there.
 _TABLE_BYTES = 32 * 1024
+#: Most programs of a cluster that every card has room for (CUDA C++ Programming Guide, "Thread Block Clusters").
+_CLUSTER = 8
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
@@ -770,7 +775,12 @@ def _by_ring(
     cut = _cut(m, weight, config)
     turn = config.block_w * cut["steps"]
     tiles = triton.cdiv(n, MMA_COLUMNS.value * cut["across"] * cut["tiles_n"])
-    splits, rounds = _splits(tiles, triton.cdiv(row_words, turn), config, x.device)
+    turns = triton.cdiv(row_words, turn)
+    splits, rounds = _splits(tiles, turns, config, x.device)
+    if config.joined and splits > _CLUSTER:
+        rounds = triton.cdiv(turns, _CLUSTER)
+        splits = triton.cdiv(turns, rounds)
+    joined = splits if config.joined else 1
     cut |= {"rows_x": config.block_m, "depth": config.depth}
     room = _shared_memory(x.device) // config.programs - _RESERVED - _TABLE_BYTES
     # All of x, read once, if there is room for it; else a ring of it.
@@ -786,7 +796,7 @@ def _by_ring(
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
-    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
+    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > joined else out
     launch(
         ring,
         (programs, splits),
@@ -795,7 +805,7 @@ def _by_ring(
         scales,
         *others,
         pairs,
-        bias if splits == 1 else None,
+        bias if partial is out else None,
         partial,
         m,
         n,
@@ -808,6 +818,8 @@ def _by_ring(
         **cut,
         x_stays=x_stays,
         even=row_words == splits * rounds * turn,
+        joined=joined,
+        cluster=joined,
         number=gl.int32 if scales.numel() < 2**31 else gl.int64,
         early=early,
         num_warps=config.warps,

@@ -184,6 +184,27 @@ def _meet(thread):
 
 
 @gluon.jit
+def _meet_cluster(thread):
+    """All threads of the programs of a cluster; what they wrote to shared memory can then be read by each of them."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.b32 $0, $1;",
+        "=r,r",
+        [thread],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _of_program(at, program: gl.constexpr):
+    """Where in a cluster the shared memory of its ``program`` has what this one has at ``at``."""
+    return gl.inline_asm_elementwise(
+        "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", [at, at * 0 + program], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _policy(thread):
     """Of codes, which are read once."""
     return gl.inline_asm_elementwise(
@@ -279,7 +300,8 @@ def _read_four_if(at, wanted):
 @gluon.jit
 def _read_sum(at, wanted):
     return gl.inline_asm_elementwise(
-        "{.reg .pred wanted; setp.ne.u32 wanted, $2, 0; mov.f32 $0, 0f00000000; @wanted ld.shared.f32 $0, [$1];}",
+        "{.reg .pred wanted; setp.ne.u32 wanted, $2, 0; mov.f32 $0, 0f00000000;"
+        "@wanted ld.shared::cluster.f32 $0, [$1];}",
         "=&f,r,r",
         [at, wanted.to(gl.int32)],
         dtype=gl.float32,
@@ -558,6 +580,7 @@ def ring(
     x_depth: gl.constexpr,
     x_stays: gl.constexpr,
     even: gl.constexpr,
+    joined: gl.constexpr,
     number: gl.constexpr,
     early: gl.constexpr,
 ):
@@ -565,8 +588,8 @@ def ring(
 
     Programs take ``tiles`` of ``across`` · ``tiles_n`` · 16 rows of W in turn. ``along`` warps share rows and take
     turns along them. ``rows_x`` rows of x at most. ``x_stays``: whether each of its ``x_depth`` stages is filled once.
-    ``even``: whether rounds end where rows do. ``number``: dtype that a scale's number fits. ``early``: launched to
-    begin before the kernel in front has ended.
+    ``even``: whether rounds end where rows do. ``joined``: splits that are a cluster, which adds their sums; else
+    1. ``number``: dtype that a scale's number fits. ``early``: launched to begin before the kernel in front has ended.
     """
     warps: gl.constexpr = across * along
     threads: gl.constexpr = 32 * warps
@@ -814,6 +837,7 @@ def ring(
                 tiles_n,
                 across,
                 along,
+                joined,
             )
             totals = (zero, zero, zero, zero)
         if fmt.block:
@@ -825,6 +849,8 @@ def ring(
         stage_x = gl.where(last, 0, stage_x + 1)
         if not x_stays:
             phase_x = gl.where(last, phase_x ^ 1, phase_x)
+    if joined > 1:
+        _meet_cluster(thread)  # others may still read this one's sums
     buffer._keep_alive()
 
 
@@ -845,9 +871,10 @@ def _store(
     tiles_n: gl.constexpr,
     across: gl.constexpr,
     along: gl.constexpr,
+    joined: gl.constexpr,
 ):
-    """Sums of a tile, those of warps that share rows added in order, to memory; every thread takes rows beside its
-    neighbours'.
+    """Sums of a tile, those of splits that are joined and of warps that share rows added in order, to memory; every
+    thread takes rows beside its neighbours'.
     """
     threads: gl.constexpr = 32 * across * along
     block_n: gl.constexpr = 16 * across * tiles_n
@@ -859,22 +886,40 @@ def _store(
     row = (warp % across * (16 * tiles_n) + lane // 4)[:, None, None] + 16 * tile_of_warp
     column = (lane % 4 * 2)[:, None, None] + 8 * tile_of_x
     part = (memory + warp // across * (rows_x * pitch * 4))[:, None, None]
-    _meet(thread)  # sums of the tile before have been read
+    if joined > 1:
+        _meet_cluster(thread)  # sums of the tile before have been read
+    else:
+        _meet(thread)
     for i in gl.static_range(4):
         here = part + ((column + i % 2) * pitch + row + i // 2 * 8) * 4
         _write_sum(here, totals[i], (column + i % 2 < m) & (row >= 0))
-    _meet(thread)
-    for first in gl.static_range(0, rows_x * block_n, threads):
+    if joined > 1:
+        _meet_cluster(thread)
+    else:
+        _meet(thread)
+    share: gl.constexpr = (rows_x * block_n + joined - 1) // joined
+    split = gl.program_id(1)
+    for first in gl.static_range(0, share, threads):
         element = first + thread
+        wanted = element < share
+        if joined > 1:
+            element += split * share
         own_row, own_line = element % block_n, element // block_n
-        wanted = own_line < m
+        wanted = wanted & (own_line < m)
         here = memory + (own_line * pitch + own_row) * 4
-        total = _read_sum(here, wanted)
-        for k in gl.static_range(1, along):
-            total += _read_sum(here + k * (rows_x * pitch * 4), wanted)
+        total = gl.zeros_like(here).to(gl.float32)
+        for program in gl.static_range(joined):
+            part = here
+            if joined > 1:
+                part = _of_program(here, program)
+            for k in gl.static_range(along):
+                total += _read_sum(part + k * (rows_x * pitch * 4), wanted)
         of_row = tile * block_n + own_row
         wanted = wanted & (of_row < n)
         if bias is not None:
             total += gl.load(bias + of_row, mask=wanted, other=0.0).to(gl.float32)
-        at = out + (gl.program_id(1) * m + own_line).to(gl.int64) * n + of_row
+        line = own_line
+        if joined == 1:
+            line += split * m
+        at = out + line.to(gl.int64) * n + of_row
         gl.store(at, total.to(out.dtype.element_ty), mask=wanted)

@@ -95,17 +95,24 @@ def test_fragments_however_they_are_cut(m, spec):
     check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
-#: Warps side by side and in turn, tiles of 16 rows of W, steps, turns on their way, programs per processor.
-RINGS = ((1, 1, 1, 1, 2, 1), (4, 2, 1, 2, 2, 1), (1, 8, 1, 2, 3, 2), (2, 4, 2, 1, 2, 1), (1, 16, 1, 4, 2, 1))
+#: Warps side by side and in turn, tiles of 16 rows of W, steps, turns on their way, programs per processor, whether
+#: splits are a cluster.
+RINGS = (
+    (1, 1, 1, 1, 2, 1, False),
+    (4, 2, 1, 2, 2, 1, True),
+    (1, 8, 1, 2, 3, 2, False),
+    (2, 4, 2, 1, 2, 1, True),
+    (1, 16, 1, 4, 2, 1, False),
+)
 
 
 @pytest.mark.parametrize("spec", FRAGMENTS)
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16])
 def test_rings_however_they_are_cut(m, spec):
     """As of fragments; N of several tiles per program; more of x than there is room for."""
-    across, along, tiles, stages, depth, programs = RINGS[(m + FRAGMENTS.index(spec)) % len(RINGS)]
+    across, along, tiles, stages, depth, programs, joined = RINGS[(m + FRAGMENTS.index(spec)) % len(RINGS)]
     block_m, block_n, warps = 1 << (m - 1).bit_length(), 16 * across * tiles, across * along
-    config = Config("ring", 0, block_n, 16 * along, block_m, warps, stages, programs, depth=depth)
+    config = Config("ring", 0, block_n, 16 * along, block_m, warps, stages, programs, depth=depth, joined=joined)
     block = Stored.parse(spec).quantizer.granularity.size or 32
     short = next(size for size in range(7 * block, 64 * block, block) if size % 32 == 0)
     bias = torch.randn(37, device="cuda", dtype=FP16)
@@ -120,6 +127,7 @@ OVERLAPPING = (
     Config("ring", 1, 16, 256, 1, warps=16, stages=4, programs=1, depth=2),
     Config("ring", 1, 16, 128, 1, warps=8, stages=2, programs=1, depth=3),
     Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2),
+    Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2, joined=True),
     Config("fragments", 1, 32, 64, 1, warps=8, stages=4, programs=2),
     Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1),
 )

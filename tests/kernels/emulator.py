@@ -10,7 +10,9 @@ to float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import product, zip_longest
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ _SHARED = 1 << 40
 _STATIC = 1024  # where variables in shared memory begin, which is nowhere round
 _DYNAMIC = 1 << 17  # likewise what is allocated at a launch
 _SPACING = 1 << 24
+_RANK = 24  # above which an address in a cluster has the number of the program
 _VECTOR = re.compile(r"\{([^}]*)\}")
 
 
@@ -35,11 +38,22 @@ class _Memory:
                 address = (len(self.spaces) + 1) * _SPACING
                 self.address[id(tensor)] = address
                 self.spaces.append((address, tensor.view(-1).view(torch.uint8).numpy()))
-        self.shared = np.full(_DYNAMIC + (1 << 18), 0xFF, np.uint8)
+        self.shared = np.empty(0, np.uint8)
+        self.cluster: list[_Memory] = []
+
+    def of_cluster(self, programs: int) -> list[_Memory]:
+        """As each of them sees it: their own shared memory holds NaN."""
+        cluster = [copy(self) for _ in range(programs)]
+        for memory in cluster:
+            memory.shared, memory.cluster = np.full(_DYNAMIC + (1 << 18), 0xFF, np.uint8), cluster
+        return cluster
 
     def bytes_of(self, space: str, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if space == "shared":
             return self.shared, address
+        if space == "shared_cluster":
+            (rank,) = np.unique(address >> np.uint64(_RANK))
+            return self.cluster[int(rank)].shared, address & np.uint64((1 << _RANK) - 1)
         start, data = self.spaces[int(address[0]) // _SPACING - 1]
         return data, address - np.uint64(start)
 
@@ -153,10 +167,11 @@ class _Program:
         old = self.registers.get(name, self.all(0xDEAD))
         self.registers[name] = np.where(where, bits, old)
 
-    def run(self) -> None:
+    def run(self) -> Iterator[None]:
+        """Yields where it waits for the other programs of its cluster, of which ``self.cluster`` has their memories."""
         at = 0
-        with np.errstate(all="ignore"):
-            while at < len(self.statements):
+        while at < len(self.statements):
+            with np.errstate(all="ignore"):
                 guard, op, operands = self.statements[at]
                 at += 1
                 where = np.ones(self.threads, bool)
@@ -165,11 +180,16 @@ class _Program:
                 base, *modifiers = op.split(".")
                 if base == "ret":
                     return
-                if base == "bra":
+                met = base == "barrier" and modifiers[1] == "wait"
+                if base == "barrier":
+                    assert where.all()
+                elif base == "bra":
                     assert where.all() or not where.any(), "threads part"
                     at = self.labels[operands[0]] if where.all() else at
                 else:
                     self.step(base, modifiers, operands, where, op)
+            if met:
+                yield
 
     def address(self, operand: str) -> np.ndarray:
         name, _, shift = operand.strip("[] ").partition("+")
@@ -189,7 +209,7 @@ class _Program:
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
-            space = next(m for m in modifiers if m in ("global", "shared"))
+            space = next(m for m in modifiers if m in ("global", "shared", "shared_cluster"))
             size = int(kind[1:]) // 8
             values, place = operands[:2] if base == "ld" else operands[1::-1]
             names = _VECTOR.sub(r"\1", values).replace(" ", "").split(",")
@@ -215,6 +235,8 @@ class _Program:
             self.set(target, _as(get(low), f"b{half}").astype(np.uint64) | get(high) << np.uint64(half), where)
         elif base in ("mov", "cvta"):
             self.set(target, get(operands[1], kind), where)
+        elif base == "mapa":
+            self.set(target, get(operands[1], "u32") + (get(operands[2], "u32") << _RANK), where)
         elif base == "shfl":
             self.shuffle(modifiers[1], operands, where)
         elif base == "mma":
@@ -389,16 +411,23 @@ def _parsed(ptx: str):
     return statements, labels, variables
 
 
-def emulate(ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, ...], warps: int) -> None:
-    """Runs every program of ``grid``; ``arguments`` are those that the kernel was not specialized by."""
+def emulate(
+    ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, ...], warps: int, cluster: int = 1
+) -> None:
+    """Runs every program of ``grid``, ``cluster`` of its second axis at once; ``arguments`` are those that the kernel
+    was not specialized by.
+    """
     memory = _Memory([a for a in arguments if isinstance(a, torch.Tensor)])
     values = [memory.address[id(a)] if isinstance(a, torch.Tensor) else a for a in arguments]
     name = re.search(r"\.entry (\w+)", ptx)[1]
     parameters = {f"{name}_param_{i}": value for i, value in enumerate([*values, 0, 0])}
     statements, labels, variables = _parsed(ptx)
-    for x in range(grid[0]):
-        for y in range(grid[1] if len(grid) > 1 else 1):
-            memory.shared.fill(0xFF)
-            program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y), grid[0])
+    across = grid[1] if len(grid) > 1 else 1
+    for x, y in product(range(grid[0]), range(0, across, cluster)):
+        running = []
+        for rank, own in enumerate(memory.of_cluster(cluster)):
+            program = _Program(statements, labels, own, parameters, 32 * warps, (x, y + rank), grid[0])
             program.registers |= {name: program.all(at) for name, at in variables.items()}
-            program.run()
+            running.append(program.run())
+        for met in zip_longest(*running, fillvalue=False):
+            assert all(one is None for one in met), "programs of a cluster end while others wait for them"

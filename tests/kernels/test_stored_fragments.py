@@ -7,15 +7,19 @@ Gluon has no interpreter. The PTX of the kernel is run by :mod:`.emulator`, and 
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from qcompile.ir.stored import Stored
 from qcompile.kernels.matmul import stored as kernels
 from qcompile.kernels.matmul.stored import CONFIGS, Config
+from qcompile.kernels.triton import in_clusters
 
 from .emulator import emulate
 from .harness import compiled, launching
@@ -34,11 +38,11 @@ def emulated(x, config: Config, processors: int, monkeypatch, *call) -> tuple[to
     monkeypatch.setattr(kernels, "processors", lambda device: processors)
     new_empty, launched = torch.Tensor.new_empty, []
 
-    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, maxnreg=None, **constants):
+    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, maxnreg=None, cluster=1, **constants):
         grid = programs if isinstance(programs, tuple) else (programs,)
         built = compile_for_hopper(kernel, given, constants, num_warps, maxnreg)
         arguments = [value for value in given if isinstance(value, torch.Tensor) or value not in (None, 1)]
-        emulate(built.asm["ptx"], arguments, grid, num_warps)
+        emulate(built.asm["ptx"], arguments, grid, num_warps, cluster)
         launched.append((kernel.__name__, grid))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **b: new_empty(*a, **b).fill_(float("nan")))
@@ -108,8 +112,9 @@ RINGS = (
 )
 
 
-def ring(m: int, warps: int, block_n: int, block_w: int, steps: int, depth: int) -> Config:
-    return Config("ring", 0, block_n, block_w, 1 << (m - 1).bit_length(), warps, steps, programs=1, depth=depth)
+def ring(m: int, warps: int, block_n: int, block_w: int, steps: int, depth: int, joined: bool = False) -> Config:
+    block_m = 1 << (m - 1).bit_length()
+    return Config("ring", 0, block_n, block_w, block_m, warps, steps, programs=1, depth=depth, joined=joined)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,8 @@ def test_emulated_rings(spec, shift, monkeypatch):
         (16, 40, 8256, (16, 2, 32, 16, 4, 2), 1, [(1, 1)]),  # more of x than there is room for
         pytest.param(3, 100, 2048, (3, 1, 16, 16, 1, 2), 2, [(2, 1)], marks=pytest.mark.nightly),
         pytest.param(16, 100, 2048, (16, 4, 64, 16, 2, 2), 4, [(2, 2), (2,)], marks=pytest.mark.nightly),
+        (16, 90, 2048, (16, 4, 64, 16, 2, 2, True), 4, [(2, 2)]),  # a cluster adds its sums
+        pytest.param(5, 90, 1920, (5, 2, 16, 32, 1, 2, True), 9, [(3, 3)], marks=pytest.mark.nightly),
         pytest.param(1, 50, 1024, (1, 4, 16, 64, 2, 2), 2, [(2, 1)], marks=pytest.mark.nightly),
     ],
 )
@@ -139,6 +146,11 @@ def test_emulated_rings_of_several_rounds(m, n, size, cut, processors, grids, mo
     """x in turn, tiles and splits over programs; rounds that end where rows do and not."""
     launched = check(NESTED, m, n, size, ring(*cut), processors, BF16, monkeypatch)
     assert [grid for _, grid in launched] == grids
+
+
+def test_ptx_of_no_known_form_is_not_put_in_clusters():
+    with pytest.raises(ValueError, match="has 0 kernels in the known form, not 1"):
+        in_clusters(".visible .entry kernel()\n{\nret;\n}\n", 4)
 
 
 def test_rings_take_whole_pieces_and_have_room(monkeypatch):
@@ -183,6 +195,10 @@ def test_codes_of_a_ring_come_by_bulk_copies(config, spec, monkeypatch, tmp_path
     assert loop.count("try_wait") == 2
     assert ptx.count("cp.async.bulk") >= 1 + config.depth
     assert built.metadata.shared == asked[-1]
+    clustered = tmp_path / "clustered.ptx"
+    clustered.write_text(in_clusters(ptx, 4))
+    command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", clustered, "-o", tmp_path / "clustered.cubin"]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,9 @@ def compiled_for(n: int, size: int, m: int, rows: bool, spec: str, config: Confi
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     found = {}
 
-    def launch(kernel, programs, *given, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, **constants):
+    def launch(
+        kernel, programs, *given, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, cluster=1, **constants
+    ):
         found[kernel.__name__] = compile_for_hopper(kernel, given, constants, num_warps, maxnreg)
 
     with launching(launch):
