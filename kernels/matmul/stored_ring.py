@@ -4,22 +4,24 @@ The arithmetic is that of :mod:`.stored_fragments`: levels from the same table, 
 its scale. What differs is how operands come to it.
 
 **Codes**: every warp has a ring of ``depth`` turns in shared memory, which nobody else reads or writes. A turn is
-``steps`` · 128 codes of ``tiles_n`` · 16 rows. Bulk copies bring it, one per row, issued by a lane each; when they have
-arrived a barrier in shared memory says so. A warp asks for a turn as soon as it has read the one that was in its place,
-so bytes in flight do not depend on registers or on where the assembler puts loads: ``warps`` · ``depth`` · turns per
-program. No warp waits for another until rows are complete.
+``steps`` · 128 codes of ``tiles_n`` · 16 rows. Its lanes ask for it by asynchronous copies of 16 bytes, those side by
+side for pieces side by side, as soon as the turn that was in its place has been read, and wait for it ``depth`` turns
+later. So bytes in flight, ``warps`` · ``depth`` turns per program, do not depend on registers or on where the assembler
+puts loads, and no warp waits for another until rows are complete. Bulk copies, one per row, are not used for it: what
+they are of comes from uniform registers, so that a warp asks for one lane's after the other's, some 50 clocks each.
 
 **Blocks**: threads read the words that the block of the moment wants, 8 bytes or 4 at a time, so none are exchanged but
 for blocks of 16. Rows lie such that a warp's reads meet no bank twice (:func:`_place_of_row`).
 
-**x** is in shared memory too, one round of it (all that the warps multiply in one of their turns) per stage. Where all
-of it fits it is read from L2 once per program; else its stages are a ring, which all warps release and the first fills.
+**x** is in shared memory too, one round of it (all that the warps multiply in one of their turns) per stage, by bulk
+copies of a row each. Where all of it fits it is read from L2 once per program; else its stages are a ring, which all
+warps release and the first fills.
 
 **Persistent**: a program takes tiles of rows of W in turn, and asks for the next tile's codes before it has written
-this one's sums. Those of its warps that share rows are added in shared memory, in order.
+this one's sums. Those of its warps that share rows are added in shared memory, in order. Where K is split, the programs
+of the splits may be a cluster (``joined``): then each adds part of the sums, which it reads from the others' memory.
 
-Bulk copies want rows of multiples of 16 bytes: K must be a multiple of 32. 4-bit weights that are not take
-:mod:`.stored_fragments`.
+Copies are of 16 bytes: K must be a multiple of 32. Weights of which it is not take :mod:`.stored_fragments`.
 """
 
 from __future__ import annotations
@@ -91,11 +93,10 @@ def _sums_pitch(block_n):
 def room_of(unit, lines, rows_x, tiles_n, across, along, steps, depth, x_depth):
     """Where turns, x and sums begin in shared memory, and where it ends, in bytes.
 
-    After a piece of 64 that is not used come barriers: of every warp's turns, of stages of x that are full, of those
-    that are empty.
+    After a piece of 64 that is not used come barriers: of stages of x that are full, of those that are empty.
     """
     mix, warps = _mix_of(unit, lines), across * along
-    turns = (64 + 8 * (warps * depth + 2 * x_depth) + 127) // 128 * 128
+    turns = (64 + 8 * (2 * x_depth) + 127) // 128 * 128
     x = turns + warps * depth * _turn_bytes(16 * tiles_n, steps)
     sums = x + x_depth * rows_x * _x_pitch(along, steps, mix)
     end = sums + along * rows_x * _sums_pitch(16 * across * tiles_n) * 4
@@ -218,18 +219,36 @@ def _policy(thread):
 
 
 @gluon.jit
-def _copy_once(into, source, size, barrier, policy):
-    """``size`` bytes, a multiple of 16, of what is read once; nothing where that is 0."""
+def _copy_piece(into, source, size, policy):
+    """16 bytes of what is read once, those from ``size`` on 0, some time before :func:`_await`."""
     gl.inline_asm_elementwise(
-        "{.reg .pred some; setp.gt.s32 some, $3, 0;"
-        "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [$1], [$2], $3, [$4], $5; mov.u32 $0, $1;}",
-        "=r,r,l,r,r,l",
-        [into, source, size, barrier, policy],
+        "cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $3, $4; mov.u32 $0, $1;",
+        "=r,r,l,r,l",
+        [into, source, size, policy],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _commit(thread):
+    """What this thread has asked for since the last time belongs together."""
+    gl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+#: PTX: until all but so many of the last of them have come, to all threads of the warp.
+_AWAIT = gl.constexpr(
+    tuple(f"cp.async.wait_group {later}; bar.warp.sync 0xffffffff; mov.b32 $0, $1;" for later in range(16))
+)
+
+
+@gluon.jit
+def _await(thread, later: gl.constexpr):
+    code: gl.constexpr = _AWAIT[later]
+    gl.inline_asm_elementwise(code, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -297,11 +316,21 @@ def _read_four_if(at, wanted):
     )
 
 
-@gluon.jit
-def _read_sum(at, wanted):
-    return gl.inline_asm_elementwise(
+#: PTX: a number of this program's shared memory, or of any of its cluster; 0 where none is wanted.
+_READ_SUM, _READ_SUM_OF_ANY = (
+    gl.constexpr(
         "{.reg .pred wanted; setp.ne.u32 wanted, $2, 0; mov.f32 $0, 0f00000000;"
-        "@wanted ld.shared::cluster.f32 $0, [$1];}",
+        f"@wanted ld.shared::{where}.f32 $0, [$1];}}"
+    )
+    for where in ("cta", "cluster")
+)
+
+
+@gluon.jit
+def _read_sum(at, wanted, of_any: gl.constexpr):
+    code: gl.constexpr = _READ_SUM_OF_ANY if of_any else _READ_SUM
+    return gl.inline_asm_elementwise(
+        code,
         "=&f,r,r",
         [at, wanted.to(gl.int32)],
         dtype=gl.float32,
@@ -454,25 +483,26 @@ def _ask(
     depth: gl.constexpr,
     mix: gl.constexpr,
 ):
-    """Every warp, for its rows of a tile, the turn of a round, into a stage of its ring; nothing unless ``wanted``."""
+    """Every warp, for its rows of a tile, the turn of a round, into a stage of its ring; 0 unless ``wanted``. A row's
+    pieces lie side by side, and so do the lanes that ask for them.
+    """
     rows: gl.constexpr = 16 * tiles_n
     turn_words: gl.constexpr = steps * STEP_WORDS
-    warp = thread // 32
-    lane = thread % 32
-    own = warp * depth + stage
-    word = begin + (turn * along + warp // across) * turn_words
-    size = gl.where(wanted, gl.minimum(gl.maximum(row_words - word, 0), turn_words) * _WORD_BYTES, 0)
-    barrier = memory + 64 + 8 * own
-    _expect(barrier, size * rows, lane == 0)
-    into = memory + turns_at + own * _turn_bytes(rows, steps)
-    for first in gl.static_range(0, rows, 32):
-        row = first + lane
-        of_w = gl.minimum((tile * across + warp % across) * rows + row, n - 1)
-        source = codes + of_w.to(gl.int64) * row_words + word
-        mine = size
-        if rows < 32:
-            mine = gl.where(row < rows, size, 0)
-        _copy_once(into + _place_of_row(row, rows, steps, mix), source, mine, barrier, policy)
+    pieces: gl.constexpr = turn_words // 4  # of a row
+    at_once: gl.constexpr = 32 // pieces  # rows that a warp asks for at a time
+    warp, lane = thread // 32, thread % 32
+    own_row, own_piece = lane // pieces, lane % pieces
+    row = (tile * across + warp % across) * rows + own_row
+    word = begin + (turn * along + warp // across) * turn_words + own_piece * 4
+    # Pieces beyond a row's last, and rows beyond the last, are not read.
+    last_row = gl.where(wanted & (word < row_words), n, 0)
+    source = codes + (row.to(gl.int64) * row_words + word)
+    into = memory + turns_at + (warp * depth + stage) * _turn_bytes(rows, steps) + own_piece * 16
+    for first in gl.static_range(0, rows, at_once):
+        size = gl.where(row + first < last_row, 16, 0)
+        _copy_piece(into + _place_of_row(own_row + first, rows, steps, mix), source, size, policy)
+        source += at_once * row_words.to(gl.int64)
+    _commit(thread)
 
 
 @gluon.jit
@@ -486,7 +516,7 @@ def _ask_x(
     begin,
     memory,
     thread,
-    warps: gl.constexpr,
+    askers: gl.constexpr,
     x_at: gl.constexpr,
     rows_x: gl.constexpr,
     along: gl.constexpr,
@@ -495,16 +525,16 @@ def _ask_x(
     x_depth: gl.constexpr,
     mix: gl.constexpr,
 ):
-    """The first warp, for x of a round."""
+    """x of a round: row by row by the warps in turn, the first of ``askers``."""
     round_words: gl.constexpr = along * steps * STEP_WORDS
     word = begin + turn * round_words
     size = gl.minimum(gl.maximum(row_words - word, 0), round_words) * (4 * _WORD_BYTES)
-    size = gl.where(wanted & (thread < 32), size, 0)
-    barrier = memory + 64 + 8 * (warps * depth + stage)
+    size = gl.where(wanted & (thread < 32 * askers), size, 0)
+    barrier = memory + 64 + 8 * stage
     _expect(barrier, size * m, (thread == 0) & wanted)
     into = memory + x_at + stage * (rows_x * _x_pitch(along, steps, mix))
-    for first in gl.static_range(0, rows_x, 32):
-        line = first + thread % 32
+    for first in gl.static_range(0, rows_x, 32 * askers):
+        line = first + thread % 32 * askers + thread // 32
         source = x + (line * row_words + word) * 4
         _copy(into + line * _x_pitch(along, steps, mix), source, gl.where(line < m, size, 0), barrier)
 
@@ -599,7 +629,6 @@ def ring(
     mmas: gl.constexpr = min(side * unit // 16, 8 * steps)  # that are summed before scales are applied
     at_once: gl.constexpr = 2 if mix == 64 else 1  # words of codes that a thread reads
     room: gl.constexpr = room_of(unit, lines, rows_x, tiles_n, across, along, steps, depth, x_depth)
-    barriers: gl.constexpr = warps * depth + 2 * x_depth
     # The first axis is the thread, the others are its registers. Warps that share rows are ``across`` apart.
     layout: gl.constexpr = gl.BlockedLayout([1, tiles_n, tiles_m], [32, 1, 1], [warps, 1, 1], [2, 1, 0])
     of_w: gl.constexpr = gl.SliceLayout(2, layout)
@@ -635,8 +664,7 @@ def ring(
 
     if early:
         let_next_begin()
-    arrivals = gl.where(thread >= warps * depth + x_depth, warps, 1)
-    _barriers_made(memory + 64, thread, barriers, arrivals)
+    _barriers_made(memory + 64, thread, 2 * x_depth, gl.where(thread >= x_depth, warps, 1))
     # What no kernel before writes, then the others.
     table = filled_table(pairs, warps, of_thread)[:, None]
     if early:
@@ -713,7 +741,7 @@ def ring(
 
     zero = gl.zeros([threads, tiles_n, tiles_m], gl.float32, layout)
     totals = (zero, zero, zero, zero)
-    turn, stage, phase, stage_x, phase_x = 0, 0, 0, 0, 0
+    turn, stage, stage_x, phase_x = 0, 0, 0, 0
     for i in range(count):
         next_tile, next_turn = _after(tile, turn, rounds, programs)
         ahead = ()
@@ -740,8 +768,8 @@ def ring(
                 fmt,
             )
         always = thread >= 0
-        _wait(memory + 64 + 8 * (warps * depth + stage_x), thread * 0 + phase_x, always)
-        _wait(memory + 64 + 8 * (thread // 32 * depth + stage), thread * 0 + phase, always)
+        _wait(memory + 64 + 8 * stage_x, thread * 0 + phase_x, always)
+        _await(thread, depth - 1)
         upper_words = upper_at + stage * _turn_bytes(16 * tiles_n, steps)
         at_x = from_x + stage_x * (rows_x * _x_pitch(along, steps, mix))
         left = 4 * (row_words - begin - turn * (along * steps * STEP_WORDS)) - own_part
@@ -787,7 +815,7 @@ def ring(
         )
         ask_tile, ask_turn = _after(ask_tile, ask_turn, rounds, programs)
         if not x_stays:
-            empty = memory + 64 + 8 * (warps * depth + x_depth + stage_x)
+            empty = memory + 64 + 8 * (x_depth + stage_x)
             _arrive(empty, thread % 32 == 0)
             again = i + x_depth < count
             _wait(empty, thread * 0 + phase_x, (thread < 32) & again)
@@ -801,7 +829,7 @@ def ring(
                 begin,
                 memory,
                 thread,
-                warps,
+                1,
                 room[1],
                 rows_x,
                 along,
@@ -844,7 +872,7 @@ def ring(
             scale = decoded(ahead, offset, book, fmt)
         tile, turn = next_tile, next_turn
         last = stage == depth - 1
-        stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+        stage = gl.where(last, 0, stage + 1)
         last = stage_x == x_depth - 1
         stage_x = gl.where(last, 0, stage_x + 1)
         if not x_stays:
@@ -913,7 +941,7 @@ def _store(
             if joined > 1:
                 part = _of_program(here, program)
             for k in gl.static_range(along):
-                total += _read_sum(part + k * (rows_x * pitch * 4), wanted)
+                total += _read_sum(part + k * (rows_x * pitch * 4), wanted, joined > 1)
         of_row = tile * block_n + own_row
         wanted = wanted & (of_row < n)
         if bias is not None:

@@ -2,8 +2,8 @@
 
 It knows the instructions that the kernels under test have, and raises ``NotImplementedError`` at any other. Branches
 must be taken by all threads of a program alike. Every access to memory must lie in a tensor that the kernel was given,
-or in shared memory. Threads run in step, so a barrier that is missing does not show; bulk copies arrive when their
-barrier is waited for, so one that is not does. ``mma`` sums in float64 and rounds
+or in shared memory. Threads run in step, so a barrier that is missing does not show; asynchronous copies
+arrive when they are waited for, so one that is not does. ``mma`` sums in float64 and rounds
 to float32.
 """
 
@@ -49,7 +49,7 @@ class _Memory:
         return cluster
 
     def bytes_of(self, space: str, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if space == "shared":
+        if space in ("shared", "shared_cta"):
             return self.shared, address
         if space == "shared_cluster":
             (rank,) = np.unique(address >> np.uint64(_RANK))
@@ -143,6 +143,7 @@ class _Program:
     ) -> None:
         self.statements, self.labels, self.memory, self.parameters = statements, labels, memory, parameters
         self.barriers: dict[int, _Barrier] = {}
+        self.groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
         self.threads = threads
         lane = np.arange(threads, dtype=np.uint64)
         self.registers = {"%tid.x": lane, "%laneid": lane % np.uint64(32), "%ctaid.x": self.all(place[0]),
@@ -199,17 +200,17 @@ class _Program:
         kind = modifiers[-1] if modifiers else ""
         if base in ("bar", "createpolicy", "griddepcontrol", "fence"):
             return
-        get, target = self.get, operands[0]
         if base == "mbarrier":
             self.barrier(modifiers[0], operands, where)
             return
         if base == "cp":
-            self.bulk_copy(modifiers, operands, where)
+            (self.bulk_copy if modifiers[1] == "bulk" else self.copy)(modifiers, operands, where)
             return
+        get, target = self.get, operands[0]
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
-            space = next(m for m in modifiers if m in ("global", "shared", "shared_cluster"))
+            space = next(m for m in modifiers if m in ("global", "shared", "shared_cta", "shared_cluster"))
             size = int(kind[1:]) // 8
             values, place = operands[:2] if base == "ld" else operands[1::-1]
             names = _VECTOR.sub(r"\1", values).replace(" ", "").split(",")
@@ -331,6 +332,29 @@ class _Program:
                 self.barriers[key].wait(int(self.get(operands[2], "u32")[thread]))
         if what == "try_wait":
             self.set(operands[0], np.ones(self.threads, bool), where)
+
+    def copy(self, modifiers: list[str], operands: list[str], where: np.ndarray) -> None:
+        """``cp.async``, of which nothing has changed in shared memory before its group is waited for."""
+        if modifiers[1] == "commit_group":
+            self.groups.append([])
+        elif modifiers[1] == "wait_group":
+            come = len(self.groups) - 1 - int(operands[0])
+            for copies in self.groups[: max(0, come)]:
+                for into, value in copies:
+                    self.memory.shared[into] = value
+            del self.groups[: max(0, come)]
+        else:
+            assert modifiers[1:4] == ["cg", "shared", "global"]
+            into, source = (self.address(operands[i])[where] for i in (0, 1))
+            assert int(operands[2], 0) == 16
+            assert all((at % 16 == 0).all() for at in (into, source)), "misaligned"
+            bytes_ = np.arange(16)
+            data, first = self.memory.bytes_of("global", source)
+            place = first[:, None].astype(np.int64) + bytes_
+            there = bytes_ < self.get(operands[3], "u32")[where][:, None]
+            assert (place[there] < data.size).all(), "global memory beyond its end"
+            value = np.where(there, data[np.where(there, place, 0)], 0).astype(np.uint8)
+            self.groups[-1].append((into[:, None].astype(np.int64) + bytes_, value))
 
     def bulk_copy(self, modifiers: list[str], operands: list[str], where: np.ndarray) -> None:
         """To shared memory, where nothing has changed before its barrier is waited for."""
