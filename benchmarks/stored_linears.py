@@ -252,14 +252,14 @@ def variations(batch: int, gradient: bool) -> Iterator[Any]:
             yield config
 
 
-def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
+def _named(texts: Sequence[str], batch: int) -> list[Any]:
     """Of configs as text, those for as many rows of x, rounded up to a power of two."""
     from qcompile.kernels.matmul.stored import Config
 
     block_m = 1 << (batch - 1).bit_length()
     pattern = r"(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) p(\d+)(?: d(\d+))?(.*)"
-    found = [re.fullmatch(pattern, text) for text in texts or ()]
-    if bad := [text for text, match in zip(texts or (), found, strict=True) if match is None]:
+    found = [re.fullmatch(pattern, text) for text in texts]
+    if bad := [text for text, match in zip(texts, found, strict=True) if match is None]:
         msg = f"--configs: {bad[0]!r} is not like {str(Config('fragments', 1, 64, 64))!r}"
         raise ValueError(msg)
     configs = []
@@ -432,7 +432,8 @@ def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str
 
 def _swept(arguments: argparse.Namespace, batch: int) -> Iterator[Any]:
     """The configs of a sweep."""
-    for config in _named(arguments.configs, batch) or variations(batch, arguments.gradient):
+    named = arguments.configs is not None
+    for config in _named(arguments.configs, batch) if named else variations(batch, arguments.gradient):
         if not arguments.kernels or config.kernel in arguments.kernels:
             yield config
 

@@ -4,6 +4,7 @@
 kernel         computes                                         for
 ============== ================================================ ====================================================
 ``fragments``  x · Wᵀ on tensor cores, 16-bit x                 up to 64 rows of x (:mod:`.stored_fragments`)
+``ring``       the same, codes by shared memory                 where ``CONFIGS`` has it (:mod:`.stored_ring`)
 ``gemv``       x · Wᵀ on CUDA cores, float32                    few rows of float32; any floating-point dtype
 ``tile``       x · Wᵀ on tensor cores                           up to where decoding once and cuBLAS is faster
 ``tile_rows``  x · W on tensor cores (dX of dY), from the same  likewise
@@ -11,8 +12,8 @@ kernel         computes                                         for
 ``decode``     W                                                decode + cuBLAS, beyond that (:mod:`.costs`)
 ============== ================================================ ====================================================
 
-``fragments`` rounds levels to x's dtype and multiplies the scale by the float32 sum of a block. ``gemv`` multiplies
-float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and ``tile_rows`` round
+``fragments`` and ``ring`` round levels to x's dtype and multiply the scale by the float32 sum of a block. ``gemv``
+multiplies float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and ``tile_rows`` round
 level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All sum in float32. Where
 the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in order: no atomics, so
 the same call gives the same bits.
@@ -473,7 +474,7 @@ class Config:
     """How a product is cut up; ``benchmarks/stored_linears.py --sweep`` tries others.
 
     Attributes:
-        kernel: ``fragments``, ``gemv``, ``tile`` or ``tile_rows``.
+        kernel: ``fragments``, ``ring``, ``gemv``, ``tile`` or ``tile_rows``.
         most_m: the most rows of x that it is for; 0 if any.
         block_n: rows of W per program, or, of ``tile_rows``, per step.
         block_w: words of W's rows per step, or, of ``tile_rows``, per program; 8 codes each.
@@ -485,7 +486,8 @@ class Config:
         joined: whether the splits of ``ring`` are a cluster, 8 at most, that adds their sums; else another kernel does.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
-        early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
+        early: whether ``fragments`` or ``ring`` begins, with its table, before the kernel in front of it has ended, on
+            Hopper.
     """
 
     kernel: str
@@ -556,17 +558,22 @@ _CLUSTER = 8
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
-def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates) -> Config | None:
+def config_for(
+    shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates, hopper: bool = True
+) -> Config | None:
     """How x ``[M, …]`` of ``shape`` (M, N, K) is multiplied; ``None`` if W is decoded for cuBLAS.
 
-    ``rows``: whether the contraction is over the rows of W.
+    ``rows``: whether the contraction is over the rows of W. ``hopper``: whether the card is one or newer. ``ring``
+    copies x as no older card can, and whole pieces of rows: what it cannot take, the next kernel of the table does.
     """
-    m = shape[0]
+    m, _, size = shape
+    rings = hopper and size % ROW_CODES == 0
     if dtype == torch.float32:
         return _WIDE_ROWS if m <= MOST_ROWS and not rows else None
     if not costs.decodes_in_tile(shape, rates):
         return None
-    return next(config for config in CONFIGS[rows] if not config.most_m or m <= config.most_m)
+    able = (config for config in CONFIGS[rows] if rings or config.kernel != "ring")
+    return next(config for config in able if not config.most_m or m <= config.most_m)
 
 
 def _fitted(config: Config, row_words: int) -> Config:
@@ -623,7 +630,7 @@ def mm_stored(
     shape = (m, size if rows else n)
     if 0 in (m, n, size):
         return x.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).contiguous()
-    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device))
+    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device), _is_hopper(x.device))
     if config is None:
         dense = decode(codes, scales, stored, size, x.dtype, second, offset, high_first)
         dense = dense if rows else dense.t()
@@ -715,7 +722,7 @@ def _by_fragments(
     block_n = MMA_COLUMNS.value * cut["across"] * cut["tiles_n"]
     tiles, turns = triton.cdiv(n, block_n), triton.cdiv(row_words, config.block_w * cut["steps"])
     splits, rounds = _splits(tiles, turns, config, x.device)
-    early = config.early and _begins_early(x.device)
+    early = config.early and _is_hopper(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
@@ -792,7 +799,7 @@ def _by_ring(
         raise ValueError(msg)
     most = max(1, config.programs * processors(x.device) // splits)
     programs = triton.cdiv(tiles, triton.cdiv(tiles, most))
-    early = config.early and _begins_early(x.device)
+    early = config.early and _is_hopper(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
@@ -908,8 +915,8 @@ def _per_row(weight: Weight, size: int) -> int:
 
 
 @cache
-def _begins_early(device: torch.device) -> bool:
-    """Whether kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
+def _is_hopper(device: torch.device) -> bool:
+    """Or newer: kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -54,9 +54,11 @@ def test_every_config_with_every_kind_of_scale(name, spec):
     """Odd N and M, K = 3 blocks and K of several steps, both halves' order, levels by table and by formula."""
     rows, config = CONFIG_OF[name]
     block = Stored.parse(spec).quantizer.granularity.size or 32
-    m = {"gemv": config.most_m, "fragments": max(1, config.most_m - 1)}.get(config.kernel, 17)
+    m = {"gemv": config.most_m, **dict.fromkeys(kernels.LEVELS_TIMES_SUMS, max(1, config.most_m - 1))}
+    m = m.get(config.kernel, 17)
+    whole = 32 if config.kernel == "ring" else 8
     for size, table, high_first in ((3 * block, True, False), (4096 + 3 * block, True, True), (640, False, False)):
-        check(replace(config, table=table), rows, spec, m, 37, size, BF16, high_first)
+        check(replace(config, table=table), rows, spec, m, 37, -(-size // whole) * whole, BF16, high_first)
     bias = torch.randn(640 if rows else 1000, device="cuda", dtype=FP16)
     check(config, rows, spec, 1, 1000, 640, FP16, bias=bias)
 
