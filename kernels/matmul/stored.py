@@ -13,10 +13,10 @@ kernel         computes                                         for
 ============== ================================================ ====================================================
 
 ``fragments`` and ``ring`` round levels to x's dtype and multiply the scale by the float32 sum of a block. ``gemv``
-multiplies float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and ``tile_rows`` round
-level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All sum in float32. Where
-the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in order: no atomics, so
-the same call gives the same bits.
+multiplies float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and
+``tile_rows`` round level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All
+sum in float32. Where the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in
+order: no atomics, so the same call gives the same bits. So do clusters of ``ring``, in shared memory.
 
 **Levels** come from a table in the registers of a warp, one entry per lane and one shuffle per code, or from the
 format's formula (:attr:`Config.table`); on an H200 the table is faster. ``tile`` takes 6 instructions per code as

@@ -314,6 +314,20 @@ def test_the_kernel_follows_from_rows_and_dtype(m, dtype, rows, kernel):
     assert config is None or not config.most_m or m <= config.most_m
 
 
+def test_what_a_ring_cannot_take_the_next_of_the_table_does(monkeypatch):
+    """Rows that are no whole pieces, cards older than Hopper, more rows of x."""
+    ring = Config("ring", 1, block_n=16, block_w=256, block_m=1, warps=16, stages=4, programs=1, depth=2)
+    monkeypatch.setitem(CONFIGS, False, (ring, *(c for c in CONFIGS[False] if c.kernel != "ring")))
+
+    def kernel(m, size, hopper=True):
+        return kernels.config_for((m, 4096, size), False, BF16, costs.RATES[0], hopper).kernel
+
+    assert [kernel(1, 4096), kernel(1, 4096 + 8), kernel(1, 4096, False), kernel(2, 4096)] == [
+        "ring",
+        *["fragments"] * 3,
+    ]
+
+
 @pytest.mark.parametrize(
     ("spec", "size", "reason"),
     [
