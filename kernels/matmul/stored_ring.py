@@ -15,7 +15,7 @@ for blocks of 16. Rows lie such that a warp's reads meet no bank twice (:func:`_
 
 **x** is in shared memory too, one round of it (all that the warps multiply in one of their turns) per stage, by bulk
 copies of a row each. Where all of it fits it is read from L2 once per program; else its stages are a ring, which all
-warps release and the first fills.
+warps release and one of them fills, each in turn.
 
 **Persistent**: a program takes tiles of rows of W in turn, and asks for the next tile's codes before it has written
 this one's sums. Those of its warps that share rows are added in shared memory, in order. Where K is split, the programs
@@ -525,7 +525,7 @@ def _ask_x(
     x_depth: gl.constexpr,
     mix: gl.constexpr,
 ):
-    """x of a round: row by row by the warps in turn, the first of ``askers``."""
+    """x of a round: row by row by ``askers`` warps in turn, whose threads are the first."""
     round_words: gl.constexpr = along * steps * STEP_WORDS
     word = begin + turn * round_words
     size = gl.minimum(gl.maximum(row_words - word, 0), round_words) * (4 * _WORD_BYTES)
@@ -818,7 +818,8 @@ def ring(
             empty = memory + 64 + 8 * (x_depth + stage_x)
             _arrive(empty, thread % 32 == 0)
             again = i + x_depth < count
-            _wait(empty, thread * 0 + phase_x, (thread < 32) & again)
+            own = gl.where(thread // 32 == i % warps, thread % 32, 32)  # one warp, each in turn: it takes a while
+            _wait(empty, thread * 0 + phase_x, (own < 32) & again)
             _ask_x(
                 again,
                 (turn + x_depth) % rounds,
@@ -828,7 +829,7 @@ def ring(
                 row_words,
                 begin,
                 memory,
-                thread,
+                own,
                 1,
                 room[1],
                 rows_x,
