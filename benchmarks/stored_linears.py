@@ -5,9 +5,7 @@
     python benchmarks/stored_linears.py --gradient --batches 256 1024 4096 --decoded --out dx.csv
 
 ``--sweep`` times every cut of our kernels, which is what ``CONFIGS`` in ``kernels/matmul/stored.py`` is to be made of,
-as long as ``--seconds`` last for a shape, a batch and a format; ``--compile-jobs`` processes compile them first, side
-by side. ``--resident`` goes round no copies: with its codes in L2, a cut takes what its instructions take.
-``--gradient`` multiplies dY · W from the same codes.
+as long as ``--seconds`` last for a shape, a batch and a format. ``--gradient`` multiplies dY · W from the same codes.
 ``--decoded`` adds the weight decoded by our kernel and multiplied by cuBLAS: where that is faster is what
 ``operations_in_tile`` in ``kernels/matmul/costs.py`` has to say.
 
@@ -24,7 +22,6 @@ import importlib.util
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,19 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    add_worker_arguments,
-    answer,
-    brief,
-    environment,
-    failure,
-    fresh_log,
-    in_fresh_process,
-    microseconds,
-    rotations,
-    side_by_side,
-    write_rows,
-)
+from measure import brief, environment, failure, fresh_log, microseconds, rotations, write_rows
 from torch import Tensor
 
 from qcompile.ir.ops import global_scale_of
@@ -122,14 +107,8 @@ def stored_parts(weight: Tensor, spec: str) -> tuple[Tensor | None, ...]:
 
 def ours(name: str, weight: Tensor, gradient: bool, config: Any = None) -> Arm:
     """The op as it chooses, or a kernel of ours as ``config`` says."""
-    spec = str(Stored.parse(FORMATS[name]))
+    spec, size = str(Stored.parse(FORMATS[name])), weight.shape[1]
     parts = stored_parts(weight, spec)
-    run = _product(name, weight.shape[1], gradient, config)
-    return _arm(name, parts, run, _decoded(parts, spec, weight), "" if config is None else str(config))
-
-
-def _product(name: str, size: int, gradient: bool, config: Any = None) -> Callable[[Tensor, Any], Tensor]:
-    spec = str(Stored.parse(FORMATS[name]))
 
     def run(x: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
         codes, scales, second, offset = parts
@@ -140,19 +119,7 @@ def _product(name: str, size: int, gradient: bool, config: Any = None) -> Callab
 
         return kernels.mm_stored(*call, config=config)
 
-    return run
-
-
-def _cuts(name: str, gradient: bool) -> Callable[[Tensor, Any], Arm]:
-    """``(weight, config) → arm``; all have the copies of the first one's weight."""
-    made: list[Arm] = []
-
-    def make(weight: Tensor, config: Any) -> Arm:
-        if not made:
-            made.append(ours(name, weight, gradient))
-        return replace(made[0], run=_product(name, weight.shape[1], gradient, config), config=str(config))
-
-    return make
+    return _arm(name, parts, run, _decoded(parts, spec, weight), "" if config is None else str(config))
 
 
 def decoded_first(name: str, weight: Tensor, gradient: bool) -> Arm:
@@ -252,23 +219,21 @@ def variations(batch: int, gradient: bool) -> Iterator[Any]:
             yield config
 
 
-def _named(texts: Sequence[str], batch: int) -> list[Any]:
+def _named(texts: Sequence[str] | None, batch: int) -> list[Any]:
     """Of configs as text, those for as many rows of x, rounded up to a power of two."""
     from qcompile.kernels.matmul.stored import Config
 
     block_m = 1 << (batch - 1).bit_length()
-    pattern = r"(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) p(\d+)(?: d(\d+))?(.*)"
-    found = [re.fullmatch(pattern, text) for text in texts]
-    if bad := [text for text, match in zip(texts, found, strict=True) if match is None]:
+    found = [re.fullmatch(r"(\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) p(\d+)(.*)", text) for text in texts or ()]
+    if bad := [text for text, match in zip(texts or (), found, strict=True) if match is None]:
         msg = f"--configs: {bad[0]!r} is not like {str(Config('fragments', 1, 64, 64))!r}"
         raise ValueError(msg)
     configs = []
     for kernel, *numbers, how in (match.groups() for match in found if match):
-        rows, block_n, width, warps, stages, programs, depth = (int(number or 0) for number in numbers)
+        rows, block_n, width, warps, stages, programs = map(int, numbers)
         if rows == block_m:
             table, early = "formula" not in how, "early" in how
-            cut = rows, warps, stages, programs, table, early, depth, "joined" in how
-            configs.append(Config(kernel, batch, block_n, width // 8, *cut))
+            configs.append(Config(kernel, batch, block_n, width // 8, rows, warps, stages, programs, table, early))
     return configs
 
 
@@ -344,18 +309,15 @@ def disagreement(got: Tensor, x: Tensor, weight: Tensor) -> str:
     return f"{int(wrong.sum())} of {wrong.numel()} elements are wrong" if wrong.any() else ""
 
 
-def measure_arm(
-    make: Callable[[Tensor], Arm], weight: Tensor, batch: int, gradient: bool, repeats: int, resident: bool = False
-) -> Row:
-    """``resident``: of one copy of the weight. Raises ``RuntimeError`` if the product is wrong."""
+def measure_arm(make: Callable[[Tensor], Arm], weight: Tensor, batch: int, gradient: bool, repeats: int) -> Row:
+    """Raises ``RuntimeError`` if the product is wrong."""
     (n, k), arm = weight.shape, make(weight)
     x = torch.randn(batch, n if gradient else k, dtype=BF16, device=weight.device)
     with torch.no_grad():
         got = arm.run(x, arm.weights[0])
         if wrong := disagreement(got, x, arm.dense.t() if gradient else arm.dense):
             raise RuntimeError(wrong)
-        copies = arm.weights[:1] if resident else arm.weights
-        taken = microseconds([partial(arm.run, x, copy) for copy in copies], repeats)
+        taken = microseconds([partial(arm.run, x, copy) for copy in arm.weights], repeats)
     return Row(n, k, batch, gradient, arm.name, arm.config, taken, arm.nbytes / taken / 1e3)
 
 
@@ -373,24 +335,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="time every cut of our kernels, and nothing else but BF16")
     parser.add_argument("--configs", nargs="+", help="of the sweep, instead of all, as the CSV file names them")
     parser.add_argument("--kernels", nargs="+", help="kernels of the sweep (default: all), for example fragments")
-    parser.add_argument("--compile-jobs", type=int, default=0, help="processes that compile a sweep ahead (default: 0)")
-    parser.add_argument("--resident", action="store_true", help="one copy of the weight, which L2 may hold")
     parser.add_argument("--limit", type=float, default=40, help="seconds of an arm (default: 40)")
     parser.add_argument("--seconds", type=float, default=120, help="of a sweep (default: 120)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing (default: 20)")
     parser.add_argument("--device", default="cuda", help="cpu checks the script, with the reference of the op")
-    add_worker_arguments(parser)
-    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("stored_linears: needs a CUDA card", file=sys.stderr)
         return 2
     shapes = [tuple(map(int, text.split(","))) for text in arguments.shapes] if arguments.shapes else SHAPES
-    if arguments.worker:
-        return answer(arguments, partial(_compile_share, arguments, shapes))
     log = fresh_log(arguments.out)
-    if arguments.compile_jobs:
-        _compile_ahead(argv, arguments.compile_jobs, 5 * arguments.limit, log)
     rows: list[Row] = []
     print(", ".join(filter(None, environment().values())))
     for (n, k), batch in product(shapes, arguments.batches):
@@ -400,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, make in _contenders(arguments, batch):
             try:
                 with limited(arguments.limit):
-                    row = measure_arm(make, weight, batch, arguments.gradient, arguments.repeats, arguments.resident)
+                    row = measure_arm(make, weight, batch, arguments.gradient, arguments.repeats)
             except Exception as error:  # a library may lack a kernel, a cut may not compile
                 what = f"{name} {n}x{k} batch {batch}"
                 row = Row(n, k, batch, arguments.gradient, name, "", error=failure(error, log, what))
@@ -423,55 +377,13 @@ def _contenders(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[str
         return
     yield BASELINE, arms[BASELINE]
     for name in arguments.formats:
-        end, make = time.monotonic() + arguments.seconds, _cuts(name, arguments.gradient)
-        for config in _swept(arguments, batch):
+        end = time.monotonic() + arguments.seconds
+        for config in _named(arguments.configs, batch) or variations(batch, arguments.gradient):
             if time.monotonic() > end:
                 break
-            yield f"{name} {config}", partial(make, config=config)
-
-
-def _swept(arguments: argparse.Namespace, batch: int) -> Iterator[Any]:
-    """The configs of a sweep."""
-    named = arguments.configs is not None
-    for config in _named(arguments.configs, batch) if named else variations(batch, arguments.gradient):
-        if not arguments.kernels or config.kernel in arguments.kernels:
-            yield config
-
-
-def _compile_ahead(argv: Sequence[str], jobs: int, limit: float, log: Path) -> None:
-    """What a sweep runs, by ``jobs`` processes at once. What does not compile fails again where it is measured."""
-
-    def compile_share(share: int) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                in_fresh_process(Path(__file__), f"{share}/{jobs}", argv, limit, Path(scratch), log, jobs)
-            except (RuntimeError, TimeoutError) as error:
-                print(f"compiling ahead: {brief(error)}", file=sys.stderr)
-
-    start = time.monotonic()
-    side_by_side(compile_share, range(jobs), jobs)
-    print(f"compiled ahead in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def _compile_share(arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """In a worker: runs every ``jobs``-th of a sweep's cuts once; how many, and why some did not run."""
-    share, jobs = map(int, arguments.worker.split("/"))
-    ran, faults, number = 0, [], 0
-    for (n, k), name in product(shapes, arguments.formats):
-        weight = torch.zeros(n, k, dtype=BF16, device=arguments.device)
-        parts = stored_parts(weight, str(Stored.parse(FORMATS[name])))
-        for batch in arguments.batches:
-            x = weight.new_zeros(batch, n if arguments.gradient else k)
-            for config in _swept(arguments, batch):
-                number += 1
-                if number % jobs != share:
-                    continue
-                try:
-                    _product(name, k, arguments.gradient, config)(x, parts)
-                    ran += 1
-                except Exception as error:
-                    faults.append(f"{name} {config}: {brief(error)}")
-    return {"ran": ran, "faults": faults}
+            if arguments.kernels and config.kernel not in arguments.kernels:
+                continue
+            yield f"{name} {config}", partial(ours, name, gradient=arguments.gradient, config=config)
 
 
 def _line(row: Row) -> str:

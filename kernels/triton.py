@@ -6,8 +6,6 @@ with NaN in reasonable time, or run inline PTX: for these, and nothing else, cod
 
 from __future__ import annotations
 
-import hashlib
-import re
 from functools import cache
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.cache import get_cache_manager
 
 from qcompile import compat
 
@@ -31,7 +28,6 @@ __all__ = [
     "as_float",
     "as_rows",
     "greater",
-    "in_clusters",
     "launch",
     "maximum",
     "processors",
@@ -124,52 +120,24 @@ def as_rows(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
     return with_dense_rows(moved.reshape(-1, moved.shape[-1])), moved.shape
 
 
-def launch(
-    kernel, programs: int | tuple[int, int], *arguments, contract: bool = False, cluster: int = 1, **constants
-) -> None:
+def launch(kernel, programs: int | tuple[int, int], *arguments, contract: bool = False, **constants) -> None:
     """Run ``kernel`` on the device of its first argument, a tensor or its descriptor. ``contract``: products and sums
-    may become fused multiply-adds. ``cluster``: programs side by side on the second axis that are one.
+    may become fused multiply-adds.
     """
     grid = programs if isinstance(programs, tuple) else (programs,)
-    options: dict[str, Any] = {} if contract else {"enable_fp_fusion": False}
+    options = {} if contract else {"enable_fp_fusion": False}
     first = getattr(arguments[0], "base", arguments[0])
     with torch.cuda.device_of(first):
-        kind = _kind(kernel, first.device, arguments, {**constants, "cluster": cluster}, contract)
+        kind = _kind(kernel, first.device, arguments, constants, contract)
         prepared = _prepared.get(kind)
         if prepared is not None:
             compiled = prepared.compiled
             prepared.run((*grid, 1, 1)[:3], arguments, first.device)
         else:
-            if cluster > 1:
-                options["ir_override"] = _clustered(kernel, arguments, {**constants, **options}, cluster)
             compiled = kernel[grid](*arguments, **constants, **options)
             if kind is not None and compiled is not None and len(_prepared) < _MOST_PREPARED:
                 _prepared[kind] = _Prepared(compiled, kernel, arguments, constants)
     note_launch(kernel, compiled, grid, arguments, constants)
-
-
-def _clustered(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], cluster: int) -> str:
-    """A file with the PTX of a kernel whose programs are in clusters, which Triton assembles in place of its own.
-
-    Triton knows clusters as programs that share the elements of each tensor only. Raises ``RuntimeError`` if it does
-    not take the file (``TRITON_KERNEL_OVERRIDE=1`` makes it look elsewhere).
-    """
-    compat.use_torchs_ptxas()
-    ptx = in_clusters(kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"], cluster)
-    path = get_cache_manager(hashlib.sha256(ptx.encode()).hexdigest()).put(ptx, "clusters.ptx", binary=False)
-    if kernel.warmup(*arguments, grid=(1,), **options, ir_override=path).asm["ptx"] != ptx:
-        msg = f"Triton did not assemble {path}"
-        raise RuntimeError(msg)
-    return path
-
-
-def in_clusters(ptx: str, cluster: int) -> str:
-    """PTX of a kernel whose launches are clusters of so many programs on the second axis."""
-    text, count = re.subn(r"^(\.reqntid [^\n]*)$", rf"\1\n.reqnctapercluster 1, {cluster}, 1", ptx, flags=re.M)
-    if count != 1:
-        msg = f"the PTX has {count} kernels in the known form, not 1"
-        raise ValueError(msg)
-    return text
 
 
 #: Constants that are told apart by their values; others are objects that live as long as the process.

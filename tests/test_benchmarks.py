@@ -777,35 +777,6 @@ def test_an_arm_has_its_time():
         time.sleep(5)
 
 
-def test_workers_of_a_sweep_compile_each_cut_once(tmp_path, monkeypatch):
-    """And tell of those that fail, which do not keep them from others."""
-    pytest.importorskip("triton")
-    ran: list[str] = []
-
-    def product(name, size, gradient, config):
-        def run(x, parts):
-            assert x.shape[1] == size
-            if config.early:
-                raise ValueError(size)
-            ran.append(f"{name} {config}")
-
-        return run
-
-    monkeypatch.setattr(stored_linears, "_product", product)
-    configs = [f"ring 2x16x2048 w16 s4 p1 d{depth} table{how}" for depth in (1, 2) for how in (" early", "", " joined")]
-    common = ["--device", "cpu", "--sweep", "--shapes", "32,64", "--batches", "1", "2", "--formats", "nf4", "nvfp4"]
-    for share in range(3):
-        folder = tmp_path / str(share)
-        folder.mkdir()
-        worker = ["--worker", f"{share}/3", "--scratch", str(folder), "--out", str(tmp_path / "rows.csv")]
-        assert stored_linears.main([*common, *worker, "--configs", *configs]) == 0
-        found = json.loads((folder / "answer.json").read_text())["answer"]
-        assert found["ran"] + len(found["faults"]) == 4
-    assert sorted(ran) == sorted(
-        f"{name} {config}" for name in ("nf4", "nvfp4") for config in configs if "early" not in config
-    )
-
-
 def test_a_sweep_of_stored_linears_begins_with_the_table():
     """And has no cut twice."""
     pytest.importorskip("triton")

@@ -4,7 +4,6 @@
 kernel         computes                                         for
 ============== ================================================ ====================================================
 ``fragments``  x · Wᵀ on tensor cores, 16-bit x                 up to 64 rows of x (:mod:`.stored_fragments`)
-``ring``       the same, codes by shared memory                 where ``CONFIGS`` has it (:mod:`.stored_ring`)
 ``gemv``       x · Wᵀ on CUDA cores, float32                    few rows of float32; any floating-point dtype
 ``tile``       x · Wᵀ on tensor cores                           up to where decoding once and cuBLAS is faster
 ``tile_rows``  x · W on tensor cores (dX of dY), from the same  likewise
@@ -12,11 +11,11 @@ kernel         computes                                         for
 ``decode``     W                                                decode + cuBLAS, beyond that (:mod:`.costs`)
 ============== ================================================ ====================================================
 
-``fragments`` and ``ring`` round levels to x's dtype and multiply the scale by the float32 sum of a block. ``gemv``
-multiplies float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and
-``tile_rows`` round level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All
-sum in float32. Where the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in
-order: no atomics, so the same call gives the same bits. So do clusters of ``ring``, in shared memory.
+``fragments`` rounds levels to x's dtype and multiplies the scale by the float32 sum of a block. ``gemv`` multiplies
+float32 levels, and likewise the scale by the sum of a block, so it rounds no weight. ``tile`` and ``tile_rows`` round
+level · scale to x's dtype, which is bit for bit what ``decode`` and the reference make of it. All sum in float32. Where
+the contraction is split over programs, each writes its own sum and ``add_splits`` adds them in order: no atomics, so
+the same call gives the same bits.
 
 **Levels** come from a table in the registers of a warp, one entry per lane and one shuffle per code, or from the
 format's formula (:attr:`Config.table`); on an H200 the table is faster. ``tile`` takes 6 instructions per code as
@@ -55,7 +54,6 @@ from qcompile.kernels.triton import INTERPRETED, launch, processors
 
 from . import costs
 from .stored_fragments import MMA, MMA_COLUMNS, MMA_ROWS, STEP_WORDS, UNIT, fragments, scales_of_thread
-from .stored_ring import ROW_CODES, ring, room_of
 from .stored_scales import load_scales, scales_of
 
 __all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
@@ -63,8 +61,6 @@ __all__ = ["CONFIGS", "Config", "config_for", "decode", "mm_stored", "obstacle"]
 #: Codes in a word of 32 bits.
 CODES = tl.constexpr(8)
 _WORD_BYTES = 4
-#: What ``ring`` copies from begins and ends at multiples of it.
-_COPY_BYTES = 16
 #: Words that a thread loads at once, 16 bytes.
 RUN = 4
 
@@ -474,20 +470,16 @@ class Config:
     """How a product is cut up; ``benchmarks/stored_linears.py --sweep`` tries others.
 
     Attributes:
-        kernel: ``fragments``, ``ring``, ``gemv``, ``tile`` or ``tile_rows``.
+        kernel: ``fragments``, ``gemv``, ``tile`` or ``tile_rows``.
         most_m: the most rows of x that it is for; 0 if any.
         block_n: rows of W per program, or, of ``tile_rows``, per step.
         block_w: words of W's rows per step, or, of ``tile_rows``, per program; 8 codes each.
         block_m: rows of x per program; ``gemv`` takes all.
-        warps, stages: warps of a program, and steps whose operands it has on their way. In ``fragments`` and
-            ``ring``, ``block_w`` / 16 warps share rows of W and take turns along them, the others have rows of their
-            own, and a turn has ``stages`` steps.
-        depth: turns of a warp that ``ring`` has on their way.
-        joined: whether the splits of ``ring`` are a cluster, 8 at most, that adds their sums; else another kernel does.
+        warps, stages: warps of a program, and steps whose operands it has on their way. In ``fragments``, ``block_w``
+            / 16 warps share rows of W and take turns along them, the others have rows of their own.
         programs: how many a processor should get; where tiles are fewer, the contraction is split.
         table: whether levels are looked up in the registers of a warp; else they are computed.
-        early: whether ``fragments`` or ``ring`` begins, with its table, before the kernel in front of it has ended, on
-            Hopper.
+        early: whether ``fragments`` begins, with its table, before the kernel in front of it has ended, on Hopper.
     """
 
     kernel: str
@@ -500,19 +492,11 @@ class Config:
     programs: int = 4
     table: bool = True
     early: bool = True
-    depth: int = 0
-    joined: bool = False
 
     def __str__(self) -> str:
         extents = f"{self.block_m}x{self.block_n}x{CODES.value * self.block_w}"
-        how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel in LEVELS_TIMES_SUMS)
-        how += " joined" * self.joined
-        depth = f" d{self.depth}" if self.depth else ""
-        return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs}{depth} {how}"
-
-
-#: Kernels that multiply levels in x's dtype, and sums of blocks by scales.
-LEVELS_TIMES_SUMS = ("fragments", "ring")
+        how = ("table" if self.table else "formula") + " early" * (self.early and self.kernel == "fragments")
+        return f"{self.kernel} {extents} w{self.warps} s{self.stages} p{self.programs} {how}"
 
 
 #: Of products that contract rows of W, x · Wᵀ, and of those that contract its columns, x · W; by M. Those of
@@ -549,36 +533,25 @@ _MOST_TILES = 8
 _REGISTERS = 65536
 #: Rows of x times warps of a processor up to which ``fragments`` has registers for the x of two steps.
 _X_AHEAD = 128
-#: Shared memory of a program that the card takes for itself, in bytes.
-_RESERVED = 1024
-#: Of which the table takes, in both kernels that look levels up there.
-_TABLE_BYTES = 32 * 1024
-#: Most programs of a cluster that every card has room for (CUDA C++ Programming Guide, "Thread Block Clusters").
-_CLUSTER = 8
 _KERNELS = {"fragments": fragments, "gemv": gemv, "tile": tile, "tile_rows": tile_rows}
 
 
-def config_for(
-    shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates, hopper: bool = True
-) -> Config | None:
+def config_for(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype, rates: costs.Rates) -> Config | None:
     """How x ``[M, …]`` of ``shape`` (M, N, K) is multiplied; ``None`` if W is decoded for cuBLAS.
 
-    ``rows``: whether the contraction is over the rows of W. ``hopper``: whether the card is one or newer. ``ring``
-    copies x as no older card can, and whole pieces of rows: what it cannot take, the next kernel of the table does.
+    ``rows``: whether the contraction is over the rows of W.
     """
-    m, _, size = shape
-    rings = hopper and size % ROW_CODES == 0
+    m = shape[0]
     if dtype == torch.float32:
         return _WIDE_ROWS if m <= MOST_ROWS and not rows else None
     if not costs.decodes_in_tile(shape, rates):
         return None
-    able = (config for config in CONFIGS[rows] if rings or config.kernel != "ring")
-    return next(config for config in able if not config.most_m or m <= config.most_m)
+    return next(config for config in CONFIGS[rows] if not config.most_m or m <= config.most_m)
 
 
 def _fitted(config: Config, row_words: int) -> Config:
     """The config, no wider than a row, and no narrower than what shares a scale or a thread loads."""
-    if config.kernel in LEVELS_TIMES_SUMS:
+    if config.kernel == "fragments":
         return config
     words = max(RUN, min(config.block_w, triton.next_power_of_2(row_words)))
     if config.kernel != "gemv":
@@ -630,7 +603,7 @@ def mm_stored(
     shape = (m, size if rows else n)
     if 0 in (m, n, size):
         return x.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype).expand(shape).contiguous()
-    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device), _is_hopper(x.device))
+    config = config or config_for((m, n, size), rows, x.dtype, _rates(x.device))
     if config is None:
         dense = decode(codes, scales, stored, size, x.dtype, second, offset, high_first)
         dense = dense if rows else dense.t()
@@ -639,9 +612,8 @@ def mm_stored(
     row_words = size // CODES.value
     config = _fitted(config, row_words)
     arguments = _arguments(codes, scales, weight, second, offset)
-    if config.kernel in LEVELS_TIMES_SUMS:
-        by = _by_ring if config.kernel == "ring" else _by_fragments
-        return by(x, arguments, weight, size, dtype, bias, high_first, config)
+    if config.kernel == "fragments":
+        return _by_fragments(x, arguments, weight, size, dtype, bias, high_first, config)
     extents: tuple[int, ...]
     blocks: dict[str, Any]
     if config.kernel == "gemv":
@@ -678,31 +650,6 @@ def mm_stored(
     return out
 
 
-def _cut(m: int, weight: Weight, config: Config) -> dict[str, Any]:
-    """How ``fragments`` or ``ring`` cuts up the product of ``m`` rows of x: constants of both."""
-    if m > config.block_m:
-        msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
-        raise ValueError(msg)
-    along = config.block_w // STEP_WORDS.value
-    across = config.warps // along
-    lines = min(config.block_m, MMA_ROWS.value) if weight.block else MMA_ROWS.value
-    unit, steps = math.gcd(weight.block, UNIT.value), config.stages
-    while weight.block and steps > 1 and scales_of_thread(steps * UNIT.value // unit, lines) > _MOST_SCALES:
-        steps //= 2
-    tiles_m, tiles_n = triton.cdiv(config.block_m, MMA_ROWS.value), config.block_n // (MMA_COLUMNS.value * across)
-    if unit == MMA_COLUMNS.value:
-        tiles_n = max(1, min(tiles_n, _MOST_TILES // tiles_m))
-    return {
-        "unit": unit,
-        "lines": lines,
-        "tiles_m": tiles_m,
-        "tiles_n": tiles_n,
-        "across": across,
-        "along": along,
-        "steps": steps,
-    }
-
-
 def _by_fragments(
     x: Tensor,
     arguments: tuple[Tensor | None, ...],
@@ -718,11 +665,22 @@ def _by_fragments(
     assert codes is not None
     assert scales is not None
     m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
-    cut = _cut(m, weight, config)
-    block_n = MMA_COLUMNS.value * cut["across"] * cut["tiles_n"]
-    tiles, turns = triton.cdiv(n, block_n), triton.cdiv(row_words, config.block_w * cut["steps"])
+    if m > config.block_m:
+        msg = f"mm_stored: {config} is for {config.block_m} rows of x, not {m}; take a config with block_m >= M"
+        raise ValueError(msg)
+    along = config.block_w // STEP_WORDS.value
+    across = config.warps // along
+    lines = min(config.block_m, MMA_ROWS.value) if weight.block else MMA_ROWS.value
+    unit, steps = math.gcd(weight.block, UNIT.value), config.stages
+    while weight.block and steps > 1 and scales_of_thread(steps * UNIT.value // unit, lines) > _MOST_SCALES:
+        steps //= 2
+    tiles_m, tiles_n = triton.cdiv(config.block_m, MMA_ROWS.value), config.block_n // (MMA_COLUMNS.value * across)
+    if unit == MMA_COLUMNS.value:
+        tiles_n = max(1, min(tiles_n, _MOST_TILES // tiles_m))
+    block_n = MMA_COLUMNS.value * across * tiles_n
+    tiles, turns = triton.cdiv(n, block_n), triton.cdiv(row_words, config.block_w * steps)
     splits, rounds = _splits(tiles, turns, config, x.device)
-    early = config.early and _is_hopper(x.device)
+    early = config.early and _begins_early(x.device)
     pairs = _pairs(weight.text, x.dtype, high_first, x.device)
     note_constant(pairs)
     out = x.new_empty((m, n), dtype=dtype)
@@ -742,91 +700,15 @@ def _by_fragments(
         rounds,
         fmt=weight,
         instruction=MMA[x.dtype],
-        **cut,
-        even=row_words == splits * rounds * config.block_w * cut["steps"],
+        unit=unit,
+        lines=lines,
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+        across=across,
+        along=along,
+        steps=steps,
+        even=row_words == splits * rounds * config.block_w * steps,
         x_ahead=config.block_m * config.warps * config.programs <= _X_AHEAD,
-        number=gl.int32 if scales.numel() < 2**31 else gl.int64,
-        early=early,
-        num_warps=config.warps,
-        maxnreg=_most_registers(config),
-        **({"launch_pdl": True} if early else {}),
-    )
-    _add_splits(partial, bias, out, early)
-    return out
-
-
-def _ring_bytes(cut: dict[str, Any], x_depth: int) -> int:
-    """Shared memory of a program of ``ring``, without its table."""
-    of = {name: value for name, value in cut.items() if name not in ("tiles_m", "x_depth")}
-    return room_of(**of, x_depth=x_depth)[3]
-
-
-def _by_ring(
-    x: Tensor,
-    arguments: tuple[Tensor | None, ...],
-    weight: Weight,
-    size: int,
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    high_first: bool,
-    config: Config,
-) -> Tensor:
-    """:func:`mm_stored` by the kernel of :mod:`.stored_ring`. Raises ``ValueError`` if rows are not whole pieces."""
-    codes, scales, *others = arguments
-    assert codes is not None
-    assert scales is not None
-    if size % ROW_CODES:
-        msg = f"mm_stored: {config} copies 16 bytes at a time, and K = {size} is no multiple of {ROW_CODES}"
-        raise ValueError(msg)
-    m, n, row_words = x.shape[0], codes.shape[0], size // CODES.value
-    cut = _cut(m, weight, config)
-    turn = config.block_w * cut["steps"]
-    tiles = triton.cdiv(n, MMA_COLUMNS.value * cut["across"] * cut["tiles_n"])
-    turns = triton.cdiv(row_words, turn)
-    splits, rounds = _splits(tiles, turns, config, x.device)
-    if config.joined and splits > _CLUSTER:
-        rounds = triton.cdiv(turns, _CLUSTER)
-        splits = triton.cdiv(turns, rounds)
-    joined = splits if config.joined else 1
-    cut |= {"rows_x": config.block_m, "depth": config.depth}
-    room = _shared_memory(x.device) // config.programs - _RESERVED - _TABLE_BYTES
-    # All of x, read once, if there is room for it; else a ring of it.
-    x_stays = _ring_bytes(cut, rounds) <= room
-    cut["x_depth"] = rounds if x_stays else config.depth
-    if not x_stays and _ring_bytes(cut, config.depth) > room:
-        wanted = _ring_bytes(cut, config.depth)
-        msg = f"mm_stored: {config} wants {wanted} bytes of shared memory, of {room}; take a config of less depth"
-        raise ValueError(msg)
-    most = max(1, config.programs * processors(x.device) // splits)
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, most))
-    early = config.early and _is_hopper(x.device)
-    pairs = _pairs(weight.text, x.dtype, high_first, x.device)
-    note_constant(pairs)
-    out = x.new_empty((m, n), dtype=dtype)
-    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > joined else out
-    launch(
-        ring,
-        (programs, splits),
-        _words_of(x, _COPY_BYTES),
-        _words_of(codes, _COPY_BYTES),
-        scales,
-        *others,
-        pairs,
-        bias if partial is out else None,
-        partial,
-        m,
-        n,
-        row_words,
-        _per_row(weight, size),
-        tiles,
-        rounds,
-        fmt=weight,
-        instruction=MMA[x.dtype],
-        **cut,
-        x_stays=x_stays,
-        even=row_words == splits * rounds * turn,
-        joined=joined,
-        cluster=joined,
         number=gl.int32 if scales.numel() < 2**31 else gl.int64,
         early=early,
         num_warps=config.warps,
@@ -903,9 +785,9 @@ def _arguments(
     return _words_of(codes), scales, second if second is None else second.contiguous(), offset, book
 
 
-def _words_of(codes: Tensor, alignment: int = _WORD_BYTES) -> Tensor:
+def _words_of(codes: Tensor) -> Tensor:
     codes = codes.contiguous()
-    aligned = codes if codes.data_ptr() % alignment == 0 else codes.clone()
+    aligned = codes if codes.data_ptr() % _WORD_BYTES == 0 else codes.clone()
     return aligned.view(torch.int32)
 
 
@@ -915,17 +797,9 @@ def _per_row(weight: Weight, size: int) -> int:
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    """Or newer: kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
+def _begins_early(device: torch.device) -> bool:
+    """Whether kernels may be launched before the one in front has ended; without a card, they are compiled for it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Of a processor, in bytes; without a card, Hopper's (CUDA C++ Programming Guide, "Technical Specifications")."""
-    if device.type != "cuda":
-        return 228 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @cache

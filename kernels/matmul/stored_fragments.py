@@ -50,7 +50,7 @@ STEP_WORDS = gl.constexpr(16)
 
 
 @gluon.jit
-def filled_table(pairs, warps: gl.constexpr, layout: gl.constexpr):
+def _filled_table(pairs, warps: gl.constexpr, layout: gl.constexpr):
     """For every thread, where in shared memory its lane's column of the table lies, once all threads have filled it.
 
     Entry e of lane l is at 128 e + 4 l. A warp writes four entries at a time.
@@ -122,7 +122,7 @@ MMA = {
 
 
 @gluon.jit
-def levels(words, table):
+def _levels(words, table):
     """Pairs of 16-bit levels of the words' codes: four tensors of operand registers."""
     return gl.inline_asm_elementwise(
         _LOOK_UP,
@@ -135,7 +135,7 @@ def levels(words, table):
 
 
 @gluon.jit
-def mma(low, high, x, half: gl.constexpr, sums, instruction: gl.constexpr):
+def _mma(low, high, x, half: gl.constexpr, sums, instruction: gl.constexpr):
     """``sums`` plus the products of half the codes of a word; ``low`` and ``high`` are levels of rows r and r + 8."""
     return gl.inline_asm_elementwise(
         instruction,
@@ -172,7 +172,7 @@ def _exchanged(first, second, thread, distance: gl.constexpr):
 
 
 @gluon.jit
-def exchanged_halves(words, order):
+def _exchanged_halves(words, order):
     return gl.inline_asm_elementwise(_EXCHANGE_HALVES, "=r,r,r", [words, order], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -185,14 +185,14 @@ def _keep_loads_before(thread):
 
 
 @gluon.jit
-def let_next_begin():
+def _let_next_begin():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def wait_for_previous():
+def _wait_for_previous():
     """Until what was launched before has ended and its results are there."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -232,10 +232,10 @@ def _arranged(loaded, thread, unit: gl.constexpr, layout: gl.constexpr):
     if unit == 16:
         order = gl.where((thread & 2) == 0, 0x5410, 0x3276)
         words = (
-            exchanged_halves(w0, order),
-            exchanged_halves(w1, order),
-            exchanged_halves(w2, order),
-            exchanged_halves(w3, order),
+            _exchanged_halves(w0, order),
+            _exchanged_halves(w1, order),
+            _exchanged_halves(w2, order),
+            _exchanged_halves(w3, order),
         )
     return words
 
@@ -348,7 +348,7 @@ def _load_words(at, inside, wanted, even: gl.constexpr, quads: gl.constexpr):
 
 
 @gluon.jit
-def scales_ahead(
+def _scales_ahead(
     scales,
     second,
     upper,
@@ -395,8 +395,8 @@ def scales_of_thread(units, lines):
 
 
 @gluon.jit
-def decoded(loaded, offset, book, fmt: gl.constexpr):
-    """Float32 scales from what :func:`scales_ahead` returned."""
+def _decoded(loaded, offset, book, fmt: gl.constexpr):
+    """Float32 scales from what :func:`_scales_ahead` returned."""
     scale = ()
     for i in gl.static_range(len(loaded)):
         scale += (scales_of(loaded[i][0], loaded[i][1], offset, book, fmt),)  # type: ignore[assignment]
@@ -404,7 +404,7 @@ def decoded(loaded, offset, book, fmt: gl.constexpr):
 
 
 @gluon.jit
-def scaled(sums, scale, totals):
+def _scaled(sums, scale, totals):
     """``totals`` plus ``sums``, times the scale of each of the four."""
     added = ()
     for i in gl.static_range(4):
@@ -421,8 +421,8 @@ def _of_thread(value, place: gl.constexpr):
 
 
 @gluon.jit
-def scaled_by_unit(sums, scale, number: gl.constexpr, lines: gl.constexpr, totals):
-    """``number``: of the unit, or of as many as stand side by side; ``scale`` as of :func:`scales_ahead`."""
+def _scaled_by_unit(sums, scale, number: gl.constexpr, lines: gl.constexpr, totals):
+    """``number``: of the unit, or of as many as stand side by side; ``scale`` as of :func:`_scales_ahead`."""
     if lines == MMA_ROWS:
         upper = _of_thread(scale[number // 4 * 2], number % 4)
         lower = _of_thread(scale[number // 4 * 2 + 1], number % 4)
@@ -431,7 +431,7 @@ def scaled_by_unit(sums, scale, number: gl.constexpr, lines: gl.constexpr, total
         factors = scale[4 * number], scale[4 * number + 2], scale[4 * number + 1], scale[4 * number + 3]
     else:
         factors = scale[2 * number], scale[2 * number], scale[2 * number + 1], scale[2 * number + 1]
-    return scaled(sums, factors, totals)
+    return _scaled(sums, factors, totals)
 
 
 @gluon.jit
@@ -442,7 +442,7 @@ def _plus_thread(value, distance: gl.constexpr):
 
 
 @gluon.jit
-def side_added(totals, lines: gl.constexpr):
+def _side_added(totals, lines: gl.constexpr):
     """``totals`` where columns that differ in the block alone are added; all of them hold the sum."""
     first, second, third, fourth = totals
     if lines == 1:
@@ -548,9 +548,9 @@ def fragments(
     line_x = x + line * (4 * row_words) + own_pair[:, None]
 
     if early:  # what no kernel before writes, then the others
-        let_next_begin()
-        table = filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
-        wait_for_previous()
+        _let_next_begin()
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        _wait_for_previous()
     words = ()
     upper_at, lower_at = upper_words + word, lower_words + word
     for step in gl.static_range(steps):
@@ -561,9 +561,11 @@ def fragments(
         )
     scale, ahead = (), ()
     if fmt.block:
-        now = scales_ahead(scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt)
+        now = _scales_ahead(
+            scales, second, upper_scales, lower_scales, word, own_unit, per_row, unit, units, lines, fmt
+        )
         following = word + along * turn
-        ahead = scales_ahead(
+        ahead = _scales_ahead(
             scales, second, upper_scales, lower_scales, following, own_unit, per_row, unit, units, lines, fmt
         )
     words_x = ()
@@ -574,9 +576,9 @@ def fragments(
                 _load_x(at_x, left, own_pair, line, m, wanted_x, 0, i, even, mix, unit, lines, x_quads),
             )
     if not early:
-        table = filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
+        table = _filled_table(pairs, warps, gl.SliceLayout(1, of_w))[:, None]
     if fmt.block:
-        scale = decoded(now, offset, book, fmt)
+        scale = _decoded(now, offset, book, fmt)
 
     zero = gl.zeros([threads, tiles_n, tiles_m], gl.float32, layout)
     totals = (zero, zero, zero, zero)
@@ -585,7 +587,7 @@ def fragments(
         later = ()
         if fmt.block:
             after = following + along * turn
-            later = scales_ahead(
+            later = _scales_ahead(
                 scales, second, upper_scales, lower_scales, after, own_unit, per_row, unit, units, lines, fmt
             )
         next_words = ()
@@ -630,32 +632,32 @@ def fragments(
                         at_x, left, own_pair, line, m, wanted_x, step, register, even, mix, unit, lines, x_quads
                     )
                 right = _operand_of_x(of_word, of_x)
-                upper_levels = levels(upper_codes[register], table)
-                lower_levels = levels(lower_codes[register], table)
+                upper_levels = _levels(upper_codes[register], table)
+                lower_levels = _levels(lower_codes[register], table)
                 for half in gl.static_range(2):
                     if fmt.block == 0:
-                        totals = mma(upper_levels, lower_levels, right, half, totals, instruction)
+                        totals = _mma(upper_levels, lower_levels, right, half, totals, instruction)
                     else:
                         if (8 * step + 2 * register + half) % mmas == 0:
                             sums = (zero, zero, zero, zero)
-                        sums = mma(upper_levels, lower_levels, right, half, sums, instruction)
+                        sums = _mma(upper_levels, lower_levels, right, half, sums, instruction)
                         if (8 * step + 2 * register + half) % mmas == mmas - 1:
-                            totals = scaled_by_unit(
+                            totals = _scaled_by_unit(
                                 sums, scale, (8 * step + 2 * register + half) // mmas, lines, totals
                             )
             words_x = next_x
         words = next_words
         if fmt.block:
-            scale = decoded(ahead, offset, book, fmt)
+            scale = _decoded(ahead, offset, book, fmt)
         ahead = later
         word = following
     if fmt.block == 0:
         at = (upper, lower) if fmt.by_row else (upper * 0, lower * 0)
-        of_rows = decoded(
+        of_rows = _decoded(
             (load_scales(scales, second, at[0], fmt), load_scales(scales, second, at[1], fmt)), offset, book, fmt
         )
-        totals = scaled(totals, (of_rows[0], of_rows[0], of_rows[1], of_rows[1]), (zero, zero, zero, zero))
-    totals = side_added(totals, lines)
+        totals = _scaled(totals, (of_rows[0], of_rows[0], of_rows[1], of_rows[1]), (zero, zero, zero, zero))
+    totals = _side_added(totals, lines)
 
     row = first_row + _rows(32 * across, tiles_n, of_w)[:, :, None]
     thread = gl.arange(0, 32 * across, gl.SliceLayout(1, of_w))[:, None, None]

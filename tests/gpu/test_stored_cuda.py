@@ -43,9 +43,7 @@ def check(config: Config, rows: bool, spec: str, m: int, n: int, size: int, dtyp
     x = torch.randn(m, n if rows else size, device="cuda", dtype=dtype)
     got = kernels.mm_stored(x, *arguments(parts, spec, size, rows, dtype, bias, high_first), config=config)
     dense = as_multiplied(config.kernel, parts, spec, size, dtype)
-    assert_product(
-        got, x, dense.t() if rows else dense, bias, rounded=config.kernel not in ("gemv", *kernels.LEVELS_TIMES_SUMS)
-    )
+    assert_product(got, x, dense.t() if rows else dense, bias, rounded=config.kernel not in ("gemv", "fragments"))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -54,11 +52,9 @@ def test_every_config_with_every_kind_of_scale(name, spec):
     """Odd N and M, K = 3 blocks and K of several steps, both halves' order, levels by table and by formula."""
     rows, config = CONFIG_OF[name]
     block = Stored.parse(spec).quantizer.granularity.size or 32
-    m = {"gemv": config.most_m, **dict.fromkeys(kernels.LEVELS_TIMES_SUMS, max(1, config.most_m - 1))}
-    m = m.get(config.kernel, 17)
-    whole = 32 if config.kernel == "ring" else 8
+    m = {"gemv": config.most_m, "fragments": max(1, config.most_m - 1)}.get(config.kernel, 17)
     for size, table, high_first in ((3 * block, True, False), (4096 + 3 * block, True, True), (640, False, False)):
-        check(replace(config, table=table), rows, spec, m, 37, -(-size // whole) * whole, BF16, high_first)
+        check(replace(config, table=table), rows, spec, m, 37, size, BF16, high_first)
     bias = torch.randn(640 if rows else 1000, device="cuda", dtype=FP16)
     check(config, rows, spec, 1, 1000, 640, FP16, bias=bias)
 
@@ -74,7 +70,7 @@ def test_the_op_for_any_number_of_rows(m, rows):
         config = kernels.config_for((m, n, size), rows, BF16, kernels._rates(x.device))
         kernel = "" if config is None else config.kernel
         dense = as_multiplied(kernel, parts, NESTED, size, BF16)
-        assert_product(got, x, dense.t() if rows else dense, rounded=kernel not in kernels.LEVELS_TIMES_SUMS)
+        assert_product(got, x, dense.t() if rows else dense, rounded=kernel != "fragments")
 
 
 #: Warps side by side and in turn, tiles of 16 rows of W, steps, programs per processor.
@@ -97,39 +93,7 @@ def test_fragments_however_they_are_cut(m, spec):
     check(config, False, spec, m, 37, 4096 // block * block, BF16, high_first=True)
 
 
-#: Warps side by side and in turn, tiles of 16 rows of W, steps, turns on their way, programs per processor, whether
-#: splits are a cluster.
-RINGS = (
-    (1, 1, 1, 1, 2, 1, False),
-    (4, 2, 1, 2, 2, 1, True),
-    (1, 8, 1, 2, 3, 2, False),
-    (2, 4, 2, 1, 2, 1, True),
-    (1, 16, 1, 4, 2, 1, False),
-)
-
-
-@pytest.mark.parametrize("spec", FRAGMENTS)
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16])
-def test_rings_however_they_are_cut(m, spec):
-    """As of fragments; N of several tiles per program; more of x than there is room for."""
-    across, along, tiles, stages, depth, programs, joined = RINGS[(m + FRAGMENTS.index(spec)) % len(RINGS)]
-    block_m, block_n, warps = 1 << (m - 1).bit_length(), 16 * across * tiles, across * along
-    config = Config("ring", 0, block_n, 16 * along, block_m, warps, stages, programs, depth=depth, joined=joined)
-    block = Stored.parse(spec).quantizer.granularity.size or 32
-    short = next(size for size in range(7 * block, 64 * block, block) if size % 32 == 0)
-    bias = torch.randn(37, device="cuda", dtype=FP16)
-    check(config, False, spec, m, 37, short, FP16, bias=bias)
-    check(config, False, spec, m, 37, 4096 // block * block // 32 * 32, BF16, high_first=True)
-    check(config, False, spec, m, 8200, 16 * short, BF16)
-    if Stored.parse(spec).quantizer.granularity.size in (None, 0, 32, 64, 128):
-        check(config, False, spec, m, 40, 28672, BF16)
-
-
 OVERLAPPING = (
-    Config("ring", 1, 16, 256, 1, warps=16, stages=4, programs=1, depth=2),
-    Config("ring", 1, 16, 128, 1, warps=8, stages=2, programs=1, depth=3),
-    Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2),
-    Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2, joined=True),
     Config("fragments", 1, 32, 64, 1, warps=8, stages=4, programs=2),
     Config("fragments", 16, 64, 64, 16, warps=16, stages=1, programs=1),
 )

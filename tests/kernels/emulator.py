@@ -2,17 +2,14 @@
 
 It knows the instructions that the kernels under test have, and raises ``NotImplementedError`` at any other. Branches
 must be taken by all threads of a program alike. Every access to memory must lie in a tensor that the kernel was given,
-or in shared memory. Threads run in step, so a barrier that is missing does not show; asynchronous copies
-arrive when they are waited for, so one that is not does. ``mma`` sums in float64 and rounds
+or in shared memory. Threads run in step, so a barrier that is missing does not show. ``mma`` sums in float64 and rounds
 to float32.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from itertools import product, zip_longest
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,9 +18,7 @@ __all__ = ["emulate"]
 
 _SHARED = 1 << 40
 _STATIC = 1024  # where variables in shared memory begin, which is nowhere round
-_DYNAMIC = 1 << 17  # likewise what is allocated at a launch
 _SPACING = 1 << 24
-_RANK = 24  # above which an address in a cluster has the number of the program
 _VECTOR = re.compile(r"\{([^}]*)\}")
 
 
@@ -38,22 +33,11 @@ class _Memory:
                 address = (len(self.spaces) + 1) * _SPACING
                 self.address[id(tensor)] = address
                 self.spaces.append((address, tensor.view(-1).view(torch.uint8).numpy()))
-        self.shared = np.empty(0, np.uint8)
-        self.cluster: list[_Memory] = []
-
-    def of_cluster(self, programs: int) -> list[_Memory]:
-        """As each of them sees it: their own shared memory holds NaN."""
-        cluster = [copy(self) for _ in range(programs)]
-        for memory in cluster:
-            memory.shared, memory.cluster = np.full(_DYNAMIC + (1 << 18), 0xFF, np.uint8), cluster
-        return cluster
+        self.shared = np.full(1 << 18, 0xFF, np.uint8)
 
     def bytes_of(self, space: str, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if space in ("shared", "shared_cta"):
+        if space == "shared":
             return self.shared, address
-        if space == "shared_cluster":
-            (rank,) = np.unique(address >> np.uint64(_RANK))
-            return self.cluster[int(rank)].shared, address & np.uint64((1 << _RANK) - 1)
         start, data = self.spaces[int(address[0]) // _SPACING - 1]
         return data, address - np.uint64(start)
 
@@ -108,47 +92,13 @@ _BINARY: dict[str, Callable] = {
 }  # fmt: skip
 
 
-class _Barrier:
-    """Of ``mbarrier``: a phase is over when all have arrived and all bytes have, which come when it is waited for."""
-
-    def __init__(self, arrivals: int) -> None:
-        self.arrivals = self.missing = arrivals
-        self.phase, self.expected = 0, 0
-        self.copies: list[tuple[int, Callable[[], None]]] = []
-
-    def arrive(self, expected: int) -> None:
-        assert self.missing > 0, "more arrive than the barrier waits for, before anyone has waited"
-        self.missing -= 1
-        self.expected += expected
-        self._end_phase()
-
-    def wait(self, parity: int) -> None:
-        """Raises ``AssertionError`` where a card would wait for ever."""
-        if self.phase % 2 == parity:
-            for _, copy in self.copies:
-                copy()
-            self.expected -= sum(length for length, _ in self.copies)
-            self.copies.clear()
-            self._end_phase()
-        assert self.phase % 2 != parity, "waits for ever"
-
-    def _end_phase(self) -> None:
-        if self.missing == 0 and self.expected == 0 and not self.copies:
-            self.phase, self.missing = self.phase + 1, self.arrivals
-
-
 class _Program:
-    def __init__(
-        self, statements, labels, memory, parameters, threads: int, place: tuple[int, int], programs: int
-    ) -> None:
+    def __init__(self, statements, labels, memory, parameters, threads: int, place: tuple[int, int]) -> None:
         self.statements, self.labels, self.memory, self.parameters = statements, labels, memory, parameters
-        self.barriers: dict[int, _Barrier] = {}
-        self.groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
         self.threads = threads
         lane = np.arange(threads, dtype=np.uint64)
         self.registers = {"%tid.x": lane, "%laneid": lane % np.uint64(32), "%ctaid.x": self.all(place[0]),
-                          "%ctaid.y": self.all(place[1]), "%nctaid.x": self.all(programs),
-                          "global_smem": self.all(_DYNAMIC)}  # fmt: skip
+                          "%ctaid.y": self.all(place[1]), "global_smem": self.all(1 << 17)}  # fmt: skip
 
     def all(self, value: int) -> np.ndarray:
         return np.full(self.threads, value % (1 << 64), np.uint64)
@@ -168,11 +118,10 @@ class _Program:
         old = self.registers.get(name, self.all(0xDEAD))
         self.registers[name] = np.where(where, bits, old)
 
-    def run(self) -> Iterator[None]:
-        """Yields where it waits for the other programs of its cluster, of which ``self.cluster`` has their memories."""
+    def run(self) -> None:
         at = 0
-        while at < len(self.statements):
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            while at < len(self.statements):
                 guard, op, operands = self.statements[at]
                 at += 1
                 where = np.ones(self.threads, bool)
@@ -181,16 +130,11 @@ class _Program:
                 base, *modifiers = op.split(".")
                 if base == "ret":
                     return
-                met = base == "barrier" and modifiers[1] == "wait"
-                if base == "barrier":
-                    assert where.all()
-                elif base == "bra":
+                if base == "bra":
                     assert where.all() or not where.any(), "threads part"
                     at = self.labels[operands[0]] if where.all() else at
                 else:
                     self.step(base, modifiers, operands, where, op)
-            if met:
-                yield
 
     def address(self, operand: str) -> np.ndarray:
         name, _, shift = operand.strip("[] ").partition("+")
@@ -198,19 +142,13 @@ class _Program:
 
     def step(self, base: str, modifiers: list[str], operands: list[str], where: np.ndarray, op: str) -> None:
         kind = modifiers[-1] if modifiers else ""
-        if base in ("bar", "createpolicy", "griddepcontrol", "fence"):
-            return
-        if base == "mbarrier":
-            self.barrier(modifiers[0], operands, where)
-            return
-        if base == "cp":
-            (self.bulk_copy if modifiers[1] == "bulk" else self.copy)(modifiers, operands, where)
+        if base in ("bar", "createpolicy", "griddepcontrol"):
             return
         get, target = self.get, operands[0]
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
-            space = next(m for m in modifiers if m in ("global", "shared", "shared_cta", "shared_cluster"))
+            space = next(m for m in modifiers if m in ("global", "shared"))
             size = int(kind[1:]) // 8
             values, place = operands[:2] if base == "ld" else operands[1::-1]
             names = _VECTOR.sub(r"\1", values).replace(" ", "").split(",")
@@ -236,8 +174,6 @@ class _Program:
             self.set(target, _as(get(low), f"b{half}").astype(np.uint64) | get(high) << np.uint64(half), where)
         elif base in ("mov", "cvta"):
             self.set(target, get(operands[1], kind), where)
-        elif base == "mapa":
-            self.set(target, get(operands[1], "u32") + (get(operands[2], "u32") << _RANK), where)
         elif base == "shfl":
             self.shuffle(modifiers[1], operands, where)
         elif base == "mma":
@@ -316,68 +252,6 @@ class _Program:
             msg = f"{op} {operands}"
             raise NotImplementedError(msg)
 
-    def barrier(self, what: str, operands: list[str], where: np.ndarray) -> None:
-        """All threads arrive before any waits, so a barrier that is waited for has all that it will ever get."""
-        at = self.address(operands[1 if what in ("arrive", "try_wait") else 0])
-        for thread in np.flatnonzero(where):
-            key = int(at[thread])
-            if what == "init":
-                assert key not in self.barriers, "a barrier made twice"
-                self.barriers[key] = _Barrier(int(self.get(operands[1], "u32")[thread]))
-            elif what == "arrive":
-                expected = int(self.get(operands[2], "u32")[thread]) if len(operands) == 3 else 0
-                self.barriers[key].arrive(expected)
-            else:
-                assert what == "try_wait"
-                self.barriers[key].wait(int(self.get(operands[2], "u32")[thread]))
-        if what == "try_wait":
-            self.set(operands[0], np.ones(self.threads, bool), where)
-
-    def copy(self, modifiers: list[str], operands: list[str], where: np.ndarray) -> None:
-        """``cp.async``, of which nothing has changed in shared memory before its group is waited for."""
-        if modifiers[1] == "commit_group":
-            self.groups.append([])
-        elif modifiers[1] == "wait_group":
-            come = len(self.groups) - 1 - int(operands[0])
-            for copies in self.groups[: max(0, come)]:
-                for into, value in copies:
-                    self.memory.shared[into] = value
-            del self.groups[: max(0, come)]
-        else:
-            assert modifiers[1:4] == ["cg", "shared", "global"]
-            into, source = (self.address(operands[i])[where] for i in (0, 1))
-            assert int(operands[2], 0) == 16
-            assert all((at % 16 == 0).all() for at in (into, source)), "misaligned"
-            bytes_ = np.arange(16)
-            data, first = self.memory.bytes_of("global", source)
-            place = first[:, None].astype(np.int64) + bytes_
-            there = bytes_ < self.get(operands[3], "u32")[where][:, None]
-            assert (place[there] < data.size).all(), "global memory beyond its end"
-            value = np.where(there, data[np.where(there, place, 0)], 0).astype(np.uint8)
-            self.groups[-1].append((into[:, None].astype(np.int64) + bytes_, value))
-
-    def bulk_copy(self, modifiers: list[str], operands: list[str], where: np.ndarray) -> None:
-        """To shared memory, where nothing has changed before its barrier is waited for."""
-        assert modifiers[:5] == ["async", "bulk", "shared_cluster", "global", "mbarrier_complete_tx_bytes"]
-        into, source, barrier = (self.address(operands[i]) for i in (0, 1, 3))
-        size = self.get(operands[2], "s32")
-        for thread in np.flatnonzero(where):
-            length = int(size[thread])
-            assert length > 0
-            assert all(int(at[thread]) % 16 == 0 for at in (into, source)), "misaligned"
-            assert length % 16 == 0, "not whole pieces"
-            data, first = self.memory.bytes_of("global", source[thread : thread + 1])
-            start, end = int(first[0]), int(first[0]) + length
-            assert end <= data.size, "global memory beyond its end"
-            target = int(into[thread])
-            assert target >= _DYNAMIC
-            assert target + length <= self.memory.shared.size
-
-            def arrive(target=target, length=length, data=data, start=start, end=end) -> None:
-                self.memory.shared[target : target + length] = data[start:end]
-
-            self.barriers[int(barrier[thread])].copies.append((length, arrive))
-
     def shuffle(self, mode: str, operands: list[str], where: np.ndarray) -> None:
         lane = np.arange(self.threads)
         by, control = int(operands[2], 0), int(operands[3], 0)
@@ -435,23 +309,16 @@ def _parsed(ptx: str):
     return statements, labels, variables
 
 
-def emulate(
-    ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, ...], warps: int, cluster: int = 1
-) -> None:
-    """Runs every program of ``grid``, ``cluster`` of its second axis at once; ``arguments`` are those that the kernel
-    was not specialized by.
-    """
+def emulate(ptx: str, arguments: Sequence[torch.Tensor | int], grid: tuple[int, ...], warps: int) -> None:
+    """Runs every program of ``grid``; ``arguments`` are those that the kernel was not specialized by."""
     memory = _Memory([a for a in arguments if isinstance(a, torch.Tensor)])
     values = [memory.address[id(a)] if isinstance(a, torch.Tensor) else a for a in arguments]
     name = re.search(r"\.entry (\w+)", ptx)[1]
     parameters = {f"{name}_param_{i}": value for i, value in enumerate([*values, 0, 0])}
     statements, labels, variables = _parsed(ptx)
-    across = grid[1] if len(grid) > 1 else 1
-    for x, y in product(range(grid[0]), range(0, across, cluster)):
-        running = []
-        for rank, own in enumerate(memory.of_cluster(cluster)):
-            program = _Program(statements, labels, own, parameters, 32 * warps, (x, y + rank), grid[0])
+    for x in range(grid[0]):
+        for y in range(grid[1] if len(grid) > 1 else 1):
+            memory.shared.fill(0xFF)
+            program = _Program(statements, labels, memory, parameters, 32 * warps, (x, y))
             program.registers |= {name: program.all(at) for name, at in variables.items()}
-            running.append(program.run())
-        for met in zip_longest(*running, fillvalue=False):
-            assert all(one is None for one in met), "programs of a cluster end while others wait for them"
+            program.run()

@@ -1,4 +1,4 @@
-"""The product of few rows with a stored weight, codes by registers or by shared memory: numbers and machine code.
+"""The product of few rows with a stored weight, whose codes go straight to tensor cores: numbers and machine code.
 
 Gluon has no interpreter. The PTX of the kernel is run by :mod:`.emulator`, and compared as in
 :mod:`.test_stored_matmul`, whose bounds hold.
@@ -7,19 +7,15 @@ Gluon has no interpreter. The PTX of the kernel is run by :mod:`.emulator`, and 
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from qcompile.ir.stored import Stored
 from qcompile.kernels.matmul import stored as kernels
 from qcompile.kernels.matmul.stored import CONFIGS, Config
-from qcompile.kernels.triton import in_clusters
 
 from .emulator import emulate
 from .harness import compiled, launching
@@ -38,11 +34,11 @@ def emulated(x, config: Config, processors: int, monkeypatch, *call) -> tuple[to
     monkeypatch.setattr(kernels, "processors", lambda device: processors)
     new_empty, launched = torch.Tensor.new_empty, []
 
-    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, maxnreg=None, cluster=1, **constants):
+    def launch(kernel, programs, *given, num_warps=4, launch_pdl=False, maxnreg=None, **constants):
         grid = programs if isinstance(programs, tuple) else (programs,)
         built = compile_for_hopper(kernel, given, constants, num_warps, maxnreg)
         arguments = [value for value in given if isinstance(value, torch.Tensor) or value not in (None, 1)]
-        emulate(built.asm["ptx"], arguments, grid, num_warps, cluster)
+        emulate(built.asm["ptx"], arguments, grid, num_warps)
         launched.append((kernel.__name__, grid))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **b: new_empty(*a, **b).fill_(float("nan")))
@@ -57,7 +53,7 @@ def check(spec: str, m: int, n: int, size: int, config: Config, processors: int,
     bias = torch.randn(n).to(dtype) if m % 2 else None
     call = arguments(parts, spec, size, False, dtype, bias, high_first=m % 2 == 0)
     got, launched = emulated(x, config, processors, monkeypatch, *call)
-    assert_product(got, x, as_multiplied(config.kernel, parts, spec, size, dtype), bias, rounded=False)
+    assert_product(got, x, as_multiplied("fragments", parts, spec, size, dtype), bias, rounded=False)
     return launched
 
 
@@ -96,109 +92,6 @@ def test_emulated_splits_and_whole_steps(m, monkeypatch):
     launched = check(NESTED, m, 37, 1024, config, 6, BF16, monkeypatch)
     assert [name for name, _ in launched] == ["fragments", "add_splits"]
     assert launched[0][1] == (3, 2)
-
-
-# --- codes in shared memory ------------------------------------------------------------------------------------------
-
-#: Rows of x, warps, rows of W and words of a program, steps, turns of a warp on their way.
-RINGS = (
-    (1, 2, 16, 32, 2, 2),
-    (8, 2, 32, 16, 2, 2),
-    (2, 4, 32, 32, 1, 3),
-    (16, 1, 16, 16, 2, 2),
-    (3, 2, 32, 32, 2, 2),
-    (4, 1, 16, 16, 4, 1),
-    (17, 2, 32, 32, 1, 2),
-)
-
-
-def ring(m: int, warps: int, block_n: int, block_w: int, steps: int, depth: int, joined: bool = False) -> Config:
-    block_m = 1 << (m - 1).bit_length()
-    return Config("ring", 0, block_n, block_w, block_m, warps, steps, programs=1, depth=depth, joined=joined)
-
-
-@pytest.mark.parametrize(
-    "spec", [pytest.param(spec, marks=() if spec in QUICK else pytest.mark.nightly) for spec in SPECS + OTHER_BLOCKS]
-)
-@pytest.mark.parametrize("shift", [0, pytest.param(3, marks=pytest.mark.nightly)])
-def test_emulated_rings(spec, shift, monkeypatch):
-    """Odd N, K that is no multiple of a turn, several tiles per program, warps side by side and in turn."""
-    place = (SPECS + OTHER_BLOCKS).index(spec)
-    cut = RINGS[(place + shift) % len(RINGS)]
-    block = Stored.parse(spec).quantizer.granularity.size or 32
-    size = next(k for k in range(5 * block, 64 * block, block) if k % 32 == 0)
-    launched = check(spec, cut[0], 37, size, ring(*cut), 1, (BF16, FP16)[place % 2], monkeypatch)
-    assert [name for name, _ in launched] == ["ring"]
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "size", "cut", "processors", "grids"),
-    [
-        (16, 40, 8256, (16, 2, 32, 16, 4, 2), 1, [(1, 1)]),  # more of x than there is room for
-        pytest.param(3, 100, 2048, (3, 1, 16, 16, 1, 2), 2, [(2, 1)], marks=pytest.mark.nightly),
-        pytest.param(16, 100, 2048, (16, 4, 64, 16, 2, 2), 4, [(2, 2), (2,)], marks=pytest.mark.nightly),
-        (16, 90, 2048, (16, 4, 64, 16, 2, 2, True), 4, [(2, 2)]),  # a cluster adds its sums
-        pytest.param(5, 90, 1920, (5, 2, 16, 32, 1, 2, True), 18, [(6, 3)], marks=pytest.mark.nightly),
-        pytest.param(1, 50, 1024, (1, 4, 16, 64, 2, 2), 2, [(2, 1)], marks=pytest.mark.nightly),
-    ],
-)
-def test_emulated_rings_of_several_rounds(m, n, size, cut, processors, grids, monkeypatch):
-    """x in turn, tiles and splits over programs; rounds that end where rows do and not."""
-    launched = check(NESTED, m, n, size, ring(*cut), processors, BF16, monkeypatch)
-    assert [grid for _, grid in launched] == grids
-
-
-def test_ptx_of_no_known_form_is_not_put_in_clusters():
-    with pytest.raises(ValueError, match="has 0 kernels in the known form, not 1"):
-        in_clusters(".visible .entry kernel()\n{\nret;\n}\n", 4)
-
-
-def test_rings_take_whole_pieces_and_have_room(monkeypatch):
-    parts = weight(16, 192, "int4 block16")
-    call = arguments(parts, "int4 block16", 176, False, BF16)
-    with pytest.raises(ValueError, match="copies 16 bytes at a time, and K = 176 is no multiple of 32"):
-        kernels.mm_stored(torch.randn(1, 176).to(BF16), *call, config=ring(*RINGS[0]))
-    call = arguments(parts, "int4 block16", 192, False, BF16)
-    with pytest.raises(
-        ValueError, match=r"wants 3\d{5} bytes of shared memory, of 199680; take a config of less depth"
-    ):
-        kernels.mm_stored(torch.randn(8, 192).to(BF16), *call, config=ring(8, 16, 256, 16, 4, 8))
-
-
-#: For one row and for 16, of those that were swept.
-LIKELY = (
-    Config("ring", 1, 16, 256, 1, warps=16, stages=4, programs=1, depth=2),
-    Config("ring", 1, 16, 128, 1, warps=8, stages=4, programs=1, depth=4),
-    Config("ring", 16, 256, 16, 16, warps=8, stages=4, programs=1, depth=2),
-)
-
-
-@pytest.mark.parametrize(
-    ("config", "spec"),
-    [
-        pytest.param(config, spec, marks=() if (i, spec) == (0, NESTED) else pytest.mark.nightly, id=f"{config} {spec}")
-        for i, config in enumerate(LIKELY)
-        for spec in (NESTED, "int4 block128", "e2m1 block16 e4m3", "nf4 row")
-    ],
-)
-def test_codes_of_a_ring_pass_no_registers(config, spec, monkeypatch, tmp_path):
-    """None on their way, and next to no spills; the buffer is all that Triton allocates, so it begins where
-    instructions look for it.
-    """
-    bytes_of, asked = kernels._ring_bytes, []
-    monkeypatch.setattr(kernels, "_ring_bytes", lambda *cut: asked.append(bytes_of(*cut)) or asked[-1])
-    built = compiled_for(8192, 8192, config.most_m, False, spec, config, monkeypatch)["ring"]
-    ptx = built.asm["ptx"]
-    loop = ptx[ptx.index("Loop Header") : ptx.rindex("mma.sync")]
-    assert spills(built, tmp_path) <= 1  # of the address of a scale, once per turn
-    assert "ld.global.v4" not in loop
-    assert loop.count("try_wait") == 1  # for x
-    assert ptx.count("cp.async.cg") >= 2 * (1 + config.depth)
-    assert built.metadata.shared == asked[-1]
-    clustered = tmp_path / "clustered.ptx"
-    clustered.write_text(in_clusters(ptx, 4))
-    command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", clustered, "-o", tmp_path / "clustered.cubin"]
-    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize(

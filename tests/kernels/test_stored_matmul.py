@@ -81,7 +81,7 @@ def as_multiplied(
     kernel: str, parts: dict[str, torch.Tensor], spec: str, size: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """W ``[N, size]`` as a kernel sees it beside x of ``dtype``."""
-    if kernel not in ("gemv", *kernels.LEVELS_TIMES_SUMS):
+    if kernel not in ("gemv", "fragments"):
         return decoded(parts, spec, size, dtype)
     dense = decoded(parts, spec, size, FP32)
     if kernel == "gemv":
@@ -231,9 +231,7 @@ def compiled_for(n: int, size: int, m: int, rows: bool, spec: str, config: Confi
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     found = {}
 
-    def launch(
-        kernel, programs, *given, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, cluster=1, **constants
-    ):
+    def launch(kernel, programs, *given, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, **constants):
         found[kernel.__name__] = compile_for_hopper(kernel, given, constants, num_warps, maxnreg)
 
     with launching(launch):
@@ -248,9 +246,7 @@ FIRST = {(rows, config.most_m): config for rows, configs in CONFIGS.items() for 
 
 @compiled
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("rows", "most_m"), [key for key, config in FIRST.items() if config.kernel not in kernels.LEVELS_TIMES_SUMS]
-)
+@pytest.mark.parametrize(("rows", "most_m"), [key for key, config in FIRST.items() if config.kernel != "fragments"])
 def test_every_config_keeps_its_registers(rows, most_m, monkeypatch, tmp_path):
     """On Hopper no kernel of the table spills, codes come 16 bytes at a time, and levels out of registers."""
     config = FIRST[rows, most_m]
@@ -312,20 +308,6 @@ def test_the_kernel_follows_from_rows_and_dtype(m, dtype, rows, kernel):
     config = kernels.config_for((m, 4096, 4096), rows, dtype, costs.RATES[0])
     assert (config and config.kernel) == kernel
     assert config is None or not config.most_m or m <= config.most_m
-
-
-def test_what_a_ring_cannot_take_the_next_of_the_table_does(monkeypatch):
-    """Rows that are no whole pieces, cards older than Hopper, more rows of x."""
-    ring = Config("ring", 1, block_n=16, block_w=256, block_m=1, warps=16, stages=4, programs=1, depth=2)
-    monkeypatch.setitem(CONFIGS, False, (ring, *(c for c in CONFIGS[False] if c.kernel != "ring")))
-
-    def kernel(m, size, hopper=True):
-        return kernels.config_for((m, 4096, size), False, BF16, costs.RATES[0], hopper).kernel
-
-    assert [kernel(1, 4096), kernel(1, 4096 + 8), kernel(1, 4096, False), kernel(2, 4096)] == [
-        "ring",
-        *["fragments"] * 3,
-    ]
 
 
 @pytest.mark.parametrize(
