@@ -95,40 +95,52 @@ def _corrected(stored, squares, products, row, block, blocks, seed, fmt: tl.cons
 
 
 @triton.jit
-def _by_groups(values, fmt: tl.constexpr):
-    """[rows, span] as [rows / height, span / block, elements that share a scale]."""
-    rows: tl.constexpr = values.shape[0] // fmt.height
-    count: tl.constexpr = values.shape[1] // fmt.block
-    if fmt.height > 1:
-        values = tl.permute(tl.reshape(values, (rows, fmt.height, count, fmt.block)), (0, 2, 1, 3))
-    return tl.reshape(values, (rows, count, fmt.height * fmt.block))
+def _by_height(of_blocks, fmt: tl.constexpr):
+    """[rows, blocks] as [rows / height, height, blocks]. What a group has is reduced along K first and then along rows:
+    both at once are lanes of a warp that do not follow on each other, for which Triton (3.6, 3.7) takes others.
+    """
+    return tl.reshape(of_blocks, (of_blocks.shape[0] // fmt.height, fmt.height, of_blocks.shape[1]))
 
 
 @triton.jit
-def _spread(of_groups, fmt: tl.constexpr):
-    """[rows, blocks] for every element of its block: [rows · height, blocks · block]."""
-    rows: tl.constexpr = of_groups.shape[0]
-    count: tl.constexpr = of_groups.shape[1]
+def _for_rows(of_groups, fmt: tl.constexpr):
+    """[rows / height, blocks] for every row: [rows, blocks]."""
     if fmt.height > 1:
-        spread = tl.broadcast_to(of_groups[:, None, :, None], (rows, fmt.height, count, fmt.block))
-    else:
-        spread = tl.broadcast_to(of_groups[:, :, None], (rows, count, fmt.block))
-    return tl.reshape(spread, (rows * fmt.height, count * fmt.block))
+        shape: tl.constexpr = (of_groups.shape[0], fmt.height, of_groups.shape[1])
+        of_groups = tl.reshape(
+            tl.broadcast_to(of_groups[:, None, :], shape), (of_groups.shape[0] * fmt.height, of_groups.shape[1])
+        )
+    return of_groups
 
 
 @triton.jit
-def _scale_of_groups(values, whole, fmt: tl.constexpr):
-    """Stored scales and γ of ``values`` by groups: of the candidate that errs least, of equal ones the first."""
-    amax = greater(absolute_maximum(values, 2), fmt.amax_floor)
+def _error_of_groups(blocks, gamma, scale, unit, number: tl.constexpr, fmt: tl.constexpr):
+    """Errors of a candidate; ``gamma``, ``scale`` and ``unit`` by groups."""
+    gamma, scale, unit = _for_rows(gamma, fmt), _for_rows(scale, fmt), _for_rows(unit, fmt)
+    error = tl.sum(_error(blocks, gamma[:, :, None], scale[:, :, None], unit[:, :, None], number, fmt), 2)
+    if fmt.height > 1:
+        error = tl.sum(_by_height(error, fmt), 1)
+    return error
+
+
+@triton.jit
+def _scale_of_groups(blocks, whole, fmt: tl.constexpr):
+    """Stored scales and γ, [rows / height, blocks], of x [rows, blocks, block]: of the candidate that errs least, of
+    equal ones the first.
+    """
+    amax = absolute_maximum(blocks, 2)
+    if fmt.height > 1:
+        amax = maximum(_by_height(amax, fmt), 1)
+    amax = greater(amax, fmt.amax_floor)
     stored, gamma, scale = _scale(amax, whole, 0, fmt)
     if fmt.candidates > 1:
-        unit = fmt.error_unit(amax)[:, :, None]
+        unit = fmt.error_unit(amax)
         best = stored, gamma
-        least = tl.sum(_error(values, gamma[:, :, None], scale[:, :, None], unit, 0, fmt), 2)
+        least = _error_of_groups(blocks, gamma, scale, unit, 0, fmt)
         candidates: tl.constexpr = fmt.candidates
         for i in tl.static_range(1, candidates):
             stored, gamma, scale = _scale(amax, whole, i, fmt)
-            error = tl.sum(_error(values, gamma[:, :, None], scale[:, :, None], unit, i, fmt), 2)
+            error = _error_of_groups(blocks, gamma, scale, unit, i, fmt)
             least, best = _less(error, least, (stored, gamma), best)
         stored, gamma = best
     return stored, gamma
@@ -163,8 +175,10 @@ def _quantize(
     at = batch.to(tl.int64) * batch_stride + row.to(tl.int64) * row_stride + k.to(tl.int64) * stride
     values = tl.load(x + at, mask=(row < rows) & (k < size), other=0.0).to(tl.float32)
 
-    stored, gamma = _scale_of_groups(_by_groups(values, fmt), whole, fmt)
-    gamma = _spread(gamma, fmt)
+    blocks = tl.reshape(values, (tile, span // fmt.block, fmt.block))
+    stored, gamma = _scale_of_groups(blocks, whole, fmt)
+    gamma = tl.broadcast_to(_for_rows(gamma, fmt)[:, :, None], blocks.shape)
+    gamma = tl.reshape(gamma, (tile, span))
     y = values * tl.abs(gamma)
     code = _code(y, gamma, batch * rows + row, k, size, seed, fmt)
 

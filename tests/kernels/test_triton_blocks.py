@@ -169,3 +169,15 @@ def test_machine_code(text, axis, most, tmp_path):
     assert "STL" not in instructions
     elements = triton_blocks.ROWS * SPAN / 32 / kernel.metadata.num_warps
     assert (len(instructions) - instructions.count("NOP")) / elements < most
+
+
+@compiled
+def test_rows_of_a_square_are_reduced_over_their_own_lanes():
+    """A warp has two rows of 16 lanes each. Triton takes lanes that share a square for neighbours, if rows and columns
+    are reduced at once: an absolute maximum of other squares, and NaN in training.
+    """
+    x, whole = on_meta(1024, 2048), on_meta(1, dtype=torch.float32)
+    (kernel,) = launches_of(lambda: triton_blocks.quantize_blocks(x, "e2m1 block16x16 e4m3", -1, whole))
+    columns, rows = 1, 16
+    distances = {int(d) for d in re.findall(r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", kernel.asm["ptx"])}
+    assert {columns, rows} <= distances
