@@ -47,6 +47,9 @@ def test_gradients_are_those_of_a_cpu(name: str) -> None:
     }
     if name in again:
         options |= {"wgrad_activation": again[name], "dgrad_weight": again[name]}
+    # What codes stand for lies on a grid, and so do rotations of it: in the middle between two codes so often that sums
+    # of a butterfly in another order change the first layer's gradient by a tenth.
+    options["again_from"] = "originals"
     for found, expected in zip(gradients(name, "cuda", **options), gradients(name, "cpu", **options), strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
 
