@@ -471,6 +471,7 @@ def test_generated_code_resumes_bitwise_under_autocast():
 
 
 @pytest.mark.inductor
+@pytest.mark.nightly
 def test_generated_code_under_compiled_autograd():
     tokens, recipe = batches(1)[0], "qcompile_fp4"
     model = Decoder(layers=1)
@@ -520,7 +521,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.inductor
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("recipe", "autocast"), [("qcompile_fp4", True), ("qcompile_quest", False)], ids=["FP4, autocast", "QuEST, weights"]
 )

@@ -56,6 +56,7 @@ def test_every_aten_op_that_is_named_like_a_product_is_known() -> None:
     assert {name for name in named if not is_known(name)} == set()
 
 
+@pytest.mark.nightly
 def test_every_sampled_op_that_runs_a_product_is_known() -> None:
     """By what they do, not by their names: torch's own samples of all its ops, run. A function written in Python is
     captured as the ops it is made of."""
