@@ -47,6 +47,7 @@ from qcompile.ir.stored import Stored
 from qcompile.kernels.formula import rounding, scales
 from qcompile.kernels.formula.layout import MOST_MIDPOINTS
 from qcompile.kernels.formula.triton_target import device_function
+from qcompile.kernels.lasting import lasting
 from qcompile.kernels.quantize.grid import Constants
 from qcompile.kernels.quantize.triton_codes import WARP, eighths
 from qcompile.kernels.replay import note_constant
@@ -155,15 +156,20 @@ def _book(text: str, device: torch.device) -> Tensor:
     """The levels of the codes of nested scales, float32."""
     nested = Stored.parse(text).nested
     assert nested is not None
-    return torch.tensor(nested.quantizer.format.levels, dtype=torch.float32, device=device)
+    levels = nested.quantizer.format.levels
+    return lasting(lambda: torch.tensor(levels, dtype=torch.float32, device=device))
 
 
 @cache
 def _pairs(text: str, dtype: torch.dtype, high_first: bool, device: torch.device) -> Tensor:
     """Two levels in ``dtype`` for every byte, the first element's in the low half of an int32."""
     levels = Stored.parse(text).quantizer.format.levels
-    codes = torch.arange(256).view(-1, 1) >> torch.tensor([4, 0] if high_first else [0, 4])
-    return torch.tensor(levels).to(dtype)[codes & 15].view(torch.int32).flatten().to(device)
+
+    def made() -> Tensor:
+        codes = torch.arange(256).view(-1, 1) >> torch.tensor([4, 0] if high_first else [0, 4])
+        return torch.tensor(levels).to(dtype)[codes & 15].view(torch.int32).flatten().to(device)
+
+    return lasting(made)
 
 
 # --- from codes to levels --------------------------------------------------------------------------------------------
