@@ -80,7 +80,8 @@ def _rounded(value: np.ndarray, kind: str) -> np.ndarray:
 
 
 _COMPARE: dict[str, Callable] = {
-    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
+    "ne": lambda a, b: (a < b) | (a > b),  # not of NaN
     "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b), "equ": lambda a, b: ~(a < b) & ~(a > b),
     "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
@@ -178,6 +179,8 @@ class _Program:
             self.shuffle(modifiers[1], operands, where)
         elif base == "mma":
             self.mma(operands, modifiers[-2])
+        elif base == "stmatrix":
+            self.store_matrices(operands)
         elif base == "setp":
             self.set(target, _COMPARE[modifiers[0]](get(operands[1], kind), get(operands[2], kind)), where)
         elif base == "selp":
@@ -211,6 +214,8 @@ class _Program:
             self.set(target, quotient if base == "div" else rest, where)
         elif base == "not":
             self.set(target, ~get(operands[1], kind), where)
+        elif base == "copysign":
+            self.set(target, np.copysign(get(operands[2], kind), get(operands[1], kind)), where)
         elif base in ("neg", "abs"):
             value = get(operands[1], kind)
             self.set(target, -value if base == "neg" else np.abs(value), where)
@@ -254,7 +259,7 @@ class _Program:
 
     def shuffle(self, mode: str, operands: list[str], where: np.ndarray) -> None:
         lane = np.arange(self.threads)
-        by, control = int(operands[2], 0), int(operands[3], 0)
+        by, control = self.get(operands[2]).astype(np.int64), int(operands[3], 0)
         segment = control >> 8 & 31
         if mode == "bfly":
             source = (lane & 31) ^ by
@@ -262,6 +267,13 @@ class _Program:
             assert mode == "idx"
             source = (lane & 31 & segment) | (by & ~segment & 31)
         self.set(operands[0], self.get(operands[1])[lane // 32 * 32 + source], where)
+
+    def store_matrices(self, operands: list[str]) -> None:
+        """Of 8 × 8 elements of 16 bits each; lane 8 i + r has the address of row r of the one in register i."""
+        lane, addresses = np.arange(32), self.address(operands[0]).reshape(-1, 32)
+        for i, name in enumerate(_VECTOR.sub(r"\1", operands[1]).replace(" ", "").split(",")):
+            of_rows = addresses[:, 8 * i : 8 * i + 8][:, lane // 4]
+            self.memory.store("shared", (of_rows + (4 * (lane % 4)).astype(np.uint64)).reshape(-1), 4, self.get(name))
 
     def mma(self, operands: list[str], kind: str) -> None:
         d, a, b, c = (_VECTOR.sub(r"\1", text).replace(" ", "").split(",") for text in operands)

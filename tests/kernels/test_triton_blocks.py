@@ -15,8 +15,9 @@ from qcompile.ir.quantizer import Quantizer  # noqa: E402
 from qcompile.kernels.quantize import reference, triton_blocks  # noqa: E402
 from qcompile.kernels.quantize.block_grid import SPAN, block_grid_of, why_not_in_blocks  # noqa: E402
 
-from .harness import compiled, interpreted, run_interpreted  # noqa: E402
-from .test_triton_quantize import launches_of, machine_code, on_meta  # noqa: E402
+from .emulator import emulate  # noqa: E402
+from .harness import compiled, interpreted, launching, run_interpreted  # noqa: E402
+from .test_triton_quantize import compile_for_hopper, launches_of, machine_code, on_meta  # noqa: E402
 
 BF16 = torch.bfloat16
 #: What the recipes of full FP4 quantize by, and what else is chosen or rounded otherwise.
@@ -172,12 +173,23 @@ def test_machine_code(text, axis, most, tmp_path):
 
 
 @compiled
-def test_rows_of_a_square_are_reduced_over_their_own_lanes():
-    """A warp has two rows of 16 lanes each. Triton takes lanes that share a square for neighbours, if rows and columns
-    are reduced at once: an absolute maximum of other squares, and NaN in training.
+@pytest.mark.parametrize(
+    "text", ["e2m1 block16x16 e4m3", "e2m1 block16x16 e4m3_46", "e4m3 block32x32 e8m0", "e2m1 block16 e4m3"]
+)
+def test_machine_code_runs_as_the_reference_says(text):
+    """With vectors of elements in a thread and two rows in a warp, which no interpreter has. Lanes that share a square
+    do not follow on each other then, and Triton took others for them where rows and columns were reduced at once.
     """
-    x, whole = on_meta(1024, 2048), on_meta(1, dtype=torch.float32)
-    (kernel,) = launches_of(lambda: triton_blocks.quantize_blocks(x, "e2m1 block16x16 e4m3", -1, whole))
-    columns, rows = 1, 16
-    distances = {int(d) for d in re.findall(r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", kernel.asm["ptx"])}
-    assert {columns, rows} <= distances
+    x, *arguments = inputs((144, 192), text, -1)
+
+    def launch(kernel, programs, *given, num_warps, **constants):
+        built = compile_for_hopper(kernel, given, constants, num_warps, None)
+        emulate(
+            built.asm["ptx"],
+            [value for value in given if isinstance(value, torch.Tensor) or value not in (None, 1)],
+            (programs,),
+            num_warps,
+        )
+
+    with launching(launch):
+        assert_as_the_reference(x, *arguments)
