@@ -70,10 +70,8 @@ def _accumulate(graph: Graph, root: Node) -> bool:
     rates, _ = rates_of(compat.card_name(value.device))
     terms = _sorted(root, rates)
     merged = len(terms.low) > 1 and _pays_to_merge(terms.low, rates)
-    if terms.high:
-        useful = len(terms.high) + len(terms.low) > 1
-    else:
-        useful = merged or (len(terms.first_only) == 1 and bool(terms.low) and not terms.rest and _is_written(root))
+    chained = bool(terms.high) and len(terms.high) + len(terms.low) > 1
+    useful = chained or merged or _adds_to_first(terms, root)
     if not useful or not value.is_contiguous():
         return False
     with graph.inserting_before(root):
@@ -160,6 +158,12 @@ def _pays_to_merge(products: list[Node], rates: Rates) -> bool:
     return rates.passes(2 * value.dtype.itemsize * m * n * (len(products) - 1), 0) > rates.passes(0, 2)
 
 
+def _adds_to_first(terms: _Terms, root: Node) -> bool:
+    """Whether low-rank products add to a product that can only come first. A bias of theirs would be one more term."""
+    products_only = len(terms.first_only) == 1 and not (terms.high or terms.rest) and terms.bias is None
+    return products_only and bool(terms.low) and _is_written(root)
+
+
 def _is_written(node: Node) -> bool:
     """Whether a result reaches memory whatever is generated around it: something reads it that Inductor does not
     generate, or the graph returns it.
@@ -185,7 +189,7 @@ def _summed(graph: Graph, terms: _Terms, merged: bool, root: Node) -> Node:
         low = [
             (serves, [emit(graph, serves, aten.cat.default, list(of), axis) for of, axis in ((lefts, 1), (rights, 0))])
         ]
-    if not terms.high and len(terms.first_only) == 1 and not terms.rest and _is_written(root):
+    if _adds_to_first(terms, root):
         total, added = terms.first_only[0][0], low
     else:
         terms.rest += [term for _, term in terms.first_only]

@@ -17,8 +17,8 @@ from qcompile import compat
 __all__ = [
     "argument_of", "aten", "attribute_of", "bodies_called", "decided_size", "emit", "fake_values_read",
     "graph_modules", "input_of", "is_call", "is_cast", "is_gather", "is_read_by", "is_relayout", "is_view", "item_of",
-    "memory_of", "result", "results_of", "same_size", "same_sizes", "size_along", "static_size", "take_over",
-    "target_name", "through_views", "unchanged", "value_of",
+    "may_alias", "memory_of", "result", "results_of", "same_size", "same_sizes", "size_along", "static_size",
+    "take_over", "target_name", "through_views", "unchanged", "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -235,7 +235,7 @@ def unchanged(graph: Graph, before: dict[Node, list[Any]]) -> set[Node]:
         known = before.get(node)
         if known is None:
             memory = compat.memory_of(node.meta.get("val"))
-            right = memory is None or not _may_alias(node) or memory in map(compat.memory_of, values)
+            right = memory is None or not may_alias(node) or memory in map(compat.memory_of, values)
         else:
             right = len(values) == len(known) and all(map(operator.is_, values, known))
         if right:
@@ -243,7 +243,7 @@ def unchanged(graph: Graph, before: dict[Node, list[Any]]) -> set[Node]:
     return found
 
 
-def _may_alias(node: Node) -> bool:
+def may_alias(node: Node) -> bool:
     """Whether the result of an ATen call may share memory with an argument."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(argument.alias_info is not None for argument in schema.arguments)

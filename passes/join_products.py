@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from qcompile import compat
 from qcompile.kernels.matmul.costs import rates_of
 
-from .graph import aten, emit, input_of, is_view, static_size
+from .graph import aten, emit, input_of, is_view, may_alias, static_size
 from .pass_base import Context
 
 __all__ = ["join_products"]
@@ -39,6 +39,10 @@ class _Thin(NamedTuple):
     extent: int
 
     @property
+    def shared(self) -> Node:  # may have become a part of another product
+        return self.product.args[self.side]  # type: ignore[return-value]
+
+    @property
     def thin(self) -> Node:
         return self.product.args[1 - self.side]  # type: ignore[return-value]
 
@@ -53,14 +57,17 @@ def join_products(graph: Graph, context: Context) -> int:
             extent = static_size(product.meta["val"].shape[1 - side])
             if extent is not None and extent < _MOST:
                 groups[shared, side].append(_Thin(product, side, extent))
-    return sum(_joined(graph, shared, members) for (shared, _), members in groups.items())
+    return sum(_joined(graph, members) for members in groups.values())
 
 
-def _joined(graph: Graph, shared: Node, members: list[_Thin]) -> int:
+def _joined(graph: Graph, members: list[_Thin]) -> int:
     """Join what may be; returns how many products are gone."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    members = [m for m in members if m.product in order and m.thin is not shared and _source(m.thin) is not None]
-    if len(members) < 2 or sum(member.extent for member in members) > _MOST or not _pays(shared, len(members)):
+    members = [m for m in members if m.product in order and m.thin is not m.shared and _source(m.thin) is not None]
+    if len(members) < 2 or sum(member.extent for member in members) > _MOST:
+        return 0
+    shared = members[0].shared
+    if not _pays(shared, len(members)):
         return 0
     sources = [source for member in members if (source := _source(member.thin)) is not None]
     last = max((shared, *sources), key=lambda node: order[node])
@@ -77,7 +84,8 @@ def _joined(graph: Graph, shared: Node, members: list[_Thin]) -> int:
         for member in members:
             end = start + member.extent
             part = emit(graph, member.product, aten.slice.Tensor, product, axis, start, end)
-            if axis == 1 and _is_returned(member.product):  # as others expect it to lie; rows lie so
+            as_expected = axis == 0 or not _is_returned(member.product)  # rows lie so
+            if not as_expected or _is_read_by_address(member.product):
                 part = emit(graph, member.product, aten.clone.default, part, memory_format=torch.contiguous_format)
             member.product.replace_all_uses_with(part)
             start = end
@@ -116,3 +124,18 @@ def _pays(shared: Node, readers: int) -> bool:
 def _is_returned(node: Node) -> bool:
     """Whether the graph returns a tensor, or a view of it."""
     return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
+
+
+def _is_read_by_address(node: Node) -> bool:
+    """Whether something depends on where a tensor, or a view of it, lies in its storage: kernels that users wrote, and
+    calls of ATen that take their own view of memory (``as_strided``, another dtype).
+    """
+    return any(
+        _is_read_by_address(user) if is_view(user) else user.op != "output" and (may_alias(user) or not _is_known(user))
+        for user in node.users
+    )
+
+
+def _is_known(call: Node) -> bool:
+    """Whether an op reads tensors by their strides, whatever these are."""
+    return getattr(call.target, "namespace", None) in ("aten", "prims", "qcompile")

@@ -226,6 +226,57 @@ def test_few_rows_are_read_as_often_as_before():
     assert len(lines(result, "post_grad_lower", "aten.mm")) == len(lines(result, "post_grad_join_products", "aten.mm"))
 
 
+@torch.library.custom_op("qcompile_low_rank::dense", mutates_args=())
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """What a kernel of a user may take for granted that is given what such a product returns."""
+    assert x.is_contiguous()
+    return x + 1
+
+
+dense.register_fake(torch.empty_like)
+
+
+READ_BY_ADDRESS = {
+    "a user's op": dense,
+    "as_strided": lambda y: y.as_strided((5, 5), (3, 1)),
+    "a view in a longer dtype": lambda y: y.view(-1, 4).view(torch.int64),
+}
+
+
+@pytest.mark.parametrize("case", READ_BY_ADDRESS)
+def test_what_depends_on_memory_finds_it_as_it_was(case):
+    def function(layer, x):
+        row = x[0]
+        first, second = F.linear(row, layer.lora_a), F.linear(row, layer.lora_c)
+        return layer.base(x), READ_BY_ADDRESS[case](first), second.sin()
+
+    model, x = Read(function), inputs().detach()
+    model.layer.lora_c = nn.Parameter(torch.randn(3, 512))
+    with (
+        torch.no_grad(),
+        mock.patch("qcompile.passes.join_products.rates_of", return_value=(replace(RATES[0], launch=0.0), True)),
+    ):
+        result = run(model, x)
+        assert "aten.cat" in result.program("post_grad_join_products")
+        for found, expected in zip(result.outputs, model(x), strict=True):
+            torch.testing.assert_close(found.float(), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_a_joined_one_are_joined_as_well():
+    """What two of them share is a part of the first product then."""
+
+    def function(layer, x):
+        row = x[0]
+        first, second = F.linear(row, layer.lora_a), F.linear(row, layer.lora_a.sin())
+        narrow = layer.lora_b[:8]
+        return layer.base(x) + F.linear(first, narrow).sum() + F.linear(first, narrow.cos()).sum() + second.sum()
+
+    model, x = Read(function), inputs()
+    with mock.patch("qcompile.passes.join_products.rates_of", return_value=(replace(RATES[0], launch=0.0), True)):
+        result = run(model, x)
+    assert_same((result.outputs, result.gradients), run_eager(model, x))
+
+
 # --- sums -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +323,22 @@ def test_rows_that_are_counted_at_run_time():
     assert result.count("mm_stored", "post_grad_accumulate") == 6
     assert result.count("mm_add", "post_grad_accumulate") == 2
     assert scalings(result, "joint_hints", 2.0) == [4] * 6
+    assert_same((result.outputs, result.gradients), run_eager(model, x))
+
+
+def test_a_bias_beside_a_product_that_comes_first():
+    """The low-rank product's own is a term that the first product cannot take in."""
+
+    def function(layer, x):
+        y = layer.base(x) + F.linear(F.linear(x, layer.lora_a), layer.lora_b, layer.base.bias)
+        return y @ torch.ones(576, 3)
+
+    torch.manual_seed(0)
+    model, x = Read(function), inputs()
+    model.layer = Adapted(512, 576, bias=True)
+    torch._dynamo.mark_dynamic(x, 1)
+    result = run(model, x)
+    assert result.count("mm_stored", "post_grad_accumulate") == 2
     assert_same((result.outputs, result.gradients), run_eager(model, x))
 
 
