@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eight_bit_curves import COSTS, Curve
+from eight_bit_curves import COSTS, Curve, table_head
 from study import Arm, Order, Study, orders, signed
 
 from qcompile.apps.demo import smoothed
@@ -171,7 +171,7 @@ def table(curves: dict[str, Curve]) -> str:
     lines = [] if math.isnan(within) else [f"Two seeds of BF16 differ by {within:.4f} nats on held-out text.", ""]
     for panel, title in PANELS.items():
         headers = ["loss", "gap", "published gap", *COSTS]
-        lines += [f"**({panel}) {title}**", "", f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
+        lines += [f"**({panel}) {title}**", "", *table_head(headers)]
         for name, curve in curves.items():
             arm = ARMS[name]
             if panel in arm.panels or name in BASELINES:

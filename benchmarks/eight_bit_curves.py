@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from loss_curves import Text, decay_groups, loss_of, windows
+from loss_curves import Text, decay_groups, loss_of, step_of, windows
 from measure import (
     add_worker_arguments,
     answer,
@@ -55,7 +55,7 @@ from model import SIZES, Size, build
 from torch import Tensor, nn
 from training_step import names_from
 
-from qcompile.apps.demo import learning_rate_factor, smoothed
+from qcompile.apps.demo import smoothed
 
 __all__ = [
     "ARMS",
@@ -75,8 +75,8 @@ __all__ = [
     "run_arms",
     "run_steps",
     "settings_of",
-    "step_of",
     "table",
+    "table_head",
     "title_of",
     "train",
     "write_json",
@@ -248,6 +248,11 @@ def _text(path: Path) -> str:
 COSTS = ("ms per step", "first step, s", "peak GiB")
 
 
+def table_head(headers: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table of arms: their names, and numbers under ``headers``."""
+    return [f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
+
+
 @dataclass
 class Curve:
     """What one arm produced; losses in nats per token. What was not measured is ``None``.
@@ -286,22 +291,6 @@ class Curve:
                 msg = f"losses are a list of numbers, got {losses!r:.40}"
                 raise TypeError(msg)
         return curve
-
-
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Callable[[Batch], Tensor]:
-    """What trains ``model`` on a batch and returns its loss: clipped gradients, the rates of ``steps`` steps."""
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-
-    def step(batch: Batch) -> Tensor:
-        loss = loss_of(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rates.step()
-        return loss
-
-    return step
 
 
 def run_steps(
@@ -535,7 +524,7 @@ def rows_of(curves: dict[str, Curve], baseline: str = BASELINE) -> list[dict[str
 def table(curves: dict[str, Curve], arms: Mapping[str, Drawn] = ARMS) -> str:
     """Markdown; the first of ``arms`` is the baseline."""
     headers = ["steps", f"train, last {LAST}", "gap, %", "validation", "gap, %", *COSTS, "s"]
-    lines = [f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
+    lines = table_head(headers)
     for row in rows_of(curves, next(iter(arms))):
         curve = curves[row["arm"]]
         cells = [

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eight_bit_curves import COSTS, Curve, gap
+from eight_bit_curves import COSTS, Curve, gap, table_head
 from study import Arm, Study, orders, signed
 
 from qcompile import RECIPES
@@ -111,7 +111,7 @@ def table(curves: dict[str, Curve]) -> str:
     """Markdown: losses and gaps, the noise that they are read against, and the published order pair by pair."""
     said = found(curves)
     headers = ["steps", f"train, last {LAST}", "gap, nats", "held out", "gap, nats", "published", *COSTS, "s"]
-    lines = [f"| arm | {' | '.join(headers)} |", f"|---|{'---:|' * len(headers)}"]
+    lines = table_head(headers)
     for row in said["final"]:
         curve, cells = curves[row["arm"]], []
         for key, form, error in (

@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,19 @@ from training_step import OURS, names_from, release
 
 from qcompile.apps.demo import learning_rate_factor, read_text, smoothed
 
-__all__ = ["ARMS", "Arm", "Curve", "Text", "decay_groups", "final_rows", "loss_of", "main", "train", "windows"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Curve",
+    "Text",
+    "decay_groups",
+    "final_rows",
+    "loss_of",
+    "main",
+    "step_of",
+    "train",
+    "windows",
+]
 
 LAST = 20  # steps that the final training loss is the mean of
 ZOOM = 100  # steps in the inset
@@ -127,16 +139,9 @@ def train(name: str, arm: Arm, size: Size, text: Text, steps: int, learning_rate
     for block in model.layers:
         block.compile(backend=arm.backend, options=arm.options, dynamic=False)
     optimizer = torch.optim.AdamW(decay_groups(model.parameters()), lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    losses = []
-    for _, batch in zip(range(steps), text.batches(size, arm.seed), strict=False):
-        loss = loss_of(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(loss.detach())
+    step = step_of(model, optimizer, steps)
+    batches = zip(range(steps), text.batches(size, arm.seed), strict=False)
+    losses = [step(batch).detach() for _, batch in batches]
     # With gradients enabled, like the steps: nothing is compiled again.
     held_out = [loss_of(model, batch).detach() for batch in text.validation_batches(size)]
     validation = torch.stack(held_out).mean().item()
@@ -148,6 +153,24 @@ def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     known = list(parameters)
     decayed, other = ([p for p in known if (p.dim() >= 2) == matrix] for matrix in (True, False))
     return [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
+
+
+def step_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    """What trains ``model`` on a batch and returns its loss: clipped gradients, the rates of ``steps`` steps."""
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rates.step()
+        return loss
+
+    return step
 
 
 def loss_of(model: Llama, batch: tuple[Tensor, Tensor]) -> Tensor:

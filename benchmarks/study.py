@@ -38,11 +38,10 @@ from eight_bit_curves import (
     run_arms,
     run_steps,
     settings_of,
-    step_of,
     title_of,
     write_json,
 )
-from loss_curves import decay_groups, loss_of
+from loss_curves import decay_groups, loss_of, step_of
 from measure import add_worker_arguments, answer, fresh_log
 from model import SIZES, Size, build
 from torch import Tensor
