@@ -72,6 +72,26 @@ def _less(error, least, candidate, best):
 
 
 @triton.jit
+def _choice(amax, whole, error_of: tl.constexpr, source, fmt: tl.constexpr):
+    """Stored scales and γ of groups with ``amax``: of the candidate that errs least, of equal ones the first.
+    ``error_of(source, γ, s, unit, candidate, fmt)``: errors of groups, of x that lies in ``source``.
+    """
+    amax = greater(amax, fmt.amax_floor)
+    stored, gamma, scale = _scale(amax, whole, 0, fmt)
+    if fmt.candidates > 1:
+        unit = fmt.error_unit(amax)
+        best = stored, gamma
+        least = error_of(source, gamma, scale, unit, 0, fmt)
+        candidates: tl.constexpr = fmt.candidates
+        for i in tl.static_range(1, candidates):
+            stored, gamma, scale = _scale(amax, whole, i, fmt)
+            error = error_of(source, gamma, scale, unit, i, fmt)
+            least, best = _less(error, least, (stored, gamma), best)
+        stored, gamma = best
+    return stored, gamma
+
+
+@triton.jit
 def _code(y, gamma, row, k, size, seed, fmt: tl.constexpr):
     """Int32 codes of y, the elements at ``row`` and ``k`` of blocks with ``gamma``; of more than 2³² the low bits of an
     index count.
@@ -125,25 +145,11 @@ def _error_of_groups(blocks, gamma, scale, unit, number: tl.constexpr, fmt: tl.c
 
 @triton.jit
 def _scale_of_groups(blocks, whole, fmt: tl.constexpr):
-    """Stored scales and γ, [rows / height, blocks], of x [rows, blocks, block]: of the candidate that errs least, of
-    equal ones the first.
-    """
+    """Stored scales and γ, [rows / height, blocks], of x [rows, blocks, block]."""
     amax = absolute_maximum(blocks, 2)
     if fmt.height > 1:
         amax = maximum(_by_height(amax, fmt), 1)
-    amax = greater(amax, fmt.amax_floor)
-    stored, gamma, scale = _scale(amax, whole, 0, fmt)
-    if fmt.candidates > 1:
-        unit = fmt.error_unit(amax)
-        best = stored, gamma
-        least = _error_of_groups(blocks, gamma, scale, unit, 0, fmt)
-        candidates: tl.constexpr = fmt.candidates
-        for i in tl.static_range(1, candidates):
-            stored, gamma, scale = _scale(amax, whole, i, fmt)
-            error = _error_of_groups(blocks, gamma, scale, unit, i, fmt)
-            least, best = _less(error, least, (stored, gamma), best)
-        stored, gamma = best
-    return stored, gamma
+    return _choice(amax, whole, _error_of_groups, blocks, fmt)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks_of_row"])  # neither says how elements and codes are aligned
@@ -223,8 +229,9 @@ def _spread_rows(of_groups, fmt: tl.constexpr):
 
 
 @triton.jit
-def _error_of_columns(x, stride, inside, gamma, scale, unit, number: tl.constexpr, fmt: tl.constexpr):
+def _error_of_columns(source, gamma, scale, unit, number: tl.constexpr, fmt: tl.constexpr):
     """Errors of a candidate by groups; ``gamma``, ``scale`` and ``unit`` by groups."""
+    x, stride, inside = source
     gamma, scale, unit = _spread_rows(gamma, fmt), _spread_rows(scale, fmt), _spread_rows(unit, fmt)
     error = tl.zeros(gamma.shape, tl.int64)
     for i in tl.range(0, fmt.block, loop_unroll_factor=UNROLLED):
@@ -244,19 +251,7 @@ def _scale_of_columns(x, stride, inside, whole, count: tl.constexpr, tile: tl.co
         amax = greater(amax, tl.abs(tl.load(x + i * stride, mask=inside, other=0.0).to(tl.float32)))
     if fmt.height > 1:
         amax = maximum(_rows_by_groups(amax, fmt), 2)
-    amax = greater(amax, fmt.amax_floor)
-    stored, gamma, scale = _scale(amax, whole, 0, fmt)
-    if fmt.candidates > 1:
-        unit = fmt.error_unit(amax)
-        best = stored, gamma
-        least = _error_of_columns(x, stride, inside, gamma, scale, unit, 0, fmt)
-        candidates: tl.constexpr = fmt.candidates
-        for i in tl.static_range(1, candidates):
-            stored, gamma, scale = _scale(amax, whole, i, fmt)
-            error = _error_of_columns(x, stride, inside, gamma, scale, unit, i, fmt)
-            least, best = _less(error, least, (stored, gamma), best)
-        stored, gamma = best
-    return stored, gamma
+    return _choice(amax, whole, _error_of_columns, (x, stride, inside), fmt)
 
 
 @triton.jit(do_not_specialize=["blocks_of_row"])
