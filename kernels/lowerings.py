@@ -93,13 +93,12 @@ def cuda_provider(
         return "reference", f"{op} has no lowering"
     if transform:
         return "reference", f"{transform} is not generated"
-    texts: list[Quantizer | EstimatorSpec] = []
-    if quantizer is not None:
-        texts.append(Quantizer.parse(quantizer))
+    q = None if quantizer is None else Quantizer.parse(quantizer)
+    texts: list[Quantizer | EstimatorSpec] = [] if q is None else [q]
     if estimator is not None:
         texts.append(EstimatorSpec.parse(estimator))
     entry = LOWERINGS[op]
-    if quantizer is not None and entry.in_place and entry.in_place(Quantizer.parse(quantizer), dtype, in_memory):
+    if q is not None and entry.in_place and entry.in_place(q, dtype, in_memory):
         return "triton", ""
     supported, reason = entry.supports(*texts[: entry.texts])
     return ("triton (inductor)", "") if supported else ("reference", reason)

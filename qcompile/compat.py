@@ -708,14 +708,20 @@ def compiled_call() -> CompiledCall | None:
                     enclosing.append(target)
                 arguments = found.get("args", ()), found.get("kwargs", {})
                 return CompiledCall(found["self"], target, *arguments, tuple(enclosing), _callers(frame), variables)
-        elif "self" in code.co_varnames or "self" in code.co_cellvars:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.nn.Module):
-                enclosing.append(owner)
-            elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
-                variables = owner.local_scope
+        owner = _owner(frame)
+        if isinstance(owner, torch.nn.Module):
+            enclosing.append(owner)
+        elif isinstance(owner, torch._dynamo.output_graph.OutputGraph):
+            variables = owner.local_scope
         frame = frame.f_back
     return None
+
+
+def _owner(frame: FrameType) -> Any:
+    """The object whose method a frame runs; ``None`` of a function."""
+    code = frame.f_code
+    named = "self" in code.co_varnames or "self" in code.co_cellvars
+    return frame.f_locals.get("self") if named else None
 
 
 def _callers(frame: FrameType) -> tuple[torch.nn.Module, ...]:
@@ -723,10 +729,9 @@ def _callers(frame: FrameType) -> tuple[torch.nn.Module, ...]:
     found: list[torch.nn.Module] = []
     outer = frame.f_back
     while outer is not None:
-        if "self" in outer.f_code.co_varnames or "self" in outer.f_code.co_cellvars:
-            owner = outer.f_locals.get("self")
-            if isinstance(owner, torch.nn.Module) and all(owner is not module for module in found):
-                found.append(owner)
+        owner = _owner(outer)
+        if isinstance(owner, torch.nn.Module) and all(owner is not module for module in found):
+            found.append(owner)
         outer = outer.f_back
     return tuple(reversed(found))
 
